@@ -1,0 +1,332 @@
+"""What is compiled, with which flags, as a build.ninja; and running it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import cuda
+
+ROOT = Path(__file__).resolve().parent.parent
+MACOS = sys.platform == "darwin"
+COMMON_FLAGS = (
+    "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra".split()
+)
+# Files named *.simd.cpp are compiled once an instruction set and chosen from at run time.
+X86_ISAS = {
+    "isa_base": [],
+    "isa_avx2": "-mavx2 -mfma -mf16c".split(),
+    "isa_avx512": (
+        "-mavx512f -mavx512vl -mavx512dq -mavx512bw -mavx2 -mfma -mf16c -mprefer-vector-width=256"
+    ).split(),
+}
+
+
+class BuildError(RuntimeError):
+    """The native extension cannot be built here; the message says why and what to do."""
+
+
+@dataclass
+class Config:
+    """Everything about this machine that the build depends on."""
+
+    cxx: list[str]
+    openmp: bool
+    isas: dict[str, list[str]]
+    toolkit: cuda.Toolkit | None
+    cuda_missing: str
+    arches: list[cuda.Arch] = field(default_factory=list)
+
+    @property
+    def build_dir(self) -> Path:
+        """One folder a configuration, so that switching between two rebuilds neither."""
+        soabi = (sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag).replace(
+            "/", "_"
+        )
+        device = "cpu"
+        if self.toolkit:
+            device = f"cuda{self.toolkit.version_string}-" + "-".join(
+                f"{arch.number}{'p' if arch.ptx else ''}" for arch in self.arches
+            )
+        return ROOT / "build" / f"native-{soabi}-{device}"
+
+
+def configure() -> Config:
+    """Look at this machine and the environment: compiler, OpenMP, SIMD variants, CUDA."""
+    if sys.platform == "win32":
+        raise BuildError(
+            "segkernels builds on Linux and macOS; on Windows use it under WSL 2 (Ubuntu), where the "
+            "CUDA build works as on Linux"
+        )
+    cxx = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
+    if not shutil.which(cxx[0]):
+        raise BuildError(
+            f"no C++ compiler: {cxx[0]!r} is not on PATH. Install one (Debian/Ubuntu: apt install "
+            "g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install), or set CXX"
+        )
+    if not _compiles(cxx, ["-std=c++17"]):
+        raise BuildError(f"{shlex.join(cxx)} cannot compile and link a C++17 program")
+    isas: dict[str, list[str]] = {"isa_base": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        isas = {name: flags for name, flags in X86_ISAS.items() if _compiles(cxx, flags)}
+    config = Config(
+        cxx=cxx,
+        openmp=_compiles(
+            cxx, ["-fopenmp"], "#include <omp.h>\nint main(){return omp_get_level();}"
+        ),
+        isas=isas,
+        toolkit=None,
+        cuda_missing=f"CUDA does not exist on {sys.platform}",
+    )
+    if not MACOS:
+        config.toolkit, config.cuda_missing = cuda.find_toolkit()
+    elif os.environ.get("SEGKERNELS_CUDA") == "1":
+        raise cuda.CudaError("SEGKERNELS_CUDA=1, but there is no CUDA on macOS")
+    if config.toolkit:
+        config.arches = cuda.choose_arches(config.toolkit)
+    return config
+
+
+def _default_compiler() -> str:
+    return next((name for name in ("g++", "c++", "clang++") if shutil.which(name)), "g++")
+
+
+def _compiles(cxx: list[str], flags: list[str], source: str = "int main(){return 0;}") -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "probe.cpp")
+        path.write_text(source + "\n")
+        command = [*cxx, *flags, str(path), "-o", str(Path(folder, "probe"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def sources(suffix: str) -> list[Path]:
+    """Every file under csrc/ with `suffix`, in a fixed order, relative to the root."""
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob(f"*{suffix}"))
+
+
+def write(config: Config, output: Path) -> Path:
+    """Write build.ninja (and build_config.h) for `config`, linking to `output`; returns its path."""
+    build = config.build_dir
+    build.mkdir(parents=True, exist_ok=True)
+    _write_if_changed(build / "build_config.h", _config_header(config))
+    defines = (["-DSK_WITH_CUDA=1"] if config.toolkit else []) + (
+        ["-DSK_HAVE_X86_ISAS=1"] if "isa_avx2" in config.isas else []
+    )
+    specific = [path for path in sources(".cu") if specific_arch(path)]
+    for name in sorted({specific_arch(path) for path in specific}):
+        if _wants(config, name):
+            defines.append(f"-DSK_HAVE_{name.upper()}=1")
+    host = [*COMMON_FLAGS, "-Icsrc", *defines] + (["-fopenmp"] if config.openmp else [])
+    system = [f"-isystem{folder}" for folder in (config.toolkit.includes if config.toolkit else ())]
+    lines = _rules(config, [*host, *system])
+    objects: list[str] = []
+    for source in sources(".cpp"):
+        objects += _cpp_edges(config, source, lines)
+    cuda_objects: list[str] = []
+    if config.toolkit:
+        flags = _nvcc_flags(config, host)
+        for source in sources(".cu"):
+            if gencode := _gencode(config, source):
+                target = _object(config, source)
+                lines += [f"build {_path(target)}: nvcc {_source(source)}"]
+                lines += [f"  flags = {_join([*flags, *gencode])}"]
+                cuda_objects.append(target)
+    lines.append(f"build cuda: phony {' '.join(map(_path, cuda_objects))}")
+    lines.append(f"build {_path(str(output))}: link {' '.join(map(_path, objects + cuda_objects))}")
+    lines.append(f"default {_path(str(output))}")
+    _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
+    return build / "build.ninja"
+
+
+def _rules(config: Config, host: list[str]) -> list[str]:
+    lines = [
+        "ninja_required_version = 1.5",
+        f"builddir = {_path(str(config.build_dir.relative_to(ROOT)))}",
+    ]
+    lines += [
+        "rule cxx",
+        f"  command = {_join([*config.cxx, '-MMD', '-MF'])} $out.d {_join(host)} $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = c++ $in $isa",
+    ]
+    if config.toolkit:
+        nvcc = _join([str(config.toolkit.nvcc)])
+        # ptxas' report stays beside the object for .ci/cuda_report.py; the rest is shown.
+        show = "grep -vE '^ptxas info|bytes stack frame' $out.log || true"
+        lines += [
+            "rule nvcc",
+            f"  command = {nvcc} -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1; "
+            f"status=$$?; {show}; exit $$status",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "  description = nvcc $in",
+        ]
+    link = [*config.cxx, *(["-bundle", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"])]
+    libs = ["-fopenmp"] if config.openmp else []
+    if not MACOS:
+        libs.append("-Wl,--exclude-libs,ALL")
+    if config.toolkit:
+        libs += [f"-L{config.toolkit.libdir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    lines += [
+        "rule link",
+        f"  command = {_join(link)} @$out.rsp -o $out {_join(libs)}",
+        "  rspfile = $out.rsp",
+        "  rspfile_content = $in",
+        "  description = link $out",
+    ]
+    return lines
+
+
+def _cpp_edges(config: Config, source: Path, lines: list[str]) -> list[str]:
+    if source.name == "bindings.cpp":
+        # Only this file sees Python: its includes change from one isolated build to the next.
+        includes = [pybind11_include(), sysconfig.get_paths()["include"], str(config.build_dir)]
+        variants = {"": [f"-isystem{folder}" for folder in includes]}
+    elif source.name.endswith(".simd.cpp"):
+        variants = {
+            isa: [f"-DSK_ISA={isa}", *flags, "-ffp-contract=fast"]
+            for isa, flags in config.isas.items()
+        }
+    else:
+        variants = {"": []}
+    targets = []
+    for isa, flags in variants.items():
+        target = _object(config, source, isa)
+        lines += [f"build {_path(target)}: cxx {_source(source)}", f"  flags = {_join(flags)}"]
+        lines += [f"  isa = {isa}"]
+        targets.append(target)
+    return targets
+
+
+def _nvcc_flags(config: Config, host: list[str]) -> list[str]:
+    passed = [flag for flag in host if not flag.startswith(("-std", "-O", "-D", "-I"))]
+    own = [flag for flag in host if flag.startswith(("-std", "-O", "-D", "-I"))]
+    wrappers = ("ccache", "sccache", "distcc")
+    compiler = [word for word in config.cxx if Path(word).name not in wrappers][:1]
+    return [
+        *own,
+        "-fmad=false",
+        "--expt-relaxed-constexpr",
+        "-Xptxas=-v",
+        *(f"-ccbin={word}" for word in compiler if os.environ.get("CXX")),
+        *(f"-Xcompiler={flag}" for flag in passed),
+    ]
+
+
+def specific_arch(source: Path) -> str:
+    """ "sm90a" for ``kernel.sm90a.cu``, "" for a file that is compiled for every architecture."""
+    match = re.search(r"\.(sm\d+[af])\.cu$", source.name)
+    return match[1] if match else ""
+
+
+def _wants(config: Config, name: str) -> bool:
+    return any(f"sm{arch.number}" == name[:-1] for arch in config.arches)
+
+
+def _gencode(config: Config, source: Path) -> list[str]:
+    if name := specific_arch(source):
+        arch = name.removeprefix("sm")
+        return [f"-gencode=arch=compute_{arch},code=sm_{arch}"] if _wants(config, name) else []
+    return [flag for arch in config.arches for flag in arch.gencode()]
+
+
+def pybind11_include() -> str:
+    """pybind11's own headers, or those that an installed torch carries."""
+    if spec := importlib.util.find_spec("pybind11"):
+        return str(Path(str(spec.origin)).parent / "include")
+    if spec := importlib.util.find_spec("torch"):
+        bundled = Path(str(spec.origin)).parent / "include"
+        if (bundled / "pybind11/pybind11.h").is_file():
+            return str(bundled)
+    raise BuildError("pybind11 is missing: pip install pybind11, or build with build isolation")
+
+
+def _config_header(config: Config) -> str:
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "segkernels/_version.py").read_text())
+    assert version is not None
+    texts = {
+        "kVersion": version[1],
+        "kCompiler": _compiler_name(config.cxx),
+        "kCuda": config.toolkit.version_string if config.toolkit else "",
+        "kCudaMissing": config.cuda_missing,
+        "kArches": " ".join(map(str, config.arches)),
+        "kSimd": " ".join(name.removeprefix("isa_") for name in config.isas),
+    }
+    body = [f"inline constexpr char {name}[] = {_c_string(text)};" for name, text in texts.items()]
+    return "\n".join(
+        [
+            "// Written by the build: what this _C was built with.",
+            "#pragma once",
+            "namespace sk::build {",
+            *body,
+            "}  // namespace sk::build",
+            "",
+        ]
+    )
+
+
+def _compiler_name(cxx: list[str]) -> str:
+    done = subprocess.run([*cxx, "--version"], capture_output=True, text=True)
+    return done.stdout.splitlines()[0] if done.stdout else shlex.join(cxx)
+
+
+def _c_string(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
+
+
+def _object(config: Config, source: Path, isa: str = "") -> str:
+    folder = config.build_dir.relative_to(ROOT)
+    return str(folder / source) + (f".{isa}" if isa else "") + ".o"
+
+
+def _source(source: Path) -> str:
+    return _path(str(source))
+
+
+def _path(text: str) -> str:
+    return re.sub(r"([$ :\n])", r"$\1", text)
+
+
+def _join(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def ninja_command() -> str:
+    """The ninja of the pip package, or one on PATH."""
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        if found := shutil.which("ninja"):
+            return found
+        raise BuildError(
+            "ninja is missing: pip install ninja, or build with build isolation"
+        ) from None
+    return str(Path(BIN_DIR) / "ninja")
+
+
+def run(ninja_file: Path, *targets: str) -> None:
+    """Run ninja on `ninja_file`, with MAX_JOBS at once (default: one a core)."""
+    jobs = os.environ.get("MAX_JOBS", "").strip()
+    if jobs and not (jobs.isdigit() and int(jobs) > 0):
+        raise BuildError(f"MAX_JOBS must be a positive whole number, got {jobs!r}")
+    command = [ninja_command(), "-C", str(ROOT), "-f", str(ninja_file)]
+    command += [f"-j{jobs}"] if jobs else []
+    if subprocess.run([*command, *targets]).returncode != 0:
+        raise BuildError("the native build failed; the compiler's message is above")

@@ -1,0 +1,53 @@
+"""Builds segkernels._C with ninja; everything declarative is in pyproject.toml.
+
+Environment: SEGKERNELS_CUDA (0, 1, auto), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build import build
+from setuptools.command.build_ext import build_ext
+
+# A PEP 517 build does not put the project's own folder on sys.path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from build_tools import cuda, ninja_build
+
+
+class CleanBuild(build):
+    """Empties setuptools' staging folder, or a module that was renamed stays in the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class NinjaBuild(build_ext):
+    """Compiles csrc/ into the one extension module."""
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            config = ninja_build.configure()
+            if config.toolkit:
+                arches = ", ".join(map(str, config.arches))
+                print(f"CUDA {config.toolkit.version_string} ({config.toolkit.nvcc}): {arches}")
+            else:
+                print(f"Building for the CPU only: {config.cuda_missing}")
+            # Linked in the build folder, so that the next build finds it up to date, then copied.
+            linked = config.build_dir / Path(self.get_ext_filename(ext.name)).name
+            ninja_build.run(ninja_build.write(config, linked))
+        except (ninja_build.BuildError, cuda.CudaError) as error:
+            raise SystemExit(f"\nsegkernels: {error}") from None
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(linked, target)
+
+
+setup(
+    ext_modules=[Extension("segkernels._C", sources=[])],
+    cmdclass={"build": CleanBuild, "build_ext": NinjaBuild},
+)
