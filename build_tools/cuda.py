@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PIP_PACKAGES = (
-    "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-cccl nvidia-cuda-runtime".split()
+    "nvidia-cuda-nvcc",
+    "nvidia-cuda-crt",
+    "nvidia-nvvm",
+    "nvidia-cuda-cccl",
+    "nvidia-cuda-runtime",
 )
 MIN_VERSION = (12, 0)
 # Machine code for the two data-centre generations in use, and PTX that the driver of anything newer
@@ -42,6 +46,7 @@ class Toolkit:
 
     @property
     def version_string(self) -> str:
+        """Such as "13.0"."""
         return f"{self.version[0]}.{self.version[1]}"
 
 
@@ -62,9 +67,11 @@ class Arch:
 
     @property
     def number(self) -> str:
+        """Such as "90", as in sm_90."""
         return f"{self.major}{self.minor}"
 
     def gencode(self) -> list[str]:
+        """nvcc's option for this architecture."""
         kinds = [f"sm_{self.number}"] + ([f"compute_{self.number}"] if self.ptx else [])
         return [f"-gencode=arch=compute_{self.number},code=[{','.join(kinds)}]"]
 
@@ -206,7 +213,7 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
 
 
 def parse_arches(text: str) -> list[Arch]:
-    """`text` in the syntax of TORCH_CUDA_ARCH_LIST: ``"8.0;9.0a+PTX"``, ``"8.0 9.0"``, ``"Hopper"``.
+    """Read TORCH_CUDA_ARCH_LIST's syntax: ``"8.0;9.0a+PTX"``, ``"8.0 9.0"`` or ``"Hopper"``.
 
     Duplicates are merged. Raises `CudaError` naming the first entry that is not an architecture.
     """
@@ -217,8 +224,8 @@ def parse_arches(text: str) -> list[Arch]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if match is None:
             raise CudaError(
-                f"TORCH_CUDA_ARCH_LIST has {word!r}; expected entries such as 8.0, 9.0a or 9.0+PTX, "
-                f"separated by ; or spaces, or a name out of {', '.join(NAMED_ARCHES)}"
+                f"TORCH_CUDA_ARCH_LIST has {word!r}; expected entries such as 8.0, 9.0a or "
+                f"9.0+PTX, separated by ; or spaces, or a name out of {', '.join(NAMED_ARCHES)}"
             )
         key = (int(match[1]), int(match[2]))
         known = found.get(key, Arch(*key))

@@ -20,16 +20,14 @@ from . import cuda
 ROOT = Path(__file__).resolve().parent.parent
 MACOS = sys.platform == "darwin"
 COMMON_FLAGS = (
-    "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -ffp-contract=off -Wall -Wextra".split()
+    *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-Wall", "-Wextra"),
 )
 # Files named *.simd.cpp are compiled once an instruction set and chosen from at run time.
-X86_ISAS = {
-    "isa_base": [],
-    "isa_avx2": "-mavx2 -mfma -mf16c".split(),
-    "isa_avx512": (
-        "-mavx512f -mavx512vl -mavx512dq -mavx512bw -mavx2 -mfma -mf16c -mprefer-vector-width=256"
-    ).split(),
-}
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=256"]
+X86_ISAS = {"isa_base": [], "isa_avx2": _AVX2, "isa_avx512": [*_AVX2, *_AVX512]}
+_OPENMP_PROBE = "#include <omp.h>\nint main(){return omp_get_level();}"
 
 
 class BuildError(RuntimeError):
@@ -50,9 +48,7 @@ class Config:
     @property
     def build_dir(self) -> Path:
         """One folder a configuration, so that switching between two rebuilds neither."""
-        soabi = (sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag).replace(
-            "/", "_"
-        )
+        soabi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
         device = "cpu"
         if self.toolkit:
             device = f"cuda{self.toolkit.version_string}-" + "-".join(
@@ -65,8 +61,8 @@ def configure() -> Config:
     """Look at this machine and the environment: compiler, OpenMP, SIMD variants, CUDA."""
     if sys.platform == "win32":
         raise BuildError(
-            "segkernels builds on Linux and macOS; on Windows use it under WSL 2 (Ubuntu), where the "
-            "CUDA build works as on Linux"
+            "segkernels builds on Linux and macOS; on Windows use it under WSL 2 (Ubuntu), where "
+            "the CUDA build works as on Linux"
         )
     cxx = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
     if not shutil.which(cxx[0]):
@@ -77,13 +73,13 @@ def configure() -> Config:
     if not _compiles(cxx, ["-std=c++17"]):
         raise BuildError(f"{shlex.join(cxx)} cannot compile and link a C++17 program")
     isas: dict[str, list[str]] = {"isa_base": []}
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        isas = {name: flags for name, flags in X86_ISAS.items() if _compiles(cxx, flags)}
+    if platform.machine().lower() in ("x86_64", "amd64") and all(
+        _compiles(cxx, flags) for flags in X86_ISAS.values()
+    ):
+        isas = X86_ISAS
     config = Config(
         cxx=cxx,
-        openmp=_compiles(
-            cxx, ["-fopenmp"], "#include <omp.h>\nint main(){return omp_get_level();}"
-        ),
+        openmp=_compiles(cxx, ["-fopenmp"], _OPENMP_PROBE),
         isas=isas,
         toolkit=None,
         cuda_missing=f"CUDA does not exist on {sys.platform}",
@@ -115,12 +111,12 @@ def sources(suffix: str) -> list[Path]:
 
 
 def write(config: Config, output: Path) -> Path:
-    """Write build.ninja (and build_config.h) for `config`, linking to `output`; returns its path."""
+    """Write build.ninja and build_config.h for `config`, linking to `output`; return its path."""
     build = config.build_dir
     build.mkdir(parents=True, exist_ok=True)
     _write_if_changed(build / "build_config.h", _config_header(config))
     defines = (["-DSK_WITH_CUDA=1"] if config.toolkit else []) + (
-        ["-DSK_HAVE_X86_ISAS=1"] if "isa_avx2" in config.isas else []
+        ["-DSK_HAVE_X86_ISAS=1"] if len(config.isas) > 1 else []
     )
     specific = [path for path in sources(".cu") if specific_arch(path)]
     for name in sorted({specific_arch(path) for path in specific}):
@@ -149,13 +145,13 @@ def write(config: Config, output: Path) -> Path:
 
 
 def _rules(config: Config, host: list[str]) -> list[str]:
+    folder = str(config.build_dir.relative_to(ROOT))
+    cxx = f"{_join(config.cxx)} {_join(host)} -MMD -MF $out.d"
     lines = [
         "ninja_required_version = 1.5",
-        f"builddir = {_path(str(config.build_dir.relative_to(ROOT)))}",
-    ]
-    lines += [
+        f"builddir = {_path(folder)}",
         "rule cxx",
-        f"  command = {_join([*config.cxx, '-MMD', '-MF'])} $out.d {_join(host)} $flags -c $in -o $out",
+        f"  command = {cxx} $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = c++ $in $isa",

@@ -47,6 +47,6 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native code of segkernels; call it through the Python package, which checks arguments.";
+  m.doc() = "Native code of segkernels. Call the Python package, which checks arguments.";
   m.def("build_info", &build_info, "What this module was built with.");
 }

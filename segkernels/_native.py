@@ -1,0 +1,128 @@
+"""Loads the compiled module `segkernels._C`, and keeps the reason when it cannot.
+
+Importing this module never raises and never compiles: a function that needs native code asks for
+`C()`, which raises with the reason and what to do about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch  # before _C: both then share torch's libgomp, instead of starting two thread pools
+
+from segkernels._version import __version__
+
+_REBUILD = "pip install --force-reinstall --no-deps . (in segkernels' source folder)"
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    package = Path(__file__).resolve().parent
+    if not any((package / f"_C{suffix}").is_file() for suffix in EXTENSION_SUFFIXES):
+        if (package.parent / "setup.py").is_file():
+            return None, (
+                f"Python imported segkernels from its source folder, {package.parent}, where it is "
+                "not built. Start Python from another folder to use the installed package, or run "
+                "`pip install -e .` there"
+            )
+        return None, f"{package} has no _C for this Python. Reinstall it: {_REBUILD}"
+    try:
+        module = importlib.import_module("segkernels._C")
+    except ImportError as error:
+        return None, f"{error}. Build it again for this Python: {_REBUILD}"
+    built = module.build_info()["version"]
+    if built != __version__:
+        return None, (
+            f"_C was built from segkernels {built}, the Python code is {__version__}. Build it "
+            f"again: {_REBUILD}"
+        )
+    return module, ""
+
+
+_module, _problem = _load()
+_has_cuda = _module is not None and _module.build_info()["cuda"] is not None
+_forked = False
+_limited = False
+
+
+def _after_fork() -> None:
+    global _forked, _limited
+    _forked, _limited = True, False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def C() -> ModuleType:  # noqa: N802 - reads as the module that it returns
+    """The compiled module.
+
+    Raises:
+        RuntimeError: it is not there or does not load; says why and what to do.
+    """
+    if _module is None:
+        raise RuntimeError(f"segkernels' native code is not available: {_problem}")
+    return _module
+
+
+def problem() -> str:
+    """Why `C()` would raise, or ""."""
+    return _problem
+
+
+def num_threads() -> int:
+    """How many threads a native CPU function may use: torch's setting, or 1 in a forked child.
+
+    libgomp's threads do not survive a fork, and a parallel region in the child then waits for them
+    forever, in torch's operators as in ours. So a forked child (multiprocessing.Pool, a DataLoader
+    worker) is limited to one thread, torch included. Call this before the first torch operator that
+    might run in parallel.
+    """
+    global _limited
+    if not _forked:
+        return torch.get_num_threads()
+    if not _limited:
+        torch.set_num_threads(1)
+        _limited = True
+    return 1
+
+
+def where(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Where a native function on `tensor` runs: (device index, raw CUDA stream, CPU threads).
+
+    (-1, 0, `num_threads()`) for a CPU tensor; for a CUDA tensor its index and the current stream of
+    that device, and 0 threads.
+
+    Raises:
+        RuntimeError: another kind of device, a ROCm torch, or a CUDA tensor where segkernels was
+            built without CUDA.
+    """
+    device = tensor.device
+    if device.type == "cpu":
+        return -1, 0, num_threads()
+    if device.type == "cuda" and _has_cuda and torch.version.hip is None:
+        return device.index, torch._C._cuda_getCurrentRawStream(device.index), 0
+    raise RuntimeError(_unsupported(device))
+
+
+def _unsupported(device: torch.device) -> str:
+    if device.type != "cuda":
+        return (
+            f"segkernels runs on CPU and CUDA devices, got a tensor on {str(device)!r}; move it "
+            "with .cpu() or .cuda()"
+        )
+    if torch.version.hip is not None:
+        return (
+            "segkernels runs on CPU and on NVIDIA GPUs; this torch is a ROCm build "
+            f"({torch.__version__}), so move the tensor to the CPU with .cpu()"
+        )
+    if _module is None:
+        return f"segkernels' native code is not available: {_problem}"
+    return (
+        "segkernels was built without CUDA, got a CUDA tensor. Build it again with a CUDA toolkit: "
+        "SEGKERNELS_CUDA=1 pip install --force-reinstall --no-deps . (in its source folder), or "
+        f"move the tensor to the CPU. At its build: {_module.build_info()['cuda_missing']}"
+    )

@@ -1,0 +1,49 @@
+"""The command ``segkernels``. Each subcommand lives in its own module and is registered here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from segkernels import info as info_module
+from segkernels._version import __version__
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    """Kernels for semantic segmentation in PyTorch."""
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Versions, how the native code was built, devices and operators: paste it in a bug report."""
+    collected = info_module.collect()
+    if as_json:
+        typer.echo(json.dumps(collected, indent=2))
+    else:
+        info_module.render(collected, Console(highlight=False))
+
+
+def main() -> None:
+    """The entry point of the command ``segkernels``."""
+    app()

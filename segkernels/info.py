@@ -1,0 +1,282 @@
+"""What is installed, built and visible here: the data behind ``segkernels info``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from segkernels import _native, _registry
+from segkernels._version import __version__
+
+_REBUILD = "SEGKERNELS_CUDA=1 pip install --force-reinstall --no-deps . (in segkernels' folder)"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is missing: what, why, and what to do."""
+
+    what: str
+    why: str
+    do: str
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``segkernels info --json`` prints, as plain JSON types.
+
+    Keys: ``versions`` (package to version, None where it is not installed), ``system``, ``native``
+    (how ``_C`` was built; ``problem`` says why it does not load), ``devices``, ``ops`` (the
+    registry, with ``available``: device to bool) and ``problems`` (``what``, ``why``, ``do``).
+    """
+    native = _native_info()
+    devices = _devices(native)
+    return {
+        "versions": _versions(),
+        "system": {
+            "platform": platform.platform(),
+            "machine": platform.machine(),
+            "segkernels": str(Path(__file__).resolve().parent),
+            "torch_cuda": torch.version.cuda,
+            "torch_hip": torch.version.hip,
+            "torch_threads": torch.get_num_threads(),
+        },
+        "native": native,
+        "devices": devices,
+        "ops": _ops(native, devices),
+        "problems": [asdict(problem) for problem in _problems(native, devices)],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "segkernels": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    for package in ("triton", "numpy", "pillow"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _native_info() -> dict[str, Any]:
+    built: dict[str, Any] = {
+        "version": None,
+        "compiler": None,
+        "cuda": None,
+        "cuda_missing": None,
+        "arches": [],
+        "openmp": None,
+        "simd": [],
+    }
+    if not _native.problem():
+        built.update(_native.C().build_info())
+    return {"problem": _native.problem() or None, **built}
+
+
+def _devices(native: dict[str, Any]) -> list[dict[str, Any]]:
+    cpu = {
+        "device": "cpu",
+        "name": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "usable": native["problem"] is None,
+    }
+    devices = [cpu]
+    if torch.version.hip is None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            seen = torch.cuda.get_device_properties(index)
+            capability = (seen.major, seen.minor)
+            devices.append(
+                {
+                    "device": f"cuda:{index}",
+                    "name": seen.name,
+                    "capability": f"{seen.major}.{seen.minor}",
+                    "memory_bytes": seen.total_memory,
+                    "usable": native["cuda"] is not None and covers(native["arches"], capability),
+                }
+            )
+    return devices
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def covers(arches: list[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `arches` ("8.0", "9.0+PTX") runs on a GPU of `capability`.
+
+    Machine code runs on the same major version from its own minor version on; PTX is compiled by
+    the driver for everything newer.
+    """
+    for arch in arches:
+        number, plus, _ = arch.partition("+PTX")
+        major, minor = map(int, number.split("."))
+        if major == capability[0] and minor <= capability[1]:
+            return True
+        if plus and (major, minor) <= capability:
+            return True
+    return False
+
+
+def _ops(native: dict[str, Any], devices: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    usable = {device["device"].partition(":")[0] for device in devices if device["usable"]}
+    return [
+        {
+            **asdict(op),
+            "available": {device: device in usable for device in sorted(dict(op.backends))},
+        }
+        for op in _registry.ops()
+    ]
+
+
+def _problems(native: dict[str, Any], devices: list[dict[str, Any]]) -> list[Problem]:
+    found = []
+    if native["problem"]:
+        found.append(Problem("native code", native["problem"], "see why; nothing works without it"))
+    elif native["openmp"] is None:
+        found.append(
+            Problem(
+                "CPU threads",
+                "the compiler had no OpenMP, so CPU functions use one core",
+                "build with a compiler that has it (CXX=g++-14 pip install . on macOS: brew's gcc)",
+            )
+        )
+    found += _cuda_problems(native, devices)
+    if sys.platform == "linux" and _versions()["triton"] is None:
+        found.append(Problem("Triton kernels", "triton is not installed", "pip install triton"))
+    return found
+
+
+def _cuda_problems(native: dict[str, Any], devices: list[dict[str, Any]]) -> list[Problem]:
+    if torch.version.hip is not None:
+        return [
+            Problem("GPU", "this torch is a ROCm build; segkernels uses CUDA", "use CPU tensors")
+        ]
+    gpus = [device for device in devices if device["device"] != "cpu"]
+    if not gpus:
+        return [_no_gpu()]
+    if native["problem"]:
+        return []
+    if native["cuda"] is None:
+        why = f"_C was built without CUDA: {native['cuda_missing']}"
+        return [Problem("CUDA code", why, _REBUILD)]
+    return [
+        Problem(
+            device["device"],
+            f"_C was built for {', '.join(native['arches'])}, the GPU is {device['capability']}",
+            f"TORCH_CUDA_ARCH_LIST={device['capability']} {_REBUILD}",
+        )
+        for device in gpus
+        if not device["usable"]
+    ]
+
+
+def _no_gpu() -> Problem:
+    if not shutil.which("nvidia-smi"):
+        return Problem("GPU", "no NVIDIA GPU or driver is visible", "nothing: the CPU is used")
+    if torch.version.cuda is None:
+        return Problem(
+            "GPU",
+            f"there is nvidia-smi here, but torch {torch.__version__} is a CPU build",
+            "install a CUDA torch: https://pytorch.org/get-started",
+        )
+    return Problem(
+        "GPU",
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no device",
+        "run nvidia-smi: is the driver loaded, and new enough; is CUDA_VISIBLE_DEVICES empty?",
+    )
+
+
+def render(info: dict[str, Any], console: Console) -> None:
+    """Print `collect()`'s answer for people."""
+    console.print(_pairs(info["versions"], "not installed"))
+    console.print()
+    console.print(_native_table(info))
+    console.print()
+    devices = _table("device", "name", "capability", "usable")
+    for device in info["devices"]:
+        devices.add_row(
+            device["device"], device["name"], device["capability"], _yes(device["usable"])
+        )
+    console.print(devices)
+    console.print()
+    console.print(_ops_table(info["ops"]))
+    for problem in info["problems"]:
+        console.print()
+        console.print(Text(f"{problem['what']}: ", "bold yellow") + Text(problem["why"]))
+        console.print(Text(f"  -> {problem['do']}"))
+
+
+def _pairs(values: dict[str, Any], absent: str) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for key, value in values.items():
+        table.add_row(Text(key, "bold"), Text(absent if value is None else str(value)))
+    return table
+
+
+def _native_table(info: dict[str, Any]) -> RenderableType:
+    native, system = info["native"], info["system"]
+    if native["problem"]:
+        return Group(Text("segkernels._C does not load", "bold red"), Text(native["problem"]))
+    cuda = "built without"
+    if native["cuda"]:
+        cuda = f"{native['cuda']}, for {', '.join(native['arches'])}"
+    return _pairs(
+        {
+            "system": f"{system['platform']}, torch with "
+            + (f"CUDA {system['torch_cuda']}" if system["torch_cuda"] else "no CUDA"),
+            "installed in": system["segkernels"],
+            "compiler": native["compiler"],
+            "CUDA": cuda,
+            "OpenMP": f"{native['openmp']}, {system['torch_threads']} threads"
+            if native["openmp"]
+            else "none",
+            "SIMD": ", ".join(native["simd"]),
+        },
+        "unknown",
+    )
+
+
+def _ops_table(ops: list[dict[str, Any]]) -> Table:
+    table = _table("operator", "functions", "backends", "dtypes", "deterministic", "note")
+    for op in ops:
+        backends = [
+            f"{device} ({how})" + ("" if op["available"][device] else " - not available here")
+            for device, how in op["backends"]
+        ]
+        table.add_row(
+            op["name"],
+            "\n".join(op["functions"]),
+            "\n".join(backends),
+            " ".join(op["dtypes"]),
+            _yes(op["deterministic"]),
+            op["note"],
+        )
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
