@@ -1,0 +1,42 @@
+// The two 64-bit atomics that the hash table needs, for both compilers. Relaxed order is enough: what a
+// slot refers to was written by an earlier launch (CUDA) or an earlier parallel loop (CPU).
+#pragma once
+
+#include "common/hd.h"
+
+namespace segkernels {
+inline namespace SK_NS {
+
+using Word = unsigned long long;
+
+SK_HD Word atomic_read(const Word* p) {
+#if defined(__CUDA_ARCH__)
+  return *reinterpret_cast<const volatile Word*>(p);
+#else
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+#endif
+}
+
+// Stores `value` if *p is `expected`; returns what was there before.
+SK_HD Word atomic_cas(Word* p, Word expected, Word value) {
+#if defined(__CUDA_ARCH__)
+  return atomicCAS(p, expected, value);
+#else
+  __atomic_compare_exchange_n(p, &expected, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
+#endif
+}
+
+SK_HD void atomic_min(Word* p, Word value) {
+#if defined(__CUDA_ARCH__)
+  atomicMin(p, value);
+#else
+  Word seen = __atomic_load_n(p, __ATOMIC_RELAXED);
+  while (value < seen &&
+         !__atomic_compare_exchange_n(p, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+#endif
+}
+
+}  // namespace SK_NS
+}  // namespace segkernels

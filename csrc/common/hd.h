@@ -1,0 +1,17 @@
+// SK_HD marks arithmetic that the CPU loops and the CUDA kernels share. SK_NS names a namespace of the
+// compiler (and instruction set) at work, so that one template compiled twice is two symbols, not one
+// that the linker picks.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define SK_HD __host__ __device__ __forceinline__
+#define SK_NS cuda
+#elif defined(SK_ISA)
+#define SK_HD inline __attribute__((always_inline))
+#define SK_NS SK_ISA
+#else
+#define SK_HD inline
+#define SK_NS cpu
+#endif

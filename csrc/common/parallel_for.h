@@ -1,0 +1,112 @@
+// parallel_for(where, n, functor): functor(i) for i in [0, n) -- a grid-stride launch under nvcc, an OpenMP
+// loop under g++. parallel_rows(where, bound, limit, blocks, functor): functor(row, block) for every row below
+// min(bound, *limit) and every block of channels; `limit` lies in the memory of the device, so that no host need know
+// how many rows there are.
+#pragma once
+
+#include "common/hd.h"
+#include "common/where.h"
+
+#if defined(__CUDACC__)
+#include "common/cuda_check.h"
+#endif
+
+namespace segkernels {
+inline namespace SK_NS {
+
+SK_HD int64_t row_count(int64_t bound, const int32_t* limit) {
+  return limit != nullptr && *limit < bound ? *limit : bound;
+}
+
+#if defined(__CUDACC__)
+
+constexpr int kThreads = 256;
+// Enough blocks to fill any device several times over; a grid-stride loop takes the rest.
+constexpr int64_t kMaxBlocks = 1 << 16;
+
+inline unsigned grid_for(int64_t items, int per_block) {
+  int64_t blocks = (items + per_block - 1) / per_block;
+  return static_cast<unsigned>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
+}
+
+template <class F>
+__global__ void __launch_bounds__(kThreads) for_each_kernel(int64_t n, F f) {
+  int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (; i < n; i += step) f(i);
+}
+
+template <class F>
+void parallel_for(const Where& where, int64_t n, const F& f, const char* name) {
+  if (n <= 0) return;
+  for_each_kernel<<<grid_for(n, kThreads), kThreads, 0, stream_of(where)>>>(n, f);
+  check_launch(name);
+}
+
+// `lanes` neighbouring threads share a row, so that their loads and stores are neighbours too.
+template <class F>
+__global__ void __launch_bounds__(kThreads)
+    for_rows_kernel(int64_t bound, const int32_t* limit, int blocks, int lanes, F f) {
+  const int64_t rows = row_count(bound, limit);
+  const int lane = threadIdx.x % lanes;
+  int64_t row = int64_t(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+  const int64_t step = int64_t(gridDim.x) * (blockDim.x / lanes);
+  for (; row < rows; row += step) {
+    for (int b = lane; b < blocks; b += lanes) f(row, b);
+  }
+}
+
+inline int lanes_for(int blocks) {
+  int lanes = 1;
+  while (lanes < blocks && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
+template <class F>
+void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f, const char* name) {
+  if (bound <= 0 || blocks <= 0) return;
+  const int lanes = lanes_for(blocks);
+  // With the count on the device the bound is loose: no more blocks than keep the device busy.
+  int64_t grid = grid_for(bound, kThreads / lanes);
+  if (limit != nullptr && grid > 4096) grid = 4096;
+  for_rows_kernel<<<unsigned(grid), kThreads, 0, stream_of(where)>>>(bound, limit, blocks, lanes, f);
+  check_launch(name);
+}
+
+#else
+
+template <class F>
+void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
+  // One thread takes a plain loop: in a forked child the OpenMP runtime must not be touched.
+  if (where.threads <= 1 || n < 2) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(where.threads)
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// As parallel_for, for few and uneven items (tiles): handed out one at a time.
+template <class F>
+void parallel_tiles(const Where& where, int64_t n, const F& f) {
+  if (where.threads <= 1 || n < 2) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic) num_threads(where.threads)
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+template <class F>
+void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f, const char* name) {
+  const int64_t rows = row_count(bound, limit);
+  const auto row_of = [&](int64_t row) {
+    for (int b = 0; b < blocks; ++b) f(row, b);
+  };
+  parallel_for(where, rows, row_of, name);
+}
+
+#endif
+
+}  // namespace SK_NS
+}  // namespace segkernels

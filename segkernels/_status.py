@@ -1,0 +1,105 @@
+"""Faults that only the values show (NaN, an index out of range), told by status words.
+
+A native function sets `status[code] = 1` where it meets such a value. On the CPU the words are read
+after the call and raise at once. On CUDA they stay on the device, so that nothing synchronises:
+`check()` reads them, and `SEGKERNELS_CHECK=1` in the environment reads them after every call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+# In the order of enum StatusCode in csrc/common/status.h.
+_MESSAGES = (
+    "features: expected finite numbers, got NaN or infinity (an image or a sigma that is not finite)",
+    "features: too large for exact lattice coordinates in {dtype} (a sigma too small for the "
+    "image's size or intensities); use a larger sigma{wider}",
+    "max_vertices: the lattice has more vertices than that; raise it or leave it out",
+    "probs, logits or unary: expected finite numbers, got NaN or infinity",
+    "probs: expected values from 0 to 1, got some outside",
+    "target: expected labels from 0 to num_classes - 1 or ignore_index, got some outside",
+    "indices: expected indices inside the output plane, got some outside",
+    "codes: expected codes inside the pooling window, got some outside",
+)
+
+_words: dict[int, torch.Tensor] = {}
+
+
+class StatusError(ValueError):
+    """A fault in the values of an argument, found by a kernel."""
+
+
+def _text(words: list[int], op: str, dtype: torch.dtype | None) -> str:
+    name = str(dtype).removeprefix("torch.") if dtype is not None else "this dtype"
+    wider = ", or float64 features" if dtype != torch.float64 else ""
+    found = [m.format(dtype=name, wider=wider) for m, w in zip(_MESSAGES, words, strict=True) if w]
+    return "; ".join(f"{op}: {message}" for message in found)
+
+
+@contextmanager
+def watch(
+    tensor: torch.Tensor, op: str, dtype: torch.dtype | None = None
+) -> Iterator[torch.Tensor]:
+    """Status words for one native call on `tensor`'s device; raises at the end what it reported.
+
+    Args:
+        tensor: any tensor of the call, for its device.
+        op: the public function's name, which begins the message.
+        dtype: the dtype that the native code computes in, where a message names it.
+
+    Raises:
+        StatusError: on the CPU, or on CUDA under SEGKERNELS_CHECK=1: a value was at fault.
+    """
+    if tensor.device.type != "cuda":
+        words = torch.zeros(len(_MESSAGES), dtype=torch.int32)
+        yield words
+        found = words.tolist()
+        if any(found):
+            raise StatusError(_text(found, op, dtype))
+        return
+    index = tensor.device.index
+    if index not in _words:
+        _words[index] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=tensor.device)
+    yield _words[index]
+    if os.environ.get("SEGKERNELS_CHECK") == "1" and not torch.cuda.is_current_stream_capturing():
+        _raise(index, op, dtype)
+
+
+def _raise(index: int, op: str, dtype: torch.dtype | None = None) -> None:
+    words = _words[index]
+    found = words.tolist()
+    if any(found):
+        words.zero_()
+        raise StatusError(_text(found, op, dtype))
+
+
+def check(device: torch.device | str | int | None = None) -> None:
+    """Raise what the kernels have found wrong in the values of their arguments on CUDA since the last check.
+
+    On CUDA a bad value (NaN where numbers must be finite, a label or an index out of range) stops
+    nothing and costs no synchronisation: the element is treated as its function documents and a
+    word on the device is set. This reads the words, so it synchronises. `SEGKERNELS_CHECK=1` in the
+    environment does it after every call, to find the one at fault. On the CPU functions raise at once.
+
+    Args:
+        device: one CUDA device; default all that were used.
+
+    Raises:
+        ValueError: what was found; the words are cleared.
+    """
+    if device is None:
+        indices = list(_words)
+    else:
+        wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if wanted.type != "cuda":
+            return
+        index = wanted.index if wanted.index is not None else torch.cuda.current_device()
+        indices = [index] if index in _words else []
+    for index in indices:
+        torch.cuda.synchronize(index)
+        _raise(index, "segkernels")

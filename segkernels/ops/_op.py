@@ -1,0 +1,34 @@
+"""Which way a call goes: straight to the kernel, through autograd, or through the dispatcher.
+
+Measured a call, the way to the kernel costs least and the dispatcher most, so each is used only where
+it is needed: the dispatcher while compiling, exporting or under a tensor subclass or a functorch
+transform; the autograd Function where a gradient is wanted; else the kernel itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# Definitions of every operator: "segkernels::<name>".
+library = torch.library.Library("segkernels", "DEF")
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def through_dispatcher(*tensors: Any) -> bool:
+    """Whether a call on these tensors must go through torch's dispatcher."""
+    if torch.compiler.is_compiling():
+        return True
+    if _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack():
+        return True
+    return any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in tensors)
+
+
+def wants_grad(*tensors: Any) -> bool:
+    """Whether autograd must record a call on these tensors."""
+    return torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
+    )
