@@ -13,10 +13,9 @@ from contextlib import contextmanager
 
 import torch
 
-
 # In the order of enum StatusCode in csrc/common/status.h.
 _MESSAGES = (
-    "features: expected finite numbers, got NaN or infinity (an image or a sigma that is not finite)",
+    "features: expected finite numbers, got NaN or infinity (in the image or a sigma)",
     "features: too large for exact lattice coordinates in {dtype} (a sigma too small for the "
     "image's size or intensities); use a larger sigma{wider}",
     "max_vertices: the lattice has more vertices than that; raise it or leave it out",
@@ -79,12 +78,13 @@ def _raise(index: int, op: str, dtype: torch.dtype | None = None) -> None:
 
 
 def check(device: torch.device | str | int | None = None) -> None:
-    """Raise what the kernels have found wrong in the values of their arguments on CUDA since the last check.
+    """Raise what kernels found wrong in the values of their arguments on CUDA since the last check.
 
     On CUDA a bad value (NaN where numbers must be finite, a label or an index out of range) stops
     nothing and costs no synchronisation: the element is treated as its function documents and a
     word on the device is set. This reads the words, so it synchronises. `SEGKERNELS_CHECK=1` in the
-    environment does it after every call, to find the one at fault. On the CPU functions raise at once.
+    environment does it after every call, to find the one at fault. On the CPU functions raise at
+    once.
 
     Args:
         device: one CUDA device; default all that were used.

@@ -1,7 +1,7 @@
 """Which way a call goes: straight to the kernel, through autograd, or through the dispatcher.
 
-Measured a call, the way to the kernel costs least and the dispatcher most, so each is used only where
-it is needed: the dispatcher while compiling, exporting or under a tensor subclass or a functorch
+The way straight to the kernel costs least and the dispatcher most, so each is used only where it is
+needed: the dispatcher while compiling, exporting, or under a tensor subclass or a functorch
 transform; the autograd Function where a gradient is wanted; else the kernel itself.
 """
 
