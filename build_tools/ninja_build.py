@@ -171,7 +171,11 @@ def _rules(config: Config, host: list[str]) -> list[str]:
     link = [*config.cxx, *(["-bundle", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"])]
     libs = ["-fopenmp"] if config.openmp else []
     if not MACOS:
-        libs.append("-Wl,--exclude-libs,ALL")
+        # Nothing but the module's entry point leaves it: two libraries that both export a static
+        # cudart, CUB or std template instantiations have mixed them up and corrupted results.
+        exports = config.build_dir / "exports.map"
+        _write_if_changed(exports, "{ global: PyInit__C; local: *; };\n")
+        libs += ["-Wl,--exclude-libs,ALL", f"-Wl,--version-script={exports}"]
     if config.toolkit:
         libs += [f"-L{config.toolkit.libdir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     lines += [
@@ -264,9 +268,9 @@ def _config_header(config: Config) -> str:
         [
             "// Written by the build: what this _C was built with.",
             "#pragma once",
-            "namespace sk::build {",
+            "namespace segkernels::build {",
             *body,
-            "}  // namespace sk::build",
+            "}  // namespace segkernels::build",
             "",
         ]
     )

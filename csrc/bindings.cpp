@@ -28,7 +28,7 @@ std::optional<std::string> some(const std::string& text) {
 }
 
 py::dict build_info() {
-  namespace build = sk::build;
+  namespace build = segkernels::build;
   py::dict info;
   info["version"] = build::kVersion;
   info["compiler"] = build::kCompiler;
