@@ -92,15 +92,12 @@ def _candidates() -> Iterator[tuple[str, list[Path]]]:
             yield variable, [Path(os.environ[variable])]
     yield "the usual place", [Path("/usr/local/cuda")]
     if on_path := shutil.which("nvcc"):
-        # An nvcc on PATH may be a wrapper script somewhere else: nvcc itself knows its folder.
-        yield f"nvcc on PATH ({on_path})", [_root_of_nvcc(on_path)]
+        # It may be a wrapper script somewhere else, so nvcc itself is asked for its folder; a Linux
+        # distribution's own package spreads the rest under /usr.
+        yield f"nvcc on PATH ({on_path})", [_root_of_nvcc(on_path), Path(on_path).parent.parent]
     for site in site_packages():
-        joint = sorted(site.glob("nvidia/cu[0-9]*"), reverse=True)
-        for root in joint:
+        for root in sorted(site.glob("nvidia/cu[0-9]*"), reverse=True):
             yield "pip packages", [root]
-        if (site / "nvidia/cuda_nvcc").is_dir():
-            parts = ("cuda_nvcc", "cuda_runtime", "cuda_cccl", "cuda_crt", "nvvm")
-            yield "pip packages", [site / "nvidia" / part for part in parts]
 
 
 def _root_of_nvcc(nvcc: str) -> Path:
@@ -119,26 +116,29 @@ def _run(command: list[str]) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
-def _first(roots: list[Path], *relative: str) -> Path | None:
+def _first(roots: list[Path], *patterns: str) -> Path | None:
     for root in roots:
-        for path in relative:
-            if (root / path).is_file():
-                return root / path
+        for pattern in patterns:
+            for path in sorted(root.glob(pattern)):
+                return path
     return None
+
+
+def _header(roots: list[Path], name: str) -> Path | None:
+    """The folder to put on the include path for `name`."""
+    folders = ("include", "include/cccl", "targets/*/include", "targets/*/include/cccl")
+    found = _first(roots, *(f"{folder}/{name}" for folder in folders))
+    return found.parents[name.count("/")] if found else None
 
 
 def _inspect(roots: list[Path]) -> tuple[Toolkit | None, str]:
     """The toolkit under `roots`, or None and what is missing there."""
-    if not any(root.is_dir() for root in roots):
+    if not roots[0].is_dir():
         return None, "no such folder"
     nvcc = _first(roots, "bin/nvcc")
-    cudart = _first(
-        roots,
-        "lib64/libcudart_static.a",
-        "lib/libcudart_static.a",
-        "targets/x86_64-linux/lib/libcudart_static.a",
-        "targets/sbsa-linux/lib/libcudart_static.a",
-    )
+    libraries = ("lib64", "lib", "targets/*/lib", "lib/*-linux-gnu")
+    cudart = _first(roots, *(f"{folder}/libcudart_static.a" for folder in libraries))
+    cicc = _first(roots, "nvvm/bin/cicc", "lib/nvidia-cuda-toolkit/bin/cicc", "bin/cicc")
     headers = {
         "cuda_runtime.h": ("nvidia-cuda-runtime", _header(roots, "cuda_runtime.h")),
         "crt/host_config.h": ("nvidia-cuda-crt", _header(roots, "crt/host_config.h")),
@@ -147,7 +147,7 @@ def _inspect(roots: list[Path]) -> tuple[Toolkit | None, str]:
     missing = []
     if nvcc is None:
         missing.append("bin/nvcc (pip package nvidia-cuda-nvcc)")
-    if _first(roots, "nvvm/bin/cicc", "bin/cicc") is None:
+    if cicc is None:
         missing.append("nvvm/bin/cicc (nvidia-nvvm)")
     for name, (package, folder) in headers.items():
         if folder is None:
@@ -163,18 +163,12 @@ def _inspect(roots: list[Path]) -> tuple[Toolkit | None, str]:
     if number < MIN_VERSION:
         return (
             None,
-            f"is CUDA {number[0]}.{number[1]}, older than {MIN_VERSION[0]}.{MIN_VERSION[1]}",
+            f"is CUDA {version[1]}.{version[2]}; {MIN_VERSION[0]}.{MIN_VERSION[1]} is needed",
         )
     folders = dict.fromkeys(folder for _, folder in headers.values() if folder)
+    # The compiler's own folder must not be named: libstdc++'s #include_next would miss it.
+    folders.pop(Path("/usr/include"), None)
     return Toolkit(nvcc, tuple(folders), cudart.parent, number), ""
-
-
-def _header(roots: list[Path], name: str) -> Path | None:
-    for root in roots:
-        for folder in ("include", "include/cccl", "targets/x86_64-linux/include"):
-            if (root / folder / name).is_file():
-                return root / folder
-    return None
 
 
 def find_toolkit() -> tuple[Toolkit | None, str]:
@@ -197,6 +191,8 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
         toolkit, problem = _inspect(roots)
         if toolkit is not None:
             return toolkit, ""
+        if origin in os.environ:
+            print(f"Passing over {origin}={os.environ[origin]}: {problem}")
         looked.append(f"{origin}, {', '.join(map(str, roots))}: {problem}")
     if not shutil.which("nvcc"):
         looked.append("PATH: no nvcc")

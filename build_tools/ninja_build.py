@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MACOS = sys.platform == "darwin"
 COMMON_FLAGS = (
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-Wall", "-Wextra"),
+    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
 # Files named *.simd.cpp are compiled once an instruction set and chosen from at run time.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]

@@ -47,6 +47,7 @@ def collect() -> dict[str, Any]:
             "segkernels": str(Path(__file__).resolve().parent),
             "torch_cuda": torch.version.cuda,
             "torch_hip": torch.version.hip,
+            "driver_cuda": _driver_cuda(),
             "torch_threads": torch.get_num_threads(),
         },
         "native": native,
@@ -68,6 +69,13 @@ def _versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
     return versions
+
+
+def _driver_cuda() -> str | None:
+    """The newest CUDA that the driver here runs, such as "13.0"; None where torch sees none."""
+    ask = getattr(torch._C, "_cuda_getDriverVersion", None)
+    number = ask() if ask is not None and torch.version.hip is None else 0
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
 
 
 def _native_info() -> dict[str, Any]:
@@ -93,6 +101,8 @@ def _devices(native: dict[str, Any]) -> list[dict[str, Any]]:
         "usable": native["problem"] is None,
     }
     devices = [cpu]
+    driver = _driver_cuda()
+    too_old = bool(driver and native["cuda"] and _major(driver) < _major(native["cuda"]))
     if torch.version.hip is None and torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             seen = torch.cuda.get_device_properties(index)
@@ -103,10 +113,14 @@ def _devices(native: dict[str, Any]) -> list[dict[str, Any]]:
                     "name": seen.name,
                     "capability": f"{seen.major}.{seen.minor}",
                     "memory_bytes": seen.total_memory,
-                    "usable": native["cuda"] is not None and covers(native["arches"], capability),
+                    "usable": covers(native["arches"], capability) and not too_old,
                 }
             )
     return devices
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])
 
 
 def _cpu_name() -> str:
@@ -176,6 +190,11 @@ def _cuda_problems(native: dict[str, Any], devices: list[dict[str, Any]]) -> lis
     if native["cuda"] is None:
         why = f"_C was built without CUDA: {native['cuda_missing']}"
         return [Problem("CUDA code", why, _REBUILD)]
+    driver = _driver_cuda()
+    if driver and _major(driver) < _major(native["cuda"]):
+        why = f"_C was built with CUDA {native['cuda']}, newer than the driver's {driver}"
+        do = f"update the driver, or build with a CUDA {driver} toolkit: CUDA_HOME=... {_REBUILD}"
+        return [Problem("CUDA code", why, do)]
     return [
         Problem(
             device["device"],

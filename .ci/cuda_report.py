@@ -1,0 +1,164 @@
+"""Compiles every CUDA source and prints what ptxas says of each kernel; fails on register spills.
+
+    python .ci/cuda_report.py [--all]
+
+Machine code for sm_80 and sm_90 (sm_90a for *.sm90a.cu) and PTX, the same as a default build, whose
+objects it reuses. One line a kernel and architecture, with the largest figures over its template
+instances; --all prints every instance.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from build_tools import cuda, ninja_build
+
+# Kernels that may spill: (kernel, architecture) to (bytes allowed, why that is right).
+BUDGET: dict[tuple[str, str], tuple[int, str]] = {}
+
+
+@dataclass
+class Kernel:
+    """What ptxas reports of one function on one architecture."""
+
+    symbol: str
+    arch: str
+    source: str
+    registers: int = 0
+    spill: int = 0
+    stack: int = 0
+    shared: int = 0
+    name: str = ""
+    short: str = ""
+
+
+def parse(log: str, source: str) -> list[Kernel]:
+    """The kernels (and functions that were not inlined) in the output of ``ptxas -v``."""
+    found: list[Kernel] = []
+    entry = current = None
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\w+)'", line):
+            entry = current = Kernel(match[1], match[2], source)
+            found.append(entry)
+        elif entry is None or current is None:
+            continue
+        elif match := re.search(r"Function properties for (\S+)", line):
+            if match[1] == entry.symbol:
+                current = entry
+            else:
+                current = Kernel(match[1], entry.arch, source)
+                found.append(current)
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            current.stack = int(match[1])
+            current.spill = int(match[2]) + int(match[3])
+        elif match := re.search(r"Used (\d+) registers", line):
+            entry.registers = int(match[1])
+            if shared := re.search(r"(\d+) bytes smem", line):
+                entry.shared = int(shared[1])
+    return found
+
+
+def demangle(symbols: list[str]) -> list[str]:
+    """C++ names of `symbols`, or the symbols themselves where no demangler is installed."""
+    tool = shutil.which("cu++filt") or shutil.which("c++filt")
+    if tool is None or not symbols:
+        return symbols
+    done = subprocess.run([tool], input="\n".join(symbols), capture_output=True, text=True)
+    return done.stdout.splitlines() if done.returncode == 0 else symbols
+
+
+def shorten(name: str) -> str:
+    """A kernel's name without return type, namespaces, template arguments and parameters.
+
+    A kernel that runs a functor of ours is named by the functor: ``Embed (for_each_kernel)``.
+    """
+    name = name.replace("(anonymous namespace)::", "")
+    flat, depth, arguments = "", 0, ""
+    for letter in name:
+        depth -= letter in ">)"
+        if depth == 0 and letter == "(":
+            break
+        flat += letter if depth == 0 and letter not in "<>" else ""
+        arguments += letter if depth else ""
+        depth += letter in "<("
+    parts = flat.split()[-1].split("::")
+    if parts[0] in ("cub", "thrust"):
+        return f"{parts[0]}::{parts[-1]}"
+    functor = re.search(r"segkernels::(?:\w+::)*(\w+)", arguments)
+    return f"{functor[1]} ({parts[-1]})" if functor else parts[-1]
+
+
+def collect(config: ninja_build.Config) -> list[Kernel]:
+    """Compile what is out of date, and read every log."""
+    ninja_build.run(ninja_build.write(config, config.build_dir / "report.so"), "cuda")
+    kernels: list[Kernel] = []
+    for source in ninja_build.sources(".cu"):
+        log = config.build_dir / f"{source}.o.log"
+        found = parse(log.read_text(), str(source))
+        if not found:
+            print(f"{source}: no kernels")
+        kernels += found
+    names = demangle([kernel.symbol for kernel in kernels])
+    for kernel, name in zip(kernels, names, strict=True):
+        kernel.name, kernel.short = name, shorten(name)
+    return sorted(kernels, key=lambda kernel: (kernel.source, kernel.short, kernel.arch))
+
+
+def show(kernels: list[Kernel], every: bool) -> None:
+    """Print the table."""
+    print(
+        f"{'kernel':44} {'arch':7} {'count':>5} {'regs':>5} {'spill':>6} {'stack':>6} {'smem':>7}"
+    )
+    source = ""
+    for (path, name, arch), group in groupby(kernels, lambda k: (k.source, k.short, k.arch)):
+        if path != source:
+            source = path
+            print(f"{source}")
+        same = list(group)
+        for shown in [[kernel] for kernel in same] if every else [same]:
+            print(
+                f"  {name[:42]:42} {arch:7} {len(shown):5d} {max(k.registers for k in shown):5d} "
+                f"{max(k.spill for k in shown):6d} {max(k.stack for k in shown):6d} "
+                f"{max(k.shared for k in shown):7d}"
+            )
+            if every:
+                print(f"      {shown[0].name}")
+
+
+def main() -> int:
+    """Report, and return the exit status: 1 when a kernel spills more than its budget."""
+    config = ninja_build.configure()
+    if config.toolkit is None:
+        print("!" * 80)
+        print("!! THE CUDA SOURCES WERE NOT COMPILED:", config.cuda_missing)
+        print("!" * 80)
+        return 0
+    config.arches = cuda.parse_arches(cuda.DEFAULT_ARCHES)
+    kernels = collect(config)
+    show(kernels, "--all" in sys.argv[1:])
+    over = [
+        kernel
+        for kernel in kernels
+        if kernel.spill > BUDGET.get((kernel.short, kernel.arch), (0, ""))[0]
+    ]
+    for kernel in over:
+        print(f"SPILLS: {kernel.name} on {kernel.arch}: {kernel.spill} bytes stored and loaded")
+    ptx = ", ".join(f"compute_{arch.number}" for arch in config.arches if arch.ptx)
+    print(
+        f"CUDA {config.toolkit.version_string}: {len(kernels)} kernels, PTX for {ptx}, "
+        f"{len(over)} over their spill budget"
+    )
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""The build's choices (toolkit, architectures, flags), on made-up toolkits; and one real build."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def build_tools() -> ModuleType:
+    # Not through sys.path for good: the root would hide the installed package.
+    sys.path.insert(0, str(ROOT))
+    try:
+        importlib.import_module("build_tools.cuda")
+        importlib.import_module("build_tools.ninja_build")
+        return importlib.import_module("build_tools")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def make_toolkit(root: Path, version: str = "13.0", without: tuple[str, ...] = ()) -> Path:
+    files = {
+        "bin/nvcc": "#!/bin/sh\n"
+        'case "$1" in\n'
+        f"  --version) echo 'Cuda compilation tools, release {version}, V{version}.1';;\n"
+        "  --list-gpu-arch) printf 'compute_80\\ncompute_90\\ncompute_100\\n';;\n"
+        f"  --dryrun) echo '#$ TOP={root}';;\n"
+        "esac\n",
+        "nvvm/bin/cicc": "",
+        "include/cuda_runtime.h": "",
+        "include/crt/host_config.h": "",
+        "include/cccl/cub/cub.cuh": "",
+        "lib/libcudart_static.a": "",
+    }
+    for name, text in files.items():
+        if name not in without:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+    return root
+
+
+@pytest.fixture
+def nowhere(
+    build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> pytest.MonkeyPatch:
+    """A machine without any toolkit, whatever this one has."""
+    for name in ("CUDA_HOME", "CUDA_PATH", "SEGKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sh").symlink_to("/bin/sh")
+    (tools / "printf").symlink_to(shutil.which("printf") or "/usr/bin/printf")
+    monkeypatch.setenv("PATH", str(tools))
+    inspect = build_tools.cuda._inspect
+
+    def hide(roots: list[Path]) -> object:
+        if str(roots[0]).startswith("/usr/local/cuda"):
+            return None, "no such folder"
+        return inspect(roots)
+
+    monkeypatch.setattr(build_tools.cuda, "_inspect", hide)
+    monkeypatch.setattr(build_tools.cuda, "site_packages", lambda: [tmp_path / "site"])
+    return monkeypatch
+
+
+def test_no_toolkit_says_what_was_looked_for_and_where(
+    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toolkit, report = build_tools.cuda.find_toolkit()
+    assert toolkit is None
+    for place in ("CUDA_HOME: not set", "/usr/local/cuda", "PATH: no nvcc", "site", "nvidia-nvvm"):
+        assert place in report
+    nowhere.setenv("SEGKERNELS_CUDA", "1")
+    with pytest.raises(build_tools.cuda.CudaError, match=r"(?s)SEGKERNELS_CUDA=1.*pip install"):
+        build_tools.cuda.find_toolkit()
+
+
+def test_an_incomplete_toolkit_is_passed_over_by_name(
+    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lacking = ("include/cccl/cub/cub.cuh", "lib/libcudart_static.a")
+    root = make_toolkit(tmp_path / "partial", without=lacking)
+    nowhere.setenv("CUDA_HOME", str(root))
+    toolkit, report = build_tools.cuda.find_toolkit()
+    assert toolkit is None
+    assert f"CUDA_HOME, {root}: lacks cub/cub.cuh (nvidia-cuda-cccl), libcudart_static.a" in report
+
+
+def test_an_old_toolkit_is_passed_over(
+    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nowhere.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "old", version="11.8")))
+    assert "is CUDA 11.8" in build_tools.cuda.find_toolkit()[1]
+
+
+def test_order_of_the_search(
+    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = build_tools.cuda.find_toolkit
+    site = make_toolkit(tmp_path / "site/nvidia/cu13", version="13.4")
+    assert find()[0].nvcc == site / "bin/nvcc"
+    # An nvcc on PATH is only a wrapper: the folder that it names is what counts.
+    real = make_toolkit(tmp_path / "real", version="13.1")
+    wrapper = tmp_path / "tools/nvcc"
+    wrapper.write_text(f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
+    wrapper.chmod(0o755)
+    assert find()[0].nvcc == real / "bin/nvcc"
+    home = make_toolkit(tmp_path / "home", version="12.9")
+    nowhere.setenv("CUDA_HOME", str(home))
+    found = find()[0]
+    assert (found.nvcc, found.version_string) == (home / "bin/nvcc", "12.9")
+    assert found.includes == (home / "include", home / "include/cccl")
+    nowhere.setenv("SEGKERNELS_CUDA", "0")
+    assert find()[0] is None
+    nowhere.setenv("SEGKERNELS_CUDA", "yes")
+    with pytest.raises(build_tools.cuda.CudaError, match="must be 0, 1 or auto, got 'yes'"):
+        find()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0;9.0a+PTX", ["8.0", "9.0+PTX"]),
+        ("9.0 8.0", ["8.0", "9.0"]),
+        ("8.0, 9.0a;9.0+PTX", ["8.0", "9.0+PTX"]),
+        ("Ampere;10.0", ["8.0", "8.6+PTX", "10.0"]),
+    ],
+)
+def test_arch_list(build_tools: ModuleType, text: str, expected: list[str]) -> None:
+    assert [str(arch) for arch in build_tools.cuda.parse_arches(text)] == expected
+
+
+@pytest.mark.parametrize("text", ["sm_80", "8", "8.0+SASS", "8.0;fast"])
+def test_bad_arch_list(build_tools: ModuleType, text: str) -> None:
+    with pytest.raises(build_tools.cuda.CudaError, match="TORCH_CUDA_ARCH_LIST has"):
+        build_tools.cuda.parse_arches(text)
+
+
+def test_choice_of_architectures(
+    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cuda = build_tools.cuda
+    nowhere.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "toolkit")))
+    toolkit = cuda.find_toolkit()[0]
+
+    def choose() -> str:
+        return " ".join(map(str, cuda.choose_arches(toolkit)))
+
+    assert choose() == cuda.DEFAULT_ARCHES
+    smi = tmp_path / "tools/nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n9.0\\n'\n")
+    smi.chmod(0o755)
+    assert choose() == "8.0 9.0+PTX"
+    smi.write_text("#!/bin/sh\nprintf '12.0\\n'\n")  # newer than the toolkit: PTX has to serve
+    assert choose() == cuda.DEFAULT_ARCHES
+    nowhere.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    assert choose() == "10.0"
+    nowhere.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
+    with pytest.raises(cuda.CudaError, match=r"asks for 7\.0; CUDA 13\.0 .* compiles for 8\.0"):
+        choose()
+
+
+@pytest.fixture
+def tree(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A small source tree, in a folder whose name has a space, that the build takes for its own."""
+    root = tmp_path / "a tree"
+    (root / "csrc/op").mkdir(parents=True)
+    (root / "segkernels").mkdir()
+    shutil.copy(ROOT / "segkernels/_version.py", root / "segkernels")
+    (root / "csrc/op/op.h").write_text("#define VALUE 1\n")
+    (root / "csrc/op/op.cpp").write_text(
+        '#include "op/op.h"\n'
+        "int simd_isa_base();\n"
+        "#ifdef SK_HAVE_X86_ISAS\nint simd_isa_avx512();\n#endif\n"
+        'extern "C" int PyInit__C() { return VALUE + simd_isa_base(); }\n'
+    )
+    (root / "csrc/op/op.simd.cpp").write_text(
+        "#define NAME2(isa) simd_##isa\n#define NAME(isa) NAME2(isa)\n"
+        "int NAME(SK_ISA)() { return 40; }\n"
+    )
+    (root / "csrc/op/op.cu").write_text("not compiled here\n")
+    (root / "csrc/op/op.sm90a.cu").write_text("not compiled here\n")
+    monkeypatch.setattr(build_tools.ninja_build, "ROOT", root)
+    monkeypatch.setenv("SEGKERNELS_CUDA", "0")
+    return root
+
+
+def test_incremental_build(build_tools: ModuleType, tree: Path) -> None:
+    ninja_build = build_tools.ninja_build
+    config = ninja_build.configure()
+    linked = config.build_dir / "module.so"
+
+    def build() -> dict[str, int]:
+        ninja_build.run(ninja_build.write(config, linked))
+        outputs = [*config.build_dir.rglob("*.o"), linked]
+        return {path.name: path.stat().st_mtime_ns for path in outputs}
+
+    first = build()
+    assert {f"op.simd.cpp.{isa}.o" for isa in config.isas} < set(first)
+    assert build() == first
+    time.sleep(0.01)
+    (tree / "csrc/op/op.h").write_text("#define VALUE 2\n")
+    second = build()
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {"op.cpp.o", "module.so"}
+
+
+def test_compile_errors_stop_the_build(build_tools: ModuleType, tree: Path) -> None:
+    ninja_build = build_tools.ninja_build
+    config = ninja_build.configure()
+    (tree / "csrc/op/op.cpp").write_text("no C++\n")
+    file = ninja_build.write(config, config.build_dir / "module.so")
+    with pytest.raises(ninja_build.BuildError, match="the native build failed"):
+        ninja_build.run(file)
+
+
+def test_max_jobs(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_JOBS", "many")
+    with pytest.raises(build_tools.ninja_build.BuildError, match="MAX_JOBS must be"):
+        build_tools.ninja_build.run(Path("build.ninja"))
+
+
+def test_no_compiler(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build_tools.ninja_build.BuildError, match="'no-such-compiler' is not on"):
+        build_tools.ninja_build.configure()
+
+
+def rules_of(build_tools: ModuleType, tree: Path, toolkit: Path, arches: str) -> str:
+    config = build_tools.ninja_build.configure()
+    config.toolkit = build_tools.cuda._inspect([toolkit])[0]
+    config.arches = build_tools.cuda.parse_arches(arches)
+    file = build_tools.ninja_build.write(config, tree / "module.so")
+    return str(file.read_text())
+
+
+def test_cuda_rules(build_tools: ModuleType, tree: Path, tmp_path: Path) -> None:
+    toolkit = make_toolkit(tmp_path / "toolkit")
+    text = rules_of(build_tools, tree, toolkit, "8.0;9.0a+PTX")
+    assert "arch=compute_80,code=[sm_80]" in text
+    assert "arch=compute_90,code=[sm_90,compute_90]" in text
+    assert "-gencode=arch=compute_90a,code=sm_90a" in text
+    assert "-DSK_HAVE_SM90A=1" in text
+    assert "-fmad=false" in text
+    without = rules_of(build_tools, tree, toolkit, "8.0+PTX")
+    assert "op.sm90a.cu" not in without
+    assert "SK_HAVE_SM90A" not in without
+
+
+def test_nothing_is_tied_to_this_processor(build_tools: ModuleType, tree: Path) -> None:
+    config = build_tools.ninja_build.configure()
+    text = build_tools.ninja_build.write(config, tree / "module.so").read_text()
+    assert "-march=native" not in text
+    blocks = [block for block in text.split("build ") if "-mavx" in block]
+    assert all(".simd.cpp" in block for block in blocks)
+    assert len(blocks) == len(config.isas) - 1
+
+
+def test_readme_has_the_two_commands_that_ci_runs() -> None:
+    readme = (ROOT / "README.md").read_text()
+    script = (ROOT / ".ci/run").read_text()
+    for name in ("install", "test"):
+        marker = f"<!-- ci:{name} -->\n```"
+        assert readme.count(marker) == 1
+        assert f"readme_command {name}" in script
+    assert os.access(ROOT / ".ci/run", os.X_OK)
