@@ -144,6 +144,9 @@ def main() -> int:
         return 0
     config.arches = cuda.parse_arches(cuda.DEFAULT_ARCHES)
     kernels = collect(config)
+    if not kernels:
+        print("No kernel was compiled: nothing was checked")
+        return 1
     show(kernels, "--all" in sys.argv[1:])
     over = [
         kernel
