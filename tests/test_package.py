@@ -106,6 +106,7 @@ def _threads_in_child(queue: multiprocessing.Queue[tuple[int, int, float]]) -> N
 @pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork"
 )
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_forked_child_runs_on_one_thread() -> None:
     torch.ones(4_000_000).sum()  # starts libgomp's threads in the parent
     context = multiprocessing.get_context("fork")
