@@ -10,6 +10,8 @@ from rich.console import Console
 
 from segkernels import info as info_module
 from segkernels._version import __version__
+from segkernels.demo import demo
+from segkernels.refine_command import refine
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 
@@ -42,6 +44,10 @@ def info(
         typer.echo(json.dumps(collected, indent=2))
     else:
         info_module.render(collected, Console(highlight=False))
+
+
+app.command()(refine)
+app.command()(demo)
 
 
 def main() -> None:

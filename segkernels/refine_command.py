@@ -1,0 +1,342 @@
+"""``segkernels refine``: the command's options, and what it prints."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from segkernels.images import PictureError, check_writable, make_folder
+from segkernels.label_maps import LABEL_OUTPUTS, Meaning
+from segkernels.refine import (
+    Options,
+    Sigma,
+    doubt,
+    find_device,
+    load,
+    refine_labels,
+    write_refined,
+)
+from segkernels.refine_folders import Pairs, Totals, pair_files, refine_pairs
+
+__all__ = ["Device", "complain", "one_line_errors", "refine"]
+
+
+class Device(str, Enum):
+    """Where the CRF runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Normalization(str, Enum):
+    """How the pairwise kernels are normalised."""
+
+    symmetric = "symmetric"
+    before = "before"
+    after = "after"
+    none = "none"
+
+
+_error = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def complain(kind: str, text: str) -> None:
+    """Prints one line to standard error, the kind of trouble in colour where there are colours."""
+    style = "bold red" if kind == "Error" else "yellow"
+    _error.print(f"[{style}]{kind}:[/{style}]", end=" ")
+    _error.print(text, markup=False)
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a :class:`PictureError` into one line on standard error and exit code 1."""
+    try:
+        with warnings.catch_warnings():
+            # Photographs of 90 megapixels are what people have; a bomb (180) is still refused.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    except PictureError as error:
+        complain("Error", str(error))
+        raise typer.Exit(1) from error
+
+
+def _sigma(text: str, option: str) -> Sigma:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(math.isfinite(v) and v > 0 for v in values):
+        raise typer.BadParameter(
+            f"expected a number above 0, or several with commas between, got {text!r}",
+            param_hint=option,
+        )
+    return values[0] if len(values) == 1 else values
+
+
+def _weight(value: float, option: str) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}", param_hint=option)
+    return value
+
+
+def _probability(value: float, option: str) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(
+            f"expected a number strictly between 0 and 1, got {value}", param_hint=option
+        )
+    return value
+
+
+_CRF_PANEL = "The CRF"
+_LABEL_PANEL = "What the labels mean"
+
+
+def refine(
+    image: Annotated[
+        Path, typer.Argument(exists=True, help="A photograph, or a folder of photographs.")
+    ],
+    labels: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            help="Its labels: a palette, colour or greyscale picture, or .npy/.npz of "
+            "probabilities (C, H, W) or labels (H, W). Or a folder with a file of the same name, "
+            "but for the ending, for each photograph.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The refined labels, in the same palette: .png, .tif, or .npy for probabilities. "
+            "With folders: a folder.",
+        ),
+    ],
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Also write image, before and after side by side: a picture or folder."),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto: CUDA where it can be used.")] = Device.auto,
+    unknown: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INDEX|COLOUR|none",
+            help="What marks unlabelled pixels; may be repeated. Default: black in colour labels, "
+            "255 or black in palette labels (in PASCAL VOC's palette black is a class), 255 in "
+            "greyscale ones.",
+            rich_help_panel=_LABEL_PANEL,
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of classes. Default: those that the labels use.",
+            rich_help_panel=_LABEL_PANEL,
+        ),
+    ] = None,
+    gt_prob: Annotated[
+        float,
+        typer.Option(
+            help="How far a label is trusted, between 0 and 1.", rich_help_panel=_LABEL_PANEL
+        ),
+    ] = 0.7,
+    iterations: Annotated[
+        int, typer.Option(min=0, help="Mean-field iterations.", rich_help_panel=_CRF_PANEL)
+    ] = 10,
+    sxy_gaussian: Annotated[
+        str,
+        typer.Option(
+            metavar="SIGMA",
+            help="Reach of the smoothing kernel in pixels: one number, or x,y.",
+            rich_help_panel=_CRF_PANEL,
+        ),
+    ] = "3",
+    compat_gaussian: Annotated[
+        float, typer.Option(help="Weight of the smoothing kernel.", rich_help_panel=_CRF_PANEL)
+    ] = 3.0,
+    sxy_bilateral: Annotated[
+        str,
+        typer.Option(
+            metavar="SIGMA",
+            help="Reach of the colour kernel in pixels: one number, or x,y.",
+            rich_help_panel=_CRF_PANEL,
+        ),
+    ] = "80",
+    srgb: Annotated[
+        str,
+        typer.Option(
+            metavar="SIGMA",
+            help="Reach of the colour kernel in intensities: one number, or one a channel. "
+            "Pictures of any bit depth are on the scale 0 to 255; floating-point images keep "
+            "their own.",
+            rich_help_panel=_CRF_PANEL,
+        ),
+    ] = "13",
+    compat_bilateral: Annotated[
+        float, typer.Option(help="Weight of the colour kernel.", rich_help_panel=_CRF_PANEL)
+    ] = 10.0,
+    normalization: Annotated[
+        Normalization,
+        typer.Option(help="Normalisation of both kernels.", rich_help_panel=_CRF_PANEL),
+    ] = Normalization.symmetric,
+) -> None:
+    """Refine rough labels of a photograph with a dense CRF.
+
+    Exit codes: 0, all refined; 1, a file failed; 2, the command was not understood.
+    """
+    options = Options(
+        iterations=iterations,
+        sxy_gaussian=_sigma(sxy_gaussian, "--sxy-gaussian"),
+        compat_gaussian=_weight(compat_gaussian, "--compat-gaussian"),
+        sxy_bilateral=_sigma(sxy_bilateral, "--sxy-bilateral"),
+        srgb=_sigma(srgb, "--srgb"),
+        compat_bilateral=_weight(compat_bilateral, "--compat-bilateral"),
+        normalization=normalization.value,
+        gt_prob=_probability(gt_prob, "--gt-prob"),
+        meaning=Meaning(tuple(unknown or ("auto",)), num_classes, alone=not labels.is_dir()),
+    )
+    if image.is_dir() != labels.is_dir():
+        raise typer.BadParameter("expected two files or two folders, got one of each")
+    with one_line_errors():
+        options = replace(options, device=find_device(device.value))
+        if image.is_dir():
+            _refine_folders(image, labels, out, overlay, options)
+        else:
+            _refine_one(image, labels, out, overlay, options)
+
+
+def _refine_one(
+    image: Path, labels: Path, out: Path, overlay: Path | None, options: Options
+) -> None:
+    _check_outputs(out, overlay, inputs=(image, labels))
+    photograph, before = load(image, labels, options)
+    if before.kind == "colour" and out.suffix.lower() == ".npy":
+        raise PictureError(
+            f"-o {out}: probabilities need an order of classes, which colours do not have; write a "
+            "picture, or give the labels as indices"
+        )
+    if said := doubt(image, photograph, options):
+        complain("Warning", said)
+    done = refine_labels(photograph, before, options)
+    write_refined(done, image, out, overlay)
+    width, height = done.before.size
+    typer.echo(
+        f"{image.name}: {width}x{height}, {len(done.before.keys)} classes, "
+        f"unknown: {done.before.unknown}"
+    )
+    typer.echo(
+        f"filled {done.filled} unknown pixels, changed {done.changed} labelled ones "
+        f"({done.changed / max(done.after.size - done.filled, 1):.2%}); "
+        f"CRF {done.seconds:.3g} s on {options.device}"
+    )
+    typer.echo(f"wrote {out}" + (f" and {overlay}" if overlay else ""))
+
+
+def _check_outputs(out: Path, overlay: Path | None, inputs: tuple[Path, ...]) -> None:
+    if out.suffix.lower() not in (*LABEL_OUTPUTS, ".npy"):
+        raise typer.BadParameter(
+            f"expected a file that ends in {', '.join(LABEL_OUTPUTS)} (formats that keep labels "
+            f"exactly) or .npy, got {out}",
+            param_hint="-o",
+        )
+    if overlay is not None:
+        name = Image.registered_extensions().get(overlay.suffix.lower())
+        if name not in Image.SAVE:
+            raise typer.BadParameter(
+                f"expected a picture such as overlay.png or overlay.jpg, got {overlay}",
+                param_hint="--overlay",
+            )
+        if overlay.resolve() == out.resolve():
+            raise typer.BadParameter("expected another file than -o's", param_hint="--overlay")
+    for option, path in (("-o", out), ("--overlay", overlay)):
+        if path is None:
+            continue
+        if path.resolve() in [given.resolve() for given in inputs]:
+            raise typer.BadParameter(f"{path} is an input and would be lost", param_hint=option)
+        check_writable(path, option)
+
+
+def _refine_folders(
+    images: Path, labels: Path, out: Path, overlay: Path | None, options: Options
+) -> None:
+    if images.resolve() == labels.resolve():
+        raise typer.BadParameter("expected two folders, got the same one twice")
+    for option, folder in (("-o", out), ("--overlay", overlay)):
+        if folder is None:
+            continue
+        if folder.resolve() in (images.resolve(), labels.resolve()):
+            raise typer.BadParameter(f"{folder} holds the inputs", param_hint=option)
+        make_folder(folder, option)
+    if overlay is not None and overlay.resolve() == out.resolve():
+        raise typer.BadParameter("expected another folder than -o's", param_hint="--overlay")
+
+    pairs = pair_files(images, labels)
+    for failure in pairs.failed.values():
+        complain("Error", failure)
+    if not pairs.jobs:
+        raise PictureError(
+            f"no photograph in {images} has usable labels of the same name, but for the ending, in "
+            f"{labels}"
+        )
+    progress = Progress(
+        TextColumn("refining"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=_error,
+        disable=not _error.is_terminal,
+    )
+    totals = Totals()
+    started = time.perf_counter()
+    with progress:
+        steps = refine_pairs(pairs.jobs, out, overlay, options, complain, totals)
+        for _ in progress.track(steps, total=len(pairs.jobs)):
+            pass
+    seconds = time.perf_counter() - started
+    totals.failed.update(pairs.failed)
+    _summarise(pairs, totals, seconds, out, overlay, options.device)
+    if totals.failed:
+        raise typer.Exit(1)
+
+
+def _summarise(
+    pairs: Pairs, totals: Totals, seconds: float, out: Path, overlay: Path | None, device: str
+) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_row("refined", f"{totals.refined}")
+    if totals.failed:
+        table.add_row("failed", f"{len(totals.failed)}: " + _some(list(totals.failed)))
+    if pairs.unlabelled:
+        table.add_row(
+            "no labels", f"{len(pairs.unlabelled)} photographs: " + _some(pairs.unlabelled)
+        )
+    if totals.refined:
+        labelled = max(totals.pixels - totals.filled, 1)
+        table.add_row("filled", f"{totals.filled / totals.pixels:.2%} of the pixels, were unknown")
+        table.add_row("changed", f"{totals.changed / labelled:.2%} of the labelled pixels")
+        table.add_row("time", f"{seconds:.3g} s; CRF {totals.crf_seconds:.3g} s on {device}")
+        table.add_row("wrote", f"{out}" + (f" and {overlay}" if overlay else ""))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown}, ..."

@@ -1,0 +1,404 @@
+"""Label maps: every way to keep them, what counts as unknown, and writing them back."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from segkernels.images import PictureError
+from segkernels.label_maps import Meaning, distinct_colours, read_labels, write_labels
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+
+
+def colour_map(path, rows, mode="RGB"):
+    Image.fromarray(np.array(rows, np.uint8)).convert(mode).save(path)
+    return path
+
+
+def palette_map(path, rows, palette, **options):
+    picture = Image.fromarray(np.array(rows, np.uint8))
+    picture.putpalette(palette)
+    picture.save(path, **options)
+    return path
+
+
+def grey_map(path, rows, dtype=np.uint8):
+    Image.fromarray(np.array(rows, dtype)).save(path)
+    return path
+
+
+def array_map(path, values, dtype=None):
+    np.save(path, np.array(values, dtype))
+    return path
+
+
+def error(path, **meaning):
+    with pytest.raises(PictureError) as caught:
+        read_labels(path, Meaning(**meaning))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- colour pictures
+
+
+def test_colours_are_classes_and_black_is_unknown(tmp_path):
+    path = colour_map(tmp_path / "a.png", [[RED, GREEN, BLACK], [BLUE, RED, BLACK]])
+    labels = read_labels(path)
+    assert labels.kind == "colour"
+    assert labels.keys == (BLUE, GREEN, RED)
+    assert labels.positions.tolist() == [[2, 1, -1], [0, 2, -1]]
+    assert labels.num_classes == 3
+    assert labels.unknown == "black"
+    assert labels.size == (3, 2)
+
+
+def test_a_mask_of_two_colours_has_two_classes(tmp_path):
+    path = colour_map(tmp_path / "a.png", [[WHITE, BLACK]])
+    labels = read_labels(path)
+    assert labels.keys == (BLACK, WHITE)
+    assert labels.unknown == "none (black is one of just two values, so a class)"
+    assert "just one class beside black" in error(path, alone=False)
+    assert "pass --unknown none" in error(path, alone=False)
+    assert read_labels(path, Meaning(("none",), alone=False)).keys == (BLACK, WHITE)
+    assert read_labels(path, Meaning(("black",))).keys == (WHITE,)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "keys", "words"),
+    [
+        (("none",), (BLACK, BLUE, RED), "none"),
+        (("red",), (BLACK, BLUE), "#ff0000"),
+        (("#0000ff",), (BLACK, RED), "#0000ff"),
+        (("black", "blue"), (RED,), "black, #0000ff"),
+        (("rgb(1,2,3)",), (BLACK, BLUE, RED), "none"),
+    ],
+)
+def test_colours_that_are_said_to_be_unknown(tmp_path, unknown, keys, words):
+    labels = read_labels(colour_map(tmp_path / "a.png", [[RED, BLUE, BLACK]]), Meaning(unknown))
+    assert labels.keys == keys
+    assert labels.unknown == words
+
+
+def test_more_colours_than_classes(tmp_path):
+    path = colour_map(tmp_path / "a.png", [[RED, GREEN, BLUE, BLACK]])
+    assert read_labels(path, Meaning(num_classes=3)).num_classes == 3
+    assert read_labels(path, Meaning(num_classes=5)).num_classes == 5
+    text = "expected at most 2 colours for the 2 classes given, got 3"
+    assert text in error(path, num_classes=2)
+    assert "for the 3 classes given, got 4" in error(path, num_classes=3, unknown=("none",))
+    assert "for the 1 classes given, got 3" in error(path, num_classes=1)
+
+
+def test_a_jpeg_is_caught(tmp_path):
+    rows = np.zeros((32, 32, 3), np.uint8)
+    rows[8:20, 5:25], rows[20:, :9] = RED, (40, 160, 90)
+    Image.fromarray(rows).save(tmp_path / "a.jpg")
+    assert "JPEG is lossy" in error(tmp_path / "a.jpg")
+    assert "save the labels as PNG" in error(tmp_path / "a.jpg")
+    assert "expected at most 2 colours" in error(tmp_path / "a.jpg", num_classes=2)
+
+
+def test_a_jpeg_saved_again_as_png_is_caught(tmp_path):
+    rows = np.zeros((160, 160, 3), np.uint8)
+    rows[50:120, 30:150] = RED
+    Image.fromarray(rows).save(tmp_path / "a.jpg", quality=90)
+    Image.open(tmp_path / "a.jpg").save(tmp_path / "a.png")
+    text = error(tmp_path / "a.png")
+    assert "expected a few colours, one a class, got" in text
+    assert "half of them on less than 1%" in text
+
+
+def test_a_photograph_is_caught(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    number = len(np.unique(noise.reshape(-1, 3), axis=0))
+    assert f"got {number} colours: a photograph" in error(tmp_path / "a.png")
+    assert f"got {number}" in error(tmp_path / "a.png", num_classes=8)
+
+
+def test_many_classes_are_not_noise(tmp_path):
+    rows = np.repeat(distinct_colours(range(150))[None], 40, axis=0)
+    labels = read_labels(colour_map(tmp_path / "a.png", rows))
+    assert labels.num_classes == len(np.unique(rows[0], axis=0))
+
+
+def test_more_than_256_colours_with_num_classes(tmp_path):
+    rows = np.arange(300 * 3).reshape(1, 300, 3) // 3 % 256
+    rows[0, :, 1] = np.arange(300) // 256
+    path = colour_map(tmp_path / "a.png", rows)
+    assert "got 300 colours" in error(path)
+    labels = read_labels(path, Meaning(("none",), num_classes=300))
+    write_labels(tmp_path / "b.png", labels.positions, labels)
+    assert np.array_equal(np.array(Image.open(tmp_path / "b.png")), rows)
+
+
+def test_transparent_pixels_are_unknown(tmp_path):
+    rows = [[(*RED, 255), (*BLUE, 128), (*WHITE, 127), (0, 0, 0, 0)]]
+    labels = read_labels(colour_map(tmp_path / "a.png", rows, "RGBA"))
+    assert labels.keys == (BLUE, RED)
+    assert labels.positions.tolist() == [[1, 0, -1, -1]]
+    write_labels(tmp_path / "b.png", np.array([[1, 0, 0, 1]]), labels)
+    written = Image.open(tmp_path / "b.png")
+    assert written.mode == "RGBA"
+    expected = [[(*RED, 255), (*BLUE, 255), (*BLUE, 255), (*RED, 255)]]
+    assert np.array_equal(np.array(written), expected)
+    empty = colour_map(tmp_path / "c.png", [[(9, 9, 9, 0)]], "RGBA")
+    assert "got transparent ones only" in error(empty)
+
+
+def test_unknown_index_for_colours(tmp_path):
+    path = colour_map(tmp_path / "a.png", [[RED, BLUE, BLACK]])
+    assert "--unknown takes a colour, such as black or #000000" in error(path, unknown=("0",))
+    assert "or a colour (black, #000000), got 'blakc'" in error(path, unknown=("blakc",))
+
+
+def test_nothing_is_labelled(tmp_path):
+    path = colour_map(tmp_path / "a.png", [[BLACK, BLACK]])
+    assert "expected labelled pixels, got unknown ones only (black)" in error(path)
+
+
+# --- palette pictures
+
+
+def test_palette_indices_are_classes(tmp_path):
+    path = palette_map(tmp_path / "a.png", [[1, 3], [2, 1]], [9, 9, 9, *RED, *BLACK, *GREEN])
+    labels = read_labels(path)
+    assert labels.kind == "palette"
+    assert labels.keys == (1, 3)
+    assert labels.positions.tolist() == [[0, 1], [-1, 0]]
+    assert labels.colours.tolist() == [list(RED), list(GREEN)]
+    assert labels.unknown == "index 2 (black)"
+
+
+def test_pascal_voc(tmp_path):
+    palette = VOC + [0] * (255 * 3 - len(VOC)) + [224, 224, 192]
+    plain = read_labels(palette_map(tmp_path / "a.png", [[0, 1, 3]], palette))
+    assert plain.keys == (0, 1, 3)
+    assert plain.unknown == "none"
+    void = read_labels(palette_map(tmp_path / "b.png", [[0, 1, 255]], palette))
+    assert void.keys == (0, 1)
+    assert void.unknown == "index 255 (#e0e0c0)"
+
+
+@pytest.mark.parametrize(
+    ("unknown", "keys"),
+    [
+        (("none",), (0, 1, 2)),
+        (("1",), (0, 2)),
+        (("#008000",), (0, 1)),
+        (("green",), (0, 1)),
+        (("0", "2"), (1,)),
+        (("77",), (0, 1, 2)),
+    ],
+)
+def test_palette_unknown(tmp_path, unknown, keys):
+    labels = read_labels(palette_map(tmp_path / "a.png", [[0, 1, 2]], VOC), Meaning(unknown))
+    assert labels.keys == keys
+
+
+def test_palette_num_classes(tmp_path):
+    path = palette_map(tmp_path / "a.png", [[0, 2, 5]], VOC + [64, 0, 0, 192, 0, 0])
+    labels = read_labels(path, Meaning(num_classes=6))
+    assert labels.keys == (0, 1, 2, 3, 4, 5)
+    assert labels.positions.tolist() == [[0, 2, 5]]
+    assert "expected indices in [0, 5) for the 5 classes given, got 5" in error(path, num_classes=5)
+    assert "got 2 and 1 more" in error(path, num_classes=2)
+    without = read_labels(path, Meaning(("0",), num_classes=6))
+    assert without.keys == (1, 2, 3, 4, 5)
+    assert without.positions.tolist() == [[-1, 1, 4]]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_palette_round_trip(tmp_path, suffix):
+    rng = np.random.default_rng(1)
+    palette = rng.integers(0, 255, 768).tolist()
+    path = palette_map(tmp_path / f"a{suffix}", rng.integers(3, 200, (9, 11)), palette)
+    labels = read_labels(path)
+    assert labels.unknown == "none"
+    write_labels(tmp_path / f"b{suffix}", labels.positions, labels)
+    before, after = Image.open(path), Image.open(tmp_path / f"b{suffix}")
+    assert after.mode == "P"
+    assert np.array_equal(np.array(after), np.array(before))
+    used = 3 * (int(np.array(before).max()) + 1)
+    assert after.getpalette()[:used] == palette[:used]
+
+
+def test_palette_transparency_is_kept(tmp_path):
+    path = palette_map(tmp_path / "a.png", [[0, 1, 2]], VOC, transparency=0)
+    labels = read_labels(path)
+    assert labels.keys == (0, 1, 2)
+    write_labels(tmp_path / "b.png", labels.positions, labels)
+    assert Image.open(tmp_path / "b.png").info["transparency"] == 0
+
+
+# --- greyscale pictures
+
+
+def test_grey_values_are_classes(tmp_path):
+    labels = read_labels(grey_map(tmp_path / "a.png", [[0, 7], [255, 11]]))
+    assert labels.kind == "index"
+    assert labels.keys == (0, 7, 11)
+    assert labels.positions.tolist() == [[0, 1], [-1, 2]]
+    assert labels.unknown == "index 255"
+
+
+def test_a_grey_mask_has_two_classes(tmp_path):
+    path = grey_map(tmp_path / "a.png", [[0, 255]])
+    assert read_labels(path).keys == (0, 255)
+    assert "just one class beside index 255" in error(path, alone=False)
+
+
+def test_grey_unknown_is_an_index(tmp_path):
+    path = grey_map(tmp_path / "a.png", [[0, 11, 3]])
+    assert read_labels(path, Meaning(("11",))).keys == (0, 3)
+    assert "--unknown takes an index for labels without colours" in error(path, unknown=("black",))
+
+
+def test_grey_noise_is_caught(tmp_path):
+    values = np.zeros((100, 100), np.uint8)
+    values[0, :80] = np.arange(80)
+    text = error(grey_map(tmp_path / "a.png", values))
+    assert "expected a few values, one a class, got 80 values, half of them on less than" in text
+    assert read_labels(tmp_path / "a.png", Meaning(num_classes=80)).num_classes == 80
+
+
+def test_sixteen_bit_round_trip(tmp_path):
+    path = grey_map(tmp_path / "a.png", [[0, 1000], [65535, 40000]], np.uint16)
+    labels = read_labels(path)
+    assert labels.keys == (0, 1000, 40000)
+    assert labels.unknown == "index 65535"
+    write_labels(tmp_path / "b.png", np.array([[2, 1], [0, 2]]), labels)
+    written = np.array(Image.open(tmp_path / "b.png"))
+    assert written.dtype == np.uint16
+    assert written.tolist() == [[40000, 1000], [0, 40000]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_grey_round_trip(tmp_path, mode):
+    Image.fromarray(np.array([[0, 255], [255, 0]], np.uint8)).convert(mode).save(tmp_path / "a.png")
+    labels = read_labels(tmp_path / "a.png")
+    write_labels(tmp_path / "b.png", labels.positions, labels)
+    before, after = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "b.png")
+    assert after.mode == mode
+    assert np.array_equal(np.array(after), np.array(before))
+
+
+def test_grey_alpha_is_unknown(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    picture.putalpha(Image.fromarray(np.array([[255, 0, 200]], np.uint8)))
+    picture.save(tmp_path / "a.png")
+    assert read_labels(tmp_path / "a.png").positions.tolist() == [[0, -1, 2]]
+
+
+# --- arrays
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.uint32])
+def test_integer_arrays(tmp_path, dtype):
+    labels = read_labels(array_map(tmp_path / "a.npy", [[0, 3], [100, 0]], dtype))
+    assert labels.kind == "index"
+    assert labels.keys == (0, 3, 100)
+    assert labels.mode == "L"
+    write_labels(tmp_path / "b.png", labels.positions, labels)
+    assert np.array(Image.open(tmp_path / "b.png")).tolist() == [[0, 3], [100, 0]]
+
+
+def test_array_unknowns(tmp_path):
+    labels = read_labels(array_map(tmp_path / "a.npy", [[0, -1, 255, 1]]))
+    assert labels.positions.tolist() == [[0, -1, -1, 1]]
+    assert labels.unknown == "index -1, index 255"
+    path = array_map(tmp_path / "b.npy", [[0, -100, 1]])
+    assert "expected indices from 0, got -100" in error(path)
+    assert "pass --unknown -100" in error(path)
+    assert read_labels(path, Meaning(("-100",))).keys == (0, 1)
+
+
+def test_large_indices_in_arrays(tmp_path):
+    labels = read_labels(array_map(tmp_path / "a.npy", [[0, 300]]))
+    write_labels(tmp_path / "b.png", labels.positions, labels)
+    assert np.array(Image.open(tmp_path / "b.png")).tolist() == [[0, 300]]
+    path = array_map(tmp_path / "c.npy", [[0, 70000]])
+    assert "expected indices from 0 to 65535, got values from 0 to 70000" in error(path)
+
+
+def test_boolean_arrays_are_masks(tmp_path):
+    assert read_labels(array_map(tmp_path / "a.npy", [[True, False]])).keys == (0, 1)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_probabilities(tmp_path, dtype):
+    probs = np.array([[[0.75, 0.25]], [[0.25, 0.75]]], dtype)
+    labels = read_labels(array_map(tmp_path / "a.npy", probs))
+    assert labels.kind == "probabilities"
+    assert labels.probs is not None
+    assert labels.probs.dtype == np.float32
+    assert np.array_equal(labels.probs, probs)
+    assert labels.positions.tolist() == [[0, 1]]
+    write_labels(tmp_path / "b.png", labels.positions, labels)
+    assert np.array(Image.open(tmp_path / "b.png")).tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "meaning", "message"),
+    [
+        ([[[0.5, np.nan]]], {}, "expected finite probabilities, got NaN or infinity"),
+        ([[[0.5, np.inf]]], {}, "expected finite probabilities"),
+        ([[[0.5, -0.1]]], {}, "between 0 and 1, got values from -0.1 to 0.5 (logits need"),
+        ([[[0.5, 3.0]]], {}, "between 0 and 1, got values from 0.5 to 3"),
+        ([[0.5, 0.5]], {}, "(C, H, W) or integer labels (H, W), got float64 (1, 2)"),
+        (np.zeros((0, 2, 2)), {}, "got float64 (0, 2, 2)"),
+        (np.zeros((1, 2, 2), int), {}, "got int64 (1, 2, 2)"),
+        ([[1 + 2j]], {}, "got complex128 (1, 1)"),
+        (np.full((2, 1, 1), 0.5), {"num_classes": 3}, "of 3 classes (C, H, W), got shape (2, 1, 1"),
+        (np.full((2, 1, 1), 0.5), {"unknown": ("0",)}, "--unknown cannot name pixels in an array"),
+    ],
+)
+def test_arrays_that_are_no_labels(tmp_path, values, meaning, message):
+    assert message in error(array_map(tmp_path / "a.npy", values), **meaning)
+
+
+def test_what_is_no_label_map(tmp_path):
+    (tmp_path / "a.png").write_text("hello")
+    assert f"LABELS {tmp_path / 'a.png'}: not a picture" in error(tmp_path / "a.png")
+    Image.new("CMYK", (2, 2)).save(tmp_path / "b.tif")
+    assert "got Pillow's mode CMYK" in error(tmp_path / "b.tif")
+    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "c.tif")
+    assert "got Pillow's mode F" in error(tmp_path / "c.tif")
+
+
+@given(st.data())
+def test_any_colour_map_comes_back(tmp_path_factory, data):
+    colours = data.draw(
+        st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=3, max_size=40, unique=True)
+    )
+    height, width = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
+    picks = data.draw(
+        st.lists(st.integers(0, len(colours) - 1), min_size=height * width, max_size=height * width)
+    )
+    rows = np.array(colours, np.uint8)[np.array(picks).reshape(height, width)]
+    folder = tmp_path_factory.mktemp("maps")
+    labels = read_labels(colour_map(folder / "a.png", rows), Meaning(("none",)))
+    write_labels(folder / "b.png", labels.positions, labels)
+    assert np.array_equal(np.array(Image.open(folder / "b.png")), rows)
+
+
+def test_distinct_colours_are_distinct():
+    colours = distinct_colours(range(64)).astype(int)
+    steps = np.abs(colours[:, None] - colours).sum(axis=2)
+    assert steps[~np.eye(64, dtype=bool)].min() > 5
+    assert np.array_equal(distinct_colours([3]), distinct_colours(range(4))[3:])
+
+
+def test_error_names_the_file(tmp_path):
+    path = tmp_path / "some labels [1].png"
+    path.write_text("x")
+    assert re.match(rf"LABELS {re.escape(str(path))}: ", error(path))
