@@ -206,7 +206,7 @@ def test_palette_unknown(tmp_path, unknown, keys):
 
 
 def test_palette_num_classes(tmp_path):
-    path = palette_map(tmp_path / "a.png", [[0, 2, 5]], VOC + [64, 0, 0, 192, 0, 0])
+    path = palette_map(tmp_path / "a.png", [[0, 2, 5]], [*VOC, 64, 0, 0, 192, 0, 0])
     labels = read_labels(path, Meaning(num_classes=6))
     assert labels.keys == (0, 1, 2, 3, 4, 5)
     assert labels.positions.tolist() == [[0, 2, 5]]
