@@ -278,7 +278,7 @@ def test_sixteen_bit_round_trip(tmp_path):
     assert labels.unknown == "index 65535"
     write_labels(tmp_path / "b.png", np.array([[2, 1], [0, 2]]), labels)
     written = np.array(Image.open(tmp_path / "b.png"))
-    assert written.dtype == np.uint16
+    assert written.dtype.itemsize > 1  # uint16, or int32 from older releases of Pillow
     assert written.tolist() == [[40000, 1000], [0, 40000]]
 
 
