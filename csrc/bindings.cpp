@@ -7,14 +7,240 @@
 
 #include <optional>
 #include <sstream>
+#include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "build_config.h"
+#include "common/status.h"
+#include "dense_crf/mean_field.h"
+#include "permutohedral/permutohedral.h"
 
 namespace py = pybind11;
 
 namespace {
+
+using segkernels::BuildBuffers;
+using segkernels::FilterBuffers;
+using segkernels::Grid;
+using segkernels::Lattice;
+using segkernels::MeanField;
+using segkernels::MeanFieldTerm;
+using segkernels::Strided;
+using segkernels::Where;
+
+using Pointer = uintptr_t;
+using WhereTuple = std::tuple<int, Pointer, int>;  // as _native.where() gives it
+
+template <class T = void>
+T* as(Pointer p) {
+  return reinterpret_cast<T*>(p);
+}
+
+Where where_of(const WhereTuple& w) { return {std::get<0>(w), as(std::get<1>(w)), std::get<2>(w)}; }
+
+// A struct's pointer as an integer attribute.
+template <class S, class P>
+void pointer(py::class_<S>& c, const char* name, P* S::* member) {
+  c.def_property(
+      name, [member](const S& s) { return reinterpret_cast<Pointer>(s.*member); },
+      [member](S& s, Pointer p) { s.*member = as<P>(p); });
+}
+
+[[noreturn]] void without_cuda() { throw std::runtime_error("segkernels was built without CUDA"); }
+
+const segkernels::PermutohedralApi& permutohedral(const WhereTuple& w) {
+  if (std::get<0>(w) < 0) return segkernels::permutohedral_cpu();
+#if defined(SK_WITH_CUDA)
+  return segkernels::permutohedral_cuda();
+#else
+  without_cuda();
+#endif
+}
+
+void run_mean_field(const WhereTuple& w, const MeanField& m, bool is_double) {
+  if (std::get<0>(w) < 0) return segkernels::mean_field_cpu(where_of(w), m, is_double);
+#if defined(SK_WITH_CUDA)
+  segkernels::mean_field_cuda(where_of(w), m, is_double);
+#else
+  without_cuda();
+#endif
+}
+
+int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs) {
+#if defined(SK_WITH_CUDA)
+  return segkernels::permutohedral_workspace(entries, tiles, pairs);
+#else
+  (void)entries, (void)tiles, (void)pairs;
+  without_cuda();
+#endif
+}
+
+void bind_permutohedral(py::module_& m) {
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.attr("max_dims") = segkernels::kMaxDims;
+  m.def("record_size", &segkernels::record_size, "int32 words of a point's record");
+
+  py::class_<Grid>(m, "Grid")
+      .def(py::init([](int batch, int height, int width, int tile_height, int tile_width) {
+        return Grid{batch, height, width, tile_height, tile_width};
+      }))
+      .def_readonly("batch", &Grid::batch)
+      .def_property_readonly("tile_points", &segkernels::tile_points)
+      .def_property_readonly("tiles", &segkernels::tile_count)
+      .def_property_readonly("positions", &segkernels::position_count);
+
+  py::class_<Lattice> lattice(m, "Lattice");
+  lattice.def(py::init<>())
+      .def_readwrite("grid", &Lattice::grid)
+      .def_readwrite("dims", &Lattice::dims)
+      .def_readwrite("vertex_bound", &Lattice::vertex_bound)
+      .def_readwrite("pair_bound", &Lattice::pair_bound);
+  pointer(lattice, "weights", &Lattice::weights);
+  pointer(lattice, "local_ids", &Lattice::local_ids);
+  pointer(lattice, "pair_vertex", &Lattice::pair_vertex);
+  pointer(lattice, "tile_start", &Lattice::tile_start);
+  pointer(lattice, "vertex_start", &Lattice::vertex_start);
+  pointer(lattice, "vertex_pairs", &Lattice::vertex_pairs);
+  pointer(lattice, "neighbours", &Lattice::neighbours);
+  pointer(lattice, "counts", &Lattice::counts);
+  pointer(lattice, "order", &Lattice::order);
+  pointer(lattice, "pair_start", &Lattice::pair_start);
+
+  py::class_<BuildBuffers> build(m, "BuildBuffers");
+  build.def(py::init<>())
+      .def_readwrite("capacity", &BuildBuffers::capacity)
+      .def_readwrite("tile_capacity", &BuildBuffers::tile_capacity)
+      .def_readwrite("temporary_bytes", &BuildBuffers::temporary_bytes);
+  pointer(build, "features", &BuildBuffers::features);
+  pointer(build, "records", &BuildBuffers::records);
+  pointer(build, "slots", &BuildBuffers::slots);
+  pointer(build, "slot_of", &BuildBuffers::slot_of);
+  pointer(build, "vertex_of_slot", &BuildBuffers::vertex_of_slot);
+  pointer(build, "rank_of", &BuildBuffers::rank_of);
+  pointer(build, "first_entry", &BuildBuffers::first_entry);
+  pointer(build, "tile_slots", &BuildBuffers::tile_slots);
+  pointer(build, "tile_keys", &BuildBuffers::tile_keys);
+  pointer(build, "image_start", &BuildBuffers::image_start);
+  pointer(build, "temporary", &BuildBuffers::temporary);
+  pointer(build, "sort_keys", &BuildBuffers::sort_keys);
+  pointer(build, "sort_values", &BuildBuffers::sort_values);
+  pointer(build, "status", &BuildBuffers::status);
+
+  m.def("lattice_workspace", &permutohedral_workspace);
+  m.def(
+      "lattice_embed",
+      [](const WhereTuple& w, const Lattice& l, const BuildBuffers& b, bool is_double) {
+        permutohedral(w).embed(where_of(w), l, b, is_double);
+      },
+      Release());
+  m.def(
+      "lattice_tiles",
+      [](const WhereTuple& w, const Lattice& l, const BuildBuffers& b) {
+        permutohedral(w).tiles(where_of(w), l, b);
+      },
+      Release());
+  m.def(
+      "lattice_link",
+      [](const WhereTuple& w, const Lattice& l, const BuildBuffers& b) {
+        permutohedral(w).link(where_of(w), l, b);
+      },
+      Release());
+  m.def(
+      "lattice_embed_grad",
+      [](const WhereTuple& w, const Lattice& l, Pointer features, Pointer grad_weights,
+         Pointer grad_features, bool is_double) {
+        permutohedral(w).embed_grad(where_of(w), l, as(features), as(grad_weights),
+                                    as(grad_features), is_double);
+      },
+      Release());
+  m.def(
+      "rows_pack",
+      [](const WhereTuple& w, const Grid& grid, Pointer source, int64_t batch, int64_t channel,
+         int64_t point, Pointer rows, int channels, int width, int kind, Pointer status,
+         bool is_double) {
+        permutohedral(w).pack(where_of(w), grid, Strided{as(source), batch, channel, point},
+                              as(rows), channels, width, segkernels::RowKind(kind),
+                              as<int32_t>(status), is_double);
+      },
+      Release());
+  m.def(
+      "rows_unpack",
+      [](const WhereTuple& w, const Grid& grid, Pointer rows, Pointer target, int64_t batch,
+         int64_t channel, int64_t point, int channels, int width, bool is_double) {
+        permutohedral(w).unpack(where_of(w), grid, as(rows),
+                                Strided{as(target), batch, channel, point}, channels, width,
+                                is_double);
+      },
+      Release());
+  m.def(
+      "lattice_splat",
+      [](const WhereTuple& w, const Lattice& l, Pointer rows, Pointer scale_in, Pointer pairs,
+         Pointer vertices, Pointer scratch, int width, bool reverse, bool is_double) {
+        const FilterBuffers b{as(rows),    as(scale_in), as(pairs), as(vertices),
+                              as(scratch), width,        reverse};
+        permutohedral(w).splat(where_of(w), l, b, is_double);
+      },
+      Release());
+  m.def(
+      "lattice_slice",
+      [](const WhereTuple& w, const Lattice& l, Pointer vertices, Pointer scale, Pointer rows,
+         int width, bool is_double) {
+        permutohedral(w).slice(where_of(w), l, as(vertices), as(scale), as(rows), width, is_double);
+      },
+      Release());
+  m.def(
+      "lattice_weights_grad",
+      [](const WhereTuple& w, const Lattice& l, Pointer x, Pointer g, Pointer vertices,
+         Pointer grad_vertices, Pointer grad_weights, int width, bool is_double) {
+        permutohedral(w).weights_grad(where_of(w), l, as(x), as(g), as(vertices), as(grad_vertices),
+                                      as(grad_weights), width, is_double);
+      },
+      Release());
+  m.def(
+      "rows_invert_norm",
+      [](const WhereTuple& w, int64_t positions, Pointer norm, Pointer out, bool root,
+         bool is_double) {
+        permutohedral(w).invert_norm(where_of(w), positions, as(norm), as(out), root, is_double);
+      },
+      Release());
+}
+
+void bind_dense_crf(py::module_& m) {
+  m.attr("max_terms") = segkernels::kMaxTerms;
+
+  py::class_<MeanFieldTerm> term(m, "MeanFieldTerm");
+  term.def(py::init<>())
+      .def_readwrite("lattice", &MeanFieldTerm::lattice)
+      .def_readwrite("compat_is_matrix", &MeanFieldTerm::compat_is_matrix);
+  pointer(term, "scale_in", &MeanFieldTerm::scale_in);
+  pointer(term, "scale_out", &MeanFieldTerm::scale_out);
+  pointer(term, "compat", &MeanFieldTerm::compat);
+  pointer(term, "pairs", &MeanFieldTerm::pairs);
+  pointer(term, "vertices", &MeanFieldTerm::vertices);
+  pointer(term, "scratch", &MeanFieldTerm::scratch);
+
+  py::class_<MeanField> field(m, "MeanField");
+  field.def(py::init<>())
+      .def_readwrite("grid", &MeanField::grid)
+      .def_readwrite("channels", &MeanField::channels)
+      .def_readwrite("width", &MeanField::width)
+      .def_readwrite("iterations", &MeanField::iterations)
+      .def_readwrite("log", &MeanField::log)
+      .def("set_terms", [](MeanField& f, const std::vector<MeanFieldTerm>& terms) {
+        if (terms.size() > segkernels::kMaxTerms)
+          throw std::runtime_error("too many pairwise terms");
+        f.term_count = int32_t(terms.size());
+        for (size_t i = 0; i < terms.size(); ++i) f.terms[i] = terms[i];
+      });
+  pointer(field, "energy", &MeanField::energy);
+  pointer(field, "rows", &MeanField::rows);
+  pointer(field, "scratch", &MeanField::scratch);
+  pointer(field, "status", &MeanField::status);
+
+  m.def("mean_field", &run_mean_field, py::call_guard<py::gil_scoped_release>());
+}
 
 std::vector<std::string> words(const std::string& text) {
   std::istringstream stream(text);
@@ -49,4 +275,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native code of segkernels. Call the Python package, which checks arguments.";
   m.def("build_info", &build_info, "What this module was built with.");
+  m.attr("status_codes") = int(segkernels::kStatusCodes);
+  bind_permutohedral(m);
+  bind_dense_crf(m);
 }

@@ -21,7 +21,7 @@ _MESSAGES = (
     "max_vertices: the lattice has more vertices than that; raise it or leave it out",
     "probs, logits or unary: expected finite numbers, got NaN or infinity",
     "probs: expected values from 0 to 1, got some outside",
-    "target: expected labels from 0 to num_classes - 1 or ignore_index, got some outside",
+    "labels or target: expected 0 to num_classes - 1 or ignore_index, got some outside",
     "indices: expected indices inside the output plane, got some outside",
     "codes: expected codes inside the pooling window, got some outside",
 )

@@ -15,6 +15,7 @@ from segkernels import _native, _status
 from segkernels.images import PictureError, read_image, save_picture, write_atomically
 from segkernels.label_maps import LabelMap, Meaning, read_labels, write_labels
 from segkernels.labels import probs_from_labels
+from segkernels.ops.permutohedral.lattice import Normalization
 from segkernels.overlay import side_by_side
 
 __all__ = ["Options", "Refined", "doubt", "find_device", "load", "refine_labels", "write_refined"]
@@ -33,7 +34,7 @@ class Options:
     sxy_bilateral: Sigma = 80.0
     srgb: Sigma = 13.0
     compat_bilateral: float = 10.0
-    normalization: str = "symmetric"
+    normalization: Normalization = "symmetric"
     gt_prob: float = 0.7
     meaning: Meaning = field(default_factory=Meaning)
 

@@ -1,5 +1,5 @@
-// The two 64-bit atomics that the hash table needs, for both compilers. Relaxed order is enough: what a
-// slot refers to was written by an earlier launch (CUDA) or an earlier parallel loop (CPU).
+// The two 64-bit atomics that the hash table needs, for both compilers. Relaxed order is enough:
+// what a slot refers to was written by an earlier launch (CUDA) or an earlier parallel loop (CPU).
 #pragma once
 
 #include "common/hd.h"

@@ -1,5 +1,5 @@
-// CUDA launch hygiene: the tensor's device is current while a native function runs, and every launch is
-// checked and named.
+// CUDA launch hygiene: the tensor's device is current while a native function runs, and every
+// launch is checked and named.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,7 +20,9 @@ inline void check_cuda(cudaError_t error, const char* what) {
 
 inline void check_launch(const char* name) { check_cuda(cudaGetLastError(), name); }
 
-inline cudaStream_t stream_of(const Where& where) { return static_cast<cudaStream_t>(where.stream); }
+inline cudaStream_t stream_of(const Where& where) {
+  return static_cast<cudaStream_t>(where.stream);
+}
 
 class DeviceGuard {
  public:

@@ -1,8 +1,9 @@
-// SK_HD marks arithmetic that the CPU loops and the CUDA kernels share. SK_NS names a namespace of the
-// compiler (and instruction set) at work, so that one template compiled twice is two symbols, not one
-// that the linker picks.
+// SK_HD marks arithmetic that the CPU loops and the CUDA kernels share. SK_NS names a namespace of
+// the compiler (and instruction set) at work, so that one template compiled twice is two symbols,
+// not one that the linker picks.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 #if defined(__CUDACC__)

@@ -1,65 +1,127 @@
-// exp and log for the CPU's SIMD loops: float ones that a compiler vectorises (about 1 ulp from exact; the range reduction and
-// polynomials are the classical minimax ones of Cody and Waite), double ones from the library.
+// exp and log for the CPU's SIMD loops: for float, on scalars and vectors of them, about 1 ulp from
+// exact (range reduction and minimax polynomials after Cody and Waite, as in Moshier's Cephes); for
+// double, the library's, lane by lane.
 #pragma once
 
-#include <math.h>
 #include <string.h>
 
-#include "common/hd.h"
+#include "common/vec.h"
 
 namespace segkernels {
 inline namespace SK_NS {
 
-SK_HD float from_bits(int32_t bits) {
-  float f;
-  memcpy(&f, &bits, sizeof f);
-  return f;
+template <class To, class From>
+SK_HD To bits_of(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bits_of keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-SK_HD int32_t to_bits(float f) {
-  int32_t bits;
-  memcpy(&bits, &f, sizeof bits);
-  return bits;
+// V and I: float and int32_t, or vectors of as many lanes.
+template <class V, class I>
+struct FloatMath {
+  // For x <= 0, as softmax needs it: 0 below -87. NaN stays NaN.
+  static SK_HD V exp_of(V x) {
+    const V zero = x - x;
+    const V least = zero - 87.0f;
+    const V clamped = x < least ? least : x;
+    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const V shifted = clamped * 1.44269504f + 12582912.0f;
+    const V n = shifted - 12582912.0f;
+    V r = clamped - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const V scale = bits_of<V>((bits_of<I>(shifted) + 127) << 23);
+    return x < least ? zero : p * scale;
+  }
+
+  // For normal x > 0.
+  static SK_HD V log_of(V x) {
+    const int32_t root_half = 0x3F3504F3;
+    const I bits = bits_of<I>(x) - root_half;
+    const I exponent = bits >> 23;
+    // Small integers to float by the same trick.
+    const V e = bits_of<V>(exponent + 0x4B400000) - 12582912.0f;
+    const V m = bits_of<V>((bits & 0x007FFFFF) + root_half) - 1.0f;
+    V p = m * 7.0376836292e-2f - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    p = p * m * m * m - 2.12194440e-4f * e - 0.5f * m * m;
+    return m + p + 0.693359375f * e;
+  }
+};
+
+template <class V>
+struct MathOf {  // lanes of double
+  static SK_HD V exp_of(V x) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(double)); ++i) x[i] = exp(x[i]);
+    return x;
+  }
+  static SK_HD V log_of(V x) {
+    for (int i = 0; i < int(sizeof(V) / sizeof(double)); ++i) x[i] = log(x[i]);
+    return x;
+  }
+};
+template <>
+struct MathOf<double> {
+  static SK_HD double exp_of(double x) { return exp(x); }
+  static SK_HD double log_of(double x) { return log(x); }
+};
+template <>
+struct MathOf<float> : FloatMath<float, int32_t> {};
+template <>
+struct MathOf<Vec<float, 4>> : FloatMath<Vec<float, 4>, Vec<int32_t, 4>> {};
+template <>
+struct MathOf<Vec<float, 8>> : FloatMath<Vec<float, 8>, Vec<int32_t, 8>> {};
+
+template <class V>
+SK_HD V exp_of(V x) {
+  return MathOf<V>::exp_of(x);
+}
+template <class V>
+SK_HD V log_of(V x) {
+  return MathOf<V>::log_of(x);
 }
 
-// For x <= 0, as softmax needs it; 0 below -87. NaN stays NaN.
-SK_HD float exp_of(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float n = floorf(clamped * 1.44269504f + 0.5f);
-  float r = clamped - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float scaled = p * from_bits((int32_t(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : scaled;
+// Lane i of a vector, or the scalar itself.
+template <class T, class V>
+SK_HD T lane_of(const V& v, int i) {
+  return v[i];
+}
+template <>
+SK_HD float lane_of<float, float>(const float& v, int) {
+  return v;
+}
+template <>
+SK_HD double lane_of<double, double>(const double& v, int) {
+  return v;
 }
 
-SK_HD double exp_of(double x) { return exp(x); }
-
-// For normal x > 0.
-SK_HD float log_of(float x) {
-  const int32_t bits = to_bits(x) - 0x3F3504F3;  // of sqrt(1/2)
-  const float e = float(bits >> 23);
-  const float m = from_bits((bits & 0x007FFFFF) + 0x3F3504F3) - 1.0f;
-  float p = 7.0376836292e-2f;
-  p = p * m - 1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m - 1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m - 1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m - 2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  p = p * m * m * m - 2.12194440e-4f * e - 0.5f * m * m;
-  return m + p + 0.693359375f * e;
+template <class T, class V>
+SK_HD T max_of(const V& v) {
+  T high = lane_of<T>(v, 0);
+  for (int i = 1; i < int(sizeof(V) / sizeof(T)); ++i)
+    high = lane_of<T>(v, i) > high ? lane_of<T>(v, i) : high;
+  return high;
 }
 
-SK_HD double log_of(double x) { return log(x); }
+template <class T, class V>
+SK_HD T sum_of(const V& v) {
+  T sum = lane_of<T>(v, 0);
+  for (int i = 1; i < int(sizeof(V) / sizeof(T)); ++i) sum += lane_of<T>(v, i);
+  return sum;
+}
 
 }  // namespace SK_NS
 }  // namespace segkernels

@@ -1,7 +1,7 @@
-// parallel_for(where, n, functor): functor(i) for i in [0, n) -- a grid-stride launch under nvcc, an OpenMP
-// loop under g++. parallel_rows(where, bound, limit, blocks, functor): functor(row, block) for every row below
-// min(bound, *limit) and every block of channels; `limit` lies in the memory of the device, so that no host need know
-// how many rows there are.
+// parallel_for(where, n, functor): functor(i) for i in [0, n) -- a grid-stride launch under nvcc,
+// an OpenMP loop under g++. parallel_rows(where, bound, limit, blocks, functor): functor(row,
+// block) for every row below min(bound, *limit) and every block of channels; `limit` lies in the
+// memory of the device, so that no host need know how many rows there are.
 #pragma once
 
 #include "common/hd.h"
@@ -63,13 +63,15 @@ inline int lanes_for(int blocks) {
 }
 
 template <class F>
-void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f, const char* name) {
+void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f,
+                   const char* name) {
   if (bound <= 0 || blocks <= 0) return;
   const int lanes = lanes_for(blocks);
   // With the count on the device the bound is loose: no more blocks than keep the device busy.
   int64_t grid = grid_for(bound, kThreads / lanes);
   if (limit != nullptr && grid > 4096) grid = 4096;
-  for_rows_kernel<<<unsigned(grid), kThreads, 0, stream_of(where)>>>(bound, limit, blocks, lanes, f);
+  for_rows_kernel<<<unsigned(grid), kThreads, 0, stream_of(where)>>>(bound, limit, blocks, lanes,
+                                                                     f);
   check_launch(name);
 }
 
@@ -98,7 +100,8 @@ void parallel_tiles(const Where& where, int64_t n, const F& f) {
 }
 
 template <class F>
-void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f, const char* name) {
+void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f,
+                   const char* name) {
   const int64_t rows = row_count(bound, limit);
   const auto row_of = [&](int64_t row) {
     for (int b = 0; b < blocks; ++b) f(row, b);

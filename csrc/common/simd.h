@@ -1,5 +1,5 @@
-// Which copy of the *.simd.cpp files to run: the best instruction set that this machine has, or the one that
-// SEGKERNELS_SIMD names (base, avx2, avx512), read once.
+// Which copy of the *.simd.cpp files to run: the best instruction set that this machine has, or the
+// one that SEGKERNELS_SIMD names (base, avx2, avx512), read once.
 #pragma once
 
 #include <stdlib.h>
@@ -12,9 +12,11 @@ enum class Isa { kBase, kAvx2, kAvx512 };
 inline Isa best_isa() {
 #if defined(SK_HAVE_X86_ISAS)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw");
   const char* wanted = getenv("SEGKERNELS_SIMD");
   if (wanted != nullptr && strcmp(wanted, "base") == 0) return Isa::kBase;
   if (wanted != nullptr && strcmp(wanted, "avx2") == 0) return avx2 ? Isa::kAvx2 : Isa::kBase;

@@ -1,6 +1,7 @@
-// What only the values show (NaN, an index out of range) is told by status words: an int32 per code, in
-// host memory for the CPU and in device memory for CUDA, set to 1 by whoever sees the fault. Plain stores of
-// the same value need no atomics and no synchronisation. segkernels/_status.py turns codes into errors.
+// What only the values show (NaN, an index out of range) is told by status words: an int32 per
+// code, in host memory for the CPU and in device memory for CUDA, set to 1 by whoever sees the
+// fault. Plain stores of the same value need no atomics and no synchronisation.
+// segkernels/_status.py turns codes into errors.
 #pragma once
 
 #include "common/hd.h"

@@ -1,5 +1,5 @@
-// Vec<T, W>: W neighbouring channels of a row, loaded and stored at once. Compiler vectors on the CPU, a
-// 16-byte struct of scalars on the GPU. Both have +, *, and scalar * vector.
+// Vec<T, W>: W neighbouring channels of a row, loaded and stored at once. Compiler vectors on the
+// CPU, a 16-byte struct of scalars on the GPU. Both have +, *, and scalar * vector.
 #pragma once
 
 #include "common/hd.h"
@@ -54,6 +54,7 @@ struct VecOf {
 
 #endif
 
+// One lane is the scalar itself.
 template <class T>
 struct VecOf<T, 1> {
   using type = T;
@@ -62,8 +63,8 @@ struct VecOf<T, 1> {
 template <class T, int W>
 using Vec = typename VecOf<T, W>::type;
 
-// acc + s * a, fused on the GPU (the build forbids contraction, so it is written out); on the CPU the files
-// that use it are compiled with contraction allowed.
+// acc + s * a, fused on the GPU (the build forbids contraction, so it is written out); on the CPU
+// the files that use it are compiled with contraction allowed.
 template <class T>
 SK_HD T mul_add(T s, T a, T acc) {
 #if defined(__CUDA_ARCH__)

@@ -32,3 +32,11 @@ def wants_grad(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
     )
+
+
+def laid_out_like(out: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """`out` in the dtype and layout of `given`, which has its shape; copied only if need be."""
+    like = torch.empty_like(given, device="meta")
+    if out.dtype == like.dtype and out.stride() == like.stride():
+        return out
+    return torch.empty_like(given, requires_grad=False).copy_(out)

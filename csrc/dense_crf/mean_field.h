@@ -1,0 +1,44 @@
+// Mean-field inference in a fully connected CRF (Kraehenbuehl and Koltun 2011, algorithm 1):
+//   Q <- softmax(-U - sum_k mu_k K_k Q),   K_k the normalised lattice filter of term k.
+// The compatibility mu acts on channels and the filter on points, so mu is applied to the few
+// vertices, not the many points.
+#pragma once
+
+#include "common/where.h"
+#include "permutohedral/permutohedral.h"
+
+namespace segkernels {
+
+struct MeanFieldTerm {
+  Lattice lattice;
+  const void* scale_in;   // [positions] or null
+  const void* scale_out;  // [positions] or null
+  const void*
+      compat;  // -mu * alpha: [width] (diagonal) or [width, width] (row: the channel that receives)
+  bool compat_is_matrix;
+  void* pairs;     // [pair_bound, width]
+  void* vertices;  // [vertex_bound, width]
+  void* scratch;   // [vertex_bound, width]
+};
+
+constexpr int kMaxTerms = 8;
+
+struct MeanField {
+  Grid grid;  // of every term's lattice
+  MeanFieldTerm terms[kMaxTerms];
+  int32_t term_count;
+  int32_t channels, width;
+  int32_t iterations;
+  bool log;       // the last pass gives log-probabilities
+  void* energy;   // [positions, width]: minus the energy; padding holds -1e30
+  void* rows;     // [positions, width]: the result; may be `energy` on the CPU
+  void* scratch;  // CPU: [threads, 16, width]
+  int32_t* status;
+};
+
+void mean_field_cpu(const Where&, const MeanField&, bool is_double);
+#if defined(SK_WITH_CUDA)
+void mean_field_cuda(const Where&, const MeanField&, bool is_double);
+#endif
+
+}  // namespace segkernels

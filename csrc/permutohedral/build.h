@@ -1,0 +1,189 @@
+// The steps that build a lattice, as functors for parallel_for: one point, entry or vertex each.
+#pragma once
+
+#include "permutohedral/keys.h"
+#include "permutohedral/simplex.h"
+
+namespace segkernels {
+
+// What the build needs beside the lattice; all in memory that Python owns.
+struct BuildBuffers {
+  const void* features;       // [batch, dims, points] T
+  int32_t* records;           // [positions, record_size]
+  unsigned long long* slots;  // [capacity]
+  uint32_t capacity;
+  uint32_t* slot_of;        // CUDA: [entries]; CPU: [pairs]
+  int32_t* vertex_of_slot;  // [capacity]
+  int32_t* rank_of;         // CUDA: [entries] vertices before each entry
+  uint32_t* first_entry;    // [vertex_bound]
+  uint32_t* tile_slots;     // CPU: [threads, tile_capacity], all zero
+  uint32_t tile_capacity;   // a power of two, at least twice a tile's entries
+  int32_t* tile_keys;       // CPU: [threads, tile entries, dims + 1]
+  int32_t* image_start;     // [batch + 1]: vertices before each image
+  void* temporary;          // CUDA: CUB's workspace
+  int64_t temporary_bytes;
+  int32_t* sort_keys;    // CUDA: [2, pair_bound]
+  int32_t* sort_values;  // CUDA: [pair_bound]
+  int32_t* status;
+};
+
+inline namespace SK_NS {
+
+template <class T, int D>
+Scale<T, D> make_scale() {
+  Scale<T, D> s;
+  for (int i = 0; i < D; ++i) {
+    s.value[i] = T(1.0 / sqrt(double(i + 2) * double(i + 1)) * (sqrt(2.0 / 3.0) * (D + 1)));
+  }
+  return s;
+}
+
+template <int D>
+KeyTable key_table(const Lattice& l, const BuildBuffers& b) {
+  return {b.slots, b.capacity, b.records, tiles_per_image(l.grid) * tile_points(l.grid)};
+}
+
+template <class T, int D>
+SK_HD void load_features(const T* features, int64_t points, const Place& p, T (&out)[D]) {
+  const T* f = features + p.image * points * D + p.point;
+#pragma unroll
+  for (int i = 0; i < D; ++i) out[i] = f[i * points];
+}
+
+// One position: its simplex into a record, its weights.
+template <class T, int D>
+struct Embed {
+  Grid grid;
+  const T* features;
+  Scale<T, D> scale;
+  int32_t* records;
+  T* weights;
+  int32_t* status;
+
+  SK_HD void operator()(int64_t position) const {
+    constexpr int words = record_size(D) - D;
+    int32_t* record = records + position * record_size(D);
+    T* w = weights + position * (D + 1);
+    const Place place = place_of(grid, position);
+    Simplex<T, D> s;
+    bool finite = true;
+    bool valid = false;
+    if (place.point >= 0) {
+      T f[D];
+      load_features<T, D>(features, int64_t(grid.height) * grid.width, place, f);
+      valid = find_simplex<T, D>(f, scale, s, finite);
+      if (!valid) report(status, finite ? kFeaturesTooLarge : kFeaturesNotFinite);
+    }
+    if (!valid) {
+#pragma unroll
+      for (int i = 0; i < D; ++i) record[i] = 0;
+#pragma unroll
+      for (int i = 0; i < words; ++i) record[D + i] = -1;
+#pragma unroll
+      for (int k = 0; k <= D; ++k) w[k] = 0;
+      return;
+    }
+    T b[D + 1];
+    barycentric<T, D>(s, b);
+#pragma unroll
+    for (int k = 0; k <= D; ++k) w[k] = b[k];
+#pragma unroll
+    for (int i = 0; i < D; ++i) record[i] = s.rem[i];
+#pragma unroll
+    for (int word = 0; word < words; ++word) {
+      int32_t packed = 0;
+#pragma unroll
+      for (int i = 0; i < kRanksPerWord; ++i) {
+        if (word * kRanksPerWord + i < D) packed |= s.rank[word * kRanksPerWord + i] << (5 * i);
+      }
+      record[D + word] = packed;
+    }
+  }
+};
+
+// One position: its d+1 keys into the table.
+template <int D>
+struct Insert {
+  Grid grid;
+  KeyTable table;
+  uint32_t* slot_of;
+
+  SK_HD void operator()(int64_t position) const {
+    const int32_t* record = table.records + position * record_size(D);
+    const int32_t image = int32_t(position / table.image_positions);
+    uint32_t* slots = slot_of + position * (D + 1);
+    const bool valid = record_valid<D>(record);
+    for (int k = 0; k <= D; ++k) {
+      const uint32_t entry = uint32_t(position * (D + 1) + k);
+      slots[k] = valid ? insert_key<D>(table, entry, key_of<D>(record, k), image) : kNoSlot;
+    }
+  }
+};
+
+// Whether an entry is the first with its key: vertices are numbered by their first entry.
+struct IsFirst {
+  const unsigned long long* slots;
+  const uint32_t* slot_of;
+
+  SK_HD int32_t operator()(int64_t entry) const {
+    const uint32_t slot = slot_of[entry];
+    return slot != kNoSlot && uint32_t(slots[slot]) == uint32_t(entry);
+  }
+};
+
+// One vertex: its neighbours along every axis. A vertex is the lower neighbour of its upper one.
+template <int D>
+struct Link {
+  Lattice lattice;
+  KeyTable table;
+  const uint32_t* first_entry;
+  const int32_t* vertex_of_slot;
+
+  SK_HD void operator()(int64_t vertex, int axis) const {
+    const uint32_t entry = first_entry[vertex];
+    const uint32_t position = entry / (D + 1);
+    const int32_t image = int32_t(position / uint32_t(table.image_positions));
+    Key<D> key = key_of<D>(table.records + int64_t(position) * record_size(D),
+                           int(entry - position * (D + 1)));
+#pragma unroll
+    for (int i = 0; i < D; ++i) key.coordinate[i] += i == axis ? -D : 1;
+    const uint32_t slot = find_key<D>(table, key, image);
+    const int32_t up = slot == kNoSlot ? -1 : vertex_of_slot[slot];
+    int32_t* row = lattice.neighbours + int64_t(axis) * 2 * lattice.vertex_bound;
+    row[vertex] = up;
+    if (up >= 0) row[lattice.vertex_bound + up] = int32_t(vertex);
+  }
+};
+
+// One position: the gradient of its features from the gradient of its weights, the simplex held
+// fixed.
+template <class T, int D>
+struct EmbedGrad {
+  Grid grid;
+  const T* features;
+  Scale<T, D> scale;
+  const T* grad_weights;
+  T* grad_features;
+
+  SK_HD void operator()(int64_t position) const {
+    const Place place = place_of(grid, position);
+    if (place.point < 0) return;
+    const int64_t points = int64_t(grid.height) * grid.width;
+    T f[D], gw[D + 1], gf[D];
+    load_features<T, D>(features, points, place, f);
+    Simplex<T, D> s;
+    bool finite;
+    const bool valid = find_simplex<T, D>(f, scale, s, finite);
+    if (valid) {
+#pragma unroll
+      for (int k = 0; k <= D; ++k) gw[k] = grad_weights[position * (D + 1) + k];
+      simplex_grad<T, D>(s, scale, gw, gf);
+    }
+    T* out = grad_features + place.image * points * D + place.point;
+#pragma unroll
+    for (int i = 0; i < D; ++i) out[i * points] = valid ? gf[i] : T(0);
+  }
+};
+
+}  // namespace SK_NS
+}  // namespace segkernels

@@ -1,0 +1,110 @@
+// Exact keys in an open-addressing table. A point's record holds the coordinates of its remainder-0
+// vertex and its ranks, from which the key of each of its d+1 vertices follows. A slot holds a
+// 32-bit fingerprint and the entry (point, vertex) that has the key; fingerprints that agree are
+// followed to the records, so that two keys are never taken for one, whatever their range.
+#pragma once
+
+#include "common/atomics.h"
+#include "common/status.h"
+#include "permutohedral/lattice.h"
+
+namespace segkernels {
+
+struct KeyTable {
+  unsigned long long* slots;  // all ones: empty
+  uint32_t capacity;
+  const int32_t* records;  // [positions, record_size(D)]
+  int32_t image_positions;
+};
+
+inline namespace SK_NS {
+
+constexpr Word kEmpty = ~Word(0);
+constexpr int kRanksPerWord = 6;  // 5 bits each
+
+constexpr int record_size(int dims) { return dims + (dims + kRanksPerWord - 1) / kRanksPerWord; }
+
+// The last word of a record is negative where the position has no point that takes part.
+template <int D>
+SK_HD bool record_valid(const int32_t* record) {
+  return record[record_size(D) - 1] >= 0;
+}
+
+template <int D>
+struct Key {
+  int32_t coordinate[D];  // the last one follows: they sum to zero
+};
+
+template <int D>
+SK_HD Key<D> key_of(const int32_t* record, int k) {
+  Key<D> key;
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    const int32_t rank = record[D + i / kRanksPerWord] >> (5 * (i % kRanksPerWord)) & 31;
+    key.coordinate[i] = record[i] + k - (rank > D - k ? D + 1 : 0);
+  }
+  return key;
+}
+
+template <int D>
+SK_HD Word hash_of(const Key<D>& key, int32_t image) {
+  Word h = Word(uint32_t(image)) + 0x9E3779B97F4A7C15ull;
+#pragma unroll
+  for (int i = 0; i < D; ++i) {
+    h = (h ^ Word(uint32_t(key.coordinate[i]))) * 0xD6E8FEB86659FD93ull;
+    h ^= h >> 32;
+  }
+  h *= 0xD6E8FEB86659FD93ull;
+  return h ^ h >> 32;
+}
+
+template <int D>
+SK_HD bool entry_has_key(const KeyTable& t, uint32_t entry, const Key<D>& key, int32_t image) {
+  const uint32_t position = entry / (D + 1);
+  if (int32_t(position / uint32_t(t.image_positions)) != image) return false;
+  const Key<D> other =
+      key_of<D>(t.records + int64_t(position) * record_size(D), int(entry - position * (D + 1)));
+  bool same = true;
+#pragma unroll
+  for (int i = 0; i < D; ++i) same = same && other.coordinate[i] == key.coordinate[i];
+  return same;
+}
+
+SK_HD uint32_t first_slot(const KeyTable& t, Word hash) {
+  return uint32_t((hash & 0xFFFFFFFFull) * t.capacity >> 32);
+}
+
+// The slot of a key, or kNoSlot.
+template <int D>
+SK_HD uint32_t find_key(const KeyTable& t, const Key<D>& key, int32_t image) {
+  const Word hash = hash_of<D>(key, image);
+  uint32_t slot = first_slot(t, hash);
+  for (;;) {
+    const Word seen = atomic_read(t.slots + slot);
+    if (seen == kEmpty) return kNoSlot;
+    if (seen >> 32 == hash >> 32 && entry_has_key<D>(t, uint32_t(seen), key, image)) return slot;
+    slot = slot + 1 == t.capacity ? 0 : slot + 1;
+  }
+}
+
+// Puts an entry's key into the table, which is never full; returns its slot. In the end each slot
+// names the least entry with its key, whatever the order of arrival.
+template <int D>
+SK_HD uint32_t insert_key(const KeyTable& t, uint32_t entry, const Key<D>& key, int32_t image) {
+  const Word hash = hash_of<D>(key, image);
+  const Word mine = (hash & 0xFFFFFFFF00000000ull) | entry;
+  uint32_t slot = first_slot(t, hash);
+  for (;;) {
+    Word seen = atomic_read(t.slots + slot);
+    if (seen == kEmpty) seen = atomic_cas(t.slots + slot, kEmpty, mine);
+    if (seen == kEmpty) return slot;
+    if (seen >> 32 == hash >> 32 && entry_has_key<D>(t, uint32_t(seen), key, image)) {
+      if (mine < seen) atomic_min(t.slots + slot, mine);
+      return slot;
+    }
+    slot = slot + 1 == t.capacity ? 0 : slot + 1;
+  }
+}
+
+}  // namespace SK_NS
+}  // namespace segkernels

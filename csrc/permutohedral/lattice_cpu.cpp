@@ -1,0 +1,253 @@
+// Builds the lattice on the CPU, in parallel over tiles and vertices: keys are told apart within a
+// tile first, and only a tile's distinct keys meet the others' in the global table. Numbering by
+// first appearance makes the result independent of the number of threads.
+#include <math.h>
+#include <string.h>
+
+#include <stdexcept>
+
+#include "common/parallel_for.h"
+#include "common/simd.h"
+#include "permutohedral/dispatch.h"
+#include "permutohedral/permutohedral.h"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace segkernels {
+
+// rows.simd.cpp, once per instruction set.
+namespace isa_base {
+void fill_row_functions(PermutohedralApi&);
+}
+#if defined(SK_HAVE_X86_ISAS)
+namespace isa_avx2 {
+void fill_row_functions(PermutohedralApi&);
+}
+namespace isa_avx512 {
+void fill_row_functions(PermutohedralApi&);
+}
+#endif
+
+namespace {
+
+int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// The distinct keys of one tile, by first appearance, in a table small enough for the cache.
+template <int D>
+class TileKeys {
+ public:
+  struct Known {
+    Key<D> key;
+    uint32_t slot;
+  };
+
+  // `slots` is all zero, and is so again after clear().
+  TileKeys(uint32_t* slots, uint32_t capacity, int32_t* known)
+      : slots_(slots), mask_(capacity - 1), known_(reinterpret_cast<Known*>(known)) {}
+
+  // The number of a key: count() as it was, where the key is new.
+  int32_t number(const Key<D>& key) {
+    for (uint32_t slot = uint32_t(hash_of<D>(key, 0)) & mask_;; slot = (slot + 1) & mask_) {
+      const uint32_t seen = slots_[slot];
+      if (seen == 0) {
+        known_[count_] = {key, slot};
+        slots_[slot] = uint32_t(++count_);
+        return count_ - 1;
+      }
+      if (memcmp(&known_[seen - 1].key, &key, sizeof key) == 0) return int32_t(seen - 1);
+    }
+  }
+
+  int32_t count() const { return count_; }
+
+  void clear() const {
+    for (int32_t i = 0; i < count_; ++i) slots_[known_[i].slot] = 0;
+  }
+
+ private:
+  uint32_t* slots_;
+  uint32_t mask_;
+  Known* known_;
+  int32_t count_ = 0;
+};
+
+// One tile: records and weights of its points, and its pairs; an entry that has the key stands for
+// each pair for now.
+template <class T, int D>
+void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embed, int32_t tile) {
+  constexpr int words = record_size(D);
+  const int64_t points = tile_points(l.grid);
+  const int64_t begin = tile * points;
+  int32_t* entries = l.pair_vertex + begin * (D + 1);
+  const int thread = thread_index();
+  TileKeys<D> keys(b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
+                   b.tile_keys + thread * points * (D + 1) * (D + 1));
+  for (int64_t p = begin; p < begin + points; ++p) {
+    embed(p);
+    const int32_t* record = b.records + p * words;
+    uint16_t* ids = l.local_ids + p * (D + 1);
+    if (p > begin && memcmp(record, record - words, sizeof(int32_t) * words) == 0) {
+      // Neighbouring points often share their simplex.
+      memcpy(ids, ids - (D + 1), sizeof(uint16_t) * (D + 1));
+      continue;
+    }
+    for (int k = 0; k <= D; ++k) {
+      if (!record_valid<D>(record)) {
+        ids[k] = kSkipped;
+        continue;
+      }
+      const int32_t before = keys.count();
+      const int32_t id = keys.number(key_of<D>(record, k));
+      if (id == before) entries[id] = int32_t(p * (D + 1) + k);
+      ids[k] = uint16_t(id);
+    }
+  }
+  keys.clear();
+  l.tile_start[tile + 1] = keys.count();
+}
+
+void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
+  const int32_t tiles = tile_count(l.grid);
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    with_scalar(is_double, [&](auto scalar) {
+      using T = decltype(scalar);
+      const Embed<T, D> f{l.grid,    static_cast<const T*>(b.features), make_scale<T, D>(),
+                          b.records, static_cast<T*>(l.weights),        b.status};
+      parallel_tiles(where, tiles, [&](int64_t tile) { embed_tile(l, b, f, int32_t(tile)); });
+    });
+  });
+  l.tile_start[0] = 0;
+  for (int32_t t = 0; t < tiles; ++t) l.tile_start[t + 1] += l.tile_start[t];
+  l.counts[1] = l.tile_start[tiles];
+}
+
+// Vertices numbered by first pair, which is by first entry. A pair beyond the bound has vertex -1.
+void number_vertices(const Lattice& l, const BuildBuffers& b) {
+  int32_t id = 0;
+  for (int32_t tile = 0; tile < tile_count(l.grid); ++tile) {
+    if (tile % tiles_per_image(l.grid) == 0) b.image_start[tile / tiles_per_image(l.grid)] = id;
+    const int32_t* entries = tile_vertices(l, tile);
+    for (int32_t i = l.tile_start[tile]; i < l.tile_start[tile + 1]; ++i) {
+      const uint32_t entry = uint32_t(entries[i - l.tile_start[tile]]);
+      const uint32_t slot = b.slot_of[i];
+      if (uint32_t(b.slots[slot]) != entry) continue;
+      b.vertex_of_slot[slot] = id < l.vertex_bound ? id : -1;
+      if (id < l.vertex_bound) b.first_entry[id] = entry;
+      ++id;
+    }
+  }
+  b.image_start[l.grid.batch] = id;
+  if (id > l.vertex_bound) report(b.status, kTooManyVertices);
+  l.counts[0] = int32_t(id < l.vertex_bound ? id : l.vertex_bound);
+}
+
+void tiles(const Where& where, const Lattice& l, const BuildBuffers& b) {
+  memset(b.slots, 0xFF, sizeof(*b.slots) * b.capacity);
+  const int32_t count = tile_count(l.grid);
+  const auto pairs_of = [&](int64_t tile) { return l.tile_start[tile + 1] - l.tile_start[tile]; };
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    const KeyTable table = key_table<D>(l, b);
+    parallel_tiles(where, count, [&](int64_t tile) {
+      const int32_t* entries = tile_vertices(l, int32_t(tile));
+      const int32_t image = int32_t(tile / tiles_per_image(l.grid));
+      for (int32_t i = 0; i < pairs_of(tile); ++i) {
+        const uint32_t entry = uint32_t(entries[i]);
+        const int32_t* record = b.records + int64_t(entry / (D + 1)) * record_size(D);
+        b.slot_of[l.tile_start[tile] + i] =
+            insert_key<D>(table, entry, key_of<D>(record, int(entry % (D + 1))), image);
+      }
+    });
+  });
+  number_vertices(l, b);
+  parallel_tiles(where, count, [&](int64_t tile) {
+    int32_t* vertices = l.pair_vertex + tile * tile_points(l.grid) * (l.dims + 1);
+    for (int32_t i = 0; i < pairs_of(tile); ++i)
+      vertices[i] = b.vertex_of_slot[b.slot_of[l.tile_start[tile] + i]];
+  });
+}
+
+// A counting sort of the pairs by vertex, tiles ascending.
+void sort_pairs(const Lattice& l) {
+  const int64_t vertices = l.counts[0];
+  int32_t* start = l.vertex_start;
+  memset(start, 0, sizeof(int32_t) * (vertices + 1));
+  const int32_t tiles = tile_count(l.grid);
+  for (int32_t t = 0; t < tiles; ++t) {
+    const int32_t* of = tile_vertices(l, t);
+    for (int32_t i = 0; i < l.tile_start[t + 1] - l.tile_start[t]; ++i) ++start[of[i] + 1];
+  }
+  for (int64_t v = 0; v < vertices; ++v) start[v + 1] += start[v];
+  for (int32_t t = 0; t < tiles; ++t) {
+    const int32_t* of = tile_vertices(l, t);
+    for (int32_t i = l.tile_start[t]; i < l.tile_start[t + 1]; ++i) {
+      l.vertex_pairs[start[of[i - l.tile_start[t]]]++] = i;
+    }
+  }
+  // Each start has run on to the next vertex's: step back.
+  for (int64_t v = vertices; v > 0; --v) start[v] = start[v - 1];
+  start[0] = 0;
+}
+
+void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
+  memset(l.neighbours, 0xFF, sizeof(int32_t) * 2 * (l.dims + 1) * l.vertex_bound);
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    const Link<D> f{l, key_table<D>(l, b), b.first_entry, b.vertex_of_slot};
+    parallel_rows(where, l.vertex_bound, l.counts, D + 1, f, "link");
+  });
+  sort_pairs(l);
+}
+
+void embed_grad(const Where& where, const Lattice& l, const void* features,
+                const void* grad_weights, void* grad_features, bool is_double) {
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    with_scalar(is_double, [&](auto scalar) {
+      using T = decltype(scalar);
+      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
+                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
+      parallel_for(where, position_count(l.grid), f, "embed_grad");
+    });
+  });
+}
+
+PermutohedralApi make_api() {
+  PermutohedralApi api{};
+  api.embed = embed;
+  api.tiles = tiles;
+  api.link = link;
+  api.embed_grad = embed_grad;
+#if defined(SK_HAVE_X86_ISAS)
+  switch (best_isa()) {
+    case Isa::kAvx512:
+      isa_avx512::fill_row_functions(api);
+      return api;
+    case Isa::kAvx2:
+      isa_avx2::fill_row_functions(api);
+      return api;
+    case Isa::kBase:
+      break;
+  }
+#endif
+  isa_base::fill_row_functions(api);
+  return api;
+}
+
+}  // namespace
+
+const PermutohedralApi& permutohedral_cpu() {
+  static const PermutohedralApi api = make_api();
+  return api;
+}
+
+}  // namespace segkernels

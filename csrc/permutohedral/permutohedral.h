@@ -1,0 +1,62 @@
+// The native interface of the lattice. Every function runs on where.device and touches only memory
+// it is given.
+#pragma once
+
+#include "common/where.h"
+#include "permutohedral/build.h"
+#include "permutohedral/lattice.h"
+#include "permutohedral/rows.h"
+
+namespace segkernels {
+
+struct FilterBuffers {
+  const void* rows;      // [positions, width] values
+  const void* scale_in;  // [positions] or null
+  void* pairs;           // [pair_bound, width]
+  void* vertices;        // [vertex_bound, width]: the result
+  void* scratch;         // [vertex_bound, width]
+  int32_t width;
+  bool reverse;  // blur axes in reverse order: the transpose
+};
+
+// The interface once per compiler: cpu, and cuda where it is built.
+struct PermutohedralApi {
+  // Records and weights. The CPU also finds the pairs of every tile and sets counts[1], by which
+  // the table is sized.
+  void (*embed)(const Where&, const Lattice&, const BuildBuffers&, bool is_double);
+  // Keys into the table, vertices and pairs numbered; sets counts and image_start.
+  void (*tiles)(const Where&, const Lattice&, const BuildBuffers&);
+  // Neighbours and the pairs of every vertex, once the bounds are known.
+  void (*link)(const Where&, const Lattice&, const BuildBuffers&);
+  void (*embed_grad)(const Where&, const Lattice&, const void* features, const void* grad_weights,
+                     void* grad_features, bool is_double);
+  void (*pack)(const Where&, const Grid&, const Strided& source, void* rows, int channels,
+               int width, RowKind kind, int32_t* status, bool is_double);
+  void (*unpack)(const Where&, const Grid&, const void* rows, const Strided& target, int channels,
+                 int width, bool is_double);
+  // Splat and blur.
+  void (*splat)(const Where&, const Lattice&, const FilterBuffers&, bool is_double);
+  void (*slice)(const Where&, const Lattice&, const void* vertices, const void* scale, void* rows,
+                int width, bool is_double);
+  void (*weights_grad)(const Where&, const Lattice&, const void* x, const void* g,
+                       const void* vertices, const void* grad_vertices, void* grad_weights,
+                       int width, bool is_double);
+  void (*invert_norm)(const Where&, int64_t positions, const void* norm, void* out, bool root,
+                      bool is_double);
+};
+
+const PermutohedralApi& permutohedral_cpu();
+#if defined(SK_WITH_CUDA)
+const PermutohedralApi& permutohedral_cuda();
+// CUB's workspace in bytes for a build with so many entries, tiles and pairs.
+int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs);
+#endif
+
+// Splat and slice interpolate linearly; the blur's kernel 1/2, 1, 1/2 has this gain to undo.
+inline double slice_alpha(int dims) {
+  double p = 1;
+  for (int i = 0; i < dims; ++i) p *= 0.5;
+  return 1.0 / (1.0 + p);
+}
+
+}  // namespace segkernels

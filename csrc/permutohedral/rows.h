@@ -1,0 +1,199 @@
+// Arithmetic on rows of channels: [row][width] with V = Vec<T, W>, `blocks` = width / W of them a
+// row.
+#pragma once
+
+#include "common/status.h"
+#include "common/vec.h"
+#include "permutohedral/lattice.h"
+
+namespace segkernels {
+
+// What the scores of a row hold; all but kValues are stored as minus the energy.
+enum RowKind : int { kValues = 0, kUnary = 1, kLogits = 2, kProbs = 3 };
+
+struct Strided {
+  const void* data;
+  int64_t batch, channel, point;  // strides in elements
+};
+
+inline namespace SK_NS {
+
+// A vertex's row from its pairs, tiles ascending.
+template <class V>
+struct MergePairs {
+  Lattice lattice;
+  const V* pairs;
+  V* vertices;
+  int blocks;
+
+  SK_HD void operator()(int64_t vertex, int block) const {
+    const int32_t begin = lattice.vertex_start[vertex], end = lattice.vertex_start[vertex + 1];
+    V sum = pairs[int64_t(lattice.vertex_pairs[begin]) * blocks + block];
+#pragma unroll 4
+    for (int32_t i = begin + 1; i < end; ++i) {
+      sum = sum + pairs[int64_t(lattice.vertex_pairs[i]) * blocks + block];
+    }
+    vertices[vertex * blocks + block] = sum;
+  }
+};
+
+// out = in + (in[up] + in[down]) / 2 along one axis; a vertex that is missing counts as zero.
+template <class T, class V>
+struct Blur {
+  const int32_t* up;
+  const int32_t* down;
+  const V* in;
+  V* out;
+  int blocks;
+
+  SK_HD void operator()(int64_t vertex, int block) const {
+    const int32_t u = up[vertex], d = down[vertex];
+    V v = in[vertex * blocks + block];
+    if (u >= 0) v = mul_add(T(0.5), in[int64_t(u) * blocks + block], v);
+    if (d >= 0) v = mul_add(T(0.5), in[int64_t(d) * blocks + block], v);
+    out[vertex * blocks + block] = v;
+  }
+};
+
+// Interpolates a position's row from the vertices of its simplex. Returns false for a point that is
+// skipped.
+template <class T, class V>
+SK_HD bool slice_block(const Lattice& l, const int32_t* vertices, int64_t position, const V* rows,
+                       int blocks, int block, V& out) {
+  const int n = l.dims + 1;
+  const uint16_t* ids = l.local_ids + position * n;
+  const T* weights = static_cast<const T*>(l.weights) + position * n;
+  if (ids[0] == kSkipped) return false;
+  V sum = weights[0] * rows[int64_t(vertices[ids[0]]) * blocks + block];
+  for (int k = 1; k < n; ++k) {
+    sum = mul_add(weights[k], rows[int64_t(vertices[ids[k]]) * blocks + block], sum);
+  }
+  out = sum;
+  return true;
+}
+
+// One position: out = scale * slice. A skipped point gives NaN.
+template <class T, class V>
+struct Slice {
+  Lattice lattice;
+  const V* vertices;
+  V* out;
+  const T* scale;  // [positions], or null for 1
+  T alpha;
+  int blocks;
+
+  SK_HD void operator()(int64_t position, int block) const {
+    const int32_t tile = int32_t(position / tile_points(lattice.grid));
+    V v;
+    const bool taken = slice_block<T, V>(lattice, tile_vertices(lattice, tile), position, vertices,
+                                         blocks, block, v);
+    const T s = taken ? alpha * (scale != nullptr ? scale[position] : T(1)) : T(NAN);
+    out[position * blocks + block] = s * (taken ? v : V{});
+  }
+};
+
+// One position: the gradient of its weights, <x, grad_vertices> + <g, vertices>, from the rows that
+// were splatted (x, with the vertices that they gave) and the gradient rows (g, with theirs).
+template <class T>
+struct WeightsGrad {
+  Lattice lattice;
+  const T* x;
+  const T* g;
+  const T* vertices;
+  const T* grad_vertices;
+  T* grad_weights;
+  T alpha;
+  int width;
+
+  SK_HD void operator()(int64_t position) const {
+    const int n = lattice.dims + 1;
+    const uint16_t* ids = lattice.local_ids + position * n;
+    const int32_t* of = tile_vertices(lattice, int32_t(position / tile_points(lattice.grid)));
+    T* out = grad_weights + position * n;
+    for (int k = 0; k < n; ++k) {
+      T sum = 0;
+      if (ids[0] != kSkipped) {
+        const int64_t row = int64_t(of[ids[k]]) * width;
+        for (int c = 0; c < width; ++c) {
+          sum = mul_add(x[position * width + c], grad_vertices[row + c], sum);
+          sum = mul_add(g[position * width + c], vertices[row + c], sum);
+        }
+      }
+      out[k] = alpha * sum;
+    }
+  }
+};
+
+// 1 / (n + eps) or 1 / sqrt(n + eps) of the filtered ones.
+template <class T>
+struct InvertNorm {
+  const T* norm;
+  T* out;
+  bool root;
+
+  SK_HD void operator()(int64_t position) const {
+    const T n = norm[position] + T(1e-20);
+    out[position] = T(1) / (root ? sqrt(n) : n);
+  }
+};
+
+SK_HD float natural_log(float x) { return logf(x); }
+SK_HD double natural_log(double x) { return log(x); }
+
+// One position's channels from a strided tensor into a row, padded with zeros, or with an energy
+// that leaves no probability.
+template <class T>
+struct PackRow {
+  Grid grid;
+  Strided source;
+  T* rows;
+  int channels, width;
+  RowKind kind;
+  int32_t* status;
+
+  SK_HD void operator()(int64_t position) const {
+    T* row = rows + position * width;
+    const Place place = place_of(grid, position);
+    const T* from = static_cast<const T*>(source.data) + place.image * source.batch +
+                    place.point * source.point;
+    bool finite = true, in_range = true;
+    for (int c = 0; c < width; ++c) {
+      T v = kind == kValues ? T(0) : T(-1e30);
+      if (place.point < 0) {
+        v = T(0);
+      } else if (c < channels) {
+        v = from[c * source.channel];
+        finite = finite && v - v == T(0);
+        if (kind == kUnary) v = -v;
+        if (kind == kProbs) {
+          in_range = in_range && v >= T(0) && v <= T(1.001);
+          v = natural_log(v < T(1e-5) ? T(1e-5) : v > T(1) ? T(1) : v);
+        }
+      }
+      row[c] = v;
+    }
+    if (kind == kValues) return;
+    if (!finite) report(status, kScoresNotFinite);
+    if (finite && !in_range) report(status, kProbsOutOfRange);
+  }
+};
+
+// The way back.
+template <class T>
+struct UnpackRow {
+  Grid grid;
+  const T* rows;
+  T* target;
+  int64_t batch_stride, channel_stride, point_stride;
+  int channels, width;
+
+  SK_HD void operator()(int64_t position) const {
+    const Place place = place_of(grid, position);
+    if (place.point < 0) return;
+    T* to = target + place.image * batch_stride + place.point * point_stride;
+    for (int c = 0; c < channels; ++c) to[c * channel_stride] = rows[position * width + c];
+  }
+};
+
+}  // namespace SK_NS
+}  // namespace segkernels

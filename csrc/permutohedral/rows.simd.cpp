@@ -1,0 +1,219 @@
+// Rows of channels on the CPU: pack, unpack, splat, blur, slice; compiled once per instruction set
+// (SK_ISA). Parallel over tiles (pack, unpack, splat) and rows (the rest).
+#include <math.h>
+#include <string.h>
+
+#include "common/math.h"
+#include "common/parallel_for.h"
+#include "permutohedral/permutohedral.h"
+#include "permutohedral/splat_tile.h"
+
+namespace segkernels {
+inline namespace SK_ISA {
+
+// f(V{}) with the vector that rows of this width are made of.
+template <class T, class F>
+void with_vector(int width, const F& f) {
+  if (width % 8 == 0) {
+    f(Vec<T, 8>{});
+  } else if (width % 4 == 0) {
+    f(Vec<T, 4>{});
+  } else {
+    f(T{});
+  }
+}
+
+template <class F>
+void with_type(bool is_double, const F& f) {
+  if (is_double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+// A tile of a grid that is one line holds neighbouring points: channels are read in runs, and
+// turned in cache.
+constexpr int kRun = 64;
+
+template <class T>
+struct PackTile {
+  PackRow<T> row;
+
+  void operator()(int64_t tile) const {
+    const Grid& g = row.grid;
+    const int64_t begin = tile * tile_points(g), end = begin + tile_points(g);
+    for (int64_t p = begin; p < end; p += kRun) {
+      const int64_t n = end - p < kRun ? end - p : kRun;
+      const Place first = place_of(g, p), last = place_of(g, p + n - 1);
+      if (g.height == 1 && first.point >= 0 && last.point >= 0 && row.source.point == 1) {
+        run(p, first, n);
+      } else {
+        for (int64_t i = 0; i < n; ++i) row(p + i);
+      }
+    }
+  }
+
+  void run(int64_t position, const Place& place, int64_t n) const {
+    using V = Vec<T, 8>;
+    T* out = row.rows + position * row.width;
+    const T* from =
+        static_cast<const T*>(row.source.data) + place.image * row.source.batch + place.point;
+    // What is not finite makes `bad` NaN; the values after the n are repeats that are not stored.
+    V bad{}, low{}, high{};
+    T buffer[kRun];
+    for (int c = 0; c < row.width; ++c) {
+      if (c >= row.channels) {
+        for (int64_t i = 0; i < n; ++i)
+          out[i * row.width + c] = row.kind == kValues ? T(0) : T(-1e30);
+        continue;
+      }
+      const T* x = from + c * row.source.channel;
+      for (int64_t i = 0; i < kRun; ++i) buffer[i] = x[i < n ? i : 0];
+      for (int64_t i = 0; i < kRun; i += 8) {
+        V v;
+        memcpy(&v, buffer + i, sizeof v);
+        bad = bad + (v - v);
+        if (row.kind == kProbs) {
+          low = v < low ? v : low;
+          high = v > high ? v : high;
+          const V least = V{} + T(1e-5), most = V{} + T(1);
+          v = log_of<V>(v < least ? least : v > most ? most : v);
+        } else if (row.kind == kUnary) {
+          v = -v;
+        }
+        memcpy(buffer + i, &v, sizeof v);
+      }
+      for (int64_t i = 0; i < n; ++i) out[i * row.width + c] = buffer[i];
+    }
+    if (row.kind == kValues) return;
+    if (sum_of<T>(bad) != T(0)) report(row.status, kScoresNotFinite);
+    if (row.kind == kProbs && (-max_of<T>(-low) < T(0) || max_of<T>(high) > T(1.001))) {
+      report(row.status, kProbsOutOfRange);
+    }
+  }
+};
+
+template <class T>
+struct UnpackTile {
+  UnpackRow<T> row;
+
+  void operator()(int64_t tile) const {
+    const Grid& g = row.grid;
+    const int64_t begin = tile * tile_points(g), end = begin + tile_points(g);
+    for (int64_t p = begin; p < end; p += kRun) {
+      const int64_t n = end - p < kRun ? end - p : kRun;
+      const Place first = place_of(g, p), last = place_of(g, p + n - 1);
+      if (g.height == 1 && first.point >= 0 && last.point >= 0 && row.point_stride == 1) {
+        const T* rows = row.rows + p * row.width;
+        T* to = row.target + first.image * row.batch_stride + first.point;
+        for (int c = 0; c < row.channels; ++c) {
+          for (int64_t i = 0; i < n; ++i) to[c * row.channel_stride + i] = rows[i * row.width + c];
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i) row(p + i);
+      }
+    }
+  }
+};
+
+void pack(const Where& where, const Grid& grid, const Strided& source, void* rows, int channels,
+          int width, RowKind kind, int32_t* status, bool is_double) {
+  with_type(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    const PackTile<T> f{{grid, source, static_cast<T*>(rows), channels, width, kind, status}};
+    parallel_tiles(where, tile_count(grid), f);
+  });
+}
+
+void unpack(const Where& where, const Grid& grid, const void* rows, const Strided& target,
+            int channels, int width, bool is_double) {
+  with_type(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    T* data = static_cast<T*>(const_cast<void*>(target.data));
+    const UnpackTile<T> f{{grid, static_cast<const T*>(rows), data, target.batch, target.channel,
+                           target.point, channels, width}};
+    parallel_tiles(where, tile_count(grid), f);
+  });
+}
+
+template <class T, class V>
+void splat_rows(const Where& where, const Lattice& l, const FilterBuffers& b) {
+  const int blocks = b.width * int(sizeof(T)) / int(sizeof(V));
+  const int64_t points = tile_points(l.grid);
+  const V* rows = static_cast<const V*>(b.rows);
+  const T* scale = static_cast<const T*>(b.scale_in);
+  parallel_tiles(where, tile_count(l.grid), [&](int64_t tile) {
+    TilePairs<T, V> pairs(l, static_cast<V*>(b.pairs), int32_t(tile), blocks);
+    pairs.clear();
+    for (int64_t p = tile * points; p < (tile + 1) * points; ++p) {
+      pairs.template add<0>(p, rows + p * blocks, scale != nullptr ? scale[p] : T(1));
+    }
+  });
+  merge_and_blur<T, V>(where, l, static_cast<const V*>(b.pairs), static_cast<V*>(b.vertices),
+                       static_cast<V*>(b.scratch), blocks, b.reverse);
+}
+
+void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is_double) {
+  with_type(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_vector<T>(b.width, [&](auto v) { splat_rows<T, decltype(v)>(where, l, b); });
+  });
+}
+
+void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale,
+           void* rows, int width, bool is_double) {
+  with_type(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_vector<T>(width, [&](auto v) {
+      using V = decltype(v);
+      const int blocks = width * int(sizeof(T)) / int(sizeof(V));
+      const Slice<T, V> f{l,
+                          static_cast<const V*>(vertices),
+                          static_cast<V*>(rows),
+                          static_cast<const T*>(scale),
+                          T(slice_alpha(l.dims)),
+                          blocks};
+      parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "slice");
+    });
+  });
+}
+
+void weights_grad(const Where& where, const Lattice& l, const void* x, const void* g,
+                  const void* vertices, const void* grad_vertices, void* grad_weights, int width,
+                  bool is_double) {
+  with_type(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    const WeightsGrad<T> f{l,
+                           static_cast<const T*>(x),
+                           static_cast<const T*>(g),
+                           static_cast<const T*>(vertices),
+                           static_cast<const T*>(grad_vertices),
+                           static_cast<T*>(grad_weights),
+                           T(slice_alpha(l.dims)),
+                           width};
+    parallel_for(where, position_count(l.grid), f, "weights_grad");
+  });
+}
+
+void invert_norm(const Where& where, int64_t positions, const void* norm, void* out, bool root,
+                 bool is_double) {
+  with_type(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    parallel_for(where, positions,
+                 InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
+                 "invert_norm");
+  });
+}
+
+void fill_row_functions(PermutohedralApi& api) {
+  api.pack = pack;
+  api.unpack = unpack;
+  api.splat = splat;
+  api.slice = slice;
+  api.weights_grad = weights_grad;
+  api.invert_norm = invert_norm;
+}
+
+}  // namespace SK_ISA
+}  // namespace segkernels

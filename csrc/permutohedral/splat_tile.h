@@ -1,0 +1,71 @@
+// The splat on the CPU: one thread sums a tile's points into its pairs, in order; then pairs are
+// merged into vertices and blurred.
+#pragma once
+
+#include <string.h>
+
+#include "common/parallel_for.h"
+#include "permutohedral/rows.h"
+
+namespace segkernels {
+inline namespace SK_NS {
+
+template <class T, class V>
+class TilePairs {
+ public:
+  TilePairs(const Lattice& l, V* pairs, int32_t tile, int blocks)
+      : dims1_(l.dims + 1),
+        blocks_(blocks),
+        count_(l.tile_start[tile + 1] - l.tile_start[tile]),
+        ids_(l.local_ids),
+        weights_(static_cast<const T*>(l.weights)),
+        rows_(pairs + int64_t(l.tile_start[tile]) * blocks) {}
+
+  void clear() const { memset(static_cast<void*>(rows_), 0, sizeof(V) * blocks_ * count_); }
+
+  // NB: blocks a row where that is known, else 0.
+  template <int NB>
+  void add(int64_t position, const V* row, T scale) const {
+    const int blocks = NB > 0 ? NB : blocks_;
+    const uint16_t* ids = ids_ + position * dims1_;
+    const T* weights = weights_ + position * dims1_;
+    if (ids[0] == kSkipped) return;
+    V local[NB > 0 ? NB : 1];  // stays in registers while rows are stored to
+    for (int b = 0; b < NB; ++b) local[b] = row[b];
+    const V* from = NB > 0 ? local : row;
+    for (int k = 0; k < dims1_; ++k) {
+      V* to = rows_ + int64_t(ids[k]) * blocks;
+      const T w = weights[k] * scale;
+      for (int b = 0; b < blocks; ++b) to[b] = mul_add(w, from[b], to[b]);
+    }
+  }
+
+ private:
+  int dims1_, blocks_, count_;
+  const uint16_t* ids_;
+  const T* weights_;
+  V* rows_;
+};
+
+// Leaves the result in `vertices`.
+template <class T, class V>
+void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch,
+                    int blocks, bool reverse) {
+  const int axes = l.dims + 1;
+  V* from = axes % 2 == 0 ? vertices : scratch;
+  V* to = axes % 2 == 0 ? scratch : vertices;
+  parallel_rows(where, l.vertex_bound, l.counts, blocks, MergePairs<V>{l, pairs, from, blocks},
+                "merge");
+  for (int i = 0; i < axes; ++i) {
+    const int axis = reverse ? axes - 1 - i : i;
+    const int32_t* up = l.neighbours + int64_t(axis) * 2 * l.vertex_bound;
+    parallel_rows(where, l.vertex_bound, l.counts, blocks,
+                  Blur<T, V>{up, up + l.vertex_bound, from, to, blocks}, "blur");
+    V* t = from;
+    from = to;
+    to = t;
+  }
+}
+
+}  // namespace SK_NS
+}  // namespace segkernels

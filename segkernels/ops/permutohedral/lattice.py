@@ -1,0 +1,414 @@
+"""The native lattice: the tensors that hold it, its build, and filtering with it.
+
+Everything here takes values as (B, C, N) tensors of the lattice's own dtype, or as rows:
+(positions, width), one row of channels a point in the order in which the lattice visits points,
+padded to whole vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+
+from segkernels import _native, _status
+
+Normalization = Literal["symmetric", "before", "after", "none"]
+NORMALIZATIONS = ("symmetric", "before", "after", "none")
+MAX_DIMS = 16
+# Rows of scores: what they hold (enum RowKind in csrc/permutohedral/rows.h).
+ROW_KINDS = {"values": 0, "unary": 1, "logits": 2, "probs": 3}
+
+_TILE = 256  # points of a tile on CUDA: one block of threads
+_CPU_TILE = (
+    8192  # points of a tile on the CPU: enough to share vertices, few enough to stay in cache
+)
+_MAX_ENTRIES = 2**31 - 1
+
+
+def row_width(device: torch.device, channels: int) -> int:
+    """Channels of a row in memory: padded to whole vectors."""
+    if channels == 1:
+        return 1
+    if device.type == "cuda" or channels <= 4:
+        return -(-channels // 4) * 4
+    return -(-channels // 8) * 8
+
+
+def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: int) -> Any:
+    """How the points of `batch` images are cut into tiles, for at most `dims` dimensions."""
+    height = 1
+    for size in spatial[:-1]:
+        height *= size
+    width = spatial[-1]
+    if device.type != "cuda":
+        points = height * width
+        tile = max(1, min(65534 // (dims + 1), _CPU_TILE, points))
+        return _native.C().Grid(batch, 1, points, 1, tile)
+    tall = 16
+    while tall // 2 >= height:
+        tall //= 2
+    return _native.C().Grid(batch, height, width, tall, _TILE // tall)
+
+
+class Lattice:
+    """One lattice for each image of a batch, in one set of tensors.
+
+    Attributes:
+        features: (B, d, N), kept for their gradient.
+        grid: the native Grid; what has the same grid has the same positions.
+        view: the native struct that points into `tensors`.
+        counts: (2,) int32 on the device: vertices, pairs of a tile and a vertex.
+        image_start: (B + 1,) int32 on the device: vertices before each image.
+    """
+
+    def __init__(self, features: torch.Tensor, grid: Any, counts: torch.Tensor) -> None:
+        self.features = features
+        self.grid = grid
+        self.dims = features.shape[1]
+        self.dtype, self.device = features.dtype, features.device
+        self.double = features.dtype == torch.float64
+        self.counts = counts
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._building: dict[str, torch.Tensor] = {}
+        self.view = _native.C().Lattice()
+        self.view.grid, self.view.dims = grid, self.dims
+        self.image_start = self.empty((grid.batch + 1,), torch.int32)
+        self._inverse_norms: dict[bool, torch.Tensor] = {}
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised memory on the lattice\'s device."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def hold(self, target: Any, **tensors: torch.Tensor) -> None:
+        """Point `target`'s fields at tensors; those of the build are kept until `release`."""
+        kept = self.tensors if target is self.view else self._building
+        for name, tensor in tensors.items():
+            setattr(target, name, tensor.data_ptr())
+            kept[name] = tensor
+
+    def release(self) -> None:
+        """Let go of what only the build needed."""
+        self._building.clear()
+
+    @property
+    def entries(self) -> int:
+        """Pairs of a position and a vertex of its simplex."""
+        return int(self.grid.positions) * (self.dims + 1)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """(positions, d + 1) barycentric weights."""
+        return self.tensors["weights"]
+
+    def num_vertices(self) -> list[int]:
+        """Occupied vertices of each image; synchronises."""
+        starts = self.image_start.tolist()
+        return [end - start for start, end in pairwise(starts)]
+
+    def rows(self, width: int) -> torch.Tensor:
+        """Rows for the points, uninitialised."""
+        return self.empty((self.grid.positions, width), self.dtype)
+
+    def buffers(self, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Workspace of a filter: pairs, vertices, scratch."""
+        pairs = self.empty((self.view.pair_bound, width), self.dtype)
+        vertices = self.empty((self.view.vertex_bound, width), self.dtype)
+        return pairs, vertices, torch.empty_like(vertices)
+
+    def splat(
+        self,
+        rows: torch.Tensor,
+        scale: torch.Tensor | None,
+        reverse: bool,
+        buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Splat and blur: the vertices' rows."""
+        pairs, vertices, scratch = buffers or self.buffers(rows.shape[1])
+        _native.C().lattice_splat(
+            _native.where(rows),
+            self.view,
+            rows.data_ptr(),
+            _pointer(scale),
+            pairs.data_ptr(),
+            vertices.data_ptr(),
+            scratch.data_ptr(),
+            rows.shape[1],
+            reverse,
+            self.double,
+        )
+        return vertices
+
+    def slice(self, vertices: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """Interpolate the vertices' rows at the points."""
+        rows = self.rows(vertices.shape[1])
+        _native.C().lattice_slice(
+            _native.where(rows),
+            self.view,
+            vertices.data_ptr(),
+            _pointer(scale),
+            rows.data_ptr(),
+            rows.shape[1],
+            self.double,
+        )
+        return rows
+
+    def inverse_norm(self, root: bool) -> torch.Tensor:
+        """1 / n or 1 / sqrt(n) for n = K 1, (positions,); computed once."""
+        if root not in self._inverse_norms:
+            ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
+            norm = self.slice(self.splat(ones, None, False), None)
+            _native.C().rows_invert_norm(
+                _native.where(norm),
+                self.grid.positions,
+                norm.data_ptr(),
+                norm.data_ptr(),
+                root,
+                self.double,
+            )
+            self._inverse_norms[root] = norm.view(-1)
+        return self._inverse_norms[root]
+
+    def scales(
+        self, normalization: Normalization
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The diagonals before and after K."""
+        if normalization == "symmetric":
+            root = self.inverse_norm(True)
+            return root, root
+        if normalization == "none":
+            return None, None
+        inverse = self.inverse_norm(False)
+        return (inverse, None) if normalization == "before" else (None, inverse)
+
+    def filter(
+        self, values: torch.Tensor, normalization: Normalization, transpose: bool
+    ) -> torch.Tensor:
+        """The normalised filter of (B, C, N) values, outside autograd."""
+        before, after = self.scales(normalization)
+        if transpose:
+            before, after = after, before
+        rows = pack(self.grid, values, "values")
+        rows = self.slice(self.splat(rows, before, transpose), after)
+        return unpack(self.grid, rows, torch.empty_like(values))
+
+    def weights_grad(
+        self,
+        x: torch.Tensor,
+        g: torch.Tensor,
+        vertices: torch.Tensor,
+        grad_vertices: torch.Tensor,
+    ) -> torch.Tensor:
+        """The gradient of the weights: from splatted rows, gradient rows, the vertices of both."""
+        out = torch.empty_like(self.weights)
+        _native.C().lattice_weights_grad(
+            _native.where(x),
+            self.view,
+            x.data_ptr(),
+            g.data_ptr(),
+            vertices.data_ptr(),
+            grad_vertices.data_ptr(),
+            out.data_ptr(),
+            x.shape[1],
+            self.double,
+        )
+        return out
+
+    def embed_grad(self, grad_weights: torch.Tensor) -> torch.Tensor:
+        """The gradient of the features from that of the weights."""
+        out = torch.empty_like(self.features)
+        _native.C().lattice_embed_grad(
+            _native.where(out),
+            self.view,
+            self.features.data_ptr(),
+            grad_weights.contiguous().data_ptr(),
+            out.data_ptr(),
+            self.double,
+        )
+        return out
+
+
+def build(
+    features: Sequence[torch.Tensor],
+    spatial: Sequence[int],
+    *,
+    max_vertices: int | None = None,
+    op: str = "permutohedral",
+) -> list[Lattice]:
+    """Lattices over the same points, for several sets of features at once.
+
+    Args:
+        features: each (B, d, N), contiguous, float32 or float64, on one device.
+        spatial: the sizes of the grid that the N points lie on.
+        max_vertices: an upper bound for the vertices of each lattice, all images together. Without
+            it the counts are read once, which on CUDA synchronises; while a CUDA graph is captured
+            the worst case is taken instead.
+        op: the public function, for messages.
+
+    Raises:
+        ValueError: more entries than 2**31 - 1, or a fault in the features' values.
+    """
+    first = features[0]
+    batch, _, points = first.shape
+    dims = max(f.shape[1] for f in features)
+    if batch * points * (dims + 1) > _MAX_ENTRIES // 2:
+        raise ValueError(
+            f"{op}: batch * points * (dims + 1) must be below 2**30 in one call, got "
+            f"{batch} * {points} * {dims + 1}; split the batch or the image"
+        )
+    grid = make_grid(first.device, batch, spatial, dims)
+    counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
+    lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
+    with _status.watch(first, op, first.dtype) as status:
+        built = [_embed(lattice, max_vertices, status) for lattice in lattices]
+    if first.device.type == "cuda":
+        _link_cuda(lattices, built, counts, max_vertices)
+    else:
+        for lattice, buffers in zip(lattices, built, strict=True):
+            _link_cpu(lattice, buffers)
+    for lattice in lattices:
+        lattice.release()
+    return lattices
+
+
+def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> Any:
+    """Records, weights, keys and the numbers of vertices and pairs."""
+    C = _native.C()
+    positions, entries = lattice.grid.positions, lattice.entries
+    cuda = lattice.device.type == "cuda"
+    i32, i16 = torch.int32, torch.int16
+    view, build = lattice.view, C.BuildBuffers()
+    view.counts = lattice.counts.data_ptr()
+    build.features = lattice.features.data_ptr()
+    build.image_start = lattice.image_start.data_ptr()
+    build.status = status.data_ptr()
+    empty = lattice.empty
+    lattice.hold(
+        view,
+        weights=empty((positions, lattice.dims + 1), lattice.dtype),
+        local_ids=empty((entries,), i16),
+        tile_start=empty((lattice.grid.tiles + 1,), i32),
+        pair_vertex=empty((entries,), i32),
+    )
+    lattice.hold(build, records=empty((positions * C.record_size(lattice.dims),), i32))
+    where = _native.where(lattice.features)
+    if cuda:
+        build.temporary_bytes = C.lattice_workspace(entries, lattice.grid.tiles, 0)
+        lattice.hold(
+            build,
+            rank_of=empty((entries + 1,), i32),
+            temporary=empty((build.temporary_bytes,), torch.uint8),
+        )
+        lattice.hold(
+            view,
+            order=empty((entries,), i16),
+            pair_start=empty((entries + lattice.grid.tiles,), i16),
+        )
+        keys = entries
+    else:
+        tile_entries = lattice.grid.tile_points * (lattice.dims + 1)
+        build.tile_capacity = 2 ** (2 * tile_entries - 1).bit_length()
+        threads = max(1, where[2])
+        lattice.hold(
+            build,
+            tile_slots=torch.zeros(threads * build.tile_capacity, dtype=i32),
+            tile_keys=empty((threads * tile_entries * (lattice.dims + 1),), i32),
+        )
+        C.lattice_embed(where, view, build, lattice.double)
+        keys = int(lattice.counts[1])
+    view.vertex_bound = keys if max_vertices is None else min(keys, max_vertices)
+    build.capacity = max(16, keys + keys // 2)
+    lattice.hold(
+        build,
+        slots=empty((build.capacity,), torch.int64),
+        slot_of=empty((keys,), i32),
+        vertex_of_slot=empty((build.capacity,), i32),
+        first_entry=empty((view.vertex_bound,), i32),
+    )
+    if cuda:
+        C.lattice_embed(where, view, build, lattice.double)
+    C.lattice_tiles(where, view, build)
+    return build
+
+
+def _link_cpu(lattice: Lattice, build: Any) -> None:
+    view = lattice.view
+    view.vertex_bound, view.pair_bound = lattice.counts.tolist()
+    _hold_links(lattice)
+    _native.C().lattice_link(_native.where(lattice.features), view, build)
+
+
+def _link_cuda(
+    lattices: list[Lattice], built: list[Any], counts: torch.Tensor, max_vertices: int | None
+) -> None:
+    C = _native.C()
+    bounded = max_vertices is not None or torch.cuda.is_current_stream_capturing()
+    read = None if bounded else counts.tolist()
+    for i, (lattice, build) in enumerate(zip(lattices, built, strict=True)):
+        view = lattice.view
+        if read is not None:
+            view.vertex_bound, view.pair_bound = read[i]
+        else:
+            view.pair_bound = min(lattice.entries, lattice.grid.tiles * view.vertex_bound)
+        _hold_links(lattice)
+        build.temporary_bytes = C.lattice_workspace(0, 0, view.pair_bound)
+        lattice.hold(
+            build,
+            temporary=lattice.empty((build.temporary_bytes,), torch.uint8),
+            sort_keys=lattice.empty((2 * view.pair_bound,), torch.int32),
+            sort_values=lattice.empty((view.pair_bound,), torch.int32),
+        )
+        C.lattice_link(_native.where(lattice.features), view, build)
+
+
+def _hold_links(lattice: Lattice) -> None:
+    view = lattice.view
+    lattice.hold(
+        view,
+        vertex_start=lattice.empty((view.vertex_bound + 1,), torch.int32),
+        vertex_pairs=lattice.empty((view.pair_bound,), torch.int32),
+        neighbours=lattice.empty((lattice.dims + 1, 2, view.vertex_bound), torch.int32),
+    )
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pack(
+    grid: Any, values: torch.Tensor, kind: str, status: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(B, C, N) values of any strides as rows; scores (`kind`) become minus their energy."""
+    channels = values.shape[1]
+    width = row_width(values.device, channels)
+    rows = torch.empty(grid.positions, width, dtype=values.dtype, device=values.device)
+    _native.C().rows_pack(
+        _native.where(values),
+        grid,
+        values.data_ptr(),
+        *values.stride(),
+        rows.data_ptr(),
+        channels,
+        width,
+        ROW_KINDS[kind],
+        _pointer(status),
+        values.dtype == torch.float64,
+    )
+    return rows
+
+
+def unpack(grid: Any, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Rows into `out`, (B, C, N) of any strides."""
+    _native.C().rows_unpack(
+        _native.where(out),
+        grid,
+        rows.data_ptr(),
+        out.data_ptr(),
+        *out.stride(),
+        out.shape[1],
+        rows.shape[1],
+        out.dtype == torch.float64,
+    )
+    return out
