@@ -106,6 +106,7 @@ void bind_permutohedral(py::module_& m) {
   pointer(lattice, "neighbours", &Lattice::neighbours);
   pointer(lattice, "counts", &Lattice::counts);
   pointer(lattice, "order", &Lattice::order);
+  pointer(lattice, "order_weights", &Lattice::order_weights);
   pointer(lattice, "pair_start", &Lattice::pair_start);
 
   py::class_<BuildBuffers> build(m, "BuildBuffers");
@@ -137,8 +138,8 @@ void bind_permutohedral(py::module_& m) {
       Release());
   m.def(
       "lattice_tiles",
-      [](const WhereTuple& w, const Lattice& l, const BuildBuffers& b) {
-        permutohedral(w).tiles(where_of(w), l, b);
+      [](const WhereTuple& w, const Lattice& l, const BuildBuffers& b, bool is_double) {
+        permutohedral(w).tiles(where_of(w), l, b, is_double);
       },
       Release());
   m.def(

@@ -34,8 +34,11 @@ struct Lattice {
   int32_t* vertex_pairs;  // [pair_bound]: pairs by vertex, tiles ascending
   int32_t* neighbours;    // [dims + 1, 2, vertex_bound]: vertex one step along an axis, or -1
   int32_t* counts;        // [2]: vertices, pairs
-  uint16_t* order;        // CUDA only: [tiles, tile_entries] entries of the tile by pair
-  uint16_t* pair_start;  // CUDA only: [tiles, tile_entries + 1]: entries before each pair, in order
+  // CUDA only: the entries of each tile by pair, in order: the point of each within the tile, its weight; where
+  // each pair's begin.
+  uint16_t* order;       // [tiles, tile_entries]
+  void* order_weights;   // [tiles, tile_entries] T
+  uint16_t* pair_start;  // [tiles, tile_entries + 1]
 };
 
 inline namespace SK_NS {
@@ -63,6 +66,11 @@ SK_HD Place place_of(const Grid& g, int64_t position) {
   const int32_t y = t / tiles_x * g.tile_height + inside / g.tile_width;
   const int32_t x = t % tiles_x * g.tile_width + inside % g.tile_width;
   return {image, y < g.height && x < g.width ? int64_t(y) * g.width + x : -1};
+}
+
+// Positions stay below 2^31: 32-bit division is several times quicker on the GPU.
+SK_HD int32_t tile_of(const Grid& g, int64_t position) {
+  return int32_t(uint32_t(position) / uint32_t(tile_points(g)));
 }
 
 // The first pair of a tile among the vertices of the whole lattice.

@@ -150,7 +150,7 @@ void number_vertices(const Lattice& l, const BuildBuffers& b) {
   l.counts[0] = int32_t(id < l.vertex_bound ? id : l.vertex_bound);
 }
 
-void tiles(const Where& where, const Lattice& l, const BuildBuffers& b) {
+void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
   memset(b.slots, 0xFF, sizeof(*b.slots) * b.capacity);
   const int32_t count = tile_count(l.grid);
   const auto pairs_of = [&](int64_t tile) { return l.tile_start[tile + 1] - l.tile_start[tile]; };

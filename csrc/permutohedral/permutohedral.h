@@ -25,7 +25,7 @@ struct PermutohedralApi {
   // the table is sized.
   void (*embed)(const Where&, const Lattice&, const BuildBuffers&, bool is_double);
   // Keys into the table, vertices and pairs numbered; sets counts and image_start.
-  void (*tiles)(const Where&, const Lattice&, const BuildBuffers&);
+  void (*tiles)(const Where&, const Lattice&, const BuildBuffers&, bool is_double);
   // Neighbours and the pairs of every vertex, once the bounds are known.
   void (*link)(const Where&, const Lattice&, const BuildBuffers&);
   void (*embed_grad)(const Where&, const Lattice&, const void* features, const void* grad_weights,
@@ -48,6 +48,9 @@ struct PermutohedralApi {
 const PermutohedralApi& permutohedral_cpu();
 #if defined(SK_WITH_CUDA)
 const PermutohedralApi& permutohedral_cuda();
+// The splat's first step, rows into pairs, for the mean field.
+void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs, int width,
+                 bool is_double);
 // CUB's workspace in bytes for a build with so many entries, tiles and pairs.
 int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs);
 #endif

@@ -2,6 +2,7 @@
 // row.
 #pragma once
 
+#include "common/parallel_for.h"
 #include "common/status.h"
 #include "common/vec.h"
 #include "permutohedral/lattice.h"
@@ -27,10 +28,10 @@ struct MergePairs {
   int blocks;
 
   SK_HD void operator()(int64_t vertex, int block) const {
-    const int32_t begin = lattice.vertex_start[vertex], end = lattice.vertex_start[vertex + 1];
-    V sum = pairs[int64_t(lattice.vertex_pairs[begin]) * blocks + block];
+    const int32_t end = lattice.vertex_start[vertex + 1];
+    V sum{};
 #pragma unroll 4
-    for (int32_t i = begin + 1; i < end; ++i) {
+    for (int32_t i = lattice.vertex_start[vertex]; i < end; ++i) {
       sum = sum + pairs[int64_t(lattice.vertex_pairs[i]) * blocks + block];
     }
     vertices[vertex * blocks + block] = sum;
@@ -83,7 +84,7 @@ struct Slice {
   int blocks;
 
   SK_HD void operator()(int64_t position, int block) const {
-    const int32_t tile = int32_t(position / tile_points(lattice.grid));
+    const int32_t tile = tile_of(lattice.grid, position);
     V v;
     const bool taken = slice_block<T, V>(lattice, tile_vertices(lattice, tile), position, vertices,
                                          blocks, block, v);
@@ -108,7 +109,7 @@ struct WeightsGrad {
   SK_HD void operator()(int64_t position) const {
     const int n = lattice.dims + 1;
     const uint16_t* ids = lattice.local_ids + position * n;
-    const int32_t* of = tile_vertices(lattice, int32_t(position / tile_points(lattice.grid)));
+    const int32_t* of = tile_vertices(lattice, tile_of(lattice.grid, position));
     T* out = grad_weights + position * n;
     for (int k = 0; k < n; ++k) {
       T sum = 0;
@@ -140,10 +141,10 @@ struct InvertNorm {
 SK_HD float natural_log(float x) { return logf(x); }
 SK_HD double natural_log(double x) { return log(x); }
 
-// One position's channels from a strided tensor into a row, padded with zeros, or with an energy
-// that leaves no probability.
-template <class T>
-struct PackRow {
+// W channels of one position from a strided tensor into its row, padded with zeros, or with an energy that leaves no
+// probability.
+template <class T, int W>
+struct Pack {
   Grid grid;
   Strided source;
   T* rows;
@@ -151,49 +152,85 @@ struct PackRow {
   RowKind kind;
   int32_t* status;
 
-  SK_HD void operator()(int64_t position) const {
-    T* row = rows + position * width;
+  SK_HD void operator()(int64_t position, int block) const {
     const Place place = place_of(grid, position);
-    const T* from = static_cast<const T*>(source.data) + place.image * source.batch +
-                    place.point * source.point;
-    bool finite = true, in_range = true;
-    for (int c = 0; c < width; ++c) {
-      T v = kind == kValues ? T(0) : T(-1e30);
-      if (place.point < 0) {
-        v = T(0);
-      } else if (c < channels) {
-        v = from[c * source.channel];
-        finite = finite && v - v == T(0);
-        if (kind == kUnary) v = -v;
-        if (kind == kProbs) {
-          in_range = in_range && v >= T(0) && v <= T(1.001);
-          v = natural_log(v < T(1e-5) ? T(1e-5) : v > T(1) ? T(1) : v);
-        }
-      }
-      row[c] = v;
+    const T* from = static_cast<const T*>(source.data) + place.image * source.batch + place.point * source.point;
+    Vec<T, W> v{};
+    for (int i = 0; i < W; ++i) {
+      const int c = block * W + i;
+      T value = 0;
+      if (place.point >= 0) value = c < channels ? score(from[c * source.channel]) : padding();
+      set_lane(v, i, value);
     }
-    if (kind == kValues) return;
+    reinterpret_cast<Vec<T, W>*>(rows + position * width)[block] = v;
+  }
+
+ private:
+  static SK_HD void set_lane(T& v, int, T value) { v = value; }
+  template <class V>
+  static SK_HD void set_lane(V& v, int i, T value) {
+    v[i] = value;
+  }
+
+  SK_HD T padding() const { return kind == kValues ? T(0) : T(-1e30); }
+
+  SK_HD T score(T v) const {
+    if (kind == kValues) return v;
+    const bool finite = v - v == T(0);
     if (!finite) report(status, kScoresNotFinite);
-    if (finite && !in_range) report(status, kProbsOutOfRange);
+    if (kind == kUnary) return -v;
+    if (kind == kLogits) return v;
+    if (finite && !(v >= T(0) && v <= T(1.001))) report(status, kProbsOutOfRange);
+    return natural_log(v < T(1e-5) ? T(1e-5) : v > T(1) ? T(1) : v);
   }
 };
 
-// The way back.
-template <class T>
-struct UnpackRow {
+// The way back: one position.
+template <class T, int W>
+struct Unpack {
   Grid grid;
   const T* rows;
-  T* target;
-  int64_t batch_stride, channel_stride, point_stride;
+  Strided target;
   int channels, width;
 
   SK_HD void operator()(int64_t position) const {
     const Place place = place_of(grid, position);
     if (place.point < 0) return;
-    T* to = target + place.image * batch_stride + place.point * point_stride;
-    for (int c = 0; c < channels; ++c) to[c * channel_stride] = rows[position * width + c];
+    T* to = static_cast<T*>(const_cast<void*>(target.data)) + place.image * target.batch + place.point * target.point;
+    const Vec<T, W>* row = reinterpret_cast<const Vec<T, W>*>(rows + position * width);
+    for (int b = 0; b < width / W; ++b) {
+      const Vec<T, W> v = row[b];
+      for (int i = 0; i < W && b * W + i < channels; ++i) to[(b * W + i) * target.channel] = lane(v, i);
+    }
+  }
+
+ private:
+  static SK_HD T lane(const T& v, int) { return v; }
+  template <class V>
+  static SK_HD T lane(const V& v, int i) {
+    return v[i];
   }
 };
+
+// Splat and blur are the same code for both compilers from here: pairs to vertices, then along every axis. Leaves the result in
+// `vertices`.
+template <class T, class V>
+void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch, int blocks,
+                    bool reverse) {
+  const int axes = l.dims + 1;
+  V* from = axes % 2 == 0 ? vertices : scratch;
+  V* to = axes % 2 == 0 ? scratch : vertices;
+  parallel_rows(where, l.vertex_bound, l.counts, blocks, MergePairs<V>{l, pairs, from, blocks}, "merge");
+  for (int i = 0; i < axes; ++i) {
+    const int axis = reverse ? axes - 1 - i : i;
+    const int32_t* up = l.neighbours + int64_t(axis) * 2 * l.vertex_bound;
+    parallel_rows(where, l.vertex_bound, l.counts, blocks, Blur<T, V>{up, up + l.vertex_bound, from, to, blocks},
+                  "blur");
+    V* t = from;
+    from = to;
+    to = t;
+  }
+}
 
 }  // namespace SK_NS
 }  // namespace segkernels

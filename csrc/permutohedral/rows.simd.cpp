@@ -38,7 +38,7 @@ constexpr int kRun = 64;
 
 template <class T>
 struct PackTile {
-  PackRow<T> row;
+  Pack<T, 1> row;
 
   void operator()(int64_t tile) const {
     const Grid& g = row.grid;
@@ -49,7 +49,9 @@ struct PackTile {
       if (g.height == 1 && first.point >= 0 && last.point >= 0 && row.source.point == 1) {
         run(p, first, n);
       } else {
-        for (int64_t i = 0; i < n; ++i) row(p + i);
+        for (int64_t i = 0; i < n; ++i) {
+          for (int c = 0; c < row.width; ++c) row(p + i, c);
+        }
       }
     }
   }
@@ -96,19 +98,20 @@ struct PackTile {
 
 template <class T>
 struct UnpackTile {
-  UnpackRow<T> row;
+  Unpack<T, 1> row;
 
   void operator()(int64_t tile) const {
     const Grid& g = row.grid;
+    const Strided& t = row.target;
     const int64_t begin = tile * tile_points(g), end = begin + tile_points(g);
     for (int64_t p = begin; p < end; p += kRun) {
       const int64_t n = end - p < kRun ? end - p : kRun;
       const Place first = place_of(g, p), last = place_of(g, p + n - 1);
-      if (g.height == 1 && first.point >= 0 && last.point >= 0 && row.point_stride == 1) {
+      if (g.height == 1 && first.point >= 0 && last.point >= 0 && t.point == 1) {
         const T* rows = row.rows + p * row.width;
-        T* to = row.target + first.image * row.batch_stride + first.point;
+        T* to = static_cast<T*>(const_cast<void*>(t.data)) + first.image * t.batch + first.point;
         for (int c = 0; c < row.channels; ++c) {
-          for (int64_t i = 0; i < n; ++i) to[c * row.channel_stride + i] = rows[i * row.width + c];
+          for (int64_t i = 0; i < n; ++i) to[c * t.channel + i] = rows[i * row.width + c];
         }
       } else {
         for (int64_t i = 0; i < n; ++i) row(p + i);
@@ -130,9 +133,7 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
             int channels, int width, bool is_double) {
   with_type(is_double, [&](auto scalar) {
     using T = decltype(scalar);
-    T* data = static_cast<T*>(const_cast<void*>(target.data));
-    const UnpackTile<T> f{{grid, static_cast<const T*>(rows), data, target.batch, target.channel,
-                           target.point, channels, width}};
+    const UnpackTile<T> f{{grid, static_cast<const T*>(rows), target, channels, width}};
     parallel_tiles(where, tile_count(grid), f);
   });
 }

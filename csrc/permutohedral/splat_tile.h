@@ -1,5 +1,4 @@
-// The splat on the CPU: one thread sums a tile's points into its pairs, in order; then pairs are
-// merged into vertices and blurred.
+// The splat on the CPU: one thread sums a tile's points into its pairs, in order.
 #pragma once
 
 #include <string.h>
@@ -46,26 +45,6 @@ class TilePairs {
   const T* weights_;
   V* rows_;
 };
-
-// Leaves the result in `vertices`.
-template <class T, class V>
-void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch,
-                    int blocks, bool reverse) {
-  const int axes = l.dims + 1;
-  V* from = axes % 2 == 0 ? vertices : scratch;
-  V* to = axes % 2 == 0 ? scratch : vertices;
-  parallel_rows(where, l.vertex_bound, l.counts, blocks, MergePairs<V>{l, pairs, from, blocks},
-                "merge");
-  for (int i = 0; i < axes; ++i) {
-    const int axis = reverse ? axes - 1 - i : i;
-    const int32_t* up = l.neighbours + int64_t(axis) * 2 * l.vertex_bound;
-    parallel_rows(where, l.vertex_bound, l.counts, blocks,
-                  Blur<T, V>{up, up + l.vertex_bound, from, to, blocks}, "blur");
-    V* t = from;
-    from = to;
-    to = t;
-  }
-}
 
 }  // namespace SK_NS
 }  // namespace segkernels

@@ -304,6 +304,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         lattice.hold(
             view,
             order=empty((entries,), i16),
+            order_weights=empty((entries,), lattice.dtype),
             pair_start=empty((entries + lattice.grid.tiles,), i16),
         )
         keys = entries
@@ -329,7 +330,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
     )
     if cuda:
         C.lattice_embed(where, view, build, lattice.double)
-    C.lattice_tiles(where, view, build)
+    C.lattice_tiles(where, view, build, lattice.double)
     return build
 
 

@@ -1,0 +1,463 @@
+// The lattice on CUDA. Every step is a grid-stride launch of a functor that the CPU shares, but for two: telling a tile's pairs apart
+// (a block of threads sorts the tile's entries by vertex) and the splat (a block sums its tile's entries, each pair in the fixed order
+// of that sort). Scans and the sort of the pairs are CUB's. Nothing allocates or synchronises.
+#include <thrust/iterator/counting_iterator.h>
+#include <thrust/iterator/transform_iterator.h>
+
+#include <cub/block/block_discontinuity.cuh>
+#include <cub/block/block_radix_sort.cuh>
+#include <cub/block/block_scan.cuh>
+#include <cub/device/device_radix_sort.cuh>
+#include <cub/device/device_scan.cuh>
+
+#include "common/parallel_for.h"
+#include "permutohedral/dispatch.h"
+#include "permutohedral/permutohedral.h"
+
+namespace segkernels {
+namespace {
+
+constexpr int kTile = 256;  // points of a tile, and threads of a block
+
+int bits_for(int64_t values) {
+  int bits = 1;
+  while ((int64_t(1) << bits) < values) ++bits;
+  return bits;
+}
+
+struct FirstBefore {
+  IsFirst is_first;
+  int64_t entries;
+  SK_HD int32_t operator()(int64_t entry) const { return entry < entries ? is_first(entry) : 0; }
+};
+
+// One entry: if it is the first with its key, a vertex. A vertex beyond the bound is -1.
+struct NumberVertex {
+  IsFirst is_first;
+  const int32_t* rank_of;
+  int32_t* vertex_of_slot;
+  uint32_t* first_entry;
+  int64_t bound;
+  int32_t* status;
+
+  SK_HD void operator()(int64_t entry) const {
+    if (!is_first(entry)) return;
+    const int32_t id = rank_of[entry];
+    const bool fits = id < bound;
+    vertex_of_slot[is_first.slot_of[entry]] = fits ? id : -1;
+    if (fits) {
+      first_entry[id] = uint32_t(entry);
+    } else {
+      report(status, kTooManyVertices);
+    }
+  }
+};
+
+// Vertices before each image, and the number of them.
+struct CountVertices {
+  const int32_t* rank_of;
+  int64_t image_entries, bound;
+  int32_t batch;
+  int32_t* image_start;
+  int32_t* counts;
+
+  SK_HD void operator()(int64_t image) const {
+    const int32_t before = rank_of[image * image_entries];
+    image_start[image] = before;
+    if (image == batch) counts[0] = int32_t(before < bound ? before : bound);
+  }
+};
+
+// One position: its slots become vertices, in place; all -1 where one of them has none.
+struct ResolveVertices {
+  uint32_t* slot_of;
+  const int32_t* vertex_of_slot;
+  int entries;
+
+  SK_HD void operator()(int64_t position) const {
+    uint32_t* slots = slot_of + position * entries;
+    bool taken = true;
+    for (int k = 0; k < entries; ++k) taken = taken && slots[k] != kNoSlot && vertex_of_slot[slots[k]] >= 0;
+    for (int k = 0; k < entries; ++k) slots[k] = taken ? uint32_t(vertex_of_slot[slots[k]]) : kNoSlot;
+  }
+};
+
+struct Differs {
+  SK_HD bool operator()(uint32_t a, uint32_t b) const { return a != b; }
+};
+
+// One tile a block: entries sorted by vertex, stably, so that a pair's entries stand in the order of the points.
+template <int I>
+__global__ void __launch_bounds__(kTile) number_pairs_kernel(Lattice l, const uint32_t* vertex_of_entry, int bits) {
+  using Sort = cub::BlockRadixSort<uint32_t, kTile, I, uint16_t>;
+  using Heads = cub::BlockDiscontinuity<uint32_t, kTile>;
+  using Scan = cub::BlockScan<int, kTile>;
+  __shared__ union {
+    typename Sort::TempStorage sort;
+    typename Heads::TempStorage heads;
+    typename Scan::TempStorage scan;
+  } shared;
+
+  const int32_t tile = blockIdx.x;
+  const int entries = kTile * (l.dims + 1);
+  const int64_t base = int64_t(tile) * entries;
+  const uint32_t none = (1u << bits) - 1;  // sorts last
+  uint32_t vertex[I];
+  uint16_t entry[I];
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    const int i = threadIdx.x * I + k;
+    const uint32_t v = i < entries ? vertex_of_entry[base + i] : kNoSlot;
+    vertex[k] = v == kNoSlot ? none : v;
+    entry[k] = uint16_t(i);
+  }
+  Sort(shared.sort).Sort(vertex, entry, 0, bits);
+  __syncthreads();
+  int head[I];
+  Heads(shared.heads).FlagHeads(head, vertex, Differs{});
+  __syncthreads();
+  int rank[I];
+  int runs;
+  Scan(shared.scan).InclusiveSum(head, rank, runs);
+
+  uint16_t* start = l.pair_start + base + tile;
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    const int i = threadIdx.x * I + k;
+    // Where the run of entries without a vertex begins, the last pair ends.
+    if (head[k]) start[rank[k] - 1] = uint16_t(i);
+    if (head[k] && vertex[k] != none) l.pair_vertex[base + rank[k] - 1] = int32_t(vertex[k]);
+    if (i < entries) l.order[base + i] = entry[k];
+    if (entry[k] < entries) l.local_ids[base + entry[k]] = vertex[k] == none ? kSkipped : uint16_t(rank[k] - 1);
+  }
+  if (threadIdx.x == kTile - 1) {
+    const bool all = vertex[I - 1] != none;
+    if (all) start[runs] = uint16_t(entries);
+    l.tile_start[tile] = all ? runs : runs - 1;
+  }
+}
+
+// The entry at each place of the order becomes its point and its weight.
+template <class T>
+struct GatherWeights {
+  Lattice lattice;
+
+  SK_HD void operator()(int64_t i) const {
+    const uint32_t entries = kTile * (lattice.dims + 1);
+    const int64_t base = i - uint32_t(i) % entries;
+    const uint16_t entry = lattice.order[i];
+    static_cast<T*>(lattice.order_weights)[i] = static_cast<const T*>(lattice.weights)[base + entry];
+    lattice.order[i] = uint16_t(entry / (lattice.dims + 1));
+  }
+};
+
+struct CountPairs {
+  Lattice lattice;
+  SK_HD void operator()(int64_t) const { lattice.counts[1] = lattice.tile_start[tile_count(lattice.grid)]; }
+};
+
+void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    with_scalar(is_double, [&](auto scalar) {
+      using T = decltype(scalar);
+      const Embed<T, D> f{l.grid,    static_cast<const T*>(b.features), make_scale<T, D>(),
+                          b.records, static_cast<T*>(l.weights),       b.status};
+      parallel_for(where, position_count(l.grid), f, "permutohedral embed");
+    });
+  });
+}
+
+void number_vertices(const Where& where, const Lattice& l, const BuildBuffers& b) {
+  const int64_t positions = position_count(l.grid);
+  const int64_t entries = positions * (l.dims + 1);
+  const cudaStream_t stream = stream_of(where);
+  check_cuda(cudaMemsetAsync(b.slots, 0xFF, sizeof(*b.slots) * b.capacity, stream), "permutohedral clear");
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    parallel_for(where, positions, Insert<D>{l.grid, key_table<D>(l, b), b.slot_of}, "permutohedral insert");
+  });
+  const IsFirst is_first{b.slots, b.slot_of};
+  const auto flags = thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0),
+                                                     FirstBefore{is_first, entries});
+  size_t bytes = size_t(b.temporary_bytes);
+  check_cuda(cub::DeviceScan::ExclusiveSum(b.temporary, bytes, flags, b.rank_of, entries + 1, stream),
+             "permutohedral scan");
+  parallel_for(where, entries,
+               NumberVertex{is_first, b.rank_of, b.vertex_of_slot, b.first_entry, l.vertex_bound, b.status},
+               "permutohedral number");
+  const CountVertices count{b.rank_of,    entries / l.grid.batch, l.vertex_bound,
+                            l.grid.batch, b.image_start,          l.counts};
+  parallel_for(where, l.grid.batch + 1, count, "permutohedral count");
+  parallel_for(where, positions, ResolveVertices{b.slot_of, b.vertex_of_slot, l.dims + 1}, "permutohedral resolve");
+}
+
+template <int I>
+void number_pairs(const Where& where, const Lattice& l, const BuildBuffers& b, int bits) {
+  number_pairs_kernel<I><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(l, b.slot_of, bits);
+  check_launch("permutohedral pairs");
+}
+
+void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
+  const DeviceGuard guard(where.device);
+  number_vertices(where, l, b);
+  // A vertex is below the bound, and one more value sorts after all.
+  const int bits = bits_for(l.vertex_bound + 2);
+  const int n = l.dims + 1;
+  if (n <= 3) {
+    number_pairs<3>(where, l, b, bits);
+  } else if (n <= 4) {
+    number_pairs<4>(where, l, b, bits);
+  } else if (n <= 6) {
+    number_pairs<6>(where, l, b, bits);
+  } else if (n <= 9) {
+    number_pairs<9>(where, l, b, bits);
+  } else {
+    number_pairs<17>(where, l, b, bits);
+  }
+  with_scalar(is_double, [&](auto scalar) {
+    parallel_for(where, position_count(l.grid) * n, GatherWeights<decltype(scalar)>{l}, "permutohedral order");
+  });
+  const int32_t count = tile_count(l.grid);
+  size_t bytes = size_t(b.temporary_bytes);
+  check_cuda(cub::DeviceScan::ExclusiveSum(b.temporary, bytes, l.tile_start, l.tile_start, count + 1, stream_of(where)),
+             "permutohedral scan");
+  parallel_for(where, 1, CountPairs{l}, "permutohedral count");
+}
+
+struct ClearNeighbours {
+  Lattice lattice;
+  SK_HD void operator()(int64_t vertex, int row) const { lattice.neighbours[row * lattice.vertex_bound + vertex] = -1; }
+};
+
+// One pair of a tile: its vertex, to sort by.
+struct PairKeys {
+  Lattice lattice;
+  int32_t* keys;
+  int32_t* values;
+
+  SK_HD void operator()(int64_t tile, int i) const {
+    const int32_t begin = lattice.tile_start[tile];
+    if (i >= lattice.tile_start[tile + 1] - begin) return;
+    keys[begin + i] = tile_vertices(lattice, int32_t(tile))[i];
+    values[begin + i] = begin + i;
+  }
+};
+
+// Room for pairs beyond those that there are sorts last.
+struct UnusedKeys {
+  const int32_t* counts;
+  int32_t* keys;
+  int32_t* values;
+  int32_t key;
+  SK_HD void operator()(int64_t i) const {
+    if (i < counts[1]) return;
+    keys[i] = key;
+    values[i] = 0;
+  }
+};
+
+// One vertex: where its pairs begin among the sorted ones; one more for where the last ones end.
+struct VertexStart {
+  Lattice lattice;
+  const int32_t* keys;
+
+  SK_HD void operator()(int64_t vertex) const {
+    if (vertex > lattice.counts[0]) return;
+    int32_t low = 0, high = lattice.counts[1];
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (keys[middle] < vertex) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    lattice.vertex_start[vertex] = low;
+  }
+};
+
+void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
+  const DeviceGuard guard(where.device);
+  parallel_rows(where, l.vertex_bound, l.counts, 2 * (l.dims + 1), ClearNeighbours{l}, "permutohedral neighbours");
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    const Link<D> f{l, key_table<D>(l, b), b.first_entry, b.vertex_of_slot};
+    parallel_rows(where, l.vertex_bound, l.counts, D + 1, f, "permutohedral link");
+  });
+  if (l.pair_bound == 0) return;
+  int32_t* sorted = b.sort_keys + l.pair_bound;
+  parallel_rows(where, tile_count(l.grid), nullptr, kTile * (l.dims + 1), PairKeys{l, b.sort_keys, b.sort_values},
+                "permutohedral pair keys");
+  parallel_for(where, l.pair_bound, UnusedKeys{l.counts, b.sort_keys, b.sort_values, int32_t(l.vertex_bound)},
+               "permutohedral unused keys");
+  size_t bytes = size_t(b.temporary_bytes);
+  check_cuda(cub::DeviceRadixSort::SortPairs(b.temporary, bytes, b.sort_keys, sorted, b.sort_values, l.vertex_pairs,
+                                             l.pair_bound, 0, bits_for(l.vertex_bound + 1), stream_of(where)),
+             "permutohedral sort");
+  parallel_for(where, l.vertex_bound + 1, VertexStart{l, sorted}, "permutohedral starts");
+}
+
+void embed_grad(const Where& where, const Lattice& l, const void* features, const void* grad_weights,
+                void* grad_features, bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    with_scalar(is_double, [&](auto scalar) {
+      using T = decltype(scalar);
+      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
+                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
+      parallel_for(where, position_count(l.grid), f, "permutohedral embed_grad");
+    });
+  });
+}
+
+// f(T{}, V{}): the scalar, and the 16 bytes of them (or the one) that rows are read in.
+template <class F>
+void with_vector(int width, bool is_double, const F& f) {
+  with_scalar(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    if (width % 4 == 0) {
+      f(T{}, Vec<T, 16 / sizeof(T)>{});
+    } else {
+      f(T{}, T{});
+    }
+  });
+}
+
+void pack(const Where& where, const Grid& grid, const Strided& source, void* rows, int channels, int width,
+          RowKind kind, int32_t* status, bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_vector(width, is_double, [&](auto scalar, auto vector) {
+    using T = decltype(scalar);
+    constexpr int W = sizeof(vector) / sizeof(T);
+    const Pack<T, W> f{grid, source, static_cast<T*>(rows), channels, width, kind, status};
+    parallel_rows(where, position_count(grid), nullptr, width / W, f, "rows pack");
+  });
+}
+
+void unpack(const Where& where, const Grid& grid, const void* rows, const Strided& target, int channels, int width,
+            bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_vector(width, is_double, [&](auto scalar, auto vector) {
+    using T = decltype(scalar);
+    constexpr int W = sizeof(vector) / sizeof(T);
+    const Unpack<T, W> f{grid, static_cast<const T*>(rows), target, channels, width};
+    parallel_for(where, position_count(grid), f, "rows unpack");
+  });
+}
+
+// One tile a block: `lanes` neighbouring threads sum a pair's entries, in order.
+template <class T, class V>
+__global__ void __launch_bounds__(kTile)
+    splat_kernel(Lattice l, const V* rows, const T* scale, V* pairs, int blocks, int lanes) {
+  const int32_t tile = blockIdx.x;
+  const int64_t base = int64_t(tile) * kTile * (l.dims + 1);
+  const uint16_t* start = l.pair_start + base + tile;
+  const uint16_t* order = l.order + base;
+  const T* weights = static_cast<const T*>(l.order_weights) + base;
+  const int32_t first = l.tile_start[tile];
+  const int32_t count = l.tile_start[tile + 1] - first;
+  const int64_t points = int64_t(tile) * kTile;
+  for (int32_t pair = threadIdx.x / lanes; pair < count; pair += kTile / lanes) {
+    for (int b = threadIdx.x % lanes; b < blocks; b += lanes) {
+      V sum{};
+#pragma unroll 4
+      for (int i = start[pair]; i < start[pair + 1]; ++i) {
+        const int64_t p = points + order[i];
+        const T w = scale != nullptr ? weights[i] * scale[p] : weights[i];
+        sum = mul_add(w, rows[p * blocks + b], sum);
+      }
+      pairs[int64_t(first + pair) * blocks + b] = sum;
+    }
+  }
+}
+
+void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is_double) {
+  const DeviceGuard guard(where.device);
+  splat_pairs(where, l, b.rows, b.scale_in, b.pairs, b.width, is_double);
+  with_vector(b.width, is_double, [&](auto scalar, auto vector) {
+    using T = decltype(scalar);
+    using V = decltype(vector);
+    merge_and_blur<T, V>(where, l, static_cast<const V*>(b.pairs), static_cast<V*>(b.vertices),
+                         static_cast<V*>(b.scratch), int(b.width * sizeof(T) / sizeof(V)), b.reverse);
+  });
+}
+
+void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale, void* rows, int width,
+           bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_vector(width, is_double, [&](auto scalar, auto vector) {
+    using T = decltype(scalar);
+    using V = decltype(vector);
+    const int blocks = int(width * sizeof(T) / sizeof(V));
+    const Slice<T, V> f{l,
+                        static_cast<const V*>(vertices),
+                        static_cast<V*>(rows),
+                        static_cast<const T*>(scale),
+                        T(slice_alpha(l.dims)),
+                        blocks};
+    parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "permutohedral slice");
+  });
+}
+
+void weights_grad(const Where& where, const Lattice& l, const void* x, const void* g, const void* vertices,
+                  const void* grad_vertices, void* grad_weights, int width, bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_scalar(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    const WeightsGrad<T> f{l,
+                           static_cast<const T*>(x),
+                           static_cast<const T*>(g),
+                           static_cast<const T*>(vertices),
+                           static_cast<const T*>(grad_vertices),
+                           static_cast<T*>(grad_weights),
+                           T(slice_alpha(l.dims)),
+                           width};
+    parallel_for(where, position_count(l.grid), f, "permutohedral weights_grad");
+  });
+}
+
+void invert_norm(const Where& where, int64_t positions, const void* norm, void* out, bool root, bool is_double) {
+  const DeviceGuard guard(where.device);
+  with_scalar(is_double, [&](auto scalar) {
+    using T = decltype(scalar);
+    parallel_for(where, positions, InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
+                 "permutohedral norm");
+  });
+}
+
+}  // namespace
+
+void splat_pairs(const Where& where, const Lattice& l, const void* rows, const void* scale, void* pairs, int width,
+                 bool is_double) {
+  with_vector(width, is_double, [&](auto scalar, auto vector) {
+    using T = decltype(scalar);
+    using V = decltype(vector);
+    const int blocks = int(width * sizeof(T) / sizeof(V));
+    splat_kernel<T, V><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(
+        l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs), blocks,
+        lanes_for(blocks));
+    check_launch("permutohedral splat");
+  });
+}
+
+int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs) {
+  size_t scan = 0, scan_tiles = 0, sort = 0;
+  const auto flags = thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0), FirstBefore{});
+  int32_t* none = nullptr;
+  check_cuda(cub::DeviceScan::ExclusiveSum(nullptr, scan, flags, none, entries + 1), "workspace");
+  check_cuda(cub::DeviceScan::ExclusiveSum(nullptr, scan_tiles, none, none, tiles + 1), "workspace");
+  check_cuda(cub::DeviceRadixSort::SortPairs(nullptr, sort, none, none, none, none, pairs), "workspace");
+  const size_t most = scan > scan_tiles ? scan : scan_tiles;
+  return int64_t(most > sort ? most : sort);
+}
+
+const PermutohedralApi& permutohedral_cuda() {
+  static const PermutohedralApi api{embed,  tiles, link,  embed_grad,   pack,
+                                    unpack, splat, slice, weights_grad, invert_norm};
+  return api;
+}
+
+}  // namespace segkernels
