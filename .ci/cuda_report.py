@@ -20,8 +20,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from build_tools import cuda, ninja_build
 
-# Kernels that may spill: (kernel, architecture) to (bytes allowed, why that is right).
-BUDGET: dict[tuple[str, str], tuple[int, str]] = {}
+# Kernels that may spill: a part of the demangled name to (bytes allowed, why that is right).
+BUDGET = {
+    "update_kernel<double,": (24, "registers saved around float64's exp and log, once a point"),
+}
+
+
+def allowed(kernel: Kernel) -> int:
+    """Bytes that a kernel may spill."""
+    return max((bytes_ for part, (bytes_, _) in BUDGET.items() if part in kernel.name), default=0)
 
 
 @dataclass
@@ -148,11 +155,7 @@ def main() -> int:
         print("No kernel was compiled: nothing was checked")
         return 1
     show(kernels, "--all" in sys.argv[1:])
-    over = [
-        kernel
-        for kernel in kernels
-        if kernel.spill > BUDGET.get((kernel.short, kernel.arch), (0, ""))[0]
-    ]
+    over = [kernel for kernel in kernels if kernel.spill > allowed(kernel)]
     for kernel in over:
         print(f"SPILLS: {kernel.name} on {kernel.arch}: {kernel.spill} bytes stored and loaded")
     ptx = ", ".join(f"compute_{arch.number}" for arch in config.arches if arch.ptx)

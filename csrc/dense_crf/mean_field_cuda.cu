@@ -1,7 +1,9 @@
-// Mean field on CUDA. A step is: for every term, splat Q into pairs, merge and blur the pairs' sums (shared with the filter), apply the
-// compatibility to the vertices; then one kernel slices all terms, adds the unary energy and takes the softmax. There a group of
-// G neighbouring threads owns a point, each with up to B vectors of its channels in registers. Nothing is atomic, so that the bits are the same
-// in every run; nothing allocates or synchronises, so that it can be captured in a graph.
+// Mean field on CUDA. A step is: for every term, splat Q into pairs, merge and blur the pairs' sums
+// (shared with the filter), apply the compatibility to the vertices; then one kernel slices all
+// terms, adds the unary energy and takes the softmax. There a group of G neighbouring threads owns
+// a point, each with up to B vectors of its channels in registers. Nothing is atomic, so that the
+// bits are the same in every run; nothing allocates or synchronises, so that it can be captured in
+// a graph.
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
@@ -26,7 +28,8 @@ __device__ T group_sum(T v) {
   return v;
 }
 
-// The channels of one thread: B vectors in registers, or (B = 0, very many classes) in the point's row of the result.
+// The channels of one thread: B vectors in registers, or (B = 0, very many classes) in the point's
+// row of the result.
 template <class V, int B>
 struct Channels {
   V kept[B];
@@ -61,8 +64,8 @@ __device__ void set_lane(V& v, int i, T value) {
 
 // Adds a term's message to the channels; false for a point that the term's lattice skips.
 template <class T, class V, int G, int B>
-__device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t tile, int lane, int blocks,
-                         Channels<V, B>& z) {
+__device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t tile, int lane,
+                         int blocks, Channels<V, B>& z) {
   const Lattice& l = term.lattice;
   const int n = l.dims + 1;
   const uint16_t* ids = l.local_ids + position * n;
@@ -93,10 +96,11 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
   const int64_t positions = position_count(m.grid);
   const V* energy = static_cast<const V*>(m.energy);
   V* rows = static_cast<V*>(m.rows);
-  // A block's threads hold whole groups, and positions come in whole tiles of 256, so that no thread of a warp leaves
-  // the loop before the others.
+  // A block's threads hold whole groups, and positions come in whole tiles of 256, so that no
+  // thread of a warp leaves the loop before the others.
   const int64_t step = int64_t(gridDim.x) * (kThreads / G);
-  for (int64_t p = int64_t(blockIdx.x) * (kThreads / G) + threadIdx.x / G; p < positions; p += step) {
+  for (int64_t p = int64_t(blockIdx.x) * (kThreads / G) + threadIdx.x / G; p < positions;
+       p += step) {
     const int32_t tile = tile_of(m.grid, p);
     Channels<V, B> z(rows + p * blocks, lane);
     for (int i = 0; i < count; ++i) {
@@ -126,23 +130,27 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
       }
     }
     top = group_max<T, G>(top);
+    const bool log_scores = last && m.log;
     T sum = 0;
     for (int i = 0; i < count; ++i) {
-      for (int c = 0; c < W; ++c) sum += exp(lane_value<T>(z.at(i, G), c) - top);
+      for (int c = 0; c < W; ++c) {
+        const T v = lane_value<T>(z.at(i, G), c) - top;
+        const T e = exp(v);
+        sum += e;
+        set_lane<T>(z.at(i, G), c, log_scores ? v : e);
+      }
     }
     sum = group_sum<T, G>(sum);
-    const bool finite = sum - sum == T(0);
-    const T inverse = T(1) / sum;
-    const T shift = top + log(sum);
+    // A point whose scores are not finite gives NaN, and nothing to the others.
+    const bool good = taken && sum - sum == T(0);
+    const T faulty = last ? T(NAN) : T(0);
+    const T change = log_scores ? log(sum) : T(1) / sum;
     for (int i = 0; i < count; ++i) {
       if (B > 0 && lane + i * G >= blocks) continue;
       V out{};
       for (int c = 0; c < W; ++c) {
         const T v = lane_value<T>(z.at(i, G), c);
-        const T q = last && m.log ? v - shift : exp(v - top) * inverse;
-        // A point whose scores are not finite gives NaN, and nothing to the others.
-        const T faulty = last ? T(NAN) : T(0);
-        set_lane<T>(out, c, finite && taken ? q : faulty);
+        set_lane<T>(out, c, !good ? faulty : log_scores ? v - change : v * change);
       }
       rows[p * blocks + lane + i * G] = out;
     }
@@ -152,21 +160,26 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
 template <class T, class V, int G, int B>
 void launch_update(const Where& where, const MeanField& m, bool first, bool last) {
   update_kernel<T, V, G, B>
-      <<<grid_for(position_count(m.grid), kThreads / G), kThreads, 0, stream_of(where)>>>(m, first, last);
+      <<<grid_for(position_count(m.grid), kThreads / G), kThreads, 0, stream_of(where)>>>(m, first,
+                                                                                          last);
   check_launch("dense_crf update");
 }
 
 template <class T, class V>
 void update(const Where& where, const MeanField& m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  if (blocks <= 1) return launch_update<T, V, 1, 1>(where, m, first, last);
-  if (blocks <= 2) return launch_update<T, V, 2, 1>(where, m, first, last);
-  if (blocks <= 4) return launch_update<T, V, 4, 1>(where, m, first, last);
-  if (blocks <= 8) return launch_update<T, V, 8, 1>(where, m, first, last);
-  if (blocks <= 16) return launch_update<T, V, 16, 1>(where, m, first, last);
-  if (blocks <= 32) return launch_update<T, V, 32, 1>(where, m, first, last);
-  if (blocks <= 64) return launch_update<T, V, 32, 2>(where, m, first, last);
-  return launch_update<T, V, 32, 0>(where, m, first, last);
+  if constexpr (sizeof(V) == sizeof(T)) {  // one class
+    launch_update<T, V, 1, 1>(where, m, first, last);
+  } else {
+    if (blocks <= 1) return launch_update<T, V, 1, 1>(where, m, first, last);
+    if (blocks <= 2) return launch_update<T, V, 2, 1>(where, m, first, last);
+    if (blocks <= 4) return launch_update<T, V, 4, 1>(where, m, first, last);
+    if (blocks <= 8) return launch_update<T, V, 8, 1>(where, m, first, last);
+    if (blocks <= 16) return launch_update<T, V, 16, 1>(where, m, first, last);
+    if (blocks <= 32) return launch_update<T, V, 32, 1>(where, m, first, last);
+    if (blocks <= 64) return launch_update<T, V, 32, 2>(where, m, first, last);
+    launch_update<T, V, 32, 0>(where, m, first, last);
+  }
 }
 
 // Sums of a term, blurred, with its compatibility applied, in term.vertices.
@@ -181,13 +194,14 @@ void message(const Where& where, const MeanField& m, const MeanFieldTerm& term) 
   splat_pairs(where, l, m.rows, term.scale_in, term.pairs, m.width, sizeof(T) == sizeof(double));
   if (term.compat_is_matrix) {
     merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
-    parallel_rows(where, l.vertex_bound, l.counts, blocks,
-                  MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
-                  "dense_crf compatibility");
+    parallel_rows(
+        where, l.vertex_bound, l.counts, blocks,
+        MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
+        "dense_crf compatibility");
   } else {
     merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false);
-    parallel_rows(where, l.vertex_bound, l.counts, blocks, ScaleChannels<V>{vertices, compat, blocks},
-                  "dense_crf compatibility");
+    parallel_rows(where, l.vertex_bound, l.counts, blocks,
+                  ScaleChannels<V>{vertices, compat, blocks}, "dense_crf compatibility");
   }
 }
 

@@ -34,8 +34,8 @@ struct Lattice {
   int32_t* vertex_pairs;  // [pair_bound]: pairs by vertex, tiles ascending
   int32_t* neighbours;    // [dims + 1, 2, vertex_bound]: vertex one step along an axis, or -1
   int32_t* counts;        // [2]: vertices, pairs
-  // CUDA only: the entries of each tile by pair, in order: the point of each within the tile, its weight; where
-  // each pair's begin.
+  // CUDA only: the entries of each tile by pair, in order: the point of each within the tile, its
+  // weight; where each pair's begin.
   uint16_t* order;       // [tiles, tile_entries]
   void* order_weights;   // [tiles, tile_entries] T
   uint16_t* pair_start;  // [tiles, tile_entries + 1]

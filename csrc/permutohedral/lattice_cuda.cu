@@ -1,6 +1,7 @@
-// The lattice on CUDA. Every step is a grid-stride launch of a functor that the CPU shares, but for two: telling a tile's pairs apart
-// (a block of threads sorts the tile's entries by vertex) and the splat (a block sums its tile's entries, each pair in the fixed order
-// of that sort). Scans and the sort of the pairs are CUB's. Nothing allocates or synchronises.
+// The lattice on CUDA. Every step is a grid-stride launch of a functor that the CPU shares, but for
+// two: telling a tile's pairs apart (a block of threads sorts the tile's entries by vertex) and the
+// splat (a block sums its tile's entries, each pair in the fixed order of that sort). Scans and the
+// sort of the pairs are CUB's. Nothing allocates or synchronises.
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/iterator/transform_iterator.h>
 
@@ -77,8 +78,10 @@ struct ResolveVertices {
   SK_HD void operator()(int64_t position) const {
     uint32_t* slots = slot_of + position * entries;
     bool taken = true;
-    for (int k = 0; k < entries; ++k) taken = taken && slots[k] != kNoSlot && vertex_of_slot[slots[k]] >= 0;
-    for (int k = 0; k < entries; ++k) slots[k] = taken ? uint32_t(vertex_of_slot[slots[k]]) : kNoSlot;
+    for (int k = 0; k < entries; ++k)
+      taken = taken && slots[k] != kNoSlot && vertex_of_slot[slots[k]] >= 0;
+    for (int k = 0; k < entries; ++k)
+      slots[k] = taken ? uint32_t(vertex_of_slot[slots[k]]) : kNoSlot;
   }
 };
 
@@ -86,9 +89,11 @@ struct Differs {
   SK_HD bool operator()(uint32_t a, uint32_t b) const { return a != b; }
 };
 
-// One tile a block: entries sorted by vertex, stably, so that a pair's entries stand in the order of the points.
+// One tile a block: entries sorted by vertex, stably, so that a pair's entries stand in the order
+// of the points.
 template <int I>
-__global__ void __launch_bounds__(kTile) number_pairs_kernel(Lattice l, const uint32_t* vertex_of_entry, int bits) {
+__global__ void __launch_bounds__(kTile)
+    number_pairs_kernel(Lattice l, const uint32_t* vertex_of_entry, int bits) {
   using Sort = cub::BlockRadixSort<uint32_t, kTile, I, uint16_t>;
   using Heads = cub::BlockDiscontinuity<uint32_t, kTile>;
   using Scan = cub::BlockScan<int, kTile>;
@@ -128,7 +133,8 @@ __global__ void __launch_bounds__(kTile) number_pairs_kernel(Lattice l, const ui
     if (head[k]) start[rank[k] - 1] = uint16_t(i);
     if (head[k] && vertex[k] != none) l.pair_vertex[base + rank[k] - 1] = int32_t(vertex[k]);
     if (i < entries) l.order[base + i] = entry[k];
-    if (entry[k] < entries) l.local_ids[base + entry[k]] = vertex[k] == none ? kSkipped : uint16_t(rank[k] - 1);
+    if (entry[k] < entries)
+      l.local_ids[base + entry[k]] = vertex[k] == none ? kSkipped : uint16_t(rank[k] - 1);
   }
   if (threadIdx.x == kTile - 1) {
     const bool all = vertex[I - 1] != none;
@@ -146,14 +152,17 @@ struct GatherWeights {
     const uint32_t entries = kTile * (lattice.dims + 1);
     const int64_t base = i - uint32_t(i) % entries;
     const uint16_t entry = lattice.order[i];
-    static_cast<T*>(lattice.order_weights)[i] = static_cast<const T*>(lattice.weights)[base + entry];
+    static_cast<T*>(lattice.order_weights)[i] =
+        static_cast<const T*>(lattice.weights)[base + entry];
     lattice.order[i] = uint16_t(entry / (lattice.dims + 1));
   }
 };
 
 struct CountPairs {
   Lattice lattice;
-  SK_HD void operator()(int64_t) const { lattice.counts[1] = lattice.tile_start[tile_count(lattice.grid)]; }
+  SK_HD void operator()(int64_t) const {
+    lattice.counts[1] = lattice.tile_start[tile_count(lattice.grid)];
+  }
 };
 
 void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
@@ -163,7 +172,7 @@ void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_
     with_scalar(is_double, [&](auto scalar) {
       using T = decltype(scalar);
       const Embed<T, D> f{l.grid,    static_cast<const T*>(b.features), make_scale<T, D>(),
-                          b.records, static_cast<T*>(l.weights),       b.status};
+                          b.records, static_cast<T*>(l.weights),        b.status};
       parallel_for(where, position_count(l.grid), f, "permutohedral embed");
     });
   });
@@ -173,24 +182,29 @@ void number_vertices(const Where& where, const Lattice& l, const BuildBuffers& b
   const int64_t positions = position_count(l.grid);
   const int64_t entries = positions * (l.dims + 1);
   const cudaStream_t stream = stream_of(where);
-  check_cuda(cudaMemsetAsync(b.slots, 0xFF, sizeof(*b.slots) * b.capacity, stream), "permutohedral clear");
+  check_cuda(cudaMemsetAsync(b.slots, 0xFF, sizeof(*b.slots) * b.capacity, stream),
+             "permutohedral clear");
   with_dims(l.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
-    parallel_for(where, positions, Insert<D>{l.grid, key_table<D>(l, b), b.slot_of}, "permutohedral insert");
+    parallel_for(where, positions, Insert<D>{l.grid, key_table<D>(l, b), b.slot_of},
+                 "permutohedral insert");
   });
   const IsFirst is_first{b.slots, b.slot_of};
   const auto flags = thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0),
                                                      FirstBefore{is_first, entries});
   size_t bytes = size_t(b.temporary_bytes);
-  check_cuda(cub::DeviceScan::ExclusiveSum(b.temporary, bytes, flags, b.rank_of, entries + 1, stream),
-             "permutohedral scan");
-  parallel_for(where, entries,
-               NumberVertex{is_first, b.rank_of, b.vertex_of_slot, b.first_entry, l.vertex_bound, b.status},
-               "permutohedral number");
+  check_cuda(
+      cub::DeviceScan::ExclusiveSum(b.temporary, bytes, flags, b.rank_of, entries + 1, stream),
+      "permutohedral scan");
+  parallel_for(
+      where, entries,
+      NumberVertex{is_first, b.rank_of, b.vertex_of_slot, b.first_entry, l.vertex_bound, b.status},
+      "permutohedral number");
   const CountVertices count{b.rank_of,    entries / l.grid.batch, l.vertex_bound,
                             l.grid.batch, b.image_start,          l.counts};
   parallel_for(where, l.grid.batch + 1, count, "permutohedral count");
-  parallel_for(where, positions, ResolveVertices{b.slot_of, b.vertex_of_slot, l.dims + 1}, "permutohedral resolve");
+  parallel_for(where, positions, ResolveVertices{b.slot_of, b.vertex_of_slot, l.dims + 1},
+               "permutohedral resolve");
 }
 
 template <int I>
@@ -217,18 +231,22 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_
     number_pairs<17>(where, l, b, bits);
   }
   with_scalar(is_double, [&](auto scalar) {
-    parallel_for(where, position_count(l.grid) * n, GatherWeights<decltype(scalar)>{l}, "permutohedral order");
+    parallel_for(where, position_count(l.grid) * n, GatherWeights<decltype(scalar)>{l},
+                 "permutohedral order");
   });
   const int32_t count = tile_count(l.grid);
   size_t bytes = size_t(b.temporary_bytes);
-  check_cuda(cub::DeviceScan::ExclusiveSum(b.temporary, bytes, l.tile_start, l.tile_start, count + 1, stream_of(where)),
+  check_cuda(cub::DeviceScan::ExclusiveSum(b.temporary, bytes, l.tile_start, l.tile_start,
+                                           count + 1, stream_of(where)),
              "permutohedral scan");
   parallel_for(where, 1, CountPairs{l}, "permutohedral count");
 }
 
 struct ClearNeighbours {
   Lattice lattice;
-  SK_HD void operator()(int64_t vertex, int row) const { lattice.neighbours[row * lattice.vertex_bound + vertex] = -1; }
+  SK_HD void operator()(int64_t vertex, int row) const {
+    lattice.neighbours[row * lattice.vertex_bound + vertex] = -1;
+  }
 };
 
 // One pair of a tile: its vertex, to sort by.
@@ -280,7 +298,8 @@ struct VertexStart {
 
 void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
   const DeviceGuard guard(where.device);
-  parallel_rows(where, l.vertex_bound, l.counts, 2 * (l.dims + 1), ClearNeighbours{l}, "permutohedral neighbours");
+  parallel_rows(where, l.vertex_bound, l.counts, 2 * (l.dims + 1), ClearNeighbours{l},
+                "permutohedral neighbours");
   with_dims(l.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
     const Link<D> f{l, key_table<D>(l, b), b.first_entry, b.vertex_of_slot};
@@ -288,19 +307,21 @@ void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
   });
   if (l.pair_bound == 0) return;
   int32_t* sorted = b.sort_keys + l.pair_bound;
-  parallel_rows(where, tile_count(l.grid), nullptr, kTile * (l.dims + 1), PairKeys{l, b.sort_keys, b.sort_values},
-                "permutohedral pair keys");
-  parallel_for(where, l.pair_bound, UnusedKeys{l.counts, b.sort_keys, b.sort_values, int32_t(l.vertex_bound)},
+  parallel_rows(where, tile_count(l.grid), nullptr, kTile * (l.dims + 1),
+                PairKeys{l, b.sort_keys, b.sort_values}, "permutohedral pair keys");
+  parallel_for(where, l.pair_bound,
+               UnusedKeys{l.counts, b.sort_keys, b.sort_values, int32_t(l.vertex_bound)},
                "permutohedral unused keys");
   size_t bytes = size_t(b.temporary_bytes);
-  check_cuda(cub::DeviceRadixSort::SortPairs(b.temporary, bytes, b.sort_keys, sorted, b.sort_values, l.vertex_pairs,
-                                             l.pair_bound, 0, bits_for(l.vertex_bound + 1), stream_of(where)),
+  check_cuda(cub::DeviceRadixSort::SortPairs(b.temporary, bytes, b.sort_keys, sorted, b.sort_values,
+                                             l.vertex_pairs, l.pair_bound, 0,
+                                             bits_for(l.vertex_bound + 1), stream_of(where)),
              "permutohedral sort");
   parallel_for(where, l.vertex_bound + 1, VertexStart{l, sorted}, "permutohedral starts");
 }
 
-void embed_grad(const Where& where, const Lattice& l, const void* features, const void* grad_weights,
-                void* grad_features, bool is_double) {
+void embed_grad(const Where& where, const Lattice& l, const void* features,
+                const void* grad_weights, void* grad_features, bool is_double) {
   const DeviceGuard guard(where.device);
   with_dims(l.dims, [&](auto dims) {
     constexpr int D = decltype(dims)::value;
@@ -326,8 +347,8 @@ void with_vector(int width, bool is_double, const F& f) {
   });
 }
 
-void pack(const Where& where, const Grid& grid, const Strided& source, void* rows, int channels, int width,
-          RowKind kind, int32_t* status, bool is_double) {
+void pack(const Where& where, const Grid& grid, const Strided& source, void* rows, int channels,
+          int width, RowKind kind, int32_t* status, bool is_double) {
   const DeviceGuard guard(where.device);
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
@@ -337,8 +358,8 @@ void pack(const Where& where, const Grid& grid, const Strided& source, void* row
   });
 }
 
-void unpack(const Where& where, const Grid& grid, const void* rows, const Strided& target, int channels, int width,
-            bool is_double) {
+void unpack(const Where& where, const Grid& grid, const void* rows, const Strided& target,
+            int channels, int width, bool is_double) {
   const DeviceGuard guard(where.device);
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
@@ -381,12 +402,13 @@ void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is
     using T = decltype(scalar);
     using V = decltype(vector);
     merge_and_blur<T, V>(where, l, static_cast<const V*>(b.pairs), static_cast<V*>(b.vertices),
-                         static_cast<V*>(b.scratch), int(b.width * sizeof(T) / sizeof(V)), b.reverse);
+                         static_cast<V*>(b.scratch), int(b.width * sizeof(T) / sizeof(V)),
+                         b.reverse);
   });
 }
 
-void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale, void* rows, int width,
-           bool is_double) {
+void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale,
+           void* rows, int width, bool is_double) {
   const DeviceGuard guard(where.device);
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
@@ -402,8 +424,9 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
   });
 }
 
-void weights_grad(const Where& where, const Lattice& l, const void* x, const void* g, const void* vertices,
-                  const void* grad_vertices, void* grad_weights, int width, bool is_double) {
+void weights_grad(const Where& where, const Lattice& l, const void* x, const void* g,
+                  const void* vertices, const void* grad_vertices, void* grad_weights, int width,
+                  bool is_double) {
   const DeviceGuard guard(where.device);
   with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
@@ -419,37 +442,42 @@ void weights_grad(const Where& where, const Lattice& l, const void* x, const voi
   });
 }
 
-void invert_norm(const Where& where, int64_t positions, const void* norm, void* out, bool root, bool is_double) {
+void invert_norm(const Where& where, int64_t positions, const void* norm, void* out, bool root,
+                 bool is_double) {
   const DeviceGuard guard(where.device);
   with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
-    parallel_for(where, positions, InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
+    parallel_for(where, positions,
+                 InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
                  "permutohedral norm");
   });
 }
 
 }  // namespace
 
-void splat_pairs(const Where& where, const Lattice& l, const void* rows, const void* scale, void* pairs, int width,
-                 bool is_double) {
+void splat_pairs(const Where& where, const Lattice& l, const void* rows, const void* scale,
+                 void* pairs, int width, bool is_double) {
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
     using V = decltype(vector);
     const int blocks = int(width * sizeof(T) / sizeof(V));
     splat_kernel<T, V><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(
-        l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs), blocks,
-        lanes_for(blocks));
+        l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs),
+        blocks, lanes_for(blocks));
     check_launch("permutohedral splat");
   });
 }
 
 int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs) {
   size_t scan = 0, scan_tiles = 0, sort = 0;
-  const auto flags = thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0), FirstBefore{});
+  const auto flags =
+      thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0), FirstBefore{});
   int32_t* none = nullptr;
   check_cuda(cub::DeviceScan::ExclusiveSum(nullptr, scan, flags, none, entries + 1), "workspace");
-  check_cuda(cub::DeviceScan::ExclusiveSum(nullptr, scan_tiles, none, none, tiles + 1), "workspace");
-  check_cuda(cub::DeviceRadixSort::SortPairs(nullptr, sort, none, none, none, none, pairs), "workspace");
+  check_cuda(cub::DeviceScan::ExclusiveSum(nullptr, scan_tiles, none, none, tiles + 1),
+             "workspace");
+  check_cuda(cub::DeviceRadixSort::SortPairs(nullptr, sort, none, none, none, none, pairs),
+             "workspace");
   const size_t most = scan > scan_tiles ? scan : scan_tiles;
   return int64_t(most > sort ? most : sort);
 }

@@ -49,8 +49,8 @@ const PermutohedralApi& permutohedral_cpu();
 #if defined(SK_WITH_CUDA)
 const PermutohedralApi& permutohedral_cuda();
 // The splat's first step, rows into pairs, for the mean field.
-void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs, int width,
-                 bool is_double);
+void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs,
+                 int width, bool is_double);
 // CUB's workspace in bytes for a build with so many entries, tiles and pairs.
 int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs);
 #endif

@@ -141,8 +141,8 @@ struct InvertNorm {
 SK_HD float natural_log(float x) { return logf(x); }
 SK_HD double natural_log(double x) { return log(x); }
 
-// W channels of one position from a strided tensor into its row, padded with zeros, or with an energy that leaves no
-// probability.
+// W channels of one position from a strided tensor into its row, padded with zeros, or with an
+// energy that leaves no probability.
 template <class T, int W>
 struct Pack {
   Grid grid;
@@ -154,7 +154,8 @@ struct Pack {
 
   SK_HD void operator()(int64_t position, int block) const {
     const Place place = place_of(grid, position);
-    const T* from = static_cast<const T*>(source.data) + place.image * source.batch + place.point * source.point;
+    const T* from = static_cast<const T*>(source.data) + place.image * source.batch +
+                    place.point * source.point;
     Vec<T, W> v{};
     for (int i = 0; i < W; ++i) {
       const int c = block * W + i;
@@ -196,11 +197,13 @@ struct Unpack {
   SK_HD void operator()(int64_t position) const {
     const Place place = place_of(grid, position);
     if (place.point < 0) return;
-    T* to = static_cast<T*>(const_cast<void*>(target.data)) + place.image * target.batch + place.point * target.point;
+    T* to = static_cast<T*>(const_cast<void*>(target.data)) + place.image * target.batch +
+            place.point * target.point;
     const Vec<T, W>* row = reinterpret_cast<const Vec<T, W>*>(rows + position * width);
     for (int b = 0; b < width / W; ++b) {
       const Vec<T, W> v = row[b];
-      for (int i = 0; i < W && b * W + i < channels; ++i) to[(b * W + i) * target.channel] = lane(v, i);
+      for (int i = 0; i < W && b * W + i < channels; ++i)
+        to[(b * W + i) * target.channel] = lane(v, i);
     }
   }
 
@@ -212,20 +215,21 @@ struct Unpack {
   }
 };
 
-// Splat and blur are the same code for both compilers from here: pairs to vertices, then along every axis. Leaves the result in
-// `vertices`.
+// Splat and blur are the same code for both compilers from here: pairs to vertices, then along
+// every axis. Leaves the result in `vertices`.
 template <class T, class V>
-void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch, int blocks,
-                    bool reverse) {
+void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch,
+                    int blocks, bool reverse) {
   const int axes = l.dims + 1;
   V* from = axes % 2 == 0 ? vertices : scratch;
   V* to = axes % 2 == 0 ? scratch : vertices;
-  parallel_rows(where, l.vertex_bound, l.counts, blocks, MergePairs<V>{l, pairs, from, blocks}, "merge");
+  parallel_rows(where, l.vertex_bound, l.counts, blocks, MergePairs<V>{l, pairs, from, blocks},
+                "merge");
   for (int i = 0; i < axes; ++i) {
     const int axis = reverse ? axes - 1 - i : i;
     const int32_t* up = l.neighbours + int64_t(axis) * 2 * l.vertex_bound;
-    parallel_rows(where, l.vertex_bound, l.counts, blocks, Blur<T, V>{up, up + l.vertex_bound, from, to, blocks},
-                  "blur");
+    parallel_rows(where, l.vertex_bound, l.counts, blocks,
+                  Blur<T, V>{up, up + l.vertex_bound, from, to, blocks}, "blur");
     V* t = from;
     from = to;
     to = t;
