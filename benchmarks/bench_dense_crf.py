@@ -1,0 +1,126 @@
+"""`segkernels.dense_crf`: inference, as a CUDA graph, and a training step of the layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import cases
+import checks
+import numpy as np
+import peers
+import pytest
+import torch
+from inputs import crf_inputs
+from measure import measure, threads
+from memory import peak_bytes
+from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import CRF, CRF_BATCHED, CRF_TRAINING, CrfShape
+from timing import as_graph, clock
+
+from segkernels.ops.dense_crf import reference
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+
+
+def params(shapes: Sequence[CrfShape]) -> list[object]:
+    return [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.slow else []) for s in shapes]
+
+
+@pytest.mark.parametrize("shape", params(CRF + CRF_BATCHED))
+def test_dense_crf(benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device) -> None:
+    if shape.batch > 1 and device.type == "cpu":
+        pytest.skip("a batch on the CPU is its pictures one after the other")
+    call = cases.crf(shape, device)
+    others, checked = checked_crf(shape, call(), device)
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        others.append(peers.Peer("segkernels, 1 thread", "CPU, one thread", single_threaded(call)))
+    measure(
+        benchmark,
+        f"dense_crf {shape.name}",
+        call,
+        checked=checked,
+        peers=others,
+        moved=cases.crf_bytes(shape),
+        peak=functools.partial(peak_bytes, cases.crf, shape, device, device=device),
+        source=shape.source,
+        vertices=cases.crf_vertices(shape, device),
+    )
+
+
+@pytest.mark.parametrize("shape", params(CRF + CRF_BATCHED))
+def test_dense_crf_as_graph(
+    benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device
+) -> None:
+    if device.type != "cuda":
+        pytest.skip("a CUDA graph needs a CUDA device")
+    bound = max(cases.crf_vertices(shape, device).values()) * 5 // 4
+    plain = cases.crf(shape, device)()
+    _, checked = checked_crf(shape, plain, device)
+    replay = as_graph(cases.crf(shape, device, max_vertices=bound), device)
+    checks.same(replay(), plain, f"{shape.name} as a graph")
+    measure(
+        benchmark,
+        f"dense_crf {shape.name} as a CUDA graph",
+        replay,
+        checked=f"{checked}; the same bits as without a graph",
+        moved=cases.crf_bytes(shape),
+        source=shape.source,
+        max_vertices=bound,
+    )
+
+
+@pytest.mark.parametrize("shape", params(CRF_TRAINING))
+def test_dense_crf_training(
+    benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device
+) -> None:
+    measure(
+        benchmark,
+        f"DenseCRF forward + backward {shape.name}",
+        cases.crf_training(shape, device),
+        checked=checked_gradient(device),
+        peak=functools.partial(peak_bytes, cases.crf_training, shape, device, device=device),
+        source=shape.source,
+    )
+
+
+def checked_crf(
+    shape: CrfShape, result: torch.Tensor, device: torch.device
+) -> tuple[list[peers.Peer], str]:
+    """The peers of a case, and what its result was held against."""
+    images, probs = crf_inputs(shape, device)
+    first = images[0].permute(1, 2, 0).cpu().numpy().astype(np.uint8)
+    single = CrfShape(shape.height, shape.width, shape.classes, shape.iterations, shape.source)
+    oracle = peers.pydensecrf(single, first, probs[0].cpu().numpy())
+    checked = checks.crf(single, result[:1], images, probs, oracle)
+    if shape.batch > 1:
+        return [peers.pydensecrf(shape, first, probs[0].cpu().numpy())], checked
+    return [oracle], checked
+
+
+def single_threaded(call: cases.Call) -> cases.Call:
+    def one() -> torch.Tensor:
+        with threads(1):
+            return call()
+
+    return one
+
+
+def checked_gradient(device: torch.device) -> str:
+    """Holds the logits' gradient of a small case against autograd through plain torch."""
+    shape = CrfShape(40, 48, 4, 3, "")
+    found = cases.crf_training(shape, device)().cpu()
+    images, probs = (t.cpu() for t in crf_inputs(shape, device))
+    logits = probs.log().flatten(2).requires_grad_()
+    y, x = torch.meshgrid(torch.arange(shape.height), torch.arange(shape.width), indexing="ij")
+    place = torch.stack([x, y]).float().view(1, 2, -1)
+    features = [place / 3, torch.cat([place / 80, images.float().flatten(2) / 13], dim=1)]
+    compat = [torch.tensor(3.0), torch.tensor(10.0)]
+    kinds = ("symmetric", "symmetric")
+    out = reference.mean_field(logits, features, compat, "logits", kinds, shape.iterations, False)
+    out.backward(torch.linspace(-1, 1, probs.numel()).view_as(logits))
+    assert logits.grad is not None
+    expected = logits.grad.view_as(found)
+    scale = float(expected.abs().max())
+    checks.close(found[0], expected[0], scale, f"the gradient at {shape.name}")
+    return f"plain torch's gradient at {shape.name}"

@@ -1,0 +1,64 @@
+"""Other implementations, each optional; where one is missing, why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from shapes import CrfShape
+
+Result = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another implementation of a case.
+
+    Attributes:
+        name: what it is called in reports, with its version.
+        where: what it runs on.
+        run: does the case once, inputs prepared; None where it is missing.
+        missing: why.
+    """
+
+    name: str
+    where: str
+    run: Callable[[], Result] | None = field(repr=False, default=None)
+    missing: str = ""
+
+
+def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> Peer:
+    """pydensecrf2, the installable fork of pydensecrf, with the same parameters as `dense_crf`.
+
+    Its energies are computed here, outside of its time: in pydensecrf they are the caller's work,
+    while `dense_crf` takes probabilities and is timed with the logarithm.
+
+    Args:
+        shape: the case; one picture.
+        image: (H, W, 3) uint8.
+        probs: (C, H, W) float32.
+    """
+    name, where = "pydensecrf2", "CPU, one thread"
+    try:
+        crf: Any = importlib.import_module("pydensecrf.densecrf")
+    except ImportError as error:
+        return Peer(name, where, missing=f"{error}; pip install pydensecrf2")
+    if shape.batch > 1:
+        return Peer(name, where, missing="takes one picture a call")
+    energy = np.ascontiguousarray(-np.log(np.clip(probs, 1e-5, 1)).reshape(shape.classes, -1))
+    image = np.ascontiguousarray(image)
+
+    def run() -> Result:
+        field_ = crf.DenseCRF2D(shape.width, shape.height, shape.classes)
+        field_.setUnaryEnergy(energy)
+        field_.addPairwiseGaussian(sxy=3, compat=3)
+        field_.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
+        return np.array(field_.inference(shape.iterations), np.float32).reshape(probs.shape)
+
+    version = importlib.metadata.version("pydensecrf2")
+    return Peer(f"{name} {version}", where, run)
