@@ -51,6 +51,7 @@ void pointer(py::class_<S>& c, const char* name, P* S::* member) {
 [[noreturn]] void without_cuda() { throw std::runtime_error("segkernels was built without CUDA"); }
 
 const segkernels::PermutohedralApi& permutohedral(const WhereTuple& w) {
+  if (std::get<0>(w) == -2) return segkernels::permutohedral_emulated();
   if (std::get<0>(w) < 0) return segkernels::permutohedral_cpu();
 #if defined(SK_WITH_CUDA)
   return segkernels::permutohedral_cuda();

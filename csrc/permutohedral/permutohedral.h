@@ -46,6 +46,7 @@ struct PermutohedralApi {
 };
 
 const PermutohedralApi& permutohedral_cpu();
+const PermutohedralApi& permutohedral_emulated();  // CUDA's steps on the CPU, for tests
 #if defined(SK_WITH_CUDA)
 const PermutohedralApi& permutohedral_cuda();
 // The splat's first step, rows into pairs, for the mean field.

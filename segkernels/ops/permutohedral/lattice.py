@@ -25,7 +25,27 @@ _TILE = 256  # points of a tile on CUDA: one block of threads
 _CPU_TILE = (
     8192  # points of a tile on the CPU: enough to share vertices, few enough to stay in cache
 )
-_MAX_ENTRIES = 2**31 - 1
+_MAX_ENTRIES = 2**30
+
+# For tests without a GPU: CPU tensors take the build and the splat of CUDA, emulated step by step.
+emulate_cuda = False
+
+
+def _global_build(device: torch.device) -> bool:
+    """Whether keys go straight into one global table (CUDA), or by tile first (CPU)."""
+    return device.type == "cuda" or emulate_cuda
+
+
+def _where(tensor: torch.Tensor) -> tuple[int, int, int]:
+    device, stream, threads = _native.where(tensor)
+    return (-2 if emulate_cuda and device < 0 else device), stream, threads
+
+
+def _workspace(device: torch.device, entries: int, tiles: int, pairs: int) -> int:
+    """Bytes that CUB needs."""
+    if device.type != "cuda":
+        return 0
+    return int(_native.C().lattice_workspace(entries, tiles, pairs))
 
 
 def row_width(device: torch.device, channels: int) -> int:
@@ -43,7 +63,7 @@ def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: in
     for size in spatial[:-1]:
         height *= size
     width = spatial[-1]
-    if device.type != "cuda":
+    if not _global_build(device):
         points = height * width
         tile = max(1, min(65534 // (dims + 1), _CPU_TILE, points))
         return _native.C().Grid(batch, 1, points, 1, tile)
@@ -128,7 +148,7 @@ class Lattice:
         """Splat and blur: the vertices' rows."""
         pairs, vertices, scratch = buffers or self.buffers(rows.shape[1])
         _native.C().lattice_splat(
-            _native.where(rows),
+            _where(rows),
             self.view,
             rows.data_ptr(),
             _pointer(scale),
@@ -145,7 +165,7 @@ class Lattice:
         """Interpolate the vertices' rows at the points."""
         rows = self.rows(vertices.shape[1])
         _native.C().lattice_slice(
-            _native.where(rows),
+            _where(rows),
             self.view,
             vertices.data_ptr(),
             _pointer(scale),
@@ -161,7 +181,7 @@ class Lattice:
             ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
             norm = self.slice(self.splat(ones, None, False), None)
             _native.C().rows_invert_norm(
-                _native.where(norm),
+                _where(norm),
                 self.grid.positions,
                 norm.data_ptr(),
                 norm.data_ptr(),
@@ -204,7 +224,7 @@ class Lattice:
         """The gradient of the weights: from splatted rows, gradient rows, the vertices of both."""
         out = torch.empty_like(self.weights)
         _native.C().lattice_weights_grad(
-            _native.where(x),
+            _where(x),
             self.view,
             x.data_ptr(),
             g.data_ptr(),
@@ -220,7 +240,7 @@ class Lattice:
         """The gradient of the features from that of the weights."""
         out = torch.empty_like(self.features)
         _native.C().lattice_embed_grad(
-            _native.where(out),
+            _where(out),
             self.view,
             self.features.data_ptr(),
             grad_weights.contiguous().data_ptr(),
@@ -253,7 +273,7 @@ def build(
     first = features[0]
     batch, _, points = first.shape
     dims = max(f.shape[1] for f in features)
-    if batch * points * (dims + 1) > _MAX_ENTRIES // 2:
+    if batch * points * (dims + 1) > _MAX_ENTRIES:
         raise ValueError(
             f"{op}: batch * points * (dims + 1) must be below 2**30 in one call, got "
             f"{batch} * {points} * {dims + 1}; split the batch or the image"
@@ -263,11 +283,11 @@ def build(
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
     with _status.watch(first, op, first.dtype) as status:
         built = [_embed(lattice, max_vertices, status) for lattice in lattices]
-    if first.device.type == "cuda":
-        _link_cuda(lattices, built, counts, max_vertices)
+    if _global_build(first.device):
+        _link_global(lattices, built, counts, max_vertices)
     else:
         for lattice, buffers in zip(lattices, built, strict=True):
-            _link_cpu(lattice, buffers)
+            _link_by_tile(lattice, buffers)
     for lattice in lattices:
         lattice.release()
     return lattices
@@ -277,7 +297,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
     """Records, weights, keys and the numbers of vertices and pairs."""
     C = _native.C()
     positions, entries = lattice.grid.positions, lattice.entries
-    cuda = lattice.device.type == "cuda"
+    globally = _global_build(lattice.device)
     i32, i16 = torch.int32, torch.int16
     view, build = lattice.view, C.BuildBuffers()
     view.counts = lattice.counts.data_ptr()
@@ -293,9 +313,9 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         pair_vertex=empty((entries,), i32),
     )
     lattice.hold(build, records=empty((positions * C.record_size(lattice.dims),), i32))
-    where = _native.where(lattice.features)
-    if cuda:
-        build.temporary_bytes = C.lattice_workspace(entries, lattice.grid.tiles, 0)
+    where = _where(lattice.features)
+    if globally:
+        build.temporary_bytes = _workspace(lattice.device, entries, lattice.grid.tiles, 0)
         lattice.hold(
             build,
             rank_of=empty((entries + 1,), i32),
@@ -328,24 +348,26 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         vertex_of_slot=empty((build.capacity,), i32),
         first_entry=empty((view.vertex_bound,), i32),
     )
-    if cuda:
+    if globally:
         C.lattice_embed(where, view, build, lattice.double)
     C.lattice_tiles(where, view, build, lattice.double)
     return build
 
 
-def _link_cpu(lattice: Lattice, build: Any) -> None:
+def _link_by_tile(lattice: Lattice, build: Any) -> None:
     view = lattice.view
     view.vertex_bound, view.pair_bound = lattice.counts.tolist()
     _hold_links(lattice)
-    _native.C().lattice_link(_native.where(lattice.features), view, build)
+    _native.C().lattice_link(_where(lattice.features), view, build)
 
 
-def _link_cuda(
+def _link_global(
     lattices: list[Lattice], built: list[Any], counts: torch.Tensor, max_vertices: int | None
 ) -> None:
     C = _native.C()
-    bounded = max_vertices is not None or torch.cuda.is_current_stream_capturing()
+    cuda = counts.device.type == "cuda"
+    capturing = cuda and torch.cuda.is_current_stream_capturing()
+    bounded = max_vertices is not None or capturing
     read = None if bounded else counts.tolist()
     for i, (lattice, build) in enumerate(zip(lattices, built, strict=True)):
         view = lattice.view
@@ -354,14 +376,14 @@ def _link_cuda(
         else:
             view.pair_bound = min(lattice.entries, lattice.grid.tiles * view.vertex_bound)
         _hold_links(lattice)
-        build.temporary_bytes = C.lattice_workspace(0, 0, view.pair_bound)
+        build.temporary_bytes = _workspace(lattice.device, 0, 0, view.pair_bound)
         lattice.hold(
             build,
             temporary=lattice.empty((build.temporary_bytes,), torch.uint8),
             sort_keys=lattice.empty((2 * view.pair_bound,), torch.int32),
             sort_values=lattice.empty((view.pair_bound,), torch.int32),
         )
-        C.lattice_link(_native.where(lattice.features), view, build)
+        C.lattice_link(_where(lattice.features), view, build)
 
 
 def _hold_links(lattice: Lattice) -> None:
@@ -386,7 +408,7 @@ def pack(
     width = row_width(values.device, channels)
     rows = torch.empty(grid.positions, width, dtype=values.dtype, device=values.device)
     _native.C().rows_pack(
-        _native.where(values),
+        _where(values),
         grid,
         values.data_ptr(),
         *values.stride(),
@@ -403,7 +425,7 @@ def pack(
 def unpack(grid: Any, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Rows into `out`, (B, C, N) of any strides."""
     _native.C().rows_unpack(
-        _native.where(out),
+        _where(out),
         grid,
         rows.data_ptr(),
         out.data_ptr(),

@@ -1,0 +1,226 @@
+"""What only a GPU can show of the lattice and the dense CRF. `pytest -m gpu` runs it.
+
+For memory errors and races: `compute-sanitizer --tool memcheck pytest -m gpu tests/ops` (and
+`--tool racecheck`, `--tool initcheck`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import segkernels
+from segkernels.ops.permutohedral import lattice as native
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def no_faults() -> Iterator[None]:
+    yield
+    segkernels.check()
+
+
+def example(
+    size: tuple[int, int] = (61, 83), classes: int = 21, batch: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(batch, 3, 5, 7, generator=generator)
+    img = torch.nn.functional.interpolate(coarse * 255, size=size, mode="bicubic").clamp(0, 255)
+    img = img + 4 * torch.randn(batch, 3, *size, generator=generator)
+    scores = torch.rand(batch, classes, 4, 6, generator=generator) * 6
+    probs = torch.nn.functional.interpolate(scores, size=size, mode="bilinear").softmax(1)
+    return img, probs
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 8, 21, 33, 64, 100, 150, 300])
+def test_agrees_with_the_cpu(classes: int) -> None:
+    img, probs = example(classes=classes)
+    expected = segkernels.dense_crf(img, probs)
+    got = segkernels.dense_crf(img.cuda(), probs.cuda()).cpu()
+    off = (got - expected).abs().amax(dim=1) > 1e-4
+    assert off.float().mean() <= 0.005
+
+
+@pytest.mark.parametrize("compat", ["vector", "matrix"])
+@pytest.mark.parametrize("normalization", ["symmetric", "before", "after", "none"])
+def test_float64_agrees_with_the_cpu(normalization: str, compat: str) -> None:
+    img, probs = (t.double() for t in example((40, 50), classes=7))
+    torch.manual_seed(1)
+    mu = torch.randn((7,) if compat == "vector" else (7, 7), dtype=torch.float64)
+    options = {"compat_bilateral": mu, "normalization": normalization}
+    expected = segkernels.dense_crf(img, probs, **options)
+    options["compat_bilateral"] = mu.cuda()
+    got = segkernels.dense_crf(img.cuda(), probs.cuda(), **options).cpu()
+    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("dims", range(1, 17))
+def test_filter_agrees_with_the_cpu(dims: int) -> None:
+    torch.manual_seed(dims)
+    features = 5 * torch.rand(2, dims, 30, 41, dtype=torch.float64)
+    values = torch.randn(2, 6, 30, 41, dtype=torch.float64)
+    own = segkernels.PermutohedralLattice(features)
+    other = segkernels.PermutohedralLattice(features.cuda())
+    assert own.num_vertices == other.num_vertices
+    for transpose in (False, True):
+        expected = own.filter(values, "symmetric", transpose)
+        got = other.filter(values.cuda(), "symmetric", transpose).cpu()
+        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_same_bits_every_time_forward_and_backward() -> None:
+    img, probs = (t.cuda() for t in example())
+    seen = []
+    for _ in range(4):
+        p, i = probs.clone().requires_grad_(), img.clone().requires_grad_()
+        out = segkernels.dense_crf(i, p, iterations=3)
+        out.square().sum().backward()
+        seen.append((out.detach(), p.grad, i.grad))
+    for other in seen[1:]:
+        for a, b in zip(seen[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_gradients_agree_with_the_cpu() -> None:
+    img, probs = (t.double() for t in example((20, 24), classes=4, batch=1))
+    grads = []
+    for device in ("cpu", "cuda"):
+        p = probs.to(device).requires_grad_()
+        i = img.to(device).requires_grad_()
+        mu = torch.eye(4, dtype=torch.float64, device=device).mul(-3).requires_grad_()
+        out = segkernels.dense_crf(i, p, iterations=2, compat_bilateral=mu)
+        (out * torch.arange(out.numel(), device=device).view_as(out).cos()).sum().backward()
+        grads.append([t.grad.cpu() for t in (p, i, mu)])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-7)
+
+
+def test_one_synchronisation_without_a_bound_none_with_one() -> None:
+    img, probs = (t.cuda() for t in example())
+    segkernels.dense_crf(img, probs, max_vertices=200_000)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        segkernels.dense_crf(img, probs, max_vertices=200_000)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            segkernels.dense_crf(img, probs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_captured_in_a_graph() -> None:
+    img, probs = (t.cuda() for t in example())
+    expected = segkernels.dense_crf(img, probs)
+    other_img, other_probs = img.flip(-1).contiguous(), probs.flip(-1).contiguous()
+    other = segkernels.dense_crf(other_img, other_probs)
+    for options in ({}, {"max_vertices": 200_000}):
+        static_img, static_probs = img.clone(), probs.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            segkernels.dense_crf(static_img, static_probs, **options)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = segkernels.dense_crf(static_img, static_probs, **options)
+        graph.replay()
+        assert torch.equal(out, expected)
+        static_img.copy_(other_img)
+        static_probs.copy_(other_probs)
+        graph.replay()
+        assert torch.equal(out, other)
+
+
+def test_on_the_current_stream() -> None:
+    img, probs = (t.cuda() for t in example())
+    expected = segkernels.dense_crf(img, probs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # what is queued before must be waited for
+        late = probs * 1
+        got = segkernels.dense_crf(img, late)
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_on_the_tensors_device() -> None:
+    img, probs = example()
+    first = segkernels.dense_crf(img.cuda(0), probs.cuda(0))
+    with torch.cuda.device(0):
+        second = segkernels.dense_crf(img.cuda(1), probs.cuda(1))
+    assert second.device.index == 1
+    assert torch.equal(first.cpu(), second.cpu())
+    with pytest.raises(ValueError, match="cuda:0"):
+        segkernels.dense_crf(img.cuda(0), probs.cuda(1))
+
+
+def test_values_at_fault_are_told_by_check() -> None:
+    img, probs = (t.cuda() for t in example(batch=1))
+    faulty = probs.clone()
+    faulty[0, 3, 5, 6] = float("nan")
+    out = segkernels.dense_crf(img, faulty)
+    assert out[0, :, 5, 6].isnan().all()
+    assert int(out.isnan().any(dim=1).sum()) == 1
+    with pytest.raises(ValueError, match="finite"):
+        segkernels.check()
+    segkernels.check()
+
+    dark = img.clone()
+    dark[0, 1, 2, 3] = float("inf")
+    out = segkernels.dense_crf(dark, probs)
+    assert int(out.isnan().any(dim=1).sum()) == 1
+    with pytest.raises(ValueError, match="features"):
+        segkernels.check()
+
+    segkernels.dense_crf(img, probs, max_vertices=20)
+    with pytest.raises(ValueError, match="max_vertices"):
+        segkernels.check()
+
+
+def test_checked_at_once_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGKERNELS_CHECK", "1")
+    img, probs = (t.cuda() for t in example(batch=1))
+    with pytest.raises(ValueError, match="dense_crf"):
+        segkernels.dense_crf(img, probs - 1)
+
+
+def test_values_of_more_than_2_31_elements() -> None:
+    points, channels = 2**22, 520
+    if torch.cuda.mem_get_info()[0] < 45 * 2**30:
+        pytest.skip("needs 45 GiB of free device memory")
+    features = torch.stack([torch.arange(points, device="cuda") % 997 / 50.0]).unsqueeze(0)
+    values = torch.ones(1, channels, points, device="cuda")
+    assert values.numel() > 2**31
+    out = segkernels.permutohedral_filter(values, features)
+    assert float((out - 1).abs().max()) < 1e-4
+
+
+def test_poisoned_memory_is_all_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    img, probs = (t.cuda() for t in example())
+    expected = segkernels.dense_crf(img, probs)
+    empty = torch.empty
+
+    def poisoned(*args: object, **options: object) -> torch.Tensor:
+        tensor = empty(*args, **options)  # type: ignore[call-overload]
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 119)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert torch.equal(segkernels.dense_crf(img, probs), expected)
+
+
+def test_emulation_matches_the_gpu() -> None:
+    torch.manual_seed(0)
+    features, _values = 5 * torch.rand(2, 5, 700), torch.randn(2, 8, 700)
+    (gpu,) = native.build([features.cuda()], (20, 35))
+    native.emulate_cuda = True
+    try:
+        (cpu,) = native.build([features], (20, 35))
+    finally:
+        native.emulate_cuda = False
+    for name in ("local_ids", "tile_start"):
+        assert torch.equal(gpu.tensors[name].cpu(), cpu.tensors[name]), name
+    assert gpu.counts.tolist() == cpu.counts.tolist()
