@@ -7,6 +7,8 @@ transform; the autograd Function where a gradient is wanted; else the kernel its
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +34,18 @@ def wants_grad(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
     )
+
+
+@contextmanager
+def recording_within_an_operator() -> Iterator[None]:
+    """Let autograd record inside an operator's kernel.
+
+    A kernel that differentiates by recording needs it: below the dispatcher's autograd keys, as
+    under a dispatch mode (fake tensors, tracing, checks), torch has switched recording off.
+    """
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(key, False):
+        yield
 
 
 def laid_out_like(out: torch.Tensor, given: torch.Tensor) -> torch.Tensor:

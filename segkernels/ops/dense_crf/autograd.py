@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from segkernels import _native, _status
-from segkernels.ops._op import library
+from segkernels.ops._op import library, recording_within_an_operator
 from segkernels.ops.dense_crf.reference import energy
 from segkernels.ops.permutohedral import autograd as filters
 from segkernels.ops.permutohedral import lattice as native
@@ -147,7 +147,7 @@ def gradients(
     """Gradients of scores, features and compat, in that order, None where not needed."""
     inputs = [scores, *features, *compat]
     leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-    with torch.enable_grad():
+    with recording_within_an_operator():
         split = 1 + len(features)
         out = composed(leaves[0], leaves[1:split], leaves[split:], config, lattices)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops._op import library
+from segkernels.ops._op import library, recording_within_an_operator
 from segkernels.ops.permutohedral import lattice as native
 from segkernels.ops.permutohedral.lattice import Lattice, Normalization
 from segkernels.ops.permutohedral.reference import EPSILON
@@ -142,7 +142,7 @@ def _backward(
     features = features.detach().contiguous().requires_grad_()
     values = values.detach().requires_grad_()
     (lattice,) = native.build([features.detach()], spatial, op="permutohedral_filter")
-    with torch.enable_grad():
+    with recording_within_an_operator():
         out = filter_(values, features, lattice, normalization, transpose)
     grad_values, grad_features = torch.autograd.grad(out, (values, features), grad)
     return grad_values, grad_features
