@@ -1,0 +1,77 @@
+"""Points for tests of the lattice, and how a fault in values is told on each device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import segkernels
+from segkernels.ops.permutohedral.reference import barycentric, elevate, simplex
+
+
+def weights_of(points: torch.Tensor) -> torch.Tensor:
+    """Barycentric weights (N, d + 1) of points (N, d), in float64."""
+    elevated = elevate(points.double())
+    return barycentric(elevated, *simplex(elevated))
+
+
+def inside(
+    shape: Sequence[int], spread: float = 1.0, margin: float = 1e-3, seed: int = 0
+) -> torch.Tensor:
+    """Random features (B, d, *spatial), float64, each well inside its simplex.
+
+    They are exact in float32, and rounding in float32 moves none to another simplex: so float32 and
+    float64 see one topology, and a small step for a finite difference keeps it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count: int) -> torch.Tensor:
+        return spread * torch.randn(count, shape[1], generator=generator)
+
+    count = torch.Size((shape[0], *shape[2:])).numel()
+    points = draw(count)
+    while True:
+        bad = weights_of(points).amin(dim=1) < margin
+        if not bad.any():
+            break
+        points[bad] = draw(int(bad.sum()))
+    points = points.double().view(shape[0], -1, shape[1])
+    return points.transpose(1, 2).reshape(tuple(shape))
+
+
+@contextmanager
+def raises_for_values(device: torch.device, match: str) -> Iterator[None]:
+    """A fault that only values show: raised at once on the CPU, by `segkernels.check` on CUDA."""
+    if device.type == "cuda":
+        segkernels.check(device)
+        yield
+        with pytest.raises(ValueError, match=match):
+            segkernels.check(device)
+        segkernels.check(device)
+        return
+    with pytest.raises(ValueError, match=match):
+        yield
+
+
+@contextmanager
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that is allocated and not filled holds NaN, or integers that mean nothing."""
+
+    def spoil(allocate):
+        def allocated(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if out.device.type != "meta":
+                with torch.no_grad():
+                    out.fill_(float("nan") if out.dtype.is_floating_point else 99)
+            return out
+
+        return allocated
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", spoil(torch.empty))
+        patch.setattr(torch, "empty_like", spoil(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", spoil(torch.Tensor.new_empty))
+        yield

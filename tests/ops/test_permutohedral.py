@@ -1,0 +1,891 @@
+"""The lattice filter: pydensecrf's figures, the reference in float64, transposes, gradients, keys,
+layouts, determinism, compilation, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lattice_points import inside, poisoned, raises_for_values, weights_of
+from torch.autograd.gradcheck import GradcheckError
+
+from segkernels import PermutohedralLattice, permutohedral_filter
+from segkernels.ops.permutohedral import lattice as native
+from segkernels.ops.permutohedral import reference
+from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+DTYPES = (torch.float32, torch.float64)
+WAYS = list(product(NORMALIZATIONS, (False, True)))
+# Relative to the largest magnitude of the result.
+TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
+CHANNELS = (1, 2, 4, 5, 21, 33, 150)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    want = want.detach().cpu().double()
+    error = (got.detach().cpu().double() - want).abs().max()
+    assert float(error) <= tolerance * float(want.abs().max())
+
+
+def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) -> torch.Tensor:
+    """Features (batch, dims, *spatial) so near each other that points share vertices."""
+    return inside((batch, dims, *spatial), spread=1.2 / dims**0.5, margin=margin)
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For thousands of tiny calls, where waking a second thread is most of the time."""
+    with on_one_thread():
+        yield
+
+
+@on_one_thread()
+def oracle(values: torch.Tensor, features: torch.Tensor) -> dict[tuple[str, bool], torch.Tensor]:
+    """The reference for every way of filtering; each image's lattice is built once."""
+    lattices = [reference.ReferenceLattice(f.flatten(1).T) for f in features]
+    out = {}
+    for way in WAYS:
+        images = zip(values.flatten(2), lattices, strict=True)
+        filtered = [lattice.filter(v.T, *way).T for v, lattice in images]
+        out[way] = torch.stack(filtered).view_as(values)
+    return out
+
+
+# --- figures of pydensecrf ---
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, np.ndarray]:
+    with np.load(DATA / "permutohedral_pydensecrf.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 4, 5, 6, 8])
+def test_agrees_with_pydensecrf(dims, device, golden):
+    figures = {
+        name.removeprefix(f"d{dims}_"): torch.from_numpy(value)
+        for name, value in golden.items()
+        if name.startswith(f"d{dims}_") and value.ndim
+    }
+    lattice = PermutohedralLattice(figures["features"].to(device))
+    assert lattice.num_vertices == [int(golden[f"d{dims}_vertices"])]
+    values = figures["values"].to(device)
+    ones = torch.ones_like(values[:, :1])
+    for got, name in (
+        (lattice.filter(values, "none"), "filtered"),
+        (lattice.filter(values, "none", transpose=True), "filtered_transpose"),
+        (lattice.filter(ones, "none"), "norm"),
+    ):
+        want = figures[name]
+        error = (got.cpu() - want).abs().amax(dim=1) / want.abs().max()
+        assert float((error > 1e-4).float().mean()) <= 0.005, name
+        assert float(error.median()) <= 1e-6, name
+
+
+def test_the_figures_tell_the_transpose_from_the_filter(golden):
+    for dims in (2, 5, 8):
+        forward, back = golden[f"d{dims}_filtered"], golden[f"d{dims}_filtered_transpose"]
+        assert np.abs(forward - back).max() > 0.005 * np.abs(forward).max()
+
+
+# --- the reference in float64 ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+def test_agrees_with_reference(dims, dtype, device):
+    features, values = overlapping(dims, 5, 7), normal(2, 3, 5, 7, dtype=dtype)
+    lattice = PermutohedralLattice(features.to(device, dtype))
+    for way, want in oracle(values.double(), features).items():
+        got = lattice.filter(values.to(device), *way)
+        assert got.dtype == dtype
+        assert got.device.type == device.type
+        assert_near(got, want, TOLERANCE[dtype])
+        once = permutohedral_filter(values.to(device), features.to(device, dtype), *way)
+        assert torch.equal(once, got)
+
+
+@pytest.mark.usefixtures("one_thread")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(
+    dims=st.integers(1, MAX_DIMS),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 9),
+    spatial=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    way=st.sampled_from(WAYS),
+    # 0: every point at one place, where all comparisons are ties.
+    spread=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_call_agrees_with_reference(dims, batch, channels, spatial, way, spread, seed, device):
+    generator = torch.Generator().manual_seed(seed)
+    features, values = (
+        torch.randn(batch, n, *spatial, generator=generator, dtype=torch.float64)
+        for n in (dims, channels)
+    )
+    features *= spread
+    want = reference.permutohedral_filter(values, features, *way)
+    assert_near(permutohedral_filter(values.to(device), features.to(device), *way), want, 1e-12)
+
+
+def test_pixels_on_a_grid(device):
+    # Coordinates from 0, as an image has them: exact ties wherever one is 0.
+    y, x = torch.meshgrid(torch.arange(37.0), torch.arange(53.0), indexing="ij")
+    features = torch.stack([x / 3, y / 3])[None]
+    values = normal(1, 2, 37, 53, dtype=torch.float32)
+    want = reference.permutohedral_filter(values.double(), features.double())
+    error = (permutohedral_filter(values.to(device), features.to(device)).cpu() - want).abs()
+    assert float((error > 1e-5).double().mean()) <= 0.005
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_channels(channels, dtype, device):
+    features, values = inside((2, 5, 6, 5)), normal(2, channels, 6, 5, dtype=dtype)
+    want = reference.permutohedral_filter(values.double(), features, "symmetric")
+    got = permutohedral_filter(values.to(device), features.to(device, dtype), "symmetric")
+    assert_near(got, want, TOLERANCE[dtype])
+
+
+def test_default_is_a_weighted_average(device):
+    features = inside((1, 3, 40), spread=2).to(device)
+    values = normal(1, 2, 40).to(device)
+    filtered = permutohedral_filter(values, features)
+    assert torch.equal(filtered, permutohedral_filter(values, features, "after", False))
+    assert torch.equal(filtered, PermutohedralLattice(features).filter(values))
+    ones = torch.ones_like(values)
+    assert_near(permutohedral_filter(ones, features), ones, 1e-14)
+    assert bool((filtered.amax(2) < values.amax(2)).all())
+
+
+# --- the operator as a matrix: transposes and normalisations ---
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 5, 8, 16])
+def test_transposes_and_normalisations_as_matrices(dims, device):
+    count = 50
+    lattice = PermutohedralLattice(overlapping(dims, count, batch=1).to(device))
+    eye = torch.eye(count, dtype=torch.float64, device=device)[None]
+
+    def matrix(normalization, transpose=False):
+        # Channel c holds the c-th unit vector: column c of the operator.
+        return lattice.filter(eye, normalization, transpose)[0].T
+
+    kernel = matrix("none")
+    norm = kernel.sum(dim=1)
+    root = norm.rsqrt().diag()
+    expected = {
+        "none": kernel,
+        "before": kernel @ norm.reciprocal().diag(),
+        "after": norm.reciprocal().diag() @ kernel,
+        "symmetric": root @ kernel @ root,
+    }
+    for normalization, want in expected.items():
+        assert_near(matrix(normalization), want, 1e-13)
+        assert_near(matrix(normalization, transpose=True), want.T, 1e-13)
+    # Not symmetric from two dimensions on, so the transpose is not the filter again.
+    asymmetry = float((kernel - kernel.T).abs().max() / kernel.abs().max())
+    assert asymmetry < 1e-13 if dims == 1 else asymmetry > 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_transpose_is_the_adjoint(way, device):
+    normalization, transpose = way
+    features = inside((2, 5, 9, 8)).to(device)
+    v, w = normal(2, 3, 9, 8).to(device), normal(2, 3, 9, 8).to(device)
+    left = (permutohedral_filter(v, features, normalization, transpose) * w).sum()
+    right = (v * permutohedral_filter(w, features, normalization, not transpose)).sum()
+    assert float((left - right).abs()) <= 1e-13 * float(left.abs() + v.abs().sum())
+
+
+# --- gradients ---
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dims", [1, 2, 5])
+def test_gradcheck(dims, way, device):
+    features = overlapping(dims, 2, 3, margin=1e-2).to(device).requires_grad_()
+    values = normal(2, 2, 2, 3).to(device).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v, f: permutohedral_filter(v, f, *way), (values, features), atol=1e-7
+    )
+
+
+def test_gradcheck_notices_a_wrong_transpose():
+    # What peers do: the filter itself in place of its transpose.
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, values, features):
+            ctx.save_for_backward(features)
+            return permutohedral_filter(values, features)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return permutohedral_filter(grad, *ctx.saved_tensors), None
+
+    values, features = normal(1, 1, 8).requires_grad_(), overlapping(3, 8, batch=1)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(Wrong.apply, (values, features))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+def test_gradients_agree_with_reference(dims, dtype, device):
+    features, values = overlapping(dims, 4, 5), normal(2, 3, 4, 5, dtype=dtype)
+    weight = normal(2, 3, 4, 5)
+    want_in = [values.double().requires_grad_(), features.clone().requires_grad_()]
+    got_in = [values.to(device).requires_grad_(), features.to(device, dtype).requires_grad_()]
+    lattice = PermutohedralLattice(got_in[1])
+    for way, out in oracle(*want_in).items():
+        want = torch.autograd.grad((out * weight).sum(), want_in, retain_graph=True)
+        filtered = lattice.filter(got_in[0], *way)
+        got = torch.autograd.grad((filtered * weight.to(filtered)).sum(), got_in)
+        for g, w in zip(got, want, strict=True):
+            assert float(w.abs().max()) > 1e-3
+            assert g.dtype == dtype
+            assert_near(g, w, 30 * TOLERANCE[dtype])
+
+
+def test_gradient_of_points_in_rows(device):
+    features, values = inside((1, 3, 30)), normal(1, 4, 30)
+    weight = normal(1, 4, 30).to(device)
+    whole = [values.to(device).requires_grad_(), features.to(device).requires_grad_()]
+    rows = [t[0].T.contiguous().to(device).requires_grad_() for t in (values, features)]
+    want = torch.autograd.grad((permutohedral_filter(*whole) * weight).sum(), whole)
+    got = torch.autograd.grad((permutohedral_filter(*rows) * weight[0].T).sum(), rows)
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g.T, w[0])
+
+
+@pytest.mark.parametrize("needed", ["values", "features"])
+def test_one_gradient_alone(needed, device):
+    features, values = inside((1, 3, 30)).to(device), normal(1, 4, 30).to(device)
+    both = [values.clone().requires_grad_(), features.clone().requires_grad_()]
+    permutohedral_filter(*both).square().sum().backward()
+    alone = [values.requires_grad_(needed == "values"), features]
+    alone[1].requires_grad_(needed == "features")
+    permutohedral_filter(*alone).square().sum().backward()
+    for tensor, known in zip(alone, both, strict=True):
+        if tensor.requires_grad:
+            assert torch.equal(tensor.grad, known.grad)
+        else:
+            assert tensor.grad is None
+
+
+def test_gradients_through_a_lattice_used_twice(device):
+    features = inside((1, 4, 25)).to(device).requires_grad_()
+    values = normal(1, 2, 25).to(device).requires_grad_()
+    lattice = PermutohedralLattice(features)
+    twice = lattice.filter(lattice.filter(values, "symmetric"), "after", True)
+    got = torch.autograd.grad(twice.square().sum(), (values, features))
+    want_in = [t.detach().cpu().requires_grad_() for t in (values, features)]
+    inner = reference.permutohedral_filter(*want_in, "symmetric")
+    outer = reference.permutohedral_filter(inner, want_in[1], "after", True)
+    for g, w in zip(got, torch.autograd.grad(outer.square().sum(), want_in), strict=True):
+        assert_near(g, w, 1e-12)
+
+
+@pytest.mark.parametrize("form", ["function", "lattice"])
+def test_second_derivative_is_refused(form, device):
+    features = inside((1, 2, 12)).to(device).requires_grad_()
+    values = normal(1, 1, 12).to(device).requires_grad_()
+    if form == "function":
+        out = permutohedral_filter(values, features)
+    else:
+        out = PermutohedralLattice(features).filter(values)
+    (grad,) = torch.autograd.grad(out.square().sum(), values, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+# --- exact keys ---
+
+
+def unelevate(shift: torch.Tensor) -> torch.Tensor:
+    """The features, in float64, that `elevate` takes to `shift` (d + 1,), which sums to 0."""
+    dims = shift.shape[0] - 1
+    basis = reference.elevate(torch.eye(dims, dtype=torch.float64))
+    return torch.linalg.lstsq(basis.T, shift.double().unsqueeze(1)).solution.flatten()
+
+
+# As far out as the exact integers of the dtype go.
+FAR = [
+    (dims, dtype, bits)
+    for dims in (1, 2, 3, 5, 7)
+    for dtype, most in ((torch.float32, 2**23), (torch.float64, 2**29))
+    for bits in (8, 12, 16, 18, 21, 26)
+    if (dims + 1) * 2**bits <= most
+]
+
+
+@pytest.mark.parametrize(("dims", "dtype", "bits"), FAR)
+def test_keys_are_told_apart_beyond_any_packing(dims, dtype, bits, device):
+    step = (dims + 1) * 2**bits
+    # Copies of a cluster, moved so that every coordinate of every key differs by a multiple of
+    # 2**bits, or by nothing: cut to so many bits, their keys would be the same.
+    cluster = inside((1, dims, 60), spread=0.3, margin=0.3 / (dims + 1))[0].T
+    shifts = [torch.zeros(dims + 1)]
+    for axis in range(dims + 1):
+        shift = torch.zeros(dims + 1)
+        shift[axis] += step
+        shift[(axis + 1) % (dims + 1)] -= step
+        shifts.append(shift)
+    # The places where the clusters are as rounded in the dtype, which loses the points' own digits
+    # far out: all of a cluster's points are one place there if need be.
+    moved = [(cluster + unelevate(shift)).to(dtype) for shift in shifts]
+    values = torch.arange(1.0, len(shifts) + 1, dtype=dtype).repeat_interleave(60).unsqueeze(1)
+    lattice = PermutohedralLattice(torch.cat(moved).to(device))
+    alone = [PermutohedralLattice(points.to(device)).num_vertices[0] for points in moved]
+    assert lattice.num_vertices == [sum(alone)]
+    assert_near(lattice.filter(values.to(device)), values, TOLERANCE[dtype])
+
+
+def colliding_keys() -> tuple[int, int]:
+    """Two coordinates of one-dimensional keys whose hashes agree in the 32 bits that a slot holds
+    and in those that choose the slot of a small table (`hash_of` in csrc/permutohedral/keys.h)."""
+    keys = np.arange(2**20, 2**23, 64, dtype=np.uint64)
+    keys = np.concatenate([keys + np.uint64(i) for i in range(0, 64, 2)])
+    with np.errstate(over="ignore"):
+        h = (np.uint64(0x9E3779B97F4A7C15) ^ keys) * np.uint64(0xD6E8FEB86659FD93)
+        h ^= h >> np.uint64(32)
+        h *= np.uint64(0xD6E8FEB86659FD93)
+        h ^= h >> np.uint64(32)
+    seen = h >> np.uint64(28)
+    order = np.argsort(seen, kind="stable")
+    same = np.flatnonzero(seen[order][1:] == seen[order][:-1])
+    assert same.size > 0
+    return int(keys[order[same[0]]]), int(keys[order[same[0] + 1]])
+
+
+def test_keys_with_one_fingerprint_are_told_apart(device):
+    # E = (c, -c) with c = f sqrt(2/3) 2 / sqrt(2): the nearest even c is the key of a vertex.
+    keys = torch.tensor(colliding_keys(), dtype=torch.float64)
+    features = ((keys + 0.25) / (2 / 3**0.5)).unsqueeze(1)
+    lattice = PermutohedralLattice(features.to(device))
+    assert lattice.num_vertices == [4]
+    values = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    assert_near(lattice.filter(values.to(device)), values, 1e-14)
+
+
+def test_images_of_a_batch_share_no_vertex(device):
+    features = inside((1, 3, 20)).expand(3, -1, -1).to(device)
+    values = torch.arange(1.0, 4.0, dtype=torch.float64).view(3, 1, 1).expand(3, 1, 20).to(device)
+    assert_near(permutohedral_filter(values, features), values, 1e-14)
+
+
+# --- values at fault ---
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_features_that_are_not_finite(bad, dtype, device):
+    features = normal(1, 3, 4, 5, dtype=dtype).to(device)
+    features[0, 1, 2, 3] = bad
+    kept = features.clone()
+    values = normal(1, 2, 4, 5).to(device)
+    for call in (
+        lambda: permutohedral_filter(values, features),
+        lambda: PermutohedralLattice(features),
+    ):
+        with raises_for_values(device, "features: expected finite numbers, got NaN or infinity"):
+            call()
+    assert torch.equal(features.nan_to_num(7, 8, 9), kept.nan_to_num(7, 8, 9))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 5, 16])
+def test_coordinates_beyond_the_exact_integers(dims, device):
+    far = torch.zeros(1, dims, 3)
+    far[0, dims - 1, 1] = 3e7
+    values = torch.ones(1, 1, 3, device=device)
+    message = r"lattice coordinates in float32 .* use a larger sigma, or float64 features"
+    with raises_for_values(device, message):
+        permutohedral_filter(values, far.to(device))
+    # float64 holds them.
+    assert_near(permutohedral_filter(values, far.to(device).double()), values, 1e-6)
+    with raises_for_values(device, r"lattice coordinates in float64 .* use a larger sigma$"):
+        permutohedral_filter(values, far.to(device).double() * 1e3)
+    with raises_for_values(device, "use a larger sigma"):
+        PermutohedralLattice((far * 1e30).to(device))
+
+
+@pytest.mark.gpu
+def test_bad_points_take_no_part_on_cuda():
+    device = torch.device("cuda")
+    features, values = inside((2, 3, 40)), normal(2, 2, 40)
+    kept = torch.ones(40, dtype=torch.bool)
+    kept[[3, 17]] = False
+    spoilt = features.clone()
+    spoilt[0, 1, 3], spoilt[0, 2, 17] = float("nan"), 1e30
+    with raises_for_values(device, "NaN or infinity.*too large"):
+        got = permutohedral_filter(values.to(device), spoilt.to(device)).cpu()
+    assert bool(got[0, :, ~kept].isnan().all())
+    alone = reference.permutohedral_filter(values[:1, :, kept], features[:1, :, kept])
+    assert_near(got[:1, :, kept], alone, 1e-13)
+    whole = reference.permutohedral_filter(values[1:], features[1:])
+    assert_near(got[1:], whole, 1e-13)
+
+
+def test_max_vertices(device):
+    features, values = inside((2, 4, 9, 9)).to(device), normal(2, 3, 9, 9).to(device)
+    free = PermutohedralLattice(features)
+    vertices = sum(free.num_vertices)
+    for bound in (vertices, vertices + 1, 10**9):
+        bounded = PermutohedralLattice(features, max_vertices=bound)
+        assert bounded.num_vertices == free.num_vertices
+        for way in WAYS:
+            assert torch.equal(bounded.filter(values, *way), free.filter(values, *way))
+    for bound in (vertices - 1, 1):
+        with raises_for_values(device, "max_vertices: the lattice has more vertices than that"):
+            PermutohedralLattice(features, max_vertices=bound)
+
+
+@pytest.mark.parametrize("bound", [0, -1, 2.5, True, "9"])
+def test_max_vertices_that_is_no_bound(bound):
+    with pytest.raises(ValueError, match="max_vertices must be a positive int, got"):
+        PermutohedralLattice(normal(5, 2), max_vertices=bound)
+
+
+def test_values_that_are_not_finite_stay_near_and_in_their_channel(device):
+    features = inside((1, 2, 60), spread=0.5)
+    features[:, :, 30:] += 100
+    values = normal(1, 6, 60)
+    clean = permutohedral_filter(values.to(device), features.to(device)).cpu()
+    for bad in (float("nan"), float("inf")):
+        spoilt = values.clone()
+        spoilt[0, 2, 4] = bad
+        got = permutohedral_filter(spoilt.to(device), features.to(device)).cpu()
+        assert not bool(got[0, 2, 4].isfinite())
+        assert torch.equal(got[:, :, 30:], clean[:, :, 30:])
+        others = [0, 1, 3, 4, 5]
+        assert torch.equal(got[:, others], clean[:, others])
+
+
+# --- arguments that are refused ---
+
+
+def bad_calls() -> Iterator[tuple[str, type[Exception], str, tuple]]:
+    features, values = torch.zeros(2, 3, 4, 5), torch.zeros(2, 6, 4, 5)
+    points = torch.zeros(7, 3)
+    yield (
+        "1-d features",
+        ValueError,
+        r"features must be \(N, d\) or .* got shape \(7,\)",
+        (
+            values,
+            torch.zeros(7),
+        ),
+    )
+    yield (
+        "0-d features",
+        ValueError,
+        r"features must be .* got shape \(\)",
+        (
+            values,
+            torch.tensor(1.0),
+        ),
+    )
+    for dims in (0, 17):
+        yield (
+            f"{dims} features",
+            ValueError,
+            rf"features must have 1 to 16 channels .* got shape \(7, {dims}\)",
+            (
+                torch.zeros(7, 1),
+                torch.zeros(7, dims),
+            ),
+        )
+    match = r"values must match the features \(2, 3, 4, 5\) .* got shape "
+    for shape in ((1, 6, 4, 5), (2, 6, 5, 4), (2, 6, 20), (2, 6, 4, 5, 1), (2, 6), ()):
+        yield f"values {shape}", ValueError, match, (torch.zeros(shape), features)
+    yield (
+        "(M, C) values",
+        ValueError,
+        r"values must match the features \(7, 3\)",
+        (torch.zeros(8, 2), points),
+    )
+    for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
+        name = rf"must be float16, bfloat16, float32 or float64, got {dtype}"
+        yield f"{dtype} values", TypeError, f"values {name}", (values.to(dtype), features)
+        yield f"{dtype} features", TypeError, f"features {name}", (values, features.to(dtype))
+    yield (
+        "numpy values",
+        TypeError,
+        "values must be a torch tensor, got ndarray",
+        (
+            values.numpy(),
+            features,
+        ),
+    )
+    yield "a list", TypeError, "features must be a torch tensor, got list", (values, [1.0])
+    match = "normalization must be one of symmetric, before, after, none, got 'mean'"
+    yield "normalization", ValueError, match, (values, features, "mean")
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
+)
+def test_what_is_refused(error, match, arguments):
+    with pytest.raises(error, match=f"^permutohedral_filter: {match}"):
+        permutohedral_filter(*arguments)
+
+
+def test_what_a_lattice_refuses():
+    lattice = PermutohedralLattice(torch.zeros(2, 3, 4, 5))
+    with pytest.raises(ValueError, match=r"^PermutohedralLattice.filter: values must match"):
+        lattice.filter(torch.zeros(2, 3, 5, 4))
+    with pytest.raises(ValueError, match="normalization must be one of"):
+        lattice.filter(torch.zeros(2, 3, 4, 5), "norm")
+    with pytest.raises(TypeError, match=r"^PermutohedralLattice: features must be"):
+        PermutohedralLattice(torch.zeros(2, 3, dtype=torch.int32))
+
+
+def test_another_device_is_refused():
+    meta = torch.zeros(7, 2, device="meta")
+    with pytest.raises(RuntimeError, match="CPU and CUDA devices"):
+        permutohedral_filter(meta, meta)
+
+
+@pytest.mark.gpu
+def test_devices_that_differ_are_refused():
+    with pytest.raises(ValueError, match="must be on one device, got cuda:0 and cpu"):
+        permutohedral_filter(torch.zeros(7, 2, device="cuda"), torch.zeros(7, 2))
+
+
+def test_too_many_entries_are_refused_before_memory_is_asked_for():
+    # Views: nothing of this size exists.
+    huge = torch.zeros(1, 1).expand(2**27, 16)
+    with pytest.raises(ValueError, match=r"below 2\*\*30 .* split the batch"):
+        native.build([huge.T.unsqueeze(0)], [2**27])
+
+
+# --- layouts, dtypes, sizes ---
+
+
+def layouts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`tensor` (B, C, H, W) with other strides."""
+    yield tensor.contiguous(memory_format=torch.channels_last)
+    yield tensor.transpose(2, 3).contiguous().transpose(2, 3)
+    yield tensor.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+    wide = torch.full((*tensor.shape[:3], 2 * tensor.shape[3] + 1), float("nan")).to(tensor)
+    wide[..., 1::2] = tensor
+    yield wide[..., 1::2]
+    yield torch.cat([tensor, tensor], dim=1)[:, tensor.shape[1] :]
+
+
+def test_layouts(device):
+    features = inside((2, 3, 6, 5)).to(device, torch.float32)
+    values = normal(2, 4, 6, 5, dtype=torch.float32).to(device)
+    want = permutohedral_filter(values, features, "symmetric")
+    assert want.is_contiguous()
+    for view in layouts(values):
+        kept = view.clone()
+        got = permutohedral_filter(view, features, "symmetric")
+        assert torch.equal(got, want)
+        assert got.stride() == torch.empty_like(view).stride()
+        assert torch.equal(view, kept)
+    for view in layouts(features):
+        assert torch.equal(permutohedral_filter(values, view, "symmetric"), want)
+    expanded = values[:, :1].expand(-1, 4, -1, -1)
+    assert torch.equal(
+        permutohedral_filter(expanded, features), permutohedral_filter(expanded.clone(), features)
+    )
+
+
+def test_gradients_of_layouts(device):
+    features = inside((2, 3, 6, 5)).to(device).requires_grad_()
+    values, weight = normal(2, 4, 6, 5).to(device), normal(2, 4, 6, 5).to(device)
+    plain = values.clone().requires_grad_()
+    want = torch.autograd.grad(
+        (permutohedral_filter(plain, features) * weight).sum(), (plain, features)
+    )
+    for view, grad in zip(layouts(values), layouts(weight), strict=True):
+        leaf = view.detach().requires_grad_()
+        out = permutohedral_filter(leaf, features)
+        got = torch.autograd.grad(out, (leaf, features), grad)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_points_in_rows(device):
+    features, values = inside((1, 3, 41)).to(device), normal(1, 5, 41).to(device)
+    for way in WAYS:
+        rows = permutohedral_filter(values[0].T, features[0].T, *way)
+        assert torch.equal(rows, permutohedral_filter(values, features, *way)[0].T)
+        assert rows.stride() == torch.empty_like(values[0].T).stride()
+        contiguous = permutohedral_filter(
+            values[0].T.contiguous(), features[0].T.contiguous(), *way
+        )
+        assert torch.equal(contiguous, rows)
+        assert contiguous.is_contiguous()
+
+
+def test_volumes_and_lines_are_points_too(device):
+    features, values = inside((2, 3, 24)).to(device), normal(2, 5, 24).to(device)
+    want = permutohedral_filter(values, features)
+    for spatial in ((4, 6), (2, 3, 4), (1, 24, 1), (2, 2, 2, 3)):
+        got = permutohedral_filter(values.view(2, 5, *spatial), features.view(2, 3, *spatial))
+        # On CUDA points are visited in another order, so sums differ in their last bits.
+        assert_near(got, want.view_as(got), 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_are_computed_in_float32(dtype, device):
+    features = (inside((2, 3, 6, 5)) * 4).to(device, dtype)
+    values = normal(2, 4, 6, 5, dtype=dtype).to(device)
+    for way in WAYS:
+        want = permutohedral_filter(values.float(), features.float(), *way).to(dtype)
+        got = permutohedral_filter(values, features, *way)
+        assert got.dtype == dtype
+        assert torch.equal(got, want)
+        assert torch.equal(PermutohedralLattice(features).filter(values, *way), want)
+    leaves = [values.requires_grad_(), features.requires_grad_()]
+    full = [t.detach().float().requires_grad_() for t in leaves]
+    permutohedral_filter(*leaves).sum().backward()
+    permutohedral_filter(*full).sum().backward()
+    for half, single in zip(leaves, full, strict=True):
+        assert torch.equal(half.grad, single.grad.to(dtype))
+
+
+def test_mixed_dtypes(device):
+    features, values = inside((1, 3, 30)).to(device), normal(1, 2, 30).to(device)
+    want = permutohedral_filter(values, features)
+    single = permutohedral_filter(values.float(), features)
+    assert single.dtype == torch.float32
+    assert torch.equal(single, permutohedral_filter(values.float().double(), features).float())
+    assert torch.equal(permutohedral_filter(values, features.float()), want)
+    # A lattice computes in its own dtype.
+    lattice = PermutohedralLattice(features.float())
+    assert lattice.filter(values).dtype == torch.float64
+    assert torch.equal(lattice.filter(values), lattice.filter(values.float()).double())
+
+
+@pytest.mark.parametrize(
+    ("values", "features"),
+    [
+        ((0, 3), (0, 2)),
+        ((0, 3, 4, 5), (0, 2, 4, 5)),
+        ((2, 3, 0, 5), (2, 2, 0, 5)),
+        ((2, 3, 4, 0), (2, 2, 4, 0)),
+        ((2, 0, 4, 5), (2, 2, 4, 5)),
+        ((7, 0), (7, 2)),
+    ],
+)
+def test_empty(values, features, device):
+    v = torch.zeros(values, device=device, requires_grad=True)
+    f = torch.zeros(features, device=device, requires_grad=True)
+    lattice = PermutohedralLattice(f)
+    for out in (permutohedral_filter(v, f), lattice.filter(v, "symmetric", True)):
+        assert out.shape == v.shape
+        assert out.data_ptr() != v.data_ptr() or v.numel() == 0
+        out.sum().backward()
+        assert v.grad.shape == v.shape
+    images = 1 if len(features) == 2 else features[0]
+    assert len(lattice.num_vertices) == images
+    if 0 in features:
+        assert lattice.num_vertices == [0] * images
+
+
+def test_one_point(device):
+    for dims in (1, 2, 16):
+        lattice = PermutohedralLattice(inside((1, dims, 1)).to(device))
+        assert lattice.num_vertices == [dims + 1]
+        value = normal(1, 3, 1).to(device)
+        assert_near(lattice.filter(value), value, 1e-14)
+
+
+def test_num_vertices_is_a_list_of_ints(device):
+    features = torch.stack([inside((1, 2, 50), spread=s)[0] for s in (1e-3, 1, 5)])
+    counts = PermutohedralLattice(features.to(device)).num_vertices
+    assert isinstance(counts, list)
+    assert all(type(count) is int for count in counts)
+    assert counts == [len(reference.ReferenceLattice(f.T).vertices) for f in features]
+    assert counts[0] < counts[1] < counts[2]
+
+
+def test_batch_is_the_same_bits_as_one_by_one(device):
+    for spatial in ((19, 23), (70, 130)):
+        features = inside((3, 5, *spatial)).to(device, torch.float32)
+        values = normal(3, 7, *spatial, dtype=torch.float32).to(device)
+        for way in WAYS:
+            whole = permutohedral_filter(values, features, *way)
+            for b in range(3):
+                alone = permutohedral_filter(values[b : b + 1], features[b : b + 1], *way)
+                assert torch.equal(whole[b : b + 1], alone)
+
+
+# --- determinism, unwritten memory ---
+
+
+def everything(values: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+    """Filters of every kind and their gradients."""
+    leaves = [values.detach().requires_grad_(), features.detach().requires_grad_()]
+    found = []
+    for way in WAYS:
+        out = permutohedral_filter(*leaves, *way)
+        found += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+    return found
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("channels", [1, 5])
+def test_same_bits_for_any_number_of_threads(channels):
+    # Several tiles an image, so that threads have something to share.
+    values = normal(2, channels, 90, 210, dtype=torch.float32)
+    y, x = torch.meshgrid(torch.arange(90.0), torch.arange(210.0), indexing="ij")
+    place = torch.stack([x / 20, y / 20]).expand(2, -1, -1, -1)
+    features = torch.cat([place, torch.randn(2, 2, 90, 210)], dim=1)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(everything(values, features))
+    assert all(bool(t.isfinite().all()) for t in found[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_same_bits_twice(device):
+    values = normal(2, 5, 60, 70, dtype=torch.float32).to(device)
+    features = inside((2, 5, 60, 70)).to(device, torch.float32)
+    for a, b in zip(everything(values, features), everything(values, features), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 33])
+def test_every_element_is_written(channels, device, monkeypatch):
+    values = normal(2, channels, 13, 11).to(device)
+    features = inside((2, 5, 13, 11)).to(device)
+    want = everything(values, features)
+    with poisoned(monkeypatch):
+        got = everything(values, features)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_poison_shows(monkeypatch):
+    with poisoned(monkeypatch):
+        assert bool(torch.empty(3).isnan().all())
+        assert bool(torch.zeros(3).new_empty(2).isnan().all())
+        assert bool(torch.empty_like(torch.zeros(3)).isnan().all())
+    assert weights_of(torch.zeros(1, 2)).shape == (1, 3)
+
+
+def test_a_lattice_keeps_no_trace_of_a_call(device):
+    features, values = inside((1, 4, 80)).to(device), normal(1, 2, 80).to(device)
+    lattice = PermutohedralLattice(features)
+    first = [lattice.filter(values, *way) for way in WAYS]
+    again = [lattice.filter(values, *way) for way in reversed(WAYS)]
+    assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
+
+
+# --- torch's machinery ---
+
+
+@pytest.mark.parametrize("way", [("after", False), ("symmetric", True), ("none", False)])
+@pytest.mark.parametrize("shape", [(2, 6, 5), (40,)])
+def test_opcheck(way, shape, device):
+    images = 2 if len(shape) == 3 else 1
+    points = torch.Size(shape).numel() // images
+    spatial = list(shape[1:]) if images == 2 else list(shape)
+    values = normal(images, 3, points).to(device)
+    features = inside((images, 2, points)).to(device)
+    op = torch.ops.segkernels.permutohedral_filter.default
+    backward = torch.ops.segkernels.permutohedral_filter_backward.default
+    for grad in (False, True):
+        leaves = [t.detach().requires_grad_(grad) for t in (values, features)]
+        torch.library.opcheck(op, (*leaves, *way, spatial))
+    torch.library.opcheck(
+        backward, (normal(*values.shape).to(device), values, features, *way, spatial)
+    )
+
+
+def compiled_agrees(backend: str, device: torch.device, dynamic: bool | None) -> None:
+    def call(values, features):
+        return permutohedral_filter(values, features, "symmetric").sin()
+
+    compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
+    for shape in ((2, 6, 5), (1, 4, 7)):
+        values, features = normal(shape[0], 3, *shape[1:]), inside((shape[0], 2, *shape[1:]))
+        results = []
+        for f in (call, compiled):
+            leaves = [t.detach().to(device).requires_grad_() for t in (values, features)]
+            out = f(*leaves)
+            results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+        for a, b in zip(*results, strict=True):
+            assert a.stride() == b.stride()
+            assert_near(b, a, 1e-13)
+
+
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_compiles_in_one_graph(dynamic, device):
+    torch.compiler.reset()
+    compiled_agrees("aot_eager", device, dynamic)
+
+
+@pytest.mark.slow
+def test_compiles_with_inductor(device):
+    torch.compiler.reset()
+    compiled_agrees("inductor", device, None)
+
+
+def test_compiled_call_without_gradients(device):
+    torch.compiler.reset()
+    values, features = normal(30, 3).to(device), inside((30, 2)).to(device)
+    compiled = torch.compile(permutohedral_filter, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values, features), permutohedral_filter(values, features))
+
+
+def test_compiled_layout_is_that_of_the_values(device):
+    torch.compiler.reset()
+    values = normal(2, 4, 6, 5).to(device, memory_format=torch.channels_last)
+    features = inside((2, 3, 6, 5)).to(device)
+    compiled = torch.compile(permutohedral_filter, fullgraph=True, backend="aot_eager")
+    out = compiled(values, features)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, permutohedral_filter(values, features))
+
+
+def test_exports(device):
+    class Blur(torch.nn.Module):
+        def forward(self, values, features):
+            return permutohedral_filter(values, features, "after")
+
+    arguments = (normal(2, 3, 6, 5).to(device), inside((2, 2, 6, 5)).to(device))
+    program = torch.export.export(Blur(), arguments)
+    assert "permutohedral_filter" in str(program.graph)
+    assert torch.equal(program.module()(*arguments), Blur()(*arguments))
+
+
+def test_autocast_changes_nothing(device):
+    values, features = normal(1, 2, 20).float().to(device), inside((1, 3, 20)).float().to(device)
+    want = permutohedral_filter(values, features)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        got = permutohedral_filter(values, features)
+    assert torch.equal(got, want)
