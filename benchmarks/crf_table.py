@@ -116,7 +116,7 @@ def _cuda(shape: CrfShape, expected: torch.Tensor) -> dict[str, str]:
     checks.close(call()[0].cpu(), expected[0], 1.0, f"{shape.name}: CUDA against the CPU")
     bound = max(cases.crf_vertices(shape, device).values()) * 5 // 4
     replay = as_graph(cases.crf(shape, device, max_vertices=bound), device)
-    checks.same(replay(), call(), f"{shape.name} as a graph")
+    checks.close(replay()[0].cpu(), expected[0], 1.0, f"{shape.name}: a CUDA graph against the CPU")
     warm_up(call)
     name = torch.cuda.get_device_name(device)
     return {

@@ -1,0 +1,183 @@
+"""README.md does what it says: its Python blocks, its commands, its operators, its picture."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import segkernels
+from segkernels import _registry
+from segkernels.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# A block, with the comment that says what it needs where there is one.
+BLOCK = re.compile(r"(?:<!-- test: (\w+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language: str, needs: str = "") -> list[str]:
+    found = [(n, text) for n, lang, text in BLOCK.findall(README) if lang == language]
+    assert all(n in ("", "pydensecrf", "gpu") for n, _ in found)
+    return [text for n, text in found if n == needs]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `segkernels demo` was run."""
+    path = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        ran = CliRunner().invoke(app, ["demo"])
+    assert ran.exit_code == 0, ran.output
+    return path
+
+
+def run(code: str, names: dict[str, Any], folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="dense_crf")
+        patch.chdir(folder)
+        exec(compile(code, "README.md", "exec"), names)
+
+
+@pytest.fixture(scope="module")
+def names(folder: Path) -> dict[str, Any]:
+    """What is defined after the blocks ran one after the other."""
+    names: dict[str, Any] = {}
+    for code in blocks("python"):
+        run(code, names, folder)
+    return names
+
+
+def test_python_blocks_do_what_their_comments_say(folder: Path, names: dict[str, Any]) -> None:
+    assert len(blocks("python")) >= 8
+    assert names["image"].shape == (360, 480, 3)
+    assert names["probs"].shape == names["refined"].shape == (7, 360, 480)
+    truth = np.asarray(Image.open(folder / "segkernels-demo" / "truth.png"))
+    assert (names["labels"] == truth).mean() == pytest.approx(0.870, abs=0.0005)
+    assert (names["labels"] == 7).mean() == pytest.approx(0.105, abs=0.0005)
+    assert (names["new_labels"] == truth).mean() == pytest.approx(0.991, abs=0.001)
+    for text in ("87.0% of the pixels right, 10.5% unknown", "99.1% right"):
+        assert text in README
+    assert names["out"].shape == names["log_out"].shape == (2, 21, 64, 96)
+    assert names["log_out"].exp().sum(dim=1).sub(1).abs().max() < 1e-5
+    assert names["out3d"].shape == names["probs3d"].shape
+    assert names["features"].shape == (2, 5, 64, 96)
+    assert len(names["lattice"].num_vertices) == 2
+    assert names["smooth"].equal(names["lattice"].filter(names["images"].float()))
+    assert names["crf"].compat_bilateral.grad.abs().sum() > 0
+
+
+def test_pydensecrf_block_gives_the_same(names: dict[str, Any], folder: Path) -> None:
+    pytest.importorskip("pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it")
+    (text,) = blocks("python", "pydensecrf")
+    theirs = dict(names)
+    run(text, theirs, folder)
+    worst = np.abs(theirs["Q"] - names["q"]).max(axis=0)
+    assert (worst > 1e-4).mean() < 0.005
+    assert (theirs["Q"].argmax(axis=0) == names["q"].argmax(axis=0)).mean() > 0.9999
+
+
+def test_pydensecrf_labels_and_terms_translate(names: dict[str, Any]) -> None:
+    crf = pytest.importorskip(
+        "pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it"
+    )
+    utils = importlib.import_module("pydensecrf.utils")
+    rng = np.random.default_rng(0)
+    labels, depth = rng.integers(0, 4, (40, 56)), rng.normal(0, 2, (1, 40, 56)).astype(np.float32)
+    theirs = utils.unary_from_labels(labels, 3, 0.6, zero_unsure=True)
+    ours = segkernels.probs_from_labels(labels - 1, 3, 0.6, ignore_index=-1)
+    np.testing.assert_allclose(-np.log(ours).reshape(3, -1), theirs, atol=1e-6)
+
+    field = crf.DenseCRF(40 * 56, 3)
+    field.setUnaryEnergy(theirs.astype(np.float32))
+    field.addPairwiseEnergy(depth.reshape(1, -1), compat=4, normalization=crf.NORMALIZE_BEFORE)
+    expected = np.array(field.inference(5)).reshape(3, 40, 56)
+    term = segkernels.PairwiseTerm(torch.from_numpy(depth), compat=4)
+    found = segkernels.dense_crf(
+        None,
+        unary=theirs.reshape(3, 40, 56).astype(np.float32),
+        iterations=5,
+        compat_gaussian=None,
+        compat_bilateral=None,
+        pairwise=[term],
+        normalization="before",
+    )
+    assert (np.abs(found - expected).max(axis=0) > 1e-4).mean() < 0.005
+
+
+@pytest.mark.gpu
+def test_cuda_block(names: dict[str, Any], folder: Path) -> None:
+    (text,) = blocks("python", "gpu")
+    there = dict(names)
+    run(text, there, folder)
+    assert there["out"].is_cuda
+    assert (there["out"].sum(dim=1) - 1).abs().max() < 1e-5
+
+
+def test_commands_run(folder: Path) -> None:
+    for name in ("image", "labels"):
+        photos = folder / {"image": "photos", "labels": "labels"}[name]
+        photos.mkdir()
+        shutil.copy(folder / "segkernels-demo" / f"{name}.png", photos / "scene.png")
+    lines = [line for text in blocks("sh") for line in text.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("segkernels ")]
+    assert {command[1] for command in commands} == {"refine", "info"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for _, *arguments in commands:
+            ran = CliRunner().invoke(app, arguments)
+            assert ran.exit_code == 0, (arguments, ran.output)
+    demo = Image.open(folder / "segkernels-demo" / "refined.png")
+    for written in ("refined.png", "refined/scene.png"):
+        assert np.array_equal(np.asarray(Image.open(folder / written)), np.asarray(demo))
+    assert (folder / "overlay.png").is_file()
+    assert [path.stem for path in (folder / "overlays").iterdir()] == ["scene"]
+
+
+@pytest.mark.parametrize("op", _registry.ops(), ids=lambda op: op.name)
+def test_operators_are_listed(op: _registry.Op) -> None:
+    section = README.split("\n## Operators\n")[1].split("\n## ")[0]
+    (row,) = [line for line in section.splitlines() if f"`{op.name}` |" in line]
+    for name in op.functions:
+        assert f"`{name}`" in row, f"README.md, Operators: {op.name} also has {name}"
+
+
+def test_signatures_are_those_of_the_code() -> None:
+    headings = re.findall(r"^### (.*)", README, re.MULTILINE)
+    signatures = [s for h in headings for s in re.findall(r"`(\w+)\((.*?)\)`", h)]
+    assert len(signatures) >= 7
+    for function, arguments in signatures:
+        parameters = inspect.signature(getattr(segkernels, function)).parameters
+        for argument in filter(None, (a.strip() for a in arguments.split(","))):
+            name, _, default = argument.partition("=")
+            if name not in ("*", "..."):
+                assert name in parameters
+                assert default in ("", repr(parameters[name].default))
+    table = README.split("### `dense_crf(")[1].split("\n###")[0]
+    defaults = inspect.signature(segkernels.dense_crf).parameters
+    for row in re.findall(r"^\| (`[^|]*`) \| ([^|]*) \|", table, re.MULTILINE):
+        named = re.findall(r"`(\w+)`", row[0])
+        for name, value in zip(named, row[1].replace("`", "").split(", "), strict=True):
+            assert ast.literal_eval(value) == defaults[name].default, name
+
+
+def test_links_and_anchors_lead_somewhere() -> None:
+    anchors = {h.lower() for h in re.findall(r"^#+ (\w+)$", README, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]*)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in anchors
+        elif (ROOT / "docs").is_dir() or not target.startswith("docs/"):  # an sdist has no docs/
+            assert (ROOT / target).is_file(), target
