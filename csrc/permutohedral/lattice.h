@@ -73,6 +73,11 @@ SK_HD int32_t tile_of(const Grid& g, int64_t position) {
   return int32_t(uint32_t(position) / uint32_t(tile_points(g)));
 }
 
+// Whether some of a tile's positions have no point.
+SK_HD bool tile_has_gaps(const Grid& g, int64_t tile) {
+  return place_of(g, (tile + 1) * tile_points(g) - 1).point < 0;
+}
+
 // The first pair of a tile among the vertices of the whole lattice.
 SK_HD const int32_t* tile_vertices(const Lattice& l, int32_t tile) {
   return l.pair_vertex + int64_t(tile) * tile_points(l.grid) * (l.dims + 1);

@@ -32,28 +32,40 @@ void with_type(bool is_double, const F& f) {
   }
 }
 
-// A tile of a grid that is one line holds neighbouring points: channels are read in runs, and
+// A tile's rows hold neighbouring points: channels are read (and written) in runs of them, and
 // turned in cache.
 constexpr int kRun = 64;
+
+// f(position, place, n) for runs of at most kRun neighbouring points of a tile.
+template <class F>
+SK_HD void for_runs(const Grid& g, int64_t tile, const F& f) {
+  for (int32_t y = 0; y < g.tile_height; ++y) {
+    const int64_t row = tile * tile_points(g) + int64_t(y) * g.tile_width;
+    const Place first = place_of(g, row);
+    if (first.point < 0) return;
+    const int64_t left = g.width - first.point % g.width;
+    const int64_t here = left < g.tile_width ? left : g.tile_width;
+    for (int64_t x = 0; x < here; x += kRun) {
+      f(row + x, Place{first.image, first.point + x}, here - x < kRun ? here - x : kRun);
+    }
+  }
+}
 
 template <class T>
 struct PackTile {
   Pack<T, 1> row;
 
   void operator()(int64_t tile) const {
-    const Grid& g = row.grid;
-    const int64_t begin = tile * tile_points(g), end = begin + tile_points(g);
-    for (int64_t p = begin; p < end; p += kRun) {
-      const int64_t n = end - p < kRun ? end - p : kRun;
-      const Place first = place_of(g, p), last = place_of(g, p + n - 1);
-      if (g.height == 1 && first.point >= 0 && last.point >= 0 && row.source.point == 1) {
-        run(p, first, n);
-      } else {
-        for (int64_t i = 0; i < n; ++i) {
-          for (int c = 0; c < row.width; ++c) row(p + i, c);
-        }
-      }
+    const int64_t points = tile_points(row.grid);
+    if (tile_has_gaps(row.grid, tile)) {
+      memset(row.rows + tile * points * row.width, 0, sizeof(T) * points * row.width);
     }
+    for_runs(row.grid, tile, [&](int64_t position, const Place& place, int64_t n) {
+      if (row.source.point == 1) return run(position, place, n);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int c = 0; c < row.width; ++c) row(position + i, c);
+      }
+    });
   }
 
   void run(int64_t position, const Place& place, int64_t n) const {
@@ -101,22 +113,15 @@ struct UnpackTile {
   Unpack<T, 1> row;
 
   void operator()(int64_t tile) const {
-    const Grid& g = row.grid;
     const Strided& t = row.target;
-    const int64_t begin = tile * tile_points(g), end = begin + tile_points(g);
-    for (int64_t p = begin; p < end; p += kRun) {
-      const int64_t n = end - p < kRun ? end - p : kRun;
-      const Place first = place_of(g, p), last = place_of(g, p + n - 1);
-      if (g.height == 1 && first.point >= 0 && last.point >= 0 && t.point == 1) {
-        const T* rows = row.rows + p * row.width;
-        T* to = static_cast<T*>(const_cast<void*>(t.data)) + first.image * t.batch + first.point;
-        for (int c = 0; c < row.channels; ++c) {
-          for (int64_t i = 0; i < n; ++i) to[c * t.channel + i] = rows[i * row.width + c];
-        }
-      } else {
-        for (int64_t i = 0; i < n; ++i) row(p + i);
+    for_runs(row.grid, tile, [&](int64_t position, const Place& place, int64_t n) {
+      const T* rows = row.rows + position * row.width;
+      T* to = static_cast<T*>(const_cast<void*>(t.data)) + place.image * t.batch +
+              place.point * t.point;
+      for (int c = 0; c < row.channels; ++c) {
+        for (int64_t i = 0; i < n; ++i) to[c * t.channel + i * t.point] = rows[i * row.width + c];
       }
-    }
+    });
   }
 };
 

@@ -78,7 +78,7 @@ def forward(
         scratch = rows.new_empty(0 if cuda else max(1, where[2]) * _BATCH * width)
         field.energy, field.rows = rows.data_ptr(), out_rows.data_ptr()
         field.scratch, field.status = scratch.data_ptr(), status.data_ptr()
-        keep: list[Any] = []
+        keep: list[Any] = []  # what the terms point into
         terms = []
         for lattice, c, normalization in zip(lattices, compat, config.normalization, strict=True):
             term = C.MeanFieldTerm()
@@ -88,12 +88,12 @@ def forward(
             alpha = 1 / (1 + 2.0**-lattice.dims)
             prepared = native_compat(c.detach(), channels, width, alpha)
             term.compat, term.compat_is_matrix = prepared.data_ptr(), c.dim() == 2
-            buffers = lattice.buffers(width)
-            term.pairs, term.vertices, term.scratch = (b.data_ptr() for b in buffers)
-            keep += [before, after, prepared, buffers]
+            keep += [before, after, prepared, *lattice.buffers(width)]
+            term.pairs, term.vertices, term.scratch = (b.data_ptr() for b in keep[-3:])
             terms.append(term)
         field.set_terms(terms)
         C.mean_field(where, field, scores.dtype == torch.float64)
+        keep.clear()  # before the result is allocated
     return native.unpack(grid, out_rows, torch.empty_like(scores))
 
 

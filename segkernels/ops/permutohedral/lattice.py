@@ -64,13 +64,19 @@ def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: in
         height *= size
     width = spatial[-1]
     if not _global_build(device):
-        points = height * width
-        tile = max(1, min(65534 // (dims + 1), _CPU_TILE, points))
-        return _native.C().Grid(batch, 1, points, 1, tile)
+        points = min(65534 // (dims + 1), _CPU_TILE)
+        tall = _even_part(height, 64)
+        return _native.C().Grid(batch, height, width, tall, _even_part(width, points // tall))
     tall = 16
     while tall // 2 >= height:
         tall //= 2
     return _native.C().Grid(batch, height, width, tall, _TILE // tall)
+
+
+def _even_part(size: int, most: int) -> int:
+    """The largest of as few and as even parts of `size` as are not above `most`."""
+    parts = -(-size // most)
+    return -(-size // parts)
 
 
 class Lattice:
@@ -282,14 +288,12 @@ def build(
     counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
     with _status.watch(first, op, first.dtype) as status:
-        built = [_embed(lattice, max_vertices, status) for lattice in lattices]
-    if _global_build(first.device):
-        _link_global(lattices, built, counts, max_vertices)
-    else:
-        for lattice, buffers in zip(lattices, built, strict=True):
-            _link_by_tile(lattice, buffers)
-    for lattice in lattices:
-        lattice.release()
+        if _global_build(first.device):
+            built = [_embed(lattice, max_vertices, status) for lattice in lattices]
+            _link_global(lattices, built, counts, max_vertices)
+        else:
+            for lattice in lattices:
+                _link_by_tile(lattice, _embed(lattice, max_vertices, status))
     return lattices
 
 
@@ -359,6 +363,7 @@ def _link_by_tile(lattice: Lattice, build: Any) -> None:
     view.vertex_bound, view.pair_bound = lattice.counts.tolist()
     _hold_links(lattice)
     _native.C().lattice_link(_where(lattice.features), view, build)
+    lattice.release()
 
 
 def _link_global(
@@ -384,6 +389,7 @@ def _link_global(
             sort_values=lattice.empty((view.pair_bound,), torch.int32),
         )
         C.lattice_link(_where(lattice.features), view, build)
+        lattice.release()
 
 
 def _hold_links(lattice: Lattice) -> None:
