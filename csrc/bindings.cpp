@@ -187,9 +187,10 @@ void bind_permutohedral(py::module_& m) {
       Release());
   m.def(
       "lattice_slice",
-      [](const WhereTuple& w, const Lattice& l, Pointer vertices, Pointer scale, Pointer rows,
-         int width, bool is_double) {
-        permutohedral(w).slice(where_of(w), l, as(vertices), as(scale), as(rows), width, is_double);
+      [](const WhereTuple& w, const Lattice& l, Pointer vertices, Pointer scale, double skipped,
+         Pointer rows, int width, bool is_double) {
+        permutohedral(w).slice(where_of(w), l, as(vertices), as(scale), skipped, as(rows), width,
+                               is_double);
       },
       Release());
   m.def(

@@ -15,7 +15,7 @@ from torch import nn
 from segkernels import _native
 from segkernels.ops._op import laid_out_like, through_dispatcher
 from segkernels.ops.dense_crf import MAX_TERMS, mean_field
-from segkernels.ops.dense_crf.autograd import Config
+from segkernels.ops.dense_crf.config import Config
 from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS, Normalization
 
 Array = npt.NDArray[Any]

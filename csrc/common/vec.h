@@ -25,6 +25,14 @@ SK_HD VecStruct<T, W> operator+(const VecStruct<T, W>& a, const VecStruct<T, W>&
 }
 
 template <class T, int W>
+SK_HD VecStruct<T, W> operator+(const VecStruct<T, W>& a, T s) {
+  VecStruct<T, W> r;
+#pragma unroll
+  for (int i = 0; i < W; ++i) r.lane[i] = a.lane[i] + s;
+  return r;
+}
+
+template <class T, int W>
 SK_HD VecStruct<T, W> operator*(T s, const VecStruct<T, W>& a) {
   VecStruct<T, W> r;
 #pragma unroll

@@ -268,7 +268,7 @@ void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is
 }
 
 void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale,
-           void* rows, int width, bool is_double) {
+           double skipped, void* rows, int width, bool is_double) {
   const DeviceGuard guard(where.device);
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
@@ -279,6 +279,7 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
                         static_cast<V*>(rows),
                         static_cast<const T*>(scale),
                         T(slice_alpha(l.dims)),
+                        T(skipped),
                         blocks};
     parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "permutohedral slice");
   });

@@ -36,8 +36,9 @@ struct PermutohedralApi {
                  int width, bool is_double);
   // Splat and blur.
   void (*splat)(const Where&, const Lattice&, const FilterBuffers&, bool is_double);
-  void (*slice)(const Where&, const Lattice&, const void* vertices, const void* scale, void* rows,
-                int width, bool is_double);
+  // `skipped` is what a skipped point gets.
+  void (*slice)(const Where&, const Lattice&, const void* vertices, const void* scale,
+                double skipped, void* rows, int width, bool is_double);
   void (*weights_grad)(const Where&, const Lattice&, const void* x, const void* g,
                        const void* vertices, const void* grad_vertices, void* grad_weights,
                        int width, bool is_double);

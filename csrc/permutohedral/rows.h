@@ -73,23 +73,23 @@ SK_HD bool slice_block(const Lattice& l, const int32_t* vertices, int64_t positi
   return true;
 }
 
-// One position: out = scale * slice. A skipped point gives NaN.
+// One position: out = scale * slice. A skipped point gives `skipped`.
 template <class T, class V>
 struct Slice {
   Lattice lattice;
   const V* vertices;
   V* out;
   const T* scale;  // [positions], or null for 1
-  T alpha;
+  T alpha, skipped;
   int blocks;
 
   SK_HD void operator()(int64_t position, int block) const {
     const int32_t tile = tile_of(lattice.grid, position);
-    V v;
+    V v{};
     const bool taken = slice_block<T, V>(lattice, tile_vertices(lattice, tile), position, vertices,
                                          blocks, block, v);
-    const T s = taken ? alpha * (scale != nullptr ? scale[position] : T(1)) : T(NAN);
-    out[position * blocks + block] = s * (taken ? v : V{});
+    const T s = taken ? alpha * (scale != nullptr ? scale[position] : T(1)) : T(0);
+    out[position * blocks + block] = taken ? s * v : V{} + skipped;
   }
 };
 

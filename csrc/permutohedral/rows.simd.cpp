@@ -168,7 +168,7 @@ void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is
 }
 
 void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale,
-           void* rows, int width, bool is_double) {
+           double skipped, void* rows, int width, bool is_double) {
   with_type(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     with_vector<T>(width, [&](auto v) {
@@ -179,6 +179,7 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
                           static_cast<V*>(rows),
                           static_cast<const T*>(scale),
                           T(slice_alpha(l.dims)),
+                          T(skipped),
                           blocks};
       parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "slice");
     });

@@ -9,7 +9,7 @@ import torch
 from segkernels._registry import Op, register
 from segkernels.ops._op import through_dispatcher, wants_grad
 from segkernels.ops.dense_crf import autograd
-from segkernels.ops.dense_crf.autograd import Config
+from segkernels.ops.dense_crf.config import Config
 
 MAX_TERMS = 8
 

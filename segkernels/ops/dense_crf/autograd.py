@@ -1,38 +1,25 @@
 """The native mean field, its gradient, and the dispatcher operators.
 
-The gradient runs the iterations again as a composition of differentiable filters, so that a forward
-pass keeps nothing but its inputs and the lattices.
+A forward pass keeps nothing but its inputs and the lattices; gradients.py runs the iterations
+again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from segkernels import _native, _status
-from segkernels.ops._op import library, recording_within_an_operator
-from segkernels.ops.dense_crf.reference import energy
-from segkernels.ops.permutohedral import autograd as filters
+from segkernels.ops._op import library
+from segkernels.ops.dense_crf.config import Config
+from segkernels.ops.dense_crf.gradients import gradients
 from segkernels.ops.permutohedral import lattice as native
 from segkernels.ops.permutohedral.lattice import Lattice, Normalization
 
 OP = "dense_crf"
 _BATCH = 16  # points that a CPU thread takes through a step together
-
-
-@dataclass(frozen=True)
-class Config:
-    """What is no tensor of a mean field."""
-
-    kind: str
-    normalization: tuple[Normalization, ...]
-    iterations: int
-    log: bool
-    spatial: tuple[int, ...]
-    max_vertices: int | None = None
 
 
 def native_compat(compat: torch.Tensor, channels: int, width: int, alpha: float) -> torch.Tensor:
@@ -97,62 +84,12 @@ def forward(
     return native.unpack(grid, out_rows, torch.empty_like(scores))
 
 
-def composed(
-    scores: torch.Tensor,
-    features: Sequence[torch.Tensor],
-    compat: Sequence[torch.Tensor],
-    config: Config,
-    lattices: Sequence[Lattice],
-) -> torch.Tensor:
-    """The same by differentiable operators."""
-    z0 = -energy(scores, config.kind)
-    weights = [filters.Weights.apply(f, lat) for f, lat in zip(features, lattices, strict=True)]
-    triples = zip(lattices, weights, config.normalization, strict=True)
-    diagonals = [filters.scales(lat, w, n) for lat, w, n in triples]
-    z = z0
-    for _ in range(config.iterations if lattices else 0):
-        q = z.softmax(dim=1)
-        z = z0
-        for lattice, w, d, c in zip(lattices, weights, diagonals, compat, strict=True):
-            z = z - transform(c, filters.apply_scaled(q, w, lattice, d, False))
-    return z.log_softmax(dim=1) if config.log else z.softmax(dim=1)
-
-
-def transform(compat: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """mu values, over the channels of (B, C, N)."""
-    if compat.dim() == 0:
-        return -compat * values
-    if compat.dim() == 1:
-        return compat.view(1, -1, 1) * values
-    return ((compat + compat.T) / 2) @ values
-
-
 def build(features: Sequence[torch.Tensor], config: Config) -> list[Lattice]:
     """The lattices of every term."""
     if not features:
         return []
     plain = [f.detach() for f in features]
     return native.build(plain, config.spatial, max_vertices=config.max_vertices, op=OP)
-
-
-def gradients(
-    grad: torch.Tensor,
-    scores: torch.Tensor,
-    features: Sequence[torch.Tensor],
-    compat: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-    config: Config,
-    lattices: Sequence[Lattice],
-) -> list[torch.Tensor | None]:
-    """Gradients of scores, features and compat, in that order, None where not needed."""
-    inputs = [scores, *features, *compat]
-    leaves = [t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True)]
-    with recording_within_an_operator():
-        split = 1 + len(features)
-        out = composed(leaves[0], leaves[1:split], leaves[split:], config, lattices)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-    return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
 class MeanField(torch.autograd.Function):

@@ -167,14 +167,20 @@ class Lattice:
         )
         return vertices
 
-    def slice(self, vertices: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """Interpolate the vertices' rows at the points."""
+    def slice(
+        self,
+        vertices: torch.Tensor,
+        scale: torch.Tensor | None,
+        skipped: float = float("nan"),
+    ) -> torch.Tensor:
+        """Interpolate the vertices' rows at the points; points that take no part get `skipped`."""
         rows = self.rows(vertices.shape[1])
         _native.C().lattice_slice(
             _where(rows),
             self.view,
             vertices.data_ptr(),
             _pointer(scale),
+            skipped,
             rows.data_ptr(),
             rows.shape[1],
             self.double,
