@@ -293,13 +293,16 @@ def build(
     grid = make_grid(first.device, batch, spatial, dims)
     counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
-    with _status.watch(first, op, first.dtype) as status:
-        if _global_build(first.device):
+    if _global_build(first.device):
+        with _status.watch(first, op, first.dtype) as status:
             built = [_embed(lattice, max_vertices, status) for lattice in lattices]
             _link_global(lattices, built, counts, max_vertices)
-        else:
-            for lattice in lattices:
-                _link_by_tile(lattice, _embed(lattice, max_vertices, status))
+        return lattices
+    for lattice in lattices:
+        # A fault raises before the links: vertices beyond the bound must not reach them.
+        with _status.watch(first, op, first.dtype) as status:
+            build = _embed(lattice, max_vertices, status)
+        _link_by_tile(lattice, build)
     return lattices
 
 
