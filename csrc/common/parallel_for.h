@@ -99,14 +99,30 @@ void parallel_tiles(const Where& where, int64_t n, const F& f) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
 
+template <int N, class F>
+void parallel_rows_of(const Where& where, int64_t rows, int blocks, const F& f, const char* name) {
+  const auto row_of = [&](int64_t row) {
+    const int count = N > 0 ? N : blocks;
+    for (int b = 0; b < count; ++b) f(row, b);
+  };
+  parallel_for(where, rows, row_of, name);
+}
+
+// The common short rows are unrolled, so that what they share is computed once.
 template <class F>
 void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f,
                    const char* name) {
   const int64_t rows = row_count(bound, limit);
-  const auto row_of = [&](int64_t row) {
-    for (int b = 0; b < blocks; ++b) f(row, b);
-  };
-  parallel_for(where, rows, row_of, name);
+  switch (blocks) {
+    case 1:
+      return parallel_rows_of<1>(where, rows, blocks, f, name);
+    case 2:
+      return parallel_rows_of<2>(where, rows, blocks, f, name);
+    case 3:
+      return parallel_rows_of<3>(where, rows, blocks, f, name);
+    default:
+      return parallel_rows_of<0>(where, rows, blocks, f, name);
+  }
 }
 
 #endif

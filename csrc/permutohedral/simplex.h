@@ -88,13 +88,17 @@ SK_HD bool find_simplex(const T (&feature)[D], const Scale<T, D>& scale, Simplex
     s.rem[i] += turn;
     rest[i] = (elevated[i] - T(s.rem[i])) * (T(1) / T(D + 1));
   }
-  // A scatter by rank, written as selects where a run-time index would leave the registers.
+#if defined(__CUDA_ARCH__)
+  // A scatter by rank, as selects: a run-time index would leave the registers.
 #pragma unroll
   for (int r = 0; r <= D; ++r) {
     s.sorted[r] = 0;
 #pragma unroll
     for (int i = 0; i <= D; ++i) s.sorted[r] = s.rank[i] == r ? rest[i] : s.sorted[r];
   }
+#else
+  for (int i = 0; i <= D; ++i) s.sorted[s.rank[i]] = rest[i];
+#endif
   return true;
 }
 
