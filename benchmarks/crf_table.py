@@ -98,7 +98,7 @@ def _row(shape: CrfShape) -> tuple[dict[str, str], int]:
     ours, theirs = (
         statistics.median(times[name]) for name in (f"segkernels, {count} threads", "pydensecrf2")
     )
-    cells["ratio"] = f"{theirs / ours:.1f}"
+    cells["ratio"] = f"{theirs / ours:.2g}"
     if torch.cuda.is_available():
         cells |= _cuda(shape, result)
     return cells, rounds
@@ -128,6 +128,7 @@ def _cuda(shape: CrfShape, expected: torch.Tensor) -> dict[str, str]:
 def _setting(rounds: list[int]) -> str:
     """What the figures were taken on."""
     few, many = min(rounds), max(rounds)
+    policy = os.environ.get("OMP_WAIT_POLICY")
     versions = ", ".join(
         [
             f"segkernels {segkernels.__version__}",
@@ -138,7 +139,7 @@ def _setting(rounds: list[int]) -> str:
     )
     return (
         f"{_cpu_name()}, {os.cpu_count()} cores, SIMD {torch.backends.cpu.get_cpu_capability()}; "
-        f"{versions}. Medians of {few if few == many else f'{few} to {many}'} interleaved rounds; "
+        f"{versions}{f', OMP_WAIT_POLICY={policy}' if policy else ''}. Medians of {few if few == many else f'{few} to {many}'} interleaved rounds; "
         "ratio: pydensecrf2 (it has one thread) over segkernels."
     )
 
