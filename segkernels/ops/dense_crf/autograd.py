@@ -192,7 +192,8 @@ def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     scores, *rest = ctx.saved_tensors
     features, compat = rest[: ctx.terms], rest[ctx.terms :]
     found = torch.ops.segkernels.dense_crf_backward(grad, scores, features, compat, *ctx.rest)
-    return *found, *(None,) * len(ctx.rest)
+    # torch takes an empty list (no terms, so no normalisations) for one of tensors.
+    return *found, *([] if argument == [] else None for argument in ctx.rest)
 
 
 torch.library.register_autograd("segkernels::dense_crf", _autograd, setup_context=_setup)
