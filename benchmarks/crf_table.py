@@ -98,7 +98,7 @@ def _row(shape: CrfShape) -> tuple[dict[str, str], int]:
     ours, theirs = (
         statistics.median(times[name]) for name in (f"segkernels, {count} threads", "pydensecrf2")
     )
-    cells["ratio"] = f"{theirs / ours:.2g}"
+    cells["ratio"] = f"{theirs / ours:.1f}"
     if torch.cuda.is_available():
         cells |= _cuda(shape, result)
     return cells, rounds
@@ -129,18 +129,19 @@ def _setting(rounds: list[int]) -> str:
     """What the figures were taken on."""
     few, many = min(rounds), max(rounds)
     policy = os.environ.get("OMP_WAIT_POLICY")
+    cpu = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
     versions = ", ".join(
         [
             f"segkernels {segkernels.__version__}",
             f"pydensecrf2 {importlib.metadata.version('pydensecrf2')}",
             f"torch {torch.__version__}",
             f"Python {platform.python_version()}",
+            *([f"OMP_WAIT_POLICY={policy}"] if policy else []),
         ]
     )
     return (
-        f"{_cpu_name()}, {os.cpu_count()} cores, SIMD {torch.backends.cpu.get_cpu_capability()}; "
-        f"{versions}{f', OMP_WAIT_POLICY={policy}' if policy else ''}. Medians of {few if few == many else f'{few} to {many}'} interleaved rounds; "
-        "ratio: pydensecrf2 (it has one thread) over segkernels."
+        f"{cpu}; {versions}. Medians of {few if few == many else f'{few} to {many}'} interleaved "
+        "rounds; ratio: pydensecrf2 (it has one thread) over segkernels."
     )
 
 
