@@ -1,4 +1,4 @@
-"""Points for tests of the lattice, and how a fault in values is told on each device."""
+"""Shared by the tests of the lattice and the CRF: points, faults in values, poisoned memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,18 @@ def inside(
             break
         points[bad] = draw(int(bad.sum()))
     points = points.double().view(shape[0], -1, shape[1])
-    return points.transpose(1, 2).reshape(tuple(shape))
+    return points.transpose(1, 2).reshape(tuple(shape)).contiguous()
+
+
+@contextmanager
+def on_one_thread() -> Iterator[None]:
+    """For many tiny calls, where waking a second thread takes most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -3,8 +3,7 @@ layouts, determinism, compilation, and what is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import inside, poisoned, raises_for_values, weights_of
+from lattice_points import inside, on_one_thread, poisoned, raises_for_values, weights_of
 from torch.autograd.gradcheck import GradcheckError
 
 from segkernels import PermutohedralLattice, permutohedral_filter
@@ -45,22 +44,14 @@ def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) 
     return inside((batch, dims, *spatial), spread=1.2 / dims**0.5, margin=margin)
 
 
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """For thousands of tiny calls, where waking a second thread is most of the time."""
+    """For many tiny calls: waking a second thread would take most of the time. Tests of threads set
+    their own number."""
     with on_one_thread():
         yield
 
 
-@on_one_thread()
 def oracle(values: torch.Tensor, features: torch.Tensor) -> dict[tuple[str, bool], torch.Tensor]:
     """The reference for every way of filtering; each image's lattice is built once."""
     lattices = [reference.ReferenceLattice(f.flatten(1).T) for f in features]
@@ -126,7 +117,6 @@ def test_agrees_with_reference(dims, dtype, device):
         assert torch.equal(once, got)
 
 
-@pytest.mark.usefixtures("one_thread")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     dims=st.integers(1, MAX_DIMS),
@@ -222,7 +212,6 @@ def test_transpose_is_the_adjoint(way, device):
 # --- gradients ---
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dims", [1, 2, 5])
 def test_gradcheck(dims, way, device):
@@ -250,7 +239,6 @@ def test_gradcheck_notices_a_wrong_transpose():
         torch.autograd.gradcheck(Wrong.apply, (values, features))
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
 def test_gradients_agree_with_reference(dims, dtype, device):
@@ -738,24 +726,18 @@ def test_batch_is_the_same_bits_as_one_by_one(device):
 # --- determinism, unwritten memory ---
 
 
-def everything(values: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
-    """Filters of every kind and their gradients."""
+def everything(
+    values: torch.Tensor, features: torch.Tensor, ways: Sequence[tuple[str, bool]] = WAYS
+) -> list[torch.Tensor]:
+    """Filters and their gradients."""
     leaves = [values.detach().requires_grad_(), features.detach().requires_grad_()]
     found = []
-    for way in WAYS:
+    for way in ways:
         out = permutohedral_filter(*leaves, *way)
         found += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
     return found
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("channels", [1, 5])
 def test_same_bits_for_any_number_of_threads(channels):
     # Several tiles an image, so that threads have something to share.
@@ -763,10 +745,22 @@ def test_same_bits_for_any_number_of_threads(channels):
     y, x = torch.meshgrid(torch.arange(90.0), torch.arange(210.0), indexing="ij")
     place = torch.stack([x / 20, y / 20]).expand(2, -1, -1, -1)
     features = torch.cat([place, torch.randn(2, 2, 90, 210)], dim=1)
-    found = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append(everything(values, features))
+    assert_same_on_threads(values, features)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 5, 16])
+def test_same_bits_for_any_number_of_threads_on_few_points(dims):
+    assert_same_on_threads(normal(2, 3, 7, 9), overlapping(dims, 7, 9))
+
+
+def assert_same_on_threads(values: torch.Tensor, features: torch.Tensor) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(everything(values, features, [("symmetric", False), ("after", True)]))
+    finally:
+        torch.set_num_threads(before)
     assert all(bool(t.isfinite().all()) for t in found[0])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

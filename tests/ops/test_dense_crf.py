@@ -1,0 +1,612 @@
+"""Mean field of the dense CRF: pydensecrf's figures, the reference in float64, gradients, layouts,
+determinism, instruction sets, and torch's machinery."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lattice_points import inside, on_one_thread, poisoned, raises_for_values
+
+import segkernels
+from segkernels.ops.dense_crf import MAX_TERMS, Config, mean_field, reference
+from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+DTYPES = (torch.float32, torch.float64)
+KINDS = ("probs", "logits", "unary")
+COMPATS = ("potts", "diagonal", "matrix")
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For many tiny calls: waking a second thread would take most of the time. Tests of threads set
+    their own number."""
+    with on_one_thread():
+        yield
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def scores_of(kind: str, *shape: int) -> torch.Tensor:
+    logits = 2 * normal(*shape)
+    return {"probs": logits.softmax(1), "logits": logits, "unary": -logits}[kind]
+
+
+def compat_of(kind: str, channels: int) -> torch.Tensor:
+    """Not symmetric, where it is a matrix."""
+    shape = {"potts": (), "diagonal": (channels,), "matrix": (channels, channels)}[kind]
+    return normal(*shape) if shape else torch.tensor(1.5, dtype=torch.float64)
+
+
+def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) -> torch.Tensor:
+    """Features (batch, dims, N) so near each other that points share vertices."""
+    return inside((batch, dims, *spatial), 1.2 / dims**0.5, margin).flatten(2)
+
+
+def config_of(*spatial: int, normalization: Sequence[str] = ("symmetric",), **changes) -> Config:
+    return Config(
+        **{
+            "kind": "logits",
+            "normalization": tuple(normalization),
+            "iterations": 4,
+            "log": False,
+            "spatial": spatial,
+            **changes,
+        }
+    )
+
+
+def oracle(
+    scores: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    compat: Sequence[torch.Tensor],
+    config: Config,
+) -> torch.Tensor:
+    c = config
+    return reference.mean_field(
+        scores, features, compat, c.kind, c.normalization, c.iterations, c.log
+    )
+
+
+def to(
+    tensors: Sequence[torch.Tensor], device: torch.device, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    return [t.to(device, dtype) for t in tensors]
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    error = (got.detach().cpu().double() - want.detach().cpu().double()).abs().max()
+    assert float(error) <= tolerance
+
+
+# --- figures of pydensecrf ---
+
+GOLDEN = ("31x37x2", "36x52x3", "40x48x21")
+
+
+@cache
+def golden(size: str) -> dict[str, np.ndarray]:
+    """The figures; probabilities are kept in 16 bits (steps of 1/65535)."""
+    with np.load(DATA / f"dense_crf_pydensecrf_{size}.npz") as file:
+        return {k: v / np.float32(65535) if "_Q" in k else v for k, v in file.items()}
+
+
+FIGURES = [(size, name) for size in GOLDEN for name in golden(size) if "_Q" in name]
+
+
+def test_the_figures_are_all_there():
+    every = {f"{n}_{c}_Q{i}" for n, c, i in product(NORMALIZATIONS, COMPATS, (1, 5, 10))}
+    for size, normalizations in zip(GOLDEN, (4, 4, 1), strict=True):
+        names = {name for s, name in FIGURES if s == size}
+        assert "default_Q10" in names
+        assert names - {"default_Q10"} <= every
+        assert len(names) == 1 + normalizations * 9
+
+
+@pytest.mark.parametrize(("size", "name"), FIGURES)
+def test_agrees_with_pydensecrf(size, name, device):
+    figures = golden(size)
+    arguments = {}
+    if name != "default_Q10":
+        normalization, kind, iterations = name.split("_")
+        compat = 4.0 if kind == "potts" else torch.from_numpy(figures[f"compat_{kind}"])
+        if kind != "potts":
+            compat = compat.to(device)
+        arguments = {
+            "iterations": int(iterations[1:]),
+            "sxy_gaussian": (3, 2),
+            "sxy_bilateral": (40, 30),
+            "srgb": (13, 10, 7),
+            "compat_gaussian": compat,
+            "compat_bilateral": compat,
+            "normalization": normalization,
+        }
+    img = torch.from_numpy(figures["image"]).permute(2, 0, 1).to(device)
+    got = segkernels.dense_crf(img, torch.from_numpy(figures["probs"]).to(device), **arguments)
+    error = (got.cpu() - torch.from_numpy(figures[name])).abs().amax(dim=0)
+    assert float((error > 1e-4).float().mean()) <= 0.005
+    assert float(error.median()) <= 1e-5
+
+
+@pytest.mark.parametrize("size", GOLDEN)
+def test_defaults_on_numpy_agree_with_pydensecrf(size):
+    figures = golden(size)
+    probs = figures["probs"].clip(1e-5, 1)
+    for given_as in (
+        {"probs": figures["probs"]},
+        {"logits": np.log(probs)},
+        {"logits": np.log(probs) + 7},
+        {"unary": -np.log(probs)},
+    ):
+        got = segkernels.dense_crf(figures["image"], **given_as)
+        assert isinstance(got, np.ndarray)
+        assert got.dtype == np.float32
+        error = np.abs(got - figures["default_Q10"]).max(0)
+        assert (error > 1e-4).mean() <= 0.005
+        assert np.median(error) <= 1e-5
+    assert np.abs(figures["default_Q10"] - probs).max() > 0.1
+
+
+# --- the reference in float64 ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+def test_agrees_with_reference(dims, dtype, device):
+    features = overlapping(dims, 5, 7)
+    for normalization, kind, compat in zip(
+        NORMALIZATIONS, (*KINDS, "probs"), (*COMPATS, "potts"), strict=True
+    ):
+        # What float32 would round is rounded for the reference too.
+        scores = scores_of(kind, 2, 3, 35).to(dtype).double()
+        mu = compat_of(compat, 3).to(dtype).double()
+        config = config_of(5, 7, kind=kind, normalization=[normalization])
+        want = oracle(scores, [features], [mu], config)
+        got = mean_field(
+            scores.to(device, dtype),
+            to([features], device, dtype),
+            to([mu], device, dtype),
+            config,
+        )
+        assert got.dtype == dtype
+        assert_near(got, want, TOLERANCE[dtype])
+        assert float((want - scores.softmax(1)).abs().max()) > 1e-2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data(), seed=st.integers(0, 2**31))
+def test_any_call_agrees_with_reference(data, seed, device):
+    draw = data.draw
+    batch, channels = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    spatial = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    terms = draw(st.integers(0, 3))
+    config = config_of(
+        *spatial,
+        kind=draw(st.sampled_from(KINDS)),
+        normalization=[draw(st.sampled_from(NORMALIZATIONS)) for _ in range(terms)],
+        iterations=draw(st.integers(0, 4)),
+        log=draw(st.booleans()),
+    )
+    points = torch.Size(spatial).numel()
+    torch.manual_seed(seed)
+    scores = scores_of(config.kind, batch, channels, points)
+    dims = [draw(st.integers(1, 6)) for _ in range(terms)]
+    spreads = [draw(st.sampled_from([0.0, 0.3, 20.0])) for _ in range(terms)]
+    features = [s * normal(batch, d, points) for d, s in zip(dims, spreads, strict=True)]
+    compat = [0.5 * compat_of(draw(st.sampled_from(COMPATS)), channels) for _ in range(terms)]
+    want = oracle(scores, features, compat, config)
+    got = mean_field(
+        *(scores.to(device), to(features, device, torch.float64)),
+        *(to(compat, device, torch.float64), config),
+    )
+    assert_near(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 16, 21, 33, 150])
+def test_any_number_of_classes(channels, compat, device):
+    features = [overlapping(2, 6, 5), overlapping(5, 6, 5)]
+    mu = [0.3 * compat_of(compat, channels), compat_of("potts", channels)]
+    scores = scores_of("logits", 2, channels, 30)
+    for log in (False, True):
+        config = config_of(6, 5, normalization=["symmetric", "after"], log=log)
+        want = oracle(scores, features, mu, config)
+        for dtype in DTYPES:
+            got = mean_field(
+                *(scores.to(device, dtype), to(features, device, dtype)),
+                *(to(mu, device, dtype), config),
+            )
+            assert_near(got, want, 100 * TOLERANCE[dtype])
+            if not log:
+                assert_near(got.sum(1), torch.ones(2, 30), 1e-6)
+
+
+def test_as_many_terms_as_there_may_be(device):
+    features = [inside((1, 1 + i, 30), seed=i) for i in range(MAX_TERMS)]
+    mu = [compat_of("potts", 4) * 0.2 * (i + 1) for i in range(MAX_TERMS)]
+    normalization = [NORMALIZATIONS[i % 4] for i in range(MAX_TERMS)]
+    config = config_of(30, normalization=normalization)
+    scores = scores_of("logits", 1, 4, 30)
+    device_arguments = to(features, device, torch.float64), to(mu, device, torch.float64)
+    got = mean_field(scores.to(device), *device_arguments, config)
+    assert_near(got, oracle(scores, features, mu, config), 1e-11)
+    # Every one of them counts.
+    for i in range(MAX_TERMS):
+        fewer = [m.clone() for m in device_arguments[1]]
+        fewer[i].zero_()
+        without = mean_field(scores.to(device), device_arguments[0], fewer, config)
+        assert float((without - got).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_iterations_or_terms(kind, log, device):
+    scores = scores_of(kind, 2, 5, 12)
+    config = config_of(3, 4, kind=kind, log=log)
+    z = -reference.energy(scores, kind)
+    want = z.log_softmax(1) if log else z.softmax(1)
+    features, mu = [overlapping(2, 3, 4).to(device)], [compat_of("matrix", 5).to(device)]
+    got = mean_field(scores.to(device), features, mu, replace(config, iterations=0))
+    assert_near(got, want, 1e-14)
+    assert_near(mean_field(scores.to(device), [], [], replace(config, normalization=())), got, 0)
+
+
+def test_scores_of_any_magnitude(device):
+    # Large scores neither overflow nor lose the smaller differences.
+    features, mu = [overlapping(2, 4, 4).to(device)], [compat_of("potts", 5).to(device)]
+    scores = scores_of("logits", 2, 5, 16)
+    scores[:, 2] += 1e10
+    scores[:, 3] -= 1e10
+    got = mean_field(scores.to(device), features, mu, config_of(4, 4))
+    assert bool(got.isfinite().all())
+    assert_near(got[:, 2], torch.ones(2, 16), 1e-12)
+    shifted = scores_of("logits", 2, 5, 16)
+    want = mean_field(shifted.to(device), features, mu, config_of(4, 4))
+    for shift in (1e4, -1e4):
+        got = mean_field((shifted + shift).to(device), features, mu, config_of(4, 4))
+        assert_near(got, want, 1e-9)
+
+
+# --- values at fault ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_scores_that_are_not_finite(bad, kind, device):
+    features, mu = [overlapping(2, 4, 4).to(device)], [compat_of("potts", 3).to(device)]
+    for dtype, iterations in product(DTYPES, (0, 2)):
+        scores = scores_of(kind, 2, 3, 16).to(device, dtype)
+        scores[1, 2, 7] = bad
+        config = config_of(4, 4, kind=kind, iterations=iterations)
+        message = "probs, logits or unary: expected finite numbers, got NaN or infinity"
+        with raises_for_values(device, f"dense_crf: {message}"):
+            mean_field(scores, to(features, device, dtype), to(mu, device, dtype), config)
+
+
+@pytest.mark.gpu
+def test_a_bad_pixel_takes_no_part_on_cuda():
+    device = torch.device("cuda")
+    features, mu = [overlapping(2, 6, 6).to(device)], [compat_of("potts", 3).to(device)]
+    scores = scores_of("logits", 2, 3, 36).to(device)
+    scores[1, 2, 7] = float("nan")
+    with raises_for_values(device, "expected finite numbers"):
+        got = mean_field(scores, features, mu, config_of(6, 6))
+    bad = torch.zeros(2, 36, dtype=torch.bool)
+    bad[1, 7] = True
+    assert torch.equal(got.isnan().any(1).cpu(), bad)
+
+
+# --- gradients ---
+
+
+def leaves_of(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.detach().clone().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("compat", COMPATS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind, compat, device):
+    features = [overlapping(d, 5, batch=2, margin=1e-2) for d in (2, 3)]
+    inputs = leaves_of(
+        [scores_of(kind, 2, 3, 5), *features, compat_of(compat, 3), compat_of("potts", 3)]
+    )
+    inputs = [t.detach().to(device).requires_grad_() for t in inputs]
+    config = config_of(5, kind=kind, iterations=3, normalization=["symmetric", "after"])
+    assert torch.autograd.gradcheck(
+        lambda s, f, g, m, n: mean_field(s, [f, g], [m, n], config), inputs, atol=1e-7
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+def test_gradients_agree_with_reference(dims, dtype, device):
+    kind, compat = KINDS[dims % 3], COMPATS[dims % 3]
+    config = config_of(
+        *(4, 5), kind=kind, normalization=["symmetric", NORMALIZATIONS[dims % 4]], log=dims % 2 == 0
+    )
+    scores = scores_of(kind, 2, 3, 20)
+    if kind == "probs":
+        scores[0, 0, 3] = 0  # clipped, so without a gradient
+    inputs = [scores, overlapping(2, 4, 5), overlapping(dims, 4, 5)]
+    inputs += [compat_of("potts", 3), compat_of(compat, 3)]
+    inputs = [t.to(dtype).double() for t in inputs]
+    weight = normal(2, 3, 20)
+    want_in = leaves_of(inputs)
+    want = torch.autograd.grad(
+        (oracle(want_in[0], want_in[1:3], want_in[3:], config) * weight).sum(), want_in
+    )
+    got_in = leaves_of(to(inputs, device, dtype))
+    out = mean_field(got_in[0], got_in[1:3], got_in[3:], config)
+    got = torch.autograd.grad((out * weight.to(out)).sum(), got_in)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        assert float(w.abs().max()) > 1e-4
+        assert_near(g, w, 100 * TOLERANCE[dtype] * max(1.0, float(w.abs().max())))
+
+
+def test_gradients_are_of_the_inputs_that_need_them(device):
+    inputs = [scores_of("logits", 1, 3, 20), overlapping(2, 20, batch=1), compat_of("matrix", 3)]
+    config = config_of(20)
+
+    def call(s, f, m):
+        return mean_field(s, [f], [m], config).square().sum()
+
+    full = leaves_of(to(inputs, device, torch.float64))
+    call(*full).backward()
+    for i in range(3):
+        tensors = [t.detach().clone().requires_grad_(j == i) for j, t in enumerate(full)]
+        call(*tensors).backward()
+        for j, tensor in enumerate(tensors):
+            assert (tensor.grad is None) == (j != i)
+        assert_near(tensors[i].grad, full[i].grad, 1e-13)
+
+
+def test_second_derivative_is_refused(device):
+    scores = scores_of("logits", 1, 3, 20).to(device).requires_grad_()
+    features, mu = [overlapping(2, 20, batch=1).to(device)], [compat_of("potts", 3).to(device)]
+    out = mean_field(scores, features, mu, config_of(20))
+    (grad,) = torch.autograd.grad(out.square().sum(), scores, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
+# --- layouts, batches, bits ---
+
+
+def everything(
+    scores: torch.Tensor, features: Sequence[torch.Tensor], spatial: Sequence[int]
+) -> list[torch.Tensor]:
+    """Results and gradients for several compatibilities and normalisations."""
+    found = []
+    channels, generator = scores.shape[1], torch.Generator().manual_seed(1)
+    matrix = torch.randn(channels, channels, generator=generator).to(scores)
+    for mu, normalization in (
+        ([matrix.new_tensor(2.0), matrix[0]], ["symmetric", "after"]),
+        ([matrix, matrix.new_tensor(-1.0)], ["before", "none"]),
+    ):
+        config = config_of(*spatial, normalization=normalization, iterations=3)
+        leaves = leaves_of([scores, *features, *(0.1 * m for m in mu)])
+        out = mean_field(leaves[0], leaves[1:3], leaves[3:], config)
+        found += [out.detach(), *torch.autograd.grad(out.square().sum(), leaves)]
+    return found
+
+
+def test_layouts(device):
+    features, mu = [overlapping(2, 5, 6).to(device)], [compat_of("matrix", 4).to(device)]
+    scores = scores_of("logits", 2, 4, 30).to(device)
+    want = mean_field(scores, features, mu, config_of(5, 6))
+    wide = torch.full((2, 8, 61), float("nan"), dtype=torch.float64, device=device)
+    wide[:, ::2, 1::2] = scores
+    for view in (
+        scores.transpose(1, 2).contiguous().transpose(1, 2),
+        scores.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+        wide[:, ::2, 1::2],
+    ):
+        kept = view.clone()
+        got = mean_field(view, features, mu, config_of(5, 6))
+        assert torch.equal(got, want)
+        assert got.stride() == torch.empty_like(view).stride()
+        assert torch.equal(view, kept)
+
+
+def test_batch_is_the_same_bits_as_one_by_one(device):
+    for spatial in ((11, 13), (80, 120)):
+        points = torch.Size(spatial).numel()
+        scores = scores_of("logits", 3, 5, points).to(device, torch.float32)
+        features = [overlapping(d, *spatial, batch=3) for d in (2, 5)]
+        features = to(features, device, torch.float32)
+        mu = [scores.new_tensor(2.0), normal(5, 5, dtype=torch.float32).to(device)]
+        config = config_of(*spatial, normalization=["symmetric", "symmetric"])
+        whole = mean_field(scores, features, mu, config)
+        for b in range(3):
+            one = [f[b : b + 1].contiguous() for f in features]
+            assert torch.equal(mean_field(scores[b : b + 1], one, mu, config), whole[b : b + 1])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 21, 40])
+def test_same_bits_for_any_number_of_threads(channels):
+    # Several tiles an image, so that threads have something to share.
+    spatial = (120, 150)
+    y, x = torch.meshgrid(torch.arange(120.0), torch.arange(150.0), indexing="ij")
+    place = torch.stack([x, y]).flatten(1).expand(2, -1, -1)
+    features = [
+        (place / 3).contiguous(),
+        torch.cat([place / 40, torch.randn(2, 1, 120 * 150)], dim=1),
+    ]
+    scores = torch.randn(2, channels, 120 * 150)
+    assert_same_on_threads(scores, features, spatial)
+
+
+@pytest.mark.parametrize("dims", [1, 5, 16])
+def test_same_bits_for_any_number_of_threads_on_few_points(dims):
+    features = [f.float() for f in (overlapping(2, 7, 9), overlapping(dims, 7, 9))]
+    assert_same_on_threads(torch.randn(2, 3, 63), features, (7, 9))
+
+
+def assert_same_on_threads(
+    scores: torch.Tensor, features: Sequence[torch.Tensor], spatial: Sequence[int]
+) -> None:
+    mu = [torch.tensor(2.0), torch.randn(scores.shape[1])]
+    matrices = [torch.randn(scores.shape[1], scores.shape[1]), torch.tensor(-1.0)]
+    config = config_of(*spatial, normalization=["symmetric", "after"], iterations=3)
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = leaves_of([scores, *features, *mu])
+            out = mean_field(leaves[0], leaves[1:3], leaves[3:], config)
+            grads = torch.autograd.grad(out.square().sum(), leaves)
+            other = mean_field(scores, features, matrices, config)
+            found.append([out.detach(), *grads, other])
+    finally:
+        torch.set_num_threads(before)
+    assert all(bool(t.isfinite().all()) for t in found[0])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_same_bits_twice(device):
+    scores = scores_of("logits", 2, 5, 60 * 70).to(device, torch.float32)
+    features = to([overlapping(d, 60, 70) for d in (2, 5)], device, torch.float32)
+    first, second = (everything(scores, features, (60, 70)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 21, 40])
+def test_every_element_is_written(channels, device, monkeypatch):
+    scores = scores_of("logits", 2, channels, 13 * 11).to(device)
+    features = to([overlapping(d, 13, 11) for d in (2, 5)], device, torch.float64)
+    want = everything(scores, features, (13, 11))
+    with poisoned(monkeypatch):
+        got = everything(scores, features, (13, 11))
+    assert all(bool(t.isfinite().all()) for t in got)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+# --- instruction sets ---
+
+SIMD = """
+import sys
+import numpy as np
+import torch
+from segkernels import dense_crf, permutohedral_filter
+
+given = np.load(sys.argv[1])
+found = {}
+for name in given.files:
+    if not name.startswith("values"):
+        continue
+    channels = name.removeprefix("values")
+    for dtype in (torch.float32, torch.float64):
+        values = torch.from_numpy(given[name]).to(dtype).requires_grad_()
+        features = torch.from_numpy(given["features"]).to(dtype).requires_grad_()
+        out = permutohedral_filter(values, features, "symmetric")
+        grads = torch.autograd.grad(out.square().sum(), (values, features))
+        crf = dense_crf(
+            torch.from_numpy(given["image"]).to(dtype),
+            logits=values,
+            srgb=1,
+            compat_gaussian=torch.from_numpy(given["compat" + channels]),
+        )
+        for i, result in enumerate((out, *grads, crf, torch.autograd.grad(crf.sum(), values)[0])):
+            found[f"{channels}_{dtype}_{i}"] = result.detach().double().numpy()
+np.savez(sys.argv[2], **found)
+"""
+
+
+def test_instruction_sets_agree(tmp_path):
+    rng = np.random.default_rng(0)
+    arguments = {
+        "features": inside((1, 5, 12, 14), spread=0.5).numpy(),
+        "image": inside((1, 3, 12, 14)).numpy(),
+    }
+    for channels in (1, 3, 8, 21, 33, 40):
+        arguments[f"values{channels}"] = rng.normal(size=(1, channels, 12, 14))
+        arguments[f"compat{channels}"] = rng.normal(size=(channels, channels)) / channels
+    np.savez(tmp_path / "given.npz", **arguments)
+    found = {}
+    for name in ("base", "avx2", "avx512"):
+        files = (str(tmp_path / "given.npz"), str(tmp_path / f"{name}.npz"))
+        environment = {**os.environ, "SEGKERNELS_SIMD": name}
+        subprocess.run(
+            [sys.executable, "-c", SIMD, *files], check=True, env=environment, timeout=120
+        )
+        with np.load(files[1]) as file:
+            found[name] = dict(file)
+    assert len(found["base"]) == 6 * 2 * 5
+    for name in ("avx2", "avx512"):
+        for key, want in found["base"].items():
+            tolerance = 3e-5 if "float32" in key else 1e-11
+            scale = max(1.0, np.abs(want).max())
+            assert np.abs(found[name][key] - want).max() <= tolerance * scale, (name, key)
+
+
+# --- torch's machinery ---
+
+
+def operands(device: torch.device, grad: bool) -> tuple:
+    scores = scores_of("probs", 2, 3, 20).to(device).requires_grad_(grad)
+    features = [overlapping(d, 4, 5).to(device).requires_grad_(grad) for d in (2, 3)]
+    compat = [compat_of(kind, 3).to(device).requires_grad_(grad) for kind in ("matrix", "potts")]
+    return scores, features, compat, "probs", ["symmetric", "after"], 3, False, [4, 5]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck(grad, device):
+    torch.library.opcheck(torch.ops.segkernels.dense_crf.default, operands(device, grad))
+
+
+def test_opcheck_of_the_gradient(device):
+    arguments = operands(device, grad=False)
+    grad = normal(*arguments[0].shape).to(device)
+    torch.library.opcheck(torch.ops.segkernels.dense_crf_backward.default, (grad, *arguments))
+
+
+def test_opcheck_without_terms(device):
+    scores = scores_of("logits", 1, 3, 20).to(device).requires_grad_()
+    arguments = (scores, [], [], "logits", [], 3, True, [20])
+    torch.library.opcheck(torch.ops.segkernels.dense_crf.default, arguments)
+
+
+def test_the_dispatcher_gives_the_same(device):
+    scores, features, compat, *rest = operands(device, grad=True)
+    kind, normalization, iterations, log, spatial = rest
+    config = config_of(
+        *spatial, kind=kind, normalization=normalization, iterations=iterations, log=log
+    )
+    leaves = [scores, *features, *compat]
+    results = []
+    for out in (
+        mean_field(scores, features, compat, config),
+        torch.ops.segkernels.dense_crf(scores, features, compat, *rest),
+    ):
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_without_recording(mode, device):
+    scores, features, compat, *_ = operands(device, grad=True)
+    config = config_of(4, 5, kind="probs", normalization=["symmetric", "after"])
+    want = mean_field(scores, features, compat, config)
+    with mode():
+        got = mean_field(scores, features, compat, config)
+    assert want.requires_grad
+    assert not got.requires_grad
+    assert torch.equal(got, want)
