@@ -177,7 +177,9 @@ def _scores(given: Any, kind: str) -> torch.Tensor:
     if isinstance(given, np.ndarray):
         if given.dtype.kind != "f" or given.dtype.itemsize > 8:
             raise TypeError(_score_type(kind, str(given.dtype)))
-        given = torch.from_numpy(np.ascontiguousarray(given))
+        array = np.ascontiguousarray(given, dtype=given.dtype.newbyteorder("="))
+        # torch warns of memory that is not writable, though nothing here writes.
+        given = torch.from_numpy(array if array.flags.writeable else array.copy())
     if not isinstance(given, torch.Tensor):
         raise TypeError(
             f"dense_crf: {kind} must be a torch tensor or a numpy array, got {type(given).__name__}"
@@ -203,7 +205,12 @@ def _score_type(kind: str, dtype: str) -> str:
 
 def _as_given(out: torch.Tensor, given: Any) -> Any:
     if isinstance(given, np.ndarray):
-        return out.detach().view(given.shape).numpy().astype(given.dtype, copy=False)
+        refined = out.detach().view(given.shape).numpy()
+        like = np.empty_like(given, subok=False)
+        if refined.dtype == like.dtype and refined.strides == like.strides:
+            return refined
+        like[...] = refined
+        return like
     return laid_out_like(out.view(given.shape), given)
 
 
@@ -219,7 +226,7 @@ def _sigmas(
         if value.device.type == "cpu" and not through_dispatcher(value):
             _check_sigma(value.detach().flatten().tolist(), name)
         return value.to(device=device, dtype=dtype).expand(count)
-    numbers = [value] if isinstance(value, (int, float)) else list(value)
+    numbers = _numbers(value)
     if len(numbers) not in (1, count):
         raise ValueError(_sigma_shape(name, count, len(numbers)))
     _check_sigma(numbers, name)
@@ -227,6 +234,12 @@ def _sigmas(
         return torch.full((count,), float(numbers[0]), dtype=dtype, device=device)
     # Filled on the device: a tensor made from a list would be copied there, and wait for it.
     return torch.cat([torch.full((1,), float(n), dtype=dtype, device=device) for n in numbers])
+
+
+def _numbers(value: Any) -> list[Any]:
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    return [value] if isinstance(value, (int, float)) else list(value)
 
 
 def _check_sigma(numbers: Sequence[Any], name: str) -> None:
@@ -278,8 +291,10 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
         if image.dim() == rank - 1 and scores.shape[0] == 1:
             image = image.unsqueeze(0)
     else:
+        if getattr(img, "mode", None) in ("P", "PA"):
+            img = img.convert("RGB")  # the colours, not their numbers in the palette
         array = np.asarray(img)
-        if array.dtype.kind not in "uif":
+        if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
             raise TypeError(
                 "dense_crf: img must be a torch tensor, a numpy array or a PIL image of integers "
                 f"or floats, got {type(img).__name__} of {array.dtype}"
@@ -312,8 +327,7 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
 def _warn_if_unit_range(image: torch.Tensor, srgb: Numbers) -> None:
     if not image.dtype.is_floating_point or isinstance(srgb, torch.Tensor):
         return
-    smallest = min([srgb] if isinstance(srgb, (int, float)) else srgb)
-    if smallest >= 1 and float(image.min()) >= 0 and float(image.max()) <= 1:
+    if min(_numbers(srgb)) >= 1 and float(image.min()) >= 0 and float(image.max()) <= 1:
         warnings.warn(
             f"dense_crf: the image's values are from 0 to 1 and srgb is {srgb}, so the image has "
             "hardly any effect; srgb is in the image's own unit: use 13/255 or so",
@@ -435,7 +449,7 @@ class DenseCRF(nn.Module):
             ("sxy_bilateral", sxy_bilateral),
             ("srgb", srgb),
         ):
-            numbers = [sigma] if isinstance(sigma, (int, float)) else list(sigma)
+            numbers = _numbers(sigma)
             _check_sigma(numbers, name)
             self.register_buffer(f"{name}_start", torch.tensor(numbers, dtype=torch.float32))
             scale = nn.Parameter(torch.zeros(len(numbers))) if learn_sigmas else None
