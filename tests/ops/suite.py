@@ -1,0 +1,528 @@
+"""The checks that every op passes. A test file subclasses `OpSuite` and says what its op is.
+
+    class TestThing(suite.OpSuite):
+        function = staticmethod(segkernels.thing)
+        reference = staticmethod(reference.thing)
+        samples = [Sample("odd", (Float(2, 3, 5, 7),), {"mode": "x"}, grad=True)]
+
+Everything runs on the CPU, and again on CUDA under the marker `gpu`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Make = Callable[[torch.Generator], torch.Tensor]
+
+# Without a GPU, tests/conftest.py skips what is marked.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+LAYOUTS = ("contiguous", "channels_last", "strided", "offset", "expanded")
+
+
+class Float:
+    """A floating tensor of a sample; its dtype, device, layout and gradient are the suite's choice.
+
+    `make` replaces the standard normal values; it returns float64.
+    """
+
+    def __init__(self, *shape: int, make: Make | None = None, grad: bool = True) -> None:
+        self.shape, self.make, self.grad = shape, make, grad
+
+    def build(self, generator: torch.Generator) -> torch.Tensor:
+        if self.make is not None:
+            return self.make(generator)
+        return torch.randn(self.shape, generator=generator, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an op.
+
+    Attributes:
+        id: names it in the test's name.
+        args: `Float`s, functions of a generator that return other tensors, and plain values.
+        kwargs: the same, by keyword.
+        grad: small enough for gradcheck, and differentiable.
+        compile: torch.compile is tried on it (slow: one or two an op).
+    """
+
+    id: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    grad: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class Error:
+    """A call that must raise: its kind and a pattern for the message."""
+
+    id: str
+    call: Callable[[str], Any]  # of the device
+    kind: type[Exception]
+    match: str
+
+
+@dataclass
+class Call:
+    """A sample's arguments, built: what a function is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    floats: list[torch.Tensor]  # those that gradients reach
+
+    def of(self, function: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
+        return as_tuple(function(*self.args, **self.kwargs))
+
+
+def as_tuple(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def with_layout(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The same values in another layout; all but "contiguous" and "channels_last" are views."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    if layout == "strided":
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "offset":
+        shape = [size + 1 for size in x.shape]
+        larger = x.new_full(shape, float("nan"))
+        inside = tuple(slice(1, None) for _ in shape)
+        larger[inside] = x
+        return larger[inside]
+    if layout == "expanded":
+        return x[:1].expand_as(x)
+    return x.contiguous()
+
+
+def build(
+    sample: Sample,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    layout: str = "contiguous",
+    grad: bool = False,
+    empty: bool = False,
+) -> Call:
+    """Build `sample`'s arguments: the same values whatever the options, rounded to `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    floats: list[torch.Tensor] = []
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Float):
+            x = value.build(generator).to(dtype).to(device)
+            x = with_layout(x[:0] if empty and x.dim() > 2 else x, layout)
+            if grad and value.grad:
+                x = x.detach().requires_grad_()
+                floats.append(x)
+            return x
+        if callable(value) and not isinstance(value, (type, torch.dtype)):
+            x = value(generator).to(device)
+            return x[:0] if empty and x.dim() > 2 else x
+        return value
+
+    args = tuple(one(value) for value in sample.args)
+    kwargs = {name: one(value) for name, value in sample.kwargs.items()}
+    return Call(args, kwargs, floats)
+
+
+def cotangents(
+    outputs: tuple[torch.Tensor, ...], rounded: torch.dtype = torch.float64
+) -> list[torch.Tensor]:
+    """Fixed gradients of the differentiable outputs, not the same everywhere."""
+    found = []
+    for out in outputs:
+        if out.requires_grad:
+            steps = torch.arange(out.numel(), dtype=torch.float64, device=out.device)
+            found.append(torch.sin(steps + 1).reshape(out.shape).to(rounded).to(out.dtype))
+    return found
+
+
+def gradients(
+    call: Call, function: Callable[..., Any], rounded: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `call`'s floats for outputs' gradients that are rounded to a dtype."""
+    outputs = call.of(function)
+    wanted = tuple(out for out in outputs if out.requires_grad)
+    return torch.autograd.grad(wanted, call.floats, cotangents(outputs, rounded))
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal shape and bits; NaNs count as equal."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's deterministic mode, which fills torch.empty with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class _Record(TorchDispatchMode):
+    """Notes which of our operators a call reaches, and with what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "segkernels":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class OpSuite:
+    """Subclass it as ``Test<Op>``; the attributes without a default are the op's to give."""
+
+    function: ClassVar[Callable[..., Any]]
+    # The same arguments, in plain torch.
+    reference: ClassVar[Callable[..., Any]]
+    samples: ClassVar[list[Sample]]
+    errors: ClassVar[list[Error]] = []
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    )
+    layouts: ClassVar[tuple[str, ...]] = LAYOUTS
+    # channels_last in, channels_last out (for 4-D outputs).
+    keeps_layout: ClassVar[bool] = True
+    double_backward: ClassVar[bool] = False
+    # (rtol, atol) against the reference in float64, rounded to the dtype; None: the same bits.
+    tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
+        torch.float16: (1e-3, 1e-6),
+        torch.bfloat16: (8e-3, 1e-6),
+        torch.float32: (1e-5, 1e-6),
+        torch.float64: (1e-12, 1e-12),
+    }
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        names = metafunc.fixturenames
+        cls = metafunc.cls
+        assert cls is not None
+        wanted = {
+            "sample": list(cls.samples),
+            "grad_sample": [s for s in cls.samples if s.grad],
+            "compile_sample": [s for s in cls.samples if s.compile],
+            "error": cls.errors,
+        }
+        for name, values in wanted.items():
+            if name in names:
+                metafunc.parametrize(name, values, ids=[value.id for value in values])
+        if "dtype" in names:
+            ids = [str(dtype).removeprefix("torch.") for dtype in cls.dtypes]
+            metafunc.parametrize("dtype", cls.dtypes, ids=ids)
+        if "layout" in names:
+            metafunc.parametrize("layout", cls.layouts)
+        if "leaf_layout" in names:
+            # An expanded leaf holds fewer values than its gradient.
+            metafunc.parametrize("leaf_layout", [x for x in cls.layouts if x != "expanded"])
+        if "device" in names:
+            metafunc.parametrize("device", DEVICES)
+
+    # What a subclass may replace where float64 is not what its op must equal.
+
+    def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+        """The reference's outputs in float64 for values that were rounded to `dtype`."""
+        return self._widened(sample, dtype, device).of(type(self).reference)
+
+    def expected_gradients(
+        self, sample: Sample, dtype: torch.dtype, device: str
+    ) -> tuple[torch.Tensor, ...]:
+        call = self._widened(sample, dtype, device, grad=True)
+        return gradients(call, type(self).reference, dtype)
+
+    @staticmethod
+    def _widened(sample: Sample, dtype: torch.dtype, device: str, grad: bool = False) -> Call:
+        return widened(sample, dtype, torch.float64, device, grad)
+
+    def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+        assert ours.shape == expected.shape
+        if not ours.is_floating_point():
+            assert torch.equal(ours, expected.to(ours.dtype))
+            return
+        tolerance = self.tolerance[dtype]
+        if tolerance is None:
+            assert same_bits(ours, expected.to(ours.dtype))
+            return
+        rtol, atol = tolerance
+        torch.testing.assert_close(
+            ours.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True
+        )
+
+    # The checks.
+
+    def test_equals_the_reference(self, sample: Sample, dtype: torch.dtype, device: str) -> None:
+        ours = build(sample, dtype, device).of(type(self).function)
+        expected = self.expected(sample, dtype, device)
+        assert len(ours) == len(expected)
+        for mine, theirs in zip(ours, expected, strict=True):
+            self.assert_close(mine, theirs, dtype)
+
+    def test_gradients_equal_the_reference(
+        self, grad_sample: Sample, dtype: torch.dtype, device: str
+    ) -> None:
+        ours = gradients(build(grad_sample, dtype, device, grad=True), type(self).function)
+        for mine, theirs in zip(
+            ours, self.expected_gradients(grad_sample, dtype, device), strict=True
+        ):
+            assert mine.dtype == dtype
+            self.assert_close(mine, theirs, dtype)
+
+    def test_gradcheck(self, grad_sample: Sample, device: str) -> None:
+        call = build(grad_sample, torch.float64, device, grad=True)
+        check = with_floats(call, type(self).function)
+        assert torch.autograd.gradcheck(check, tuple(call.floats))
+        if self.double_backward:
+            assert torch.autograd.gradgradcheck(check, tuple(call.floats))
+
+    def test_layouts_give_the_same_values(self, sample: Sample, layout: str, device: str) -> None:
+        for dtype in {self.dtypes[0], torch.float32}:
+            call = build(sample, dtype, device, layout)
+            plain = Call(
+                tuple(map(_contiguous, call.args)),
+                {name: _contiguous(value) for name, value in call.kwargs.items()},
+                [],
+            )
+            for mine, theirs in zip(
+                call.of(type(self).function), plain.of(type(self).function), strict=True
+            ):
+                self.assert_same_layouts(mine, theirs, dtype)
+                kept = layout == "channels_last" and not _all_contiguous(call)
+                if self.keeps_layout and kept and mine.dim() == 4:
+                    assert mine.is_contiguous(memory_format=torch.channels_last)
+
+    def assert_same_layouts(
+        self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        assert same_bits(ours, expected)
+
+    def test_layouts_give_the_same_gradients(
+        self, grad_sample: Sample, leaf_layout: str, device: str
+    ) -> None:
+        call = build(grad_sample, torch.float32, device, leaf_layout, grad=True)
+        plain = build(grad_sample, torch.float32, device, grad=True)
+        for mine, theirs in zip(
+            gradients(call, type(self).function),
+            gradients(plain, type(self).function),
+            strict=True,
+        ):
+            self.assert_same_layouts(mine, theirs, torch.float32)
+
+    def test_empty_batch(self, sample: Sample, device: str) -> None:
+        ours = build(sample, torch.float32, device, empty=True).of(type(self).function)
+        expected = build(sample, torch.float32, device, empty=True).of(type(self).reference)
+        for mine, theirs in zip(ours, expected, strict=True):
+            assert mine.shape == theirs.shape
+            assert same_bits(mine, theirs.to(mine.dtype))
+
+    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+        call = build(sample, torch.float32, device)
+        for x in (*call.args, *call.kwargs.values()):
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim() == 4:
+                for place in (0, x.numel() // 2, x.numel() - 1):
+                    before = x.view(-1)[place].item()
+                    x.view(-1)[place] = float("nan")
+                    ours, expected = call.of(type(self).function), call.of(type(self).reference)
+                    for mine, theirs in zip(ours, expected, strict=True):
+                        assert torch.equal(torch.isnan(mine), torch.isnan(theirs))
+                    x.view(-1)[place] = before
+
+    def test_the_same_bits_again_and_every_element_written(
+        self, sample: Sample, device: str
+    ) -> None:
+        for dtype in {self.dtypes[0], torch.float32}:
+            call = build(sample, dtype, device)
+            first = call.of(type(self).function)
+            with deterministic():
+                second = call.of(type(self).function)
+            for a, b in zip(first, second, strict=True):
+                assert same_bits(a, b)
+
+    def test_the_same_gradient_bits_again_and_every_element_written(
+        self, grad_sample: Sample, device: str
+    ) -> None:
+        for dtype in {self.dtypes[0], torch.float32}:
+            first = gradients(build(grad_sample, dtype, device, grad=True), type(self).function)
+            with deterministic():
+                second = gradients(
+                    build(grad_sample, dtype, device, grad=True), type(self).function
+                )
+            for a, b in zip(first, second, strict=True):
+                assert same_bits(a, b)
+
+    def test_the_number_of_threads_changes_nothing(self, sample: Sample) -> None:
+        before = torch.get_num_threads()
+        found = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                out = build(sample, torch.float32).of(type(self).function)
+                if sample.grad:
+                    grad_call = build(sample, torch.float32, grad=True)
+                    out = (*out, *gradients(grad_call, type(self).function))
+                found.append(out)
+        finally:
+            torch.set_num_threads(before)
+        for other in found[1:]:
+            assert all(same_bits(a, b) for a, b in zip(found[0], other, strict=True))
+
+    def test_arguments_are_left_alone(self, sample: Sample, device: str) -> None:
+        call, untouched = build(sample, torch.float32, device), build(sample, torch.float32, device)
+        call.of(type(self).function)
+        for a, b in zip(
+            (*call.args, *call.kwargs.values()),
+            (*untouched.args, *untouched.kwargs.values()),
+            strict=True,
+        ):
+            assert not isinstance(a, torch.Tensor) or same_bits(a, b)
+
+    def test_opcheck(self, compile_sample: Sample, device: str) -> None:
+        for grad in (False, True) if compile_sample.grad else (False,):
+            call = build(compile_sample, torch.float32, device, grad=grad)
+            recorder = _Record()
+            with recorder:
+                outputs = call.of(type(self).function)
+            assert recorder.calls, "the call reached none of segkernels' operators"
+            with recorder:
+                if grad:
+                    torch.autograd.grad(
+                        [out for out in outputs if out.requires_grad],
+                        call.floats,
+                        cotangents(outputs),
+                    )
+            for op, args, kwargs in recorder.calls:
+                leaves = tuple(_leaf(arg) if grad else arg for arg in args)
+                torch.library.opcheck(op, leaves, kwargs)
+
+    @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+    def test_compile(self, compile_sample: Sample, dynamic: bool, device: str) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(
+            type(self).function, fullgraph=True, dynamic=dynamic, backend="aot_eager"
+        )
+        self._compare_compiled(compiled, compile_sample, device)
+
+    def test_compile_with_inductor(self, device: str) -> None:
+        torch.compiler.reset()
+        compiled = torch.compile(type(self).function, fullgraph=True)
+        sample = next(s for s in self.samples if s.compile)
+        self._compare_compiled(compiled, sample, device)
+
+    def _compare_compiled(self, compiled: Callable[..., Any], sample: Sample, device: str) -> None:
+        eager = build(sample, torch.float32, device, grad=sample.grad)
+        other = build(sample, torch.float32, device, grad=sample.grad)
+        for mine, theirs in zip(other.of(compiled), eager.of(type(self).function), strict=True):
+            assert same_bits(mine, theirs)
+            assert mine.stride() == theirs.stride()
+        if sample.grad:
+            for mine, theirs in zip(
+                gradients(other, compiled), gradients(eager, type(self).function), strict=True
+            ):
+                assert same_bits(mine, theirs)
+
+    def test_errors(self, error: Error, device: str) -> None:
+        with pytest.raises(error.kind, match=error.match):
+            error.call(device)
+
+    @pytest.mark.gpu
+    def test_cuda_equals_cpu(self, sample: Sample, dtype: torch.dtype) -> None:
+        on_cuda = build(sample, dtype, "cuda").of(type(self).function)
+        on_cpu = build(sample, dtype).of(type(self).function)
+        for mine, theirs in zip(on_cuda, on_cpu, strict=True):
+            self.assert_close(mine.cpu(), theirs, dtype)
+
+    @pytest.mark.gpu
+    def test_runs_on_the_current_stream_and_in_a_graph(self, sample: Sample) -> None:
+        call = build(sample, torch.float32, "cuda")
+        expected = call.of(type(self).function)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                other = call.of(type(self).function)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call.of(type(self).function)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b, c in zip(expected, other, captured, strict=True):
+            assert same_bits(a, b)
+            assert same_bits(a, c)
+
+
+def widened(
+    sample: Sample, rounded: torch.dtype, dtype: torch.dtype, device: str, grad: bool = False
+) -> Call:
+    """`sample`'s values rounded to one dtype and held in another."""
+    narrow = build(sample, rounded, device, grad=True)
+    reached = {id(x) for x in narrow.floats}
+    floats: list[torch.Tensor] = []
+
+    def one(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            x = value.detach().to(dtype)
+            if grad and id(value) in reached:
+                floats.append(x.requires_grad_())
+            return x
+        return value
+
+    args = tuple(map(one, narrow.args))
+    kwargs = {name: one(value) for name, value in narrow.kwargs.items()}
+    return Call(args, kwargs, floats)
+
+
+def with_floats(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of `call`'s floats alone, returning the outputs that are differentiable."""
+    places = {id(x): i for i, x in enumerate(call.floats)}
+
+    def of(*floats: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args = [floats[places[id(a)]] if id(a) in places else a for a in call.args]
+        kwargs = {
+            name: floats[places[id(a)]] if id(a) in places else a for name, a in call.kwargs.items()
+        }
+        return tuple(out for out in as_tuple(function(*args, **kwargs)) if out.requires_grad)
+
+    return of
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, torch.Tensor) else value
+
+
+def _all_contiguous(call: Call) -> bool:
+    tensors = [x for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor)]
+    return all(x.is_contiguous() for x in tensors)
+
+
+def _leaf(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    return value
+
+
+def message(*parts: str) -> str:
+    """A pattern that matches the parts in this order, with anything between."""
+    return ".*".join(re.escape(part) for part in parts)
