@@ -45,7 +45,7 @@ void parallel_for(const Where& where, int64_t n, const F& f, const char* name) {
 
 // `lanes` neighbouring threads share a row, so that their loads and stores are neighbours too.
 template <class F>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     for_rows_kernel(int64_t bound, const int32_t* limit, int blocks, int lanes, F f) {
   const int64_t rows = row_count(bound, limit);
   const int lane = threadIdx.x % lanes;
