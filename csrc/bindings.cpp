@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -15,7 +16,10 @@
 #include "build_config.h"
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
+#include "max_pool2d/max_pool2d.h"
+#include "max_unpool2d/max_unpool2d.h"
 #include "permutohedral/permutohedral.h"
+#include "unpool2d/unpool2d.h"
 
 namespace py = pybind11;
 
@@ -273,6 +277,128 @@ py::dict build_info() {
   return info;
 }
 
+namespace pooling = segkernels::pooling;
+
+pooling::MaxPool2dApi max_pool2d(const WhereTuple& w) {
+  if (std::get<0>(w) < 0) return pooling::max_pool2d_cpu();
+#if defined(SK_WITH_CUDA)
+  return pooling::max_pool2d_cuda();
+#else
+  without_cuda();
+#endif
+}
+
+pooling::MaxUnpool2dApi max_unpool2d(const WhereTuple& w) {
+  if (std::get<0>(w) < 0) return pooling::max_unpool2d_cpu();
+#if defined(SK_WITH_CUDA)
+  return pooling::max_unpool2d_cuda();
+#else
+  without_cuda();
+#endif
+}
+
+pooling::Unpool2dApi unpool2d(const WhereTuple& w) {
+  if (std::get<0>(w) < 0) return pooling::unpool2d_cpu();
+#if defined(SK_WITH_CUDA)
+  return pooling::unpool2d_cuda();
+#else
+  without_cuda();
+#endif
+}
+
+// segkernels.ops._windows.Windows: planes, channels, then pairs: full, pooled, kernel, stride,
+// padding, dilation.
+using WindowsTuple = std::array<int64_t, 14>;
+
+pooling::Windows windows_of(const WindowsTuple& t) {
+  pooling::Windows w{t[0], t[1], {}, {}, {}, {}, {}, {}};
+  for (int axis = 0; axis < 2; ++axis) {
+    w.full[axis] = int32_t(t[2 + axis]);
+    w.pooled[axis] = int32_t(t[4 + axis]);
+    w.kernel[axis] = int32_t(t[6 + axis]);
+    w.stride[axis] = int32_t(t[8 + axis]);
+    w.padding[axis] = int32_t(t[10 + axis]);
+    w.dilation[axis] = int32_t(t[12 + axis]);
+  }
+  return w;
+}
+
+pooling::UnpoolBuffers unpool_buffers(int type, Pointer input, Pointer positions, bool wide,
+                                      Pointer output, Pointer winners, Pointer status) {
+  return {as(input),
+          as(positions),
+          as(output),
+          as(winners),
+          as<int32_t>(status),
+          wide,
+          segkernels::ScalarType(type)};
+}
+
+void bind_pooling(py::module_& m) {
+  using segkernels::ScalarType;
+  using Release = py::call_guard<py::gil_scoped_release>;
+  m.def(
+      "max_pool2d",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input, Pointer values,
+         Pointer codes, Pointer indices) {
+        max_pool2d(w).forward(
+            where_of(w), windows_of(windows),
+            {as(input), as(values), as<uint8_t>(codes), as<int64_t>(indices), ScalarType(type)});
+      },
+      Release());
+  m.def(
+      "max_pool2d_backward",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer grad,
+         Pointer positions, bool wide, Pointer grad_input, Pointer sums) {
+        max_pool2d(w).backward(
+            where_of(w), windows_of(windows),
+            {as(grad), as(positions), as(grad_input), as<float>(sums), wide, ScalarType(type)});
+      },
+      Release());
+  m.def(
+      "max_unpool2d",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input,
+         Pointer positions, bool wide, Pointer output, Pointer winners, Pointer status) {
+        max_unpool2d(w).forward(
+            where_of(w), windows_of(windows),
+            unpool_buffers(type, input, positions, wide, output, winners, status));
+      },
+      Release());
+  m.def(
+      "max_unpool2d_backward",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer grad,
+         Pointer positions, bool wide, Pointer grad_input, Pointer status) {
+        max_unpool2d(w).backward(
+            where_of(w), windows_of(windows),
+            unpool_buffers(type, grad, positions, wide, grad_input, 0, status));
+      },
+      Release());
+  m.def(
+      "unpool_nearest",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input,
+         Pointer output) {
+        unpool2d(w).nearest(where_of(w), windows_of(windows),
+                            {as(input), as(output), ScalarType(type)});
+      },
+      Release());
+  m.def(
+      "unpool_nearest_backward",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer grad,
+         Pointer grad_input) {
+        unpool2d(w).nearest_backward(where_of(w), windows_of(windows),
+                                     {as(grad), as(grad_input), ScalarType(type)});
+      },
+      Release());
+  m.def(
+      "unpool_bed_of_nails",
+      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input, Pointer output,
+         int cell) {
+        unpool2d(w).bed_of_nails(where_of(w), windows_of(windows),
+                                 {as(input), as(output), ScalarType(type)}, cell);
+      },
+      Release());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -281,4 +407,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("status_codes") = int(segkernels::kStatusCodes);
   bind_permutohedral(m);
   bind_dense_crf(m);
+  bind_pooling(m);
 }

@@ -1,0 +1,260 @@
+// max_pool2d on the CPU, compiled once per instruction set (SK_ISA). The windows of a line, or the
+// channels of one of channels_last, are lanes that meet their cells in order. Parallel over lines.
+#include "max_pool2d/max_pool2d.h"
+#include "window/rows.h"
+
+namespace segkernels::pooling {
+inline namespace SK_NS {
+
+// Values as loops load them, and codes as wide, so that both are compared and chosen by one mask.
+template <class T>
+struct LaneOf {
+  using Value = uint16_t;
+  using Code = int16_t;
+  static SK_HD int16_t order(uint16_t bits) { return order_of(T{bits}); }
+};
+template <>
+struct LaneOf<float> {
+  using Value = float;
+  using Code = int32_t;
+  static SK_HD float order(float value) { return value; }
+};
+template <>
+struct LaneOf<double> {
+  using Value = double;
+  using Code = int64_t;
+  static SK_HD double order(double value) { return value; }
+};
+
+template <class T>
+struct Lanes {
+  typename LaneOf<T>::Value value[kLanes];
+  typename LaneOf<T>::Code code[kLanes];
+};
+
+template <class T, class Value, class Code>
+SK_HD void meet(Value other, Code other_code, Value& value, Code& code) {
+  const bool better = replaces(LaneOf<T>::order(other), LaneOf<T>::order(value));
+  value = better ? other : value;
+  code = better ? other_code : code;
+}
+
+template <class T, int kStep, class Value, class Code>
+SK_HD void meet_lanes(const Value* __restrict from, int64_t step, int n, Code cell,
+                      Value* __restrict value, Code* __restrict code) {
+  for (int i = 0; i < n; ++i) {
+    meet<T>(from[i * (kStep > 0 ? kStep : step)], cell, value[i], code[i]);
+  }
+}
+
+template <int kStep, class Value, class Code>
+SK_HD void start_lanes(const Value* __restrict from, int64_t step, int n, Code cell,
+                       Value* __restrict value, Code* __restrict code) {
+  for (int i = 0; i < n; ++i) {
+    value[i] = from[i * (kStep > 0 ? kStep : step)];
+    code[i] = cell;
+  }
+}
+
+// The four cells of 2x2 windows in one go.
+template <class T, class Value, class Code>
+SK_HD void meet_four(const Value* __restrict a, const Value* __restrict b,
+                     const Value* __restrict c, const Value* __restrict d, int n,
+                     Value* __restrict values, Code* __restrict codes) {
+  for (int i = 0; i < n; ++i) {
+    Value value = a[i];
+    Code code = 0;
+    meet<T>(b[i], Code(1), value, code);
+    meet<T>(c[i], Code(2), value, code);
+    meet<T>(d[i], Code(3), value, code);
+    values[i] = value;
+    codes[i] = code;
+  }
+}
+
+// The same where the windows lie side by side.
+template <class T, class Value, class Code>
+SK_HD void meet_pairs(const Value* __restrict upper, const Value* __restrict lower, int n,
+                      Value* __restrict values, Code* __restrict codes) {
+  for (int i = 0; i < n; ++i) {
+    Value value = upper[2 * i];
+    Code code = 0;
+    meet<T>(upper[2 * i + 1], Code(1), value, code);
+    meet<T>(lower[2 * i], Code(2), value, code);
+    meet<T>(lower[2 * i + 1], Code(3), value, code);
+    values[i] = value;
+    codes[i] = code;
+  }
+}
+
+template <class T>
+struct PoolLines {
+  using Value = typename LaneOf<T>::Value;
+  using Code = typename LaneOf<T>::Code;
+
+  Windows w;
+  Raster raster;
+  const Value* input;
+  Pooled<T> out;
+  Plan plan;
+
+  PoolLines(const Windows& windows, const PoolBuffers& b)
+      : w(windows),
+        raster(raster_of(windows.pooled)),
+        input(static_cast<const Value*>(b.input)),
+        out{static_cast<T*>(b.values), b.codes, b.indices},
+        plan(windows) {}
+
+  void operator()(int64_t line) const {
+    const Place p = line_of(line, plan.lines);
+    if (w.channels > 1) {
+      const Cells ys = cells_inside(w, 0, p.y);
+      for (int32_t x = 0; x < w.pooled[1]; ++x) channels({p.plane, p.y, x, 0}, ys);
+      return;
+    }
+    const PoolWindow<T, false, 1> window{w, raster, reinterpret_cast<const T*>(input), out};
+    for (int32_t x = 0; x < plan.xs.begin; ++x) window(line, x);
+    for (int32_t x = plan.xs.begin; x < plan.xs.end; x += kLanes) {
+      columns({p.plane, p.y, x, 0}, lanes_left(x, plan.xs.end));
+    }
+    for (int32_t x = plan.xs.end; x < w.pooled[1]; ++x) window(line, x);
+  }
+
+  // n windows of a line, none beside the plane's sides.
+  void columns(const Place& p, int n) const {
+    const int32_t left = p.x * w.stride[1] - w.padding[1];
+    const Cells ys = cells_inside(w, 0, p.y);
+    const Cells xs{left, 0, w.kernel[1]};
+    switch (w.stride[1]) {
+      case 1:
+        return cells<1>(p, ys, xs, 1, n);
+      case 2:
+        return cells<2>(p, ys, xs, 2, n);
+      default:
+        return cells<0>(p, ys, xs, w.stride[1], n);
+    }
+  }
+
+  // One window of channels_last.
+  void channels(Place p, const Cells& ys) const {
+    const Cells xs = cells_inside(w, 1, p.x);
+    for (; p.channel < w.channels; p.channel += kLanes) {
+      cells<1>(p, ys, xs, 1, lanes_left(p.channel, w.channels));
+    }
+  }
+
+  // n lanes, whose values lie `step` apart, meet their windows' cells in order.
+  template <int kStep>
+  void cells(const Place& p, const Cells& ys, const Cells& xs, int64_t step, int n) const {
+    Lanes<T> lanes;
+    const auto at = [&](int32_t m, int32_t k) {
+      return input + full_offset(w, p, ys.start + m * w.dilation[0], xs.start + k * w.dilation[1]);
+    };
+    const bool four = w.kernel[0] == 2 && w.kernel[1] == 2 && ys.begin == 0 && xs.begin == 0 &&
+                      ys.end == 2 && xs.end == 2;
+    if (four && kStep == 1) {
+      meet_four<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1), n, lanes.value, lanes.code);
+    } else if (four && kStep == 2 && w.dilation[1] == 1) {
+      meet_pairs<T>(at(0, 0), at(1, 0), n, lanes.value, lanes.code);
+    } else if (ys.begin >= ys.end || xs.begin >= xs.end) {
+      const Value least = bits_of<Value>(lowest<T>());
+      start_lanes<1>(&least, 0, 1, Code(ys.begin * w.kernel[1] + xs.begin), lanes.value,
+                     lanes.code);
+      for (int i = 1; i < n; ++i) {
+        lanes.value[i] = lanes.value[0];
+        lanes.code[i] = lanes.code[0];
+      }
+    } else {
+      for (int32_t m = ys.begin; m < ys.end; ++m) {
+        for (int32_t k = xs.begin; k < xs.end; ++k) {
+          const Code code = Code(m * w.kernel[1] + k);
+          if (m == ys.begin && k == xs.begin) {
+            start_lanes<kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
+          } else {
+            meet_lanes<T, kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
+          }
+        }
+      }
+    }
+    write(p, lanes, n, ys.start, xs.start);
+  }
+
+  void write(const Place& p, const Lanes<T>& lanes, int n, int32_t y, int32_t x) const {
+    const int64_t at = pooled_offset(w, p, p.y, p.x);
+    memcpy(static_cast<void*>(out.values + at), lanes.value, sizeof(T) * n);
+    if (out.codes != nullptr) {
+      uint8_t* __restrict codes = out.codes + at;
+      for (int i = 0; i < n; ++i) codes[i] = uint8_t(lanes.code[i]);
+    }
+    if (out.indices != nullptr) {
+      const int64_t first = int64_t(y) * w.full[1] + x, step = w.channels > 1 ? 0 : w.stride[1];
+      write_indices(lanes, first, step, out.indices + at, n);
+    }
+  }
+
+  // Codes to indices; the division of a code by the window's width is a multiplication.
+  void write_indices(const Lanes<T>& lanes, int64_t first, int64_t step,
+                     int64_t* __restrict indices, int n) const {
+    const int64_t row = int64_t(w.dilation[0]) * w.full[1];
+    if (row > INT32_MAX) {
+      for (int i = 0; i < n; ++i) {
+        indices[i] = first + i * step + plan.offset_of[uint8_t(lanes.code[i])];
+      }
+      return;
+    }
+    const uint32_t width = uint32_t(w.kernel[1]), inverse = (65535 + width) / width;
+    const uint32_t per_row = uint32_t(row), per_cell = uint32_t(w.dilation[1]);
+    for (int i = 0; i < n; ++i) {
+      const uint32_t code = uint32_t(lanes.code[i]) & 255;
+      const uint32_t m = (code * inverse) >> 16;
+      indices[i] =
+          first + i * step + int64_t(uint64_t(m) * per_row + uint64_t(code - m * width) * per_cell);
+    }
+  }
+};
+
+void max_pool2d_forward(const Where& where, const Windows& w, const PoolBuffers& b) {
+  with_scalar_type(b.type, [&](auto scalar) {
+    const PoolLines<decltype(scalar)> f(w, b);
+    parallel_for(where, w.planes * w.pooled[0], f, "max_pool2d");
+  });
+}
+
+template <class P>
+void pool_grad_rows(const Where& where, const Windows& w, const PoolGradBuffers& b) {
+  const P* positions = static_cast<const P*>(b.positions);
+  const char* name = "max_pool2d_backward";
+  with_scalar_type(b.type, [&](auto scalar) {
+    using T = decltype(scalar);
+    const T* grad = static_cast<const T*>(b.grad);
+    T* out = static_cast<T*>(b.grad_input);
+    if constexpr (sizeof(P) == 1) {
+      using Bits = BitsOf<sizeof(T)>;
+      if (tiles_plane(w)) {
+        expand_codes(where, w, static_cast<const Bits*>(b.grad), positions,
+                     static_cast<Bits*>(b.grad_input), nullptr, name);
+        return;
+      }
+    }
+    if (w.channels > 1) {
+      gather_rows<T, P, true, Acc<T>>(where, w, grad, positions, out, name);
+    } else if constexpr (sizeof(T) >= 4) {
+      scatter_planes<T, P, true>(where, w, grad, positions, out, nullptr, name);
+    } else {
+      scatter_sums(where, w, grad, positions, out, b.sums, name);
+    }
+  });
+}
+
+void max_pool2d_backward(const Where& where, const Windows& w, const PoolGradBuffers& b) {
+  if (b.wide) {
+    pool_grad_rows<int64_t>(where, w, b);
+  } else {
+    pool_grad_rows<uint8_t>(where, w, b);
+  }
+}
+
+MaxPool2dApi max_pool2d_rows() { return {max_pool2d_forward, max_pool2d_backward}; }
+
+}  // namespace SK_NS
+}  // namespace segkernels::pooling

@@ -1,0 +1,500 @@
+// The moves of moves.h as loops over lines for the CPU, written to be vectorised: by columns of
+// contiguous planes, by channels of channels_last. Included by *.simd.cpp files only. Parallel over
+// lines, or over planes where values are scattered.
+#pragma once
+
+#include <string.h>
+
+#include <type_traits>
+
+#include "window/moves.h"
+
+namespace segkernels::pooling {
+inline namespace SK_NS {
+
+// Channels at a time: what is accumulated stays in registers and cache.
+constexpr int kLanes = 64;
+
+SK_HD int lanes_left(int64_t from, int64_t end) {
+  return int(end - from < kLanes ? end - from : kLanes);
+}
+
+SK_HD Place line_of(int64_t line, const Divisor& lines) {
+  const Split s = split(line, lines);
+  return {s.quotient, s.remainder, 0, 0};
+}
+
+// The windows [begin, end) of a line of windows that have no cell beside the plane's sides.
+struct Interior {
+  int32_t begin, end;
+
+  Interior(const Windows& w, int axis) {
+    const int32_t reach = (w.kernel[axis] - 1) * w.dilation[axis];
+    const int32_t room = w.full[axis] - 1 - reach + w.padding[axis];
+    begin = (w.padding[axis] + w.stride[axis] - 1) / w.stride[axis];
+    end = room < 0 ? 0 : room / w.stride[axis] + 1;
+    if (begin > w.pooled[axis]) begin = w.pooled[axis];
+    if (end > w.pooled[axis]) end = w.pooled[axis];
+    if (end < begin) end = begin;
+  }
+
+  bool holds(int32_t window) const { return begin <= window && window < end; }
+};
+
+// What lines need that is the same for all of them.
+struct Plan {
+  Windows w;
+  Divisor lines;  // of windows
+  Interior ys, xs;
+  int32_t cells;
+  int64_t offset_of[256];  // in the plane, of a window's cells from its first
+
+  explicit Plan(const Windows& windows)
+      : w(windows),
+        lines(divisor_of(w.pooled[0] > 0 ? w.pooled[0] : 1)),
+        ys(w, 0),
+        xs(w, 1),
+        cells(w.kernel[0] * w.kernel[1]) {
+    int32_t cell = 0;
+    for (int64_t m = 0; m < w.kernel[0] && cell < 256; ++m) {
+      for (int64_t n = 0; n < w.kernel[1] && cell < 256; ++n) {
+        offset_of[cell++] = m * w.dilation[0] * w.full[1] + n * w.dilation[1];
+      }
+    }
+  }
+};
+
+// `windows_over` for one coordinate after the other, without divisions.
+struct Sweep {
+  int32_t step, reach, count, from_edge, first = 0, last = -1;
+
+  Sweep(const Windows& w, int axis, int32_t at)
+      : step(w.stride[axis]),
+        reach((w.kernel[axis] - 1) * w.dilation[axis]),
+        count(w.pooled[axis]),
+        from_edge(at + w.padding[axis]) {
+    settle();
+  }
+
+  void next() {
+    ++from_edge;
+    settle();
+  }
+
+ private:
+  void settle() {
+    while (first < count && first * step + reach < from_edge) ++first;
+    while (last + 1 < count && (last + 1) * step <= from_edge) ++last;
+  }
+};
+
+// Reports the codes of a line of windows that do not point into the plane.
+inline void check_line(const Plan& plan, const Place& line, const uint8_t* codes, int32_t* status) {
+  const Windows& w = plan.w;
+  const uint8_t* row = codes + pooled_offset(w, line, line.y, 0);
+  const bool inside = plan.ys.holds(line.y);
+  const int64_t begin = inside ? plan.xs.begin * w.channels : 0;
+  const int64_t end = inside ? plan.xs.end * w.channels : 0;
+  uint8_t largest = 0;
+  for (int64_t i = begin; i < end; ++i) largest = row[i] > largest ? row[i] : largest;
+  bool bad = largest >= plan.cells;
+  const auto check = [&](int64_t i) {
+    bad |= !ByCode::valid(w, line.y, int32_t(i / w.channels), row[i]);
+  };
+  for (int64_t i = 0; i < begin; ++i) check(i);
+  for (int64_t i = end; i < w.pooled[1] * w.channels; ++i) check(i);
+  if (bad) report(status, kCodeOutOfRange);
+}
+
+template <class Rule>
+SK_HD bool picks(const Rule& rule, const uint8_t* codes, int64_t i, int32_t cell) {
+  if constexpr (std::is_same_v<Rule, ByCode>) {
+    return codes[i] == cell;
+  } else if constexpr (std::is_same_v<Rule, ByCell>) {
+    return rule.cell == cell;
+  } else {
+    return true;
+  }
+}
+
+// All ones or zeros: choosing with it takes no branch, also in the lanes that no vector takes.
+template <class T>
+SK_HD T mask_of(bool wanted) {
+  return T(T(0) - T(wanted));
+}
+
+// out[i * step] = values[i] where the rule picks the cell, else 0.
+template <int kStep, class T, class Rule>
+SK_HD void expand_lanes(const Rule& rule, const uint8_t* __restrict codes,
+                        const T* __restrict values, T* __restrict out, int64_t step, int64_t n,
+                        int32_t cell) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T mask = mask_of<T>(picks(rule, codes, i, cell));
+    out[i * (kStep > 0 ? kStep : step)] = T(values[i] & mask);
+  }
+}
+
+// Two cells side by side.
+template <class T, class Rule>
+SK_HD void expand_pairs(const Rule& rule, const uint8_t* __restrict codes,
+                        const T* __restrict values, T* __restrict out, int64_t n, int32_t cell) {
+  for (int64_t i = 0; i < n; ++i) {
+    out[2 * i] = T(values[i] & mask_of<T>(picks(rule, codes, i, cell)));
+    out[2 * i + 1] = T(values[i] & mask_of<T>(picks(rule, codes, i, cell + 1)));
+  }
+}
+
+// One line of the plane under a line of windows, their cells of row m; the first `whole` windows
+// have all their columns.
+template <class T, class Rule>
+void expand_line(const Windows& w, const Rule& rule, const uint8_t* codes, const T* values, T* out,
+                 int32_t m, int32_t whole) {
+  const int32_t first = m * w.kernel[1];
+  if (w.channels > 1) {
+    int32_t x = 0;
+    for (int32_t window = 0; window < w.pooled[1]; ++window) {
+      const int64_t at = window * w.channels;
+      for (int32_t n = 0; n < w.kernel[1] && x < w.full[1]; ++n, ++x) {
+        expand_lanes<1>(rule, codes + at, values + at, out + x * w.channels, 1, w.channels,
+                        first + n);
+      }
+    }
+    memset(static_cast<void*>(out + x * w.channels), 0, sizeof(T) * (w.full[1] - x) * w.channels);
+    return;
+  }
+  if (w.kernel[1] == 2) {
+    expand_pairs(rule, codes, values, out, whole, first);
+  } else {
+    for (int32_t n = 0; n < w.kernel[1]; ++n) {
+      expand_lanes<0>(rule, codes, values, out + n, w.kernel[1], whole, first + n);
+    }
+  }
+  for (int32_t x = whole * w.kernel[1]; x < w.full[1]; ++x) {
+    const bool picked = whole < w.pooled[1] && picks(rule, codes, whole, first + x % w.kernel[1]);
+    out[x] = picked ? values[whole] : T(0);
+  }
+}
+
+template <class T, class Rule>
+void expand_rows(const Where& where, const Windows& w, const Rule& rule, const uint8_t* codes,
+                 const T* input, T* output, int32_t* status, const char* name) {
+  const int32_t lines = (w.full[0] + w.kernel[0] - 1) / w.kernel[0];
+  const int64_t row = w.full[1] * w.channels;
+  const int32_t columns = w.full[1] / w.kernel[1];
+  const int32_t whole = columns < w.pooled[1] ? columns : w.pooled[1];
+  const Divisor by = divisor_of(lines > 0 ? lines : 1);
+  const Plan plan(w);
+  parallel_for(
+      where, w.planes * lines,
+      [&](int64_t i) {
+        const Place line = line_of(i, by);
+        const bool is_window = line.y < w.pooled[0];
+        if (is_window && status != nullptr) check_line(plan, line, codes, status);
+        const int64_t at = is_window ? pooled_offset(w, line, line.y, 0) : 0;
+        for (int32_t m = 0; m < w.kernel[0] && line.y * w.kernel[0] + m < w.full[0]; ++m) {
+          T* out = output + full_offset(w, line, line.y * w.kernel[0] + m, 0);
+          if (is_window) {
+            expand_line(w, rule, codes + (codes != nullptr ? at : 0), input + at, out, m, whole);
+          } else {
+            memset(static_cast<void*>(out), 0, sizeof(T) * row);
+          }
+        }
+      },
+      name);
+}
+
+// What is summed is masked before it is widened, so that nothing is computed under a condition.
+template <class T>
+SK_HD Acc<T> widen_if(T value, bool wanted) {
+  using Bits = BitsOf<sizeof(T)>;
+  return widen(bits_of<T>(Bits(bits_of<Bits>(value) & mask_of<Bits>(wanted))));
+}
+
+template <class T, class P, bool kSum, class A>
+SK_HD void gather_lanes(const T* __restrict values, const P* __restrict positions,
+                        A* __restrict found, int n, P wanted) {
+  for (int i = 0; i < n; ++i) {
+    if constexpr (kSum) {
+      found[i] += widen_if(values[i], positions[i] == wanted);
+    } else {
+      const T mask = mask_of<T>(positions[i] == wanted);
+      found[i] = T((values[i] & mask) | (found[i] & T(~mask)));
+    }
+  }
+}
+
+// channels_last, any windows: as GatherWindows. A: what is accumulated.
+template <class T, class P, bool kSum, class A>
+void gather_rows(const Where& where, const Windows& w, const T* input, const P* positions,
+                 T* output, const char* name) {
+  const Divisor by = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
+  const auto place = [&](const Place& line, const Covering& ys, const Sweep& xs, int32_t x,
+                         int64_t c) {
+    const int n = lanes_left(c, w.channels);
+    T* out = output + full_offset(w, line, line.y, x) + c;
+    A sums[kLanes];
+    A* found = sums;
+    if constexpr (std::is_same_v<A, T>) found = out;
+    memset(static_cast<void*>(found), 0, sizeof(A) * n);
+    for (int32_t py = ys.first; py <= ys.last; ++py) {
+      const int32_t row = cell_at(w, 0, py, line.y);
+      for (int32_t px = xs.first; row >= 0 && px <= xs.last; ++px) {
+        const int32_t column = cell_at(w, 1, px, x);
+        if (column < 0) continue;
+        const int64_t at = pooled_offset(w, line, py, px) + c;
+        const P wanted =
+            sizeof(P) == 1 ? P(row * w.kernel[1] + column) : P(int64_t(line.y) * w.full[1] + x);
+        gather_lanes<T, P, kSum>(input + at, positions + at, found, n, wanted);
+      }
+    }
+    if constexpr (!std::is_same_v<A, T>) {
+      for (int i = 0; i < n; ++i) out[i] = narrow_to<T>(found[i]);
+    }
+  };
+  parallel_for(
+      where, w.planes * w.full[0],
+      [&](int64_t i) {
+        const Place line = line_of(i, by);
+        const Covering ys = windows_over(w, 0, line.y);
+        Sweep xs(w, 1, 0);
+        for (int32_t x = 0; x < w.full[1]; ++x, xs.next()) {
+          for (int64_t c = 0; c < w.channels; c += kLanes) place(line, ys, xs, x, c);
+        }
+      },
+      name);
+}
+
+// A line of windows of a contiguous plane, one position at a time: f(window, its place in the
+// plane).
+template <class P, class F>
+SK_HD void each_place(const Plan& plan, const Place& line, const P* __restrict positions,
+                      int32_t* status, const F& f) {
+  const Windows& w = plan.w;
+  const int32_t cells = plan.cells, count = w.pooled[1];
+  const int64_t places = int64_t(w.full[0]) * w.full[1];
+  bool bad = false;
+  const auto one = [&](int32_t x) {
+    const int64_t offset = offset_of_position(w, {line.plane, line.y, x, 0}, positions[x]);
+    offset < 0 ? void(bad = true) : f(x, offset);
+  };
+  if constexpr (sizeof(P) == 1) {
+    const bool inside = plan.ys.holds(line.y);
+    const int32_t begin = inside ? plan.xs.begin : count, end = inside ? plan.xs.end : count;
+    const int64_t step = w.stride[1];
+    int64_t first = int64_t(line.y * w.stride[0] - w.padding[0]) * w.full[1] - w.padding[1];
+    first += begin * step;
+    for (int32_t x = 0; x < begin; ++x) one(x);
+    for (int32_t x = begin; x < end; ++x, first += step) {
+      positions[x] < cells ? f(x, first + plan.offset_of[positions[x]]) : void(bad = true);
+    }
+    for (int32_t x = end; x < count; ++x) one(x);
+  } else {
+    for (int32_t x = 0; x < count; ++x) {
+      const int64_t index = positions[x];
+      uint64_t(index) < uint64_t(places) ? f(x, index) : void(bad = true);
+    }
+  }
+  if (bad) report(status, fault_of(P(0)));
+}
+
+// Contiguous planes, any windows: each plane is cleared, then written by its sources in row order.
+template <class T, class P, bool kSum>
+void scatter_planes(const Where& where, const Windows& w, const T* input, const P* positions,
+                    T* output, int32_t* status, const char* name) {
+  const Plan plan(w);
+  const int64_t places = int64_t(w.full[0]) * w.full[1];
+  parallel_for(
+      where, w.planes,
+      [&](int64_t i) {
+        T* __restrict plane = output + i * places;
+        memset(static_cast<void*>(plane), 0, sizeof(T) * places);
+        for (int32_t y = 0; y < w.pooled[0]; ++y) {
+          const Place line{i, y, 0, 0};
+          const int64_t at = pooled_offset(w, line, y, 0);
+          const T* __restrict values = input + at;
+          each_place(plan, line, positions + at, status, [&](int32_t x, int64_t place) {
+            plane[place] = kSum ? T(plane[place] + values[x]) : values[x];
+          });
+        }
+      },
+      name);
+}
+
+// As scatter_planes, summed in float, in a plane of every thread's, and rounded once.
+template <class T, class P>
+void scatter_sums(const Where& where, const Windows& w, const T* input, const P* positions,
+                  T* output, float* sums, const char* name) {
+  const Plan plan(w);
+  const int64_t places = int64_t(w.full[0]) * w.full[1];
+  const int64_t threads = where.threads > 1 ? where.threads : 1;
+  parallel_for(
+      where, threads,
+      [&](int64_t thread) {
+        float* __restrict plane = sums + thread * places;
+        for (int64_t i = thread; i < w.planes; i += threads) {
+          memset(plane, 0, sizeof(float) * places);
+          for (int32_t y = 0; y < w.pooled[0]; ++y) {
+            const Place line{i, y, 0, 0};
+            const int64_t at = pooled_offset(w, line, y, 0);
+            const T* __restrict values = input + at;
+            each_place(plan, line, positions + at, nullptr,
+                       [&](int32_t x, int64_t place) { plane[place] += widen(values[x]); });
+          }
+          T* __restrict out = output + i * places;
+          for (int64_t k = 0; k < places; ++k) out[k] = narrow_to<T>(plane[k]);
+        }
+      },
+      name);
+}
+
+// Lines this short cost more to begin than to vectorise: their planes are cleared and scattered to.
+constexpr int32_t kShortLine = 32;
+
+// By code, for windows that tile the plane.
+template <class T>
+void expand_codes(const Where& where, const Windows& w, const T* input, const uint8_t* codes,
+                  T* output, int32_t* status, const char* name) {
+  if (w.channels == 1 && w.pooled[1] < kShortLine && w.planes >= where.threads) {
+    scatter_planes<T, uint8_t, false>(where, w, input, codes, output, status, name);
+  } else {
+    expand_rows(where, w, ByCode{codes}, codes, input, output, status, name);
+  }
+}
+
+// channels_last, indices: as scatter_planes; a task is an image, or some channels of one where
+// there are fewer images than threads.
+template <class T>
+void scatter_channels(const Where& where, const Windows& w, const T* input, const int64_t* indices,
+                      T* output, int32_t* status, const char* name) {
+  const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
+  const int64_t places = int64_t(w.full[0]) * w.full[1];
+  const int64_t lanes = w.planes >= where.threads ? w.channels : kLanes;
+  const int64_t parts = (w.channels + lanes - 1) / lanes;
+  parallel_for(
+      where, w.planes * parts,
+      [&](int64_t task) {
+        const int64_t plane = task / parts, c = task % parts * lanes;
+        const int64_t n = w.channels - c < lanes ? w.channels - c : lanes;
+        T* __restrict out = output + plane * places * w.channels + c;
+        if (n == w.channels) {
+          memset(static_cast<void*>(out), 0, sizeof(T) * places * n);
+        } else {
+          for (int64_t i = 0; i < places; ++i) {
+            memset(static_cast<void*>(out + i * w.channels), 0, sizeof(T) * n);
+          }
+        }
+        bool bad = false;
+        for (int64_t i = 0; i < sources; ++i) {
+          const int64_t at = (plane * sources + i) * w.channels + c;
+          const T* __restrict values = input + at;
+          const int64_t* __restrict index = indices + at;
+          for (int64_t k = 0; k < n; ++k) {
+            const bool inside = uint64_t(index[k]) < uint64_t(places);
+            inside ? void(out[index[k] * w.channels + k] = values[k]) : void(bad = true);
+          }
+        }
+        if (bad) report(status, kIndexOutOfRange);
+      },
+      name);
+}
+
+// Two lines under a line of 2x2 windows: the cell of each that its code names.
+template <class T>
+SK_HD uint8_t collect_pairs(const T* __restrict upper, const T* __restrict lower,
+                            const uint8_t* __restrict codes, T* __restrict out, int64_t n) {
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T right = mask_of<T>(codes[i] & 1), low = mask_of<T>(codes[i] & 2);
+    const T above = T((upper[2 * i] & T(~right)) | (upper[2 * i + 1] & right));
+    const T below = T((lower[2 * i] & T(~right)) | (lower[2 * i + 1] & right));
+    out[i] = T(((above & T(~low)) | (below & low)) & mask_of<T>(codes[i] < 4));
+    largest = codes[i] > largest ? codes[i] : largest;
+  }
+  return largest;
+}
+
+// channels_last: one window of few cells, n channels.
+template <class T>
+void collect_cells(const Windows& w, const Place& p, const T* input, const uint8_t* codes, T* out,
+                   int n) {
+  const Cells ys = cells_inside(w, 0, p.y), xs = cells_inside(w, 1, p.x);
+  T found[kLanes] = {};
+  for (int32_t m = ys.begin; m < ys.end; ++m) {
+    for (int32_t k = xs.begin; k < xs.end; ++k) {
+      const int32_t y = ys.start + m * w.dilation[0], x = xs.start + k * w.dilation[1];
+      gather_lanes<T, uint8_t, false>(input + full_offset(w, p, y, x), codes, found, n,
+                                      uint8_t(m * w.kernel[1] + k));
+    }
+  }
+  memcpy(static_cast<void*>(out), found, sizeof(T) * n);
+}
+
+// A line of windows, one position at a time.
+template <class T, class P>
+void collect_line(const Plan& plan, const Place& line, const T* input, const P* positions,
+                  T* output, int32_t* status) {
+  const Windows& w = plan.w;
+  const T* plane = input + full_offset(w, line, 0, 0);
+  const int64_t at = pooled_offset(w, line, line.y, 0);
+  if (w.channels == 1) {
+    T* __restrict out = output + at;
+    memset(static_cast<void*>(out), 0, sizeof(T) * w.pooled[1]);
+    each_place(plan, line, positions + at, status,
+               [&](int32_t x, int64_t place) { out[x] = plane[place]; });
+    return;
+  }
+  for (int32_t x = 0; x < w.pooled[1]; ++x) {
+    for (int64_t c = 0; c < w.channels; ++c) {
+      const int64_t i = at + x * w.channels + c;
+      const int64_t offset = offset_of_position(w, {line.plane, line.y, x, c}, positions[i]);
+      if (offset < 0) report(status, fault_of(positions[i]));
+      output[i] = offset < 0 ? T(0) : plane[offset * w.channels + c];
+    }
+  }
+}
+
+template <class T>
+void collect_codes_line(const Plan& plan, const Place& line, const T* input, const uint8_t* codes,
+                        T* output, int32_t* status) {
+  const Windows& w = plan.w;
+  const int64_t at = pooled_offset(w, line, line.y, 0);
+  if (w.channels == 1 && pairs_tile(w)) {
+    const T* from = input + full_offset(w, line, 2 * line.y, 0);
+    const uint8_t largest =
+        collect_pairs(from, from + w.full[1], codes + at, output + at, w.pooled[1]);
+    if (largest > 3) report(status, kCodeOutOfRange);
+    return;
+  }
+  if (w.channels == 1 || int64_t(w.kernel[0]) * w.kernel[1] > kFewCells) {
+    collect_line(plan, line, input, codes, output, status);
+    return;
+  }
+  check_line(plan, line, codes, status);
+  for (int32_t x = 0; x < w.pooled[1]; ++x) {
+    for (int64_t c = 0; c < w.channels; c += kLanes) {
+      const int64_t i = at + x * w.channels + c;
+      collect_cells(w, {line.plane, line.y, x, c}, input, codes + i, output + i,
+                    lanes_left(c, w.channels));
+    }
+  }
+}
+
+template <class T, class P>
+void collect_rows(const Where& where, const Windows& w, const T* input, const P* positions,
+                  T* output, int32_t* status, const char* name) {
+  const Plan plan(w);
+  parallel_for(
+      where, w.planes * w.pooled[0],
+      [&](int64_t i) {
+        const Place line = line_of(i, plan.lines);
+        if constexpr (sizeof(P) == 1) {
+          collect_codes_line(plan, line, input, positions, output, status);
+        } else {
+          collect_line(plan, line, input, positions, output, status);
+        }
+      },
+      name);
+}
+
+}  // namespace SK_NS
+}  // namespace segkernels::pooling

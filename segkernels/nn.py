@@ -1,0 +1,202 @@
+"""Modules over the operators, with the arguments of torch.nn's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from segkernels.ops.max_pool2d import max_pool2d
+from segkernels.ops.max_unpool2d import max_unpool2d
+
+
+class MaxPool2d(torch.nn.MaxPool2d):
+    """`segkernels.max_pool2d` as a module: `torch.nn.MaxPool2d`, and codes.
+
+    Args:
+        kernel_size: height and width of a window, or one int for both, and so the next three.
+        stride: from window to window; default `kernel_size`.
+        padding: on every side; at most half of `kernel_size`.
+        dilation: from cell to cell of a window.
+        return_indices: return (values, int64 indices).
+        ceil_mode: round the number of windows up instead of down.
+        return_codes: return (values, uint8 codes), for `MaxUnpool2d`.
+
+    Raises:
+        ValueError: both `return_indices` and `return_codes`.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] | None = None,
+        padding: int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        return_indices: bool = False,
+        ceil_mode: bool = False,
+        *,
+        return_codes: bool = False,
+    ) -> None:
+        if return_indices and return_codes:
+            raise ValueError("MaxPool2d: give return_indices or return_codes, not both")
+        super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
+        self.return_codes = return_codes
+
+    def forward(self, input: torch.Tensor) -> Any:
+        """[N, C, H, W] or [C, H, W] to what `segkernels.max_pool2d` returns."""
+        return max_pool2d(
+            input,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.ceil_mode,
+            self.return_indices,
+            return_codes=self.return_codes,
+        )
+
+
+class MaxUnpool2d(torch.nn.MaxUnpool2d):
+    """`segkernels.max_unpool2d` as a module: `torch.nn.MaxUnpool2d`, and from codes.
+
+    Args:
+        kernel_size: that of the pooling, and so the next three.
+        stride: default `kernel_size`.
+        padding: as in the pooling.
+        dilation: as in the pooling.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        *,
+        dilation: int | tuple[int, int] = 1,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding)
+        self.dilation = dilation
+
+    def forward(
+        self, input: torch.Tensor, indices: torch.Tensor, output_size: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Values and their codes or indices to the plane; see `segkernels.max_unpool2d`."""
+        return max_unpool2d(
+            input,
+            indices,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            output_size,
+            dilation=self.dilation,
+        )
+
+
+class ResizeConv(torch.nn.Module):
+    """Upsample, then convolve: an upsampling without the checkerboard of a transposed convolution.
+
+    A transposed convolution whose kernel is no multiple of its stride overlaps itself unevenly, so
+    that even a constant input comes out as a checkerboard; here every output pixel is the same sum.
+    Odena et al. 2016, "Deconvolution and Checkerboard Artifacts".
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+        kernel_size: of the convolution, odd.
+        scale_factor: how many times higher and wider the output is.
+        mode: of `torch.nn.functional.interpolate`: "nearest" or "bilinear".
+        bias: whether the convolution has one.
+        padding_mode: of the convolution: "zeros", "reflect", "replicate" or "circular".
+
+    Shape: [N, in_channels, H, W] to [N, out_channels, H * scale_factor, W * scale_factor].
+
+    Raises:
+        ValueError: an even `kernel_size`, another `mode`, a `scale_factor` below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        scale_factor: int = 2,
+        mode: str = "nearest",
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"ResizeConv: kernel_size must be odd, got {kernel_size}")
+        if mode not in ("nearest", "bilinear"):
+            raise ValueError(f"ResizeConv: mode must be 'nearest' or 'bilinear', got {mode!r}")
+        if scale_factor < 1:
+            raise ValueError(f"ResizeConv: scale_factor must be at least 1, got {scale_factor}")
+        self.scale_factor = scale_factor
+        self.mode = mode
+        self.conv = torch.nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            padding=kernel_size // 2,
+            bias=bias,
+            padding_mode=padding_mode,
+        )
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] to [N, C_out, H * scale_factor, W * scale_factor]."""
+        corners = None if self.mode == "nearest" else False
+        scale = float(self.scale_factor)
+        larger = F.interpolate(input, scale_factor=scale, mode=self.mode, align_corners=corners)
+        out: torch.Tensor = self.conv(larger)
+        return out
+
+    def extra_repr(self) -> str:
+        """The arguments that the convolution does not show."""
+        return f"scale_factor={self.scale_factor}, mode={self.mode!r}"
+
+
+@torch.no_grad()
+def bilinear_kernel_(conv: torch.nn.ConvTranspose2d) -> torch.nn.ConvTranspose2d:
+    """Set a transposed convolution's weights, in place, to bilinear upsampling of each channel.
+
+    The initialisation of FCN's learnable upsampling (Long et al. 2015, section 3.3). A kernel of
+    size k has f = ceil(k / 2) and the weights ``1 - |i - c| / f`` around its centre c, along both
+    axes. Upsampling by s is a kernel of ``2 * s - s % 2``, stride s and padding
+    ``(s - s % 2) / 2``: away from the borders, ``interpolate(mode="bilinear")``.
+
+    Args:
+        conv: with as many output channels as input channels; groups as you like. A bias is set to
+            0.
+
+    Returns:
+        `conv`.
+
+    Raises:
+        TypeError: not a `torch.nn.ConvTranspose2d`.
+        ValueError: other numbers of channels.
+    """
+    if not isinstance(conv, torch.nn.ConvTranspose2d):
+        raise TypeError(
+            f"bilinear_kernel_: conv must be torch.nn.ConvTranspose2d, got {type(conv)}"
+        )
+    if conv.in_channels != conv.out_channels:
+        raise ValueError(
+            "bilinear_kernel_: conv must have as many output channels as input channels, got "
+            f"in_channels={conv.in_channels}, out_channels={conv.out_channels}"
+        )
+    weight = conv.weight
+    rows, columns = (_triangle(size).to(weight) for size in weight.shape[-2:])
+    channel = torch.arange(conv.in_channels, device=weight.device)
+    weight.zero_()
+    weight[channel, channel % weight.shape[1]] = torch.outer(rows, columns)
+    if conv.bias is not None:
+        conv.bias.zero_()
+    return conv
+
+
+def _triangle(size: int) -> torch.Tensor:
+    factor = (size + 1) // 2
+    place = torch.arange(size, dtype=torch.float64)
+    return 1 - (place - (size - 1) / 2).abs() / factor

@@ -1,0 +1,176 @@
+"""The windows of a pooling, as pooling and unpooling describe them to the native code."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+Pair = tuple[int, int]
+
+# Codes are one byte.
+MAX_CELLS = 256
+_LIMIT = 2**31
+
+
+class Windows(NamedTuple):
+    """Windows over planes, (rows, columns) each.
+
+    Attributes:
+        full: size of the plane that the windows lie on.
+        pooled: number of windows.
+        kernel_size: cells of a window.
+        stride: from window to window.
+        padding: how far the first window begins before the plane.
+        dilation: from cell to cell.
+        channels_last: whether both sides lie in memory channels last.
+    """
+
+    full: Pair
+    pooled: Pair
+    kernel_size: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    channels_last: bool
+
+    @property
+    def many_cells(self) -> bool:
+        """Whether a window has too many cells for codes."""
+        return self.kernel_size[0] * self.kernel_size[1] > MAX_CELLS
+
+    @property
+    def tile_the_plane(self) -> bool:
+        """Whether no place is in two windows, nor any cell outside the plane's upper left sides."""
+        return (
+            self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
+        )
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """That of every tensor on either side."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+# `Windows` in the schema of a torch.library operator.
+SCHEMA = (
+    "SymInt[2] full, SymInt[2] pooled, int[2] kernel_size, int[2] stride, int[2] padding, "
+    "int[2] dilation, bool channels_last"
+)
+FIELDS = len(Windows._fields)
+
+
+def from_schema(args: Sequence[Any]) -> Windows:
+    """The `Windows` of an operator's arguments."""
+    full, pooled, kernel_size, stride, padding, dilation, channels_last = args[:FIELDS]
+    return Windows(
+        tuple(full),
+        tuple(pooled),
+        tuple(kernel_size),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+        channels_last,
+    )
+
+
+def native_args(w: Windows, x: torch.Tensor) -> tuple[int, ...]:
+    """`w` on the 4-D `x`'s batch and channels, in the order of csrc/bindings.cpp."""
+    batch, channels = x.size(0), x.size(1)
+    planes, inner = (batch, channels) if w.channels_last else (batch * channels, 1)
+    return (
+        planes,
+        inner,
+        *w.full,
+        *w.pooled,
+        *w.kernel_size,
+        *w.stride,
+        *w.padding,
+        *w.dilation,
+    )
+
+
+def empty(
+    x: torch.Tensor, size: Pair, w: Windows, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """An uninitialised tensor with the 4-D `x`'s batch, channels and device."""
+    return torch.empty(
+        (x.size(0), x.size(1), *size),
+        dtype=dtype or x.dtype,
+        device=x.device,
+        memory_format=w.memory_format,
+    )
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether results from the 4-D `x` are to be channels_last: it is, or is a view of such."""
+    if x.is_contiguous():
+        return False
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    batch, channel, row, column = x.stride()
+    return channel < column <= row <= batch and channel * x.size(1) <= column
+
+
+def pair(value: Any, name: str, function: str) -> Pair:
+    """`value` for rows and columns: one int for both, or one or two in a sequence.
+
+    Raises:
+        TypeError: not ints.
+        RuntimeError: another number of them (torch's kind of error).
+    """
+    if type(value) is int:
+        return value, value
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if not 1 <= len(values) <= 2:
+        raise RuntimeError(
+            f"{function}: {name} must either be a single int, or a tuple of two ints, got {value}"
+        )
+    found = []
+    for one in values:
+        try:
+            if isinstance(one, bool):
+                raise TypeError
+            found.append(operator.index(one))
+        except TypeError:
+            raise TypeError(
+                f"{function}(): argument '{name}' must be an int or a tuple of two ints, "
+                f"got {value!r}"
+            ) from None
+    return found[0], found[-1]
+
+
+def check_positive(w: Windows, function: str) -> None:
+    """Raise RuntimeError, as torch words it, unless sizes, strides and dilations are positive."""
+    (kh, kw), (sh, sw), (dh, dw) = w.kernel_size, w.stride, w.dilation
+    if kh <= 0 or kw <= 0:
+        raise RuntimeError(
+            f"{function}: kernel size should be greater than zero, but got kH: {kh} kW: {kw}"
+        )
+    if sh <= 0 or sw <= 0:
+        raise RuntimeError(
+            f"{function}: stride should be greater than zero, but got dH: {sh} dW: {sw}"
+        )
+    if dh <= 0 or dw <= 0:
+        raise RuntimeError(
+            f"{function}: dilation should be greater than zero, but got dilationH: {dh} "
+            f"dilationW: {dw}"
+        )
+
+
+def check_range(w: Windows, function: str) -> None:
+    """Raise ValueError when a coordinate or a cell of a window could pass 2^31."""
+    if w.kernel_size[0] * w.kernel_size[1] >= _LIMIT:
+        raise ValueError(
+            f"{function}: kernel_size must have fewer than 2^31 cells, got {w.kernel_size}"
+        )
+    for axis in range(2):
+        extent = (w.kernel_size[axis] - 1) * w.dilation[axis] + 1
+        last = w.pooled[axis] * w.stride[axis] + extent
+        if w.full[axis] + w.padding[axis] + extent >= _LIMIT or last >= _LIMIT:
+            raise ValueError(
+                f"{function}: input's height and width, with padding and windows, must stay below "
+                f"2^31, got {w}"
+            )

@@ -1,0 +1,114 @@
+"""The two simple unpoolings: every value repeated, and every value at one cell of its block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from segkernels import _dtypes, _registry
+from segkernels.ops import _windows
+from segkernels.ops._windows import Pair
+from segkernels.ops.unpool2d import autograd
+
+_registry.register(
+    _registry.Op(
+        name="unpool2d",
+        functions=("unpool_nearest", "unpool_bed_of_nails"),
+        backends=(("cpu", "c++ simd"), ("cuda", "c++")),
+        dtypes=_dtypes.names(),
+        layouts=("contiguous", "channels_last"),
+        deterministic=True,
+        differentiable=("input",),
+        library_ops=(
+            "segkernels::unpool_nearest",
+            "segkernels::unpool_nearest_backward",
+            "segkernels::unpool_bed_of_nails",
+            "segkernels::unpool_bed_of_nails_backward",
+        ),
+        note="twice differentiable",
+    )
+)
+
+
+def unpool_nearest(input: torch.Tensor, kernel_size: int | Sequence[int]) -> torch.Tensor:
+    """Repeat every value over a block of `kernel_size`: nearest-neighbour unpooling.
+
+    ``out[..., y, x] = input[..., y // kernel_height, x // kernel_width]``, as
+    ``torch.nn.functional.interpolate(input, scale_factor=kernel_size)``. The gradient is the sum of
+    a block, in row order, accumulated in float32 (float64 for float64).
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Contiguous and
+            channels_last tensors are taken as they are and the layout is kept; other strides are
+            copied first.
+        kernel_size: height and width of a block, or one int for both.
+
+    Returns:
+        [N, C, H * kernel_height, W * kernel_width] (or without N, as `input`), in `input`'s dtype
+        and layout.
+
+    Raises:
+        TypeError: an `input` of another dtype; a `kernel_size` of another type.
+        RuntimeError: another number of dimensions; a `kernel_size` that is not positive.
+        ValueError: an output of 2^31 rows or columns.
+    """
+    kernel = _kernel(input, kernel_size, "unpool_nearest")
+    if input.dim() == 4:
+        return autograd.nearest(input, kernel)
+    return autograd.nearest(input.unsqueeze(0), kernel).squeeze(0)
+
+
+def unpool_bed_of_nails(
+    input: torch.Tensor, kernel_size: int | Sequence[int], cell: int | Sequence[int] = 0
+) -> torch.Tensor:
+    """Put every value in one cell of a block of `kernel_size`, and zeros in the others.
+
+    "Bed of nails" unpooling, with the value in the block's upper left cell (Dosovitskiy et al.
+    2015, "Learning to Generate Chairs with Convolutional Neural Networks") or in another that
+    `cell` names. The gradient reads that cell.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Contiguous and
+            channels_last tensors are taken as they are and the layout is kept; other strides are
+            copied first.
+        kernel_size: height and width of a block, or one int for both.
+        cell: (row, column) in the block, or one int for both; default the first.
+
+    Returns:
+        [N, C, H * kernel_height, W * kernel_width] (or without N, as `input`), in `input`'s dtype
+        and layout.
+
+    Raises:
+        TypeError: an `input` of another dtype; a `kernel_size` or `cell` of another type.
+        RuntimeError: another number of dimensions; a `kernel_size` that is not positive.
+        ValueError: a `cell` outside the block; an output of 2^31 rows or columns.
+    """
+    kernel = _kernel(input, kernel_size, "unpool_bed_of_nails")
+    row, column = _windows.pair(cell, "cell", "unpool_bed_of_nails")
+    if not (0 <= row < kernel[0] and 0 <= column < kernel[1]):
+        raise ValueError(
+            f"unpool_bed_of_nails: cell must lie in the block of kernel_size {kernel}, got "
+            f"{(row, column)}"
+        )
+    if input.dim() == 4:
+        return autograd.nails(input, kernel, (row, column))
+    return autograd.nails(input.unsqueeze(0), kernel, (row, column)).squeeze(0)
+
+
+def _kernel(input: torch.Tensor, kernel_size: int | Sequence[int], function: str) -> Pair:
+    if not isinstance(input, torch.Tensor):
+        raise TypeError(f"{function}(): argument 'input' must be Tensor, not {type(input)}")
+    if input.dtype not in _dtypes.FLOATING:
+        raise TypeError(
+            f"{function}: input must be one of {', '.join(_dtypes.names())}, got {input.dtype}"
+        )
+    if input.dim() not in (3, 4):
+        raise RuntimeError(
+            f"{function}: input must be [N, C, H, W] or [C, H, W], got shape {list(input.shape)}"
+        )
+    kernel = _windows.pair(kernel_size, "kernel_size", function)
+    w = autograd.blocks(input, kernel)
+    _windows.check_positive(w, function)
+    _windows.check_range(w, function)
+    return kernel
