@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peers import Peer
 from pytest_benchmark.fixture import BenchmarkFixture
-from timing import clock, copy_bandwidth, wall_time, warm_up
+from timing import clock, copy_bandwidth, device_time, wall_time, warm_up
 
 _BUDGET = 15.0  # seconds that the rounds of a case may take
 _ROUNDS = (3, 30)
@@ -52,14 +52,15 @@ def measure(
         case: the name in the report.
         call: what is timed on `clock.device`.
         checked: what the result was held against.
-        peers: others that do the same; they run on the CPU, by the wall clock.
+        peers: others that do the same, by the wall clock unless they run on the device.
         moved: bytes that must be read and written; with the copy rate of a CUDA device measured in
             this run they give the floor.
         peak: tells the peak memory beyond the inputs.
         facts: more for `extra_info`.
     """
     there = [peer for peer in peers if peer.run is not None]
-    warm_up(call)
+    for run in (call, *(peer.run for peer in there if peer.on_device and peer.run)):
+        warm_up(run)
     once = wall_time(call) + sum(wall_time(peer.run) for peer in there if peer.run)
     least, most = _ROUNDS
     times: dict[str, list[float]] = {peer.name: [] for peer in there}
@@ -67,7 +68,9 @@ def measure(
     def run_peers() -> None:
         for peer in there:
             assert peer.run is not None
-            times[peer.name].append(wall_time(peer.run))
+            times[peer.name].append(
+                device_time(peer.run) if peer.on_device else wall_time(peer.run)
+            )
 
     rounds = min(most, max(least, int(_BUDGET / once)))
     benchmark.pedantic(clock.run, args=(call,), setup=run_peers, rounds=rounds)

@@ -24,12 +24,14 @@ class Peer:
         where: what it runs on.
         run: does the case once, inputs prepared; None where it is missing.
         missing: why.
+        on_device: whether it runs on the device of this run, and is timed as ours is.
     """
 
     name: str
     where: str
-    run: Callable[[], Result] | None = field(repr=False, default=None)
+    run: Callable[[], Any] | None = field(repr=False, default=None)
     missing: str = ""
+    on_device: bool = False
 
 
 def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> Peer:

@@ -67,3 +67,48 @@ FILTER = (
     FilterShape(512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21"),
     FilterShape(512, 512, "bilateral", 3, "bilateral filtering of a colour picture"),
 )
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """One pooling of planes of H x W: its window and stride, its layout and dtype."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    kernel: int
+    stride: int
+    padding: int
+    dtype: str
+    layout: str  # "nchw" or "nhwc"
+    source: str
+
+    @property
+    def name(self) -> str:
+        size = f"{self.batch}x{self.channels}x{self.height}x{self.width}"
+        return f"{size}-k{self.kernel}s{self.stride}-{self.dtype}-{self.layout}"
+
+    @property
+    def values(self) -> int:
+        """Elements of the plane's side."""
+        return self.batch * self.channels * self.height * self.width
+
+
+# (batch on CUDA, batch on the CPU, channels, height, width, kernel, stride, padding, source)
+_POOLED = (
+    (8, 1, 64, 360, 480, 2, 2, 0, "SegNet's first pooling at CamVid's size"),
+    (8, 2, 256, 128, 128, 2, 2, 0, "a U-Net's pooling"),
+    (8, 1, 512, 45, 61, 2, 2, 0, "an odd size, as SegNet's fourth pooling has it"),
+    (8, 1, 64, 257, 257, 3, 2, 1, "ResNet's overlapping pooling"),
+)
+
+
+def pools(cuda: bool) -> tuple[PoolShape, ...]:
+    """The poolings of a run: the batches of a GPU, or those that a CPU takes."""
+    return tuple(
+        PoolShape(on_cuda if cuda else on_cpu, *sizes, dtype, layout, source)
+        for on_cuda, on_cpu, *sizes, source in _POOLED
+        for dtype in ("float32", "bfloat16")
+        for layout in ("nchw", "nhwc")
+    )

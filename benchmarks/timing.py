@@ -63,6 +63,13 @@ def event_times(call: Call, device: torch.device, count: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
 
 
+def device_time(call: Call) -> float:
+    """Seconds of one call on the device of this run, as `clock` takes ours."""
+    if clock.device.type != "cuda":
+        return wall_time(call)
+    return statistics.median(event_times(call, clock.device, _QUEUED))
+
+
 def wall_time(call: Call) -> float:
     """Seconds of one call by the wall clock."""
     start = time.perf_counter()

@@ -1,0 +1,59 @@
+"""max_pool2d with codes, with indices and its gradient, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measure import measure
+from pooling import as_close as close
+from pooling import backward, each_shape, exact_pool_gradient, plane, same, torch_peer, window
+from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import PoolShape
+from timing import clock
+
+import segkernels
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+
+
+@each_shape()
+@pytest.mark.parametrize("kind", ["return_codes", "return_indices"])
+def test_max_pool2d(
+    benchmark: BenchmarkFixture, shape: PoolShape, kind: str, device: torch.device
+) -> None:
+    x, sizes = plane(shape, device), window(shape)
+    values, positions = segkernels.max_pool2d(x, *sizes, **{kind: True})
+    expected, indices = F.max_pool2d(x, *sizes, return_indices=True)
+    checked = same(values, expected, shape)
+    if kind == "return_indices":
+        same(positions, indices, shape)
+    measure(
+        benchmark,
+        f"max_pool2d {kind} {shape.name}",
+        lambda: segkernels.max_pool2d(x, *sizes, **{kind: True}),
+        checked=checked,
+        peers=[torch_peer(lambda: F.max_pool2d(x, *sizes, return_indices=True))],
+        moved=x.nbytes + values.nbytes + positions.nbytes,
+        source=shape.source,
+    )
+
+
+@each_shape()
+def test_max_pool2d_backward(
+    benchmark: BenchmarkFixture, shape: PoolShape, device: torch.device
+) -> None:
+    x, sizes = plane(shape, device).requires_grad_(), window(shape)
+    values = segkernels.max_pool2d(x, *sizes)
+    call = backward(values, x)
+    torch.manual_seed(1)
+    exact = exact_pool_gradient(x, torch.randn_like(values), shape)
+    measure(
+        benchmark,
+        f"max_pool2d backward {shape.name}",
+        call,
+        checked=close(call(), exact, shape),
+        peers=[torch_peer(backward(F.max_pool2d(x, *sizes), x))],
+        moved=x.nbytes + values.nbytes + values.numel(),
+        source=shape.source,
+    )
