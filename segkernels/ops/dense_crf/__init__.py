@@ -22,7 +22,7 @@ register(
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,
         differentiable=("probs", "logits", "unary", "img", "compat", "sigmas"),
-        library_ops=("dense_crf", "dense_crf_backward"),
+        library_ops=("segkernels::dense_crf", "segkernels::dense_crf_backward"),
         note="float64 scores are computed in float64, others in float32",
     )
 )

@@ -28,7 +28,10 @@ register(
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,
         differentiable=("values", "features"),
-        library_ops=("permutohedral_filter", "permutohedral_filter_backward"),
+        library_ops=(
+            "segkernels::permutohedral_filter",
+            "segkernels::permutohedral_filter_backward",
+        ),
         note="half types are computed in float32; 1 to 16 features a point",
     )
 )
