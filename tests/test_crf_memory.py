@@ -1,0 +1,96 @@
+"""What dense_crf needs beside its inputs: peak memory of a process of its own."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STATUS = Path("/proc/self/status")
+pytestmark = pytest.mark.skipif(
+    not STATUS.is_file() or "VmHWM" not in STATUS.read_text(),
+    reason="only Linux's /proc tells a process's peak memory",
+)
+
+# The peak is reset after a small call, which loads libraries and starts threads, and with the
+# inputs in place. Python's own allocations are beside the point: a few hundred objects.
+PROGRAM = """
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import segkernels
+
+
+def resident(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+
+
+def refine(height, width, classes, backward):
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    # Smooth shading and some noise, as a photograph has them.
+    shade = 128 + 60 * np.sin(x / 50) * np.cos(y / 40)
+    img = np.stack([shade, shade[:, ::-1], 255 - shade], -1) + rng.normal(0, 4, (height, width, 3))
+    img = img.clip(0, 255).astype(np.uint8)
+    probs = torch.rand(classes, height, width).div_(classes)
+    img = torch.from_numpy(img).permute(2, 0, 1).contiguous()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    leaf = probs.requires_grad_(backward)
+    out = segkernels.dense_crf(img, leaf, iterations=2)
+    if backward:
+        out[1].sum().backward()
+    return resident("VmHWM") - before
+
+
+torch.set_num_threads(2)
+height, width, classes, backward = (int(a) for a in sys.argv[1:])
+refine(32, 32, classes, bool(backward))
+print(refine(height, width, classes, bool(backward)))
+"""
+
+
+@functools.cache
+def peak(height: int, width: int, classes: int, backward: bool = False) -> int:
+    """Bytes beyond the inputs, the result among them."""
+    sizes = [str(int(n)) for n in (height, width, classes, backward)]
+    command = [sys.executable, "-c", PROGRAM, *sizes]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return int(result.stdout)
+
+
+def test_the_usual_case_needs_at_most_300_mb():
+    result = 4 * 21 * 512 * 512
+    needed = peak(512, 512, 21)
+    assert result < needed <= 300e6
+
+
+def test_linear_in_pixels():
+    small, large = peak(512, 512, 21), peak(1024, 1024, 21)
+    assert large <= 4.4 * small
+
+
+def test_20_megapixels_fit_in_12_gb():
+    # By the bytes a pixel: in proportion, as the test above shows. Image and probabilities too.
+    a_pixel = peak(1024, 1024, 21) / 1024**2 + 3 + 4 * 21
+    assert 20e6 * a_pixel <= 12e9
+
+
+def test_memory_is_seen_at_all():
+    # Twice the classes need more, though not twice as much: the lattice stays.
+    assert 1.3 * peak(512, 512, 21) < peak(512, 512, 42) < 2.1 * peak(512, 512, 21)
+
+
+def test_a_gradient_needs_a_few_more_rows_a_pixel():
+    forward, backward = peak(256, 256, 21), peak(256, 256, 21, backward=True)
+    rows = 4 * 24 * 256 * 256
+    assert backward <= forward + 16 * rows

@@ -1,0 +1,163 @@
+"""Faults in values: the messages, when they raise, and segkernels.check."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import segkernels
+from segkernels import _status
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_each_code_has_its_message():
+    """The order of csrc/common/status.h and that of the messages are one."""
+    text = (ROOT / "csrc" / "common" / "status.h").read_text()
+    body = re.search(r"enum StatusCode : int \{(.*?)\};", text, re.DOTALL)
+    assert body is not None
+    codes = dict(re.findall(r"(k\w+) = (\d+)", body.group(1)))
+    assert int(codes.pop("kStatusCodes")) == len(codes) == len(_status._MESSAGES)
+    words = {
+        "kFeaturesNotFinite": "features: expected finite",
+        "kFeaturesTooLarge": "features: too large",
+        "kTooManyVertices": "max_vertices",
+        "kScoresNotFinite": "probs, logits or unary: expected finite",
+        "kProbsOutOfRange": "probs: expected values from 0 to 1",
+        "kLabelOutOfRange": "labels",
+        "kIndexOutOfRange": "indices",
+        "kCodeOutOfRange": "codes",
+    }
+    assert sorted(codes) == sorted(words)
+    for name, number in codes.items():
+        assert _status._MESSAGES[int(number)].startswith(words[name])
+
+
+def test_nothing_found_raises_nothing():
+    with _status.watch(torch.zeros(1), "some_op", torch.float32) as status:
+        assert status.tolist() == [0] * len(_status._MESSAGES)
+        assert status.dtype == torch.int32
+        assert status.device.type == "cpu"
+
+
+@pytest.mark.parametrize("code", range(len(_status._MESSAGES)))
+def test_each_fault_raises_its_message(code):
+    with (
+        pytest.raises(_status.StatusError) as caught,
+        _status.watch(torch.zeros(1), "some_op", torch.float32) as status,
+    ):
+        status[code] = 1
+    text = str(caught.value)
+    assert isinstance(caught.value, ValueError)
+    assert text.startswith(f"some_op: {_status._MESSAGES[code].partition('{')[0]}")
+    assert text.count("some_op") == 1
+    assert "{" not in text
+
+
+def test_several_faults_are_all_told():
+    with (
+        pytest.raises(_status.StatusError) as caught,
+        _status.watch(torch.zeros(1), "some_op", torch.float64) as status,
+    ):
+        status[0], status[4] = 1, 1
+    first, second = str(caught.value).split("; ")
+    assert first.startswith("some_op: features: expected finite numbers")
+    assert second.startswith("some_op: probs: expected values from 0 to 1")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "not_said"),
+    [
+        (torch.float32, "in float32 .*or float64 features", "this dtype"),
+        (torch.float64, "in float64 ", "or float64 features"),
+        (None, "in this dtype .*or float64 features", "float32"),
+    ],
+)
+def test_a_wider_dtype_is_named_where_there_is_one(dtype, said, not_said):
+    with (
+        pytest.raises(_status.StatusError, match=said) as caught,
+        _status.watch(torch.zeros(1), "some_op", dtype) as status,
+    ):
+        status[1] = 1
+    assert not_said not in str(caught.value)
+    assert "use a larger sigma" in str(caught.value)
+
+
+def test_faults_do_not_linger():
+    bad = torch.full((1, 2, 3), float("nan"))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^permutohedral_filter: features: expected finite"):
+            segkernels.permutohedral_filter(torch.zeros(1, 1, 3), bad)
+        segkernels.permutohedral_filter(torch.zeros(1, 1, 3), torch.zeros(1, 2, 3))
+
+
+def test_another_exception_is_not_replaced():
+    def fails() -> None:
+        with _status.watch(torch.zeros(1), "some_op") as status:
+            status[0] = 1
+            raise RuntimeError("the kernel failed")
+
+    with pytest.raises(RuntimeError, match=r"^the kernel failed$"):
+        fails()
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "meta"])
+def test_check_without_cuda_finds_nothing(device):
+    with pytest.raises(ValueError, match="NaN"):
+        segkernels.PermutohedralLattice(torch.full((1, 2, 3), float("nan")))
+    segkernels.check(device)
+
+
+# --- on CUDA: nothing raises until it is asked for ---
+
+
+def fault() -> torch.Tensor:
+    features = torch.zeros(1, 2, 3, device="cuda")
+    features[0, 0, 1] = float("nan")
+    return segkernels.permutohedral_filter(torch.ones(1, 1, 3, device="cuda"), features)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0", 0, torch.device("cuda", 0)])
+def test_check_tells_and_clears(device):
+    segkernels.check()
+    out = fault()
+    assert out.isnan().flatten().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match=r"^segkernels: features: expected finite numbers"):
+        segkernels.check(device)
+    segkernels.check(device)
+
+
+@pytest.mark.gpu
+def test_check_gathers_what_several_calls_found():
+    segkernels.check()
+    fault()
+    img = torch.zeros(3, 4, 5, device="cuda")
+    segkernels.dense_crf(img, torch.full((2, 4, 5), 7.0, device="cuda"))
+    with pytest.raises(ValueError, match=r"features: expected finite.*; .*probs: expected values"):
+        segkernels.check()
+
+
+@pytest.mark.gpu
+def test_environment_checks_every_call(monkeypatch):
+    segkernels.check()
+    monkeypatch.setenv("SEGKERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match=r"^permutohedral_filter: features: expected finite"):
+        fault()
+    segkernels.check()
+    monkeypatch.setenv("SEGKERNELS_CHECK", "0")
+    fault()
+    with pytest.raises(ValueError, match="features"):
+        segkernels.check()
+
+
+@pytest.mark.gpu
+def test_check_of_the_cpu_leaves_cuda_alone():
+    segkernels.check()
+    fault()
+    segkernels.check("cpu")
+    with pytest.raises(ValueError, match="features"):
+        segkernels.check("cuda")
