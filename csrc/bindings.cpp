@@ -16,10 +16,13 @@
 #include "build_config.h"
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
+#include "interpolate/interpolate.h"
 #include "max_pool2d/max_pool2d.h"
 #include "max_unpool2d/max_unpool2d.h"
 #include "permutohedral/permutohedral.h"
 #include "unpool2d/unpool2d.h"
+#include "upsample_argmax/upsample_argmax.h"
+#include "upsample_cross_entropy/upsample_cross_entropy.h"
 
 namespace py = pybind11;
 
@@ -277,6 +280,189 @@ py::dict build_info() {
   return info;
 }
 
+using segkernels::ScalarType;
+
+// segkernels.ops.interpolate._geometry.Resampling
+using ResamplingArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double,
+                                  double, int, bool, int>;
+
+segkernels::Resampling resampling_of(const ResamplingArgs& args) {
+  return std::apply(
+      [](auto... a) {
+        const auto make = [](int64_t planes, int64_t inner, int64_t ih, int64_t iw, int64_t oh,
+                             int64_t ow, double fy, double fx, int mode, bool align, int rule) {
+          return segkernels::Resampling{planes,
+                                        inner,
+                                        ih,
+                                        iw,
+                                        oh,
+                                        ow,
+                                        fy,
+                                        fx,
+                                        segkernels::Mode(mode),
+                                        align,
+                                        segkernels::Rule(rule)};
+        };
+        return make(a...);
+      },
+      args);
+}
+
+int64_t interpolate_workspace(const WhereTuple& where, const ResamplingArgs& r, int type,
+                              bool backward) {
+  return segkernels::interpolate_workspace(where_of(where), resampling_of(r), ScalarType(type),
+                                           backward);
+}
+
+void interpolate(const WhereTuple& args, const ResamplingArgs& r, int type, Pointer from,
+                 Pointer to, Pointer workspace, bool backward) {
+  const Where where = where_of(args);
+  if (where.device < 0) {
+    const auto run = backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
+    return run(where, resampling_of(r), ScalarType(type), as(from), as(to), as(workspace));
+  }
+#if defined(SK_WITH_CUDA)
+  const auto run = backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
+  run(where, resampling_of(r), ScalarType(type), as(from), as(to));
+#else
+  without_cuda();
+#endif
+}
+
+void interpolate_plain(const WhereTuple& where, const ResamplingArgs& r, int type, Pointer input,
+                       Pointer output, int rows) {
+  segkernels::interpolate_plain(where_of(where), resampling_of(r), ScalarType(type), as(input),
+                                as(output), rows);
+}
+
+void interpolate_backward_plain(const WhereTuple& where, const ResamplingArgs& r, int type,
+                                Pointer grad_output, Pointer grad_input, Pointer workspace,
+                                bool direct) {
+  segkernels::interpolate_backward_plain(where_of(where), resampling_of(r), ScalarType(type),
+                                         as(grad_output), as(grad_input), as(workspace), direct);
+}
+
+using StridesArgs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+
+segkernels::Strides strides_of(const StridesArgs& s) {
+  return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
+}
+
+segkernels::ArgmaxCall argmax_call(const ResamplingArgs& r, int classes, const StridesArgs& strides,
+                                   int type, int label_type, Pointer logits, Pointer labels,
+                                   Pointer confidence) {
+  return {resampling_of(r),
+          classes,
+          strides_of(strides),
+          ScalarType(type),
+          segkernels::LabelType(label_type),
+          as(logits),
+          as(labels),
+          as(confidence)};
+}
+
+int64_t upsample_argmax_workspace(const WhereTuple& where, const segkernels::ArgmaxCall& call) {
+  return segkernels::upsample_argmax_workspace(where_of(where), call);
+}
+
+void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call, Pointer workspace,
+                     bool plain) {
+  const Where where = where_of(args);
+  if (plain) return segkernels::upsample_argmax_plain(where, call);
+  if (where.device < 0) return segkernels::upsample_argmax_cpu(where, call, as(workspace));
+#if defined(SK_WITH_CUDA)
+  segkernels::upsample_argmax_cuda(where, call);
+#else
+  without_cuda();
+#endif
+}
+
+segkernels::LossCall loss_call(const ResamplingArgs& r, int classes, const StridesArgs& strides,
+                               int type, bool binary, Pointer logits, Pointer target,
+                               int target_type, int64_t ignore_index, Pointer weight,
+                               Pointer pos_weight, double smoothing, int reduction,
+                               Pointer status) {
+  return {resampling_of(r),
+          classes,
+          strides_of(strides),
+          ScalarType(type),
+          binary,
+          as(logits),
+          as(target),
+          segkernels::TargetType(target_type),
+          ignore_index,
+          as(weight),
+          as(pos_weight),
+          smoothing,
+          segkernels::Reduction(reduction),
+          as<int32_t>(status)};
+}
+
+int64_t upsample_loss_workspace(const WhereTuple& where, const segkernels::LossCall& call,
+                                bool backward) {
+  return segkernels::upsample_loss_workspace(where_of(where), call, backward);
+}
+
+void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Pointer kept,
+                   Pointer losses, Pointer totals, Pointer workspace, bool plain) {
+  const Where where = where_of(args);
+  const segkernels::LossOutputs to{as(kept), as(losses), as(totals), as(workspace)};
+  if (plain) return segkernels::upsample_loss_plain(where, call, to);
+  if (where.device < 0) return segkernels::upsample_loss_cpu(where, call, to, as(workspace));
+#if defined(SK_WITH_CUDA)
+  segkernels::upsample_loss_cuda(where, call, to);
+#else
+  without_cuda();
+#endif
+}
+
+void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& call, Pointer grad,
+                            Pointer kept, Pointer totals, Pointer grad_logits,
+                            const StridesArgs& strides, Pointer workspace, bool plain) {
+  const Where where = where_of(args);
+  const segkernels::LossGradient g{as(grad), as(kept), as(totals), as(grad_logits),
+                                   strides_of(strides)};
+  if (plain) return segkernels::upsample_loss_backward_plain(where, call, g, as(workspace));
+  if (where.device < 0)
+    return segkernels::upsample_loss_backward_cpu(where, call, g, as(workspace));
+#if defined(SK_WITH_CUDA)
+  segkernels::upsample_loss_backward_cuda(where, call, g);
+#else
+  without_cuda();
+#endif
+}
+
+void bind_interpolate(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  m.def("interpolate_workspace", &interpolate_workspace,
+        "Bytes that interpolate needs on the CPU.");
+  m.def("interpolate", &interpolate, nogil,
+        "Forward, or backward with the gradients in the two places.");
+  m.def("interpolate_plain", &interpolate_plain, nogil,
+        "The CUDA kernel's functor on the CPU, for tests.");
+  m.def("interpolate_backward_plain", &interpolate_backward_plain, nogil, "As interpolate_plain.");
+}
+
+void bind_upsample_argmax(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<segkernels::ArgmaxCall>(m, "ArgmaxCall").def(py::init(&argmax_call));
+  m.def("upsample_argmax_workspace", &upsample_argmax_workspace,
+        "Bytes that upsample_argmax needs on the CPU.");
+  m.def("upsample_argmax", &upsample_argmax, nogil,
+        "plain: the CUDA kernel's functor on the CPU, for tests.");
+}
+
+void bind_upsample_cross_entropy(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<segkernels::LossCall>(m, "LossCall").def(py::init(&loss_call));
+  m.attr("LOSS_PARTIALS") = 2 * segkernels::kMaxPartials;
+  m.def("upsample_loss_workspace", &upsample_loss_workspace,
+        "Bytes that the losses need on the CPU.");
+  m.def("upsample_loss", &upsample_loss, nogil,
+        "plain: the CUDA kernel's functor on the CPU, for tests.");
+  m.def("upsample_loss_backward", &upsample_loss_backward, nogil, "plain: as upsample_loss.");
+}
+
 namespace pooling = segkernels::pooling;
 
 pooling::MaxPool2dApi max_pool2d(const WhereTuple& w) {
@@ -335,7 +521,6 @@ pooling::UnpoolBuffers unpool_buffers(int type, Pointer input, Pointer positions
 }
 
 void bind_pooling(py::module_& m) {
-  using segkernels::ScalarType;
   using Release = py::call_guard<py::gil_scoped_release>;
   m.def(
       "max_pool2d",
@@ -407,5 +592,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("status_codes") = int(segkernels::kStatusCodes);
   bind_permutohedral(m);
   bind_dense_crf(m);
+  bind_interpolate(m);
+  bind_upsample_argmax(m);
+  bind_upsample_cross_entropy(m);
   bind_pooling(m);
 }

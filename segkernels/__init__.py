@@ -9,10 +9,17 @@ from segkernels.labels import probs_from_labels as probs_from_labels
 from segkernels.nn import MaxPool2d as MaxPool2d
 from segkernels.nn import MaxUnpool2d as MaxUnpool2d
 from segkernels.nn import ResizeConv as ResizeConv
+from segkernels.nn import Upsample as Upsample
 from segkernels.nn import bilinear_kernel_ as bilinear_kernel_
+from segkernels.ops.interpolate import interpolate as interpolate
 from segkernels.ops.max_pool2d import max_pool2d as max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d as max_unpool2d
 from segkernels.ops.permutohedral import PermutohedralLattice as PermutohedralLattice
 from segkernels.ops.permutohedral import permutohedral_filter as permutohedral_filter
 from segkernels.ops.unpool2d import unpool_bed_of_nails as unpool_bed_of_nails
 from segkernels.ops.unpool2d import unpool_nearest as unpool_nearest
+from segkernels.ops.upsample_argmax import upsample_argmax as upsample_argmax
+from segkernels.ops.upsample_cross_entropy import (
+    upsample_binary_cross_entropy as upsample_binary_cross_entropy,
+)
+from segkernels.ops.upsample_cross_entropy import upsample_cross_entropy as upsample_cross_entropy

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
+from segkernels.ops.interpolate import interpolate
 from segkernels.ops.max_pool2d import max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d
 
@@ -94,6 +94,29 @@ class MaxUnpool2d(torch.nn.MaxUnpool2d):
         )
 
 
+class Upsample(torch.nn.Upsample):
+    """`segkernels.interpolate` as a module: `torch.nn.Upsample`, argument for argument.
+
+    Args:
+        size: (H_out, W_out), or one int for both.
+        scale_factor: multiplier of (H, W), or one for both; give this or `size`.
+        mode: "nearest", "nearest-exact", "bilinear" or "bicubic".
+        align_corners: for "bilinear" and "bicubic"; default False.
+        recompute_scale_factor: as in `segkernels.interpolate`.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] to [N, C, H_out, W_out]."""
+        return interpolate(
+            input,
+            self.size,
+            self.scale_factor,
+            self.mode,
+            self.align_corners,
+            self.recompute_scale_factor,
+        )
+
+
 class ResizeConv(torch.nn.Module):
     """Upsample, then convolve: an upsampling without the checkerboard of a transposed convolution.
 
@@ -106,7 +129,7 @@ class ResizeConv(torch.nn.Module):
         out_channels: of the output.
         kernel_size: of the convolution, odd.
         scale_factor: how many times higher and wider the output is.
-        mode: of `torch.nn.functional.interpolate`: "nearest" or "bilinear".
+        mode: of `segkernels.interpolate`: "nearest" or "bilinear".
         bias: whether the convolution has one.
         padding_mode: of the convolution: "zeros", "reflect", "replicate" or "circular".
 
@@ -148,7 +171,7 @@ class ResizeConv(torch.nn.Module):
         """[N, C, H, W] to [N, C_out, H * scale_factor, W * scale_factor]."""
         corners = None if self.mode == "nearest" else False
         scale = float(self.scale_factor)
-        larger = F.interpolate(input, scale_factor=scale, mode=self.mode, align_corners=corners)
+        larger = interpolate(input, scale_factor=scale, mode=self.mode, align_corners=corners)
         out: torch.Tensor = self.conv(larger)
         return out
 

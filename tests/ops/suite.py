@@ -209,6 +209,8 @@ class OpSuite:
     # channels_last in, channels_last out (for 4-D outputs).
     keeps_layout: ClassVar[bool] = True
     double_backward: ClassVar[bool] = False
+    # Operators of ours, such as a gradient's, whose own gradient is an error.
+    not_differentiable: ClassVar[tuple[str, ...]] = ()
     # (rtol, atol) against the reference in float64, rounded to the dtype; None: the same bits.
     tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
         torch.float16: (1e-3, 1e-6),
@@ -413,7 +415,8 @@ class OpSuite:
                         cotangents(outputs),
                     )
             for op, args, kwargs in recorder.calls:
-                leaves = tuple(_leaf(arg) if grad else arg for arg in args)
+                differentiable = grad and op._opname not in self.not_differentiable
+                leaves = tuple(_leaf(arg, differentiable) for arg in args)
                 torch.library.opcheck(op, leaves, kwargs)
 
     @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -517,9 +520,10 @@ def _all_contiguous(call: Call) -> bool:
     return all(x.is_contiguous() for x in tensors)
 
 
-def _leaf(value: Any) -> Any:
+def _leaf(value: Any, grad: bool) -> Any:
     if isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        leaf = value.detach().clone(memory_format=torch.preserve_format)
+        return leaf.requires_grad_(grad)
     return value
 
 

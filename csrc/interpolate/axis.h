@@ -1,0 +1,244 @@
+// One axis of a resampling: which inputs an output reads, with which weights, and which outputs
+// read an input. The arithmetic is that of torch's F.interpolate on the device at hand, down to the
+// rounding of source coordinates: those decide.
+#pragma once
+
+#include <math.h>
+
+#include "common/scalar.h"
+#include "common/vec.h"
+
+namespace segkernels {
+
+enum class Mode : int { kNearest = 0, kNearestExact = 1, kBilinear = 2, kBicubic = 3 };
+
+// Whose arithmetic: torch has two for the nearest modes on the CPU (the general one, and one for
+// small outputs and for channels_last), and its own on CUDA.
+enum class Rule : int { kCpu = 0, kCpuSmall = 1, kCuda = 2 };
+
+enum AxisKind : int {
+  kIdentity,
+  kHalved,       // i >> 1
+  kFloor,        // floor(scale i) in the computing type
+  kFloorSingle,  // the same in float
+  kExact,        // floor(source + 0.5), from a source coordinate that is not below zero
+  kExactDouble,  // floor(scale (i + 0.5)) in double, then rounded to float
+  kExactSingle,  // the same in float
+  kLinear,
+  kLinearAligned,
+  kCubic,
+  kCubicAligned,
+};
+
+// Sizes are below 2^31; A is float or double.
+template <class A>
+struct Axis {
+  int32_t in, out;
+  A scale;    // input steps an output step
+  A inverse;  // 1 / scale, or 0: only for estimates
+  AxisKind kind;
+  bool cuda;
+};
+
+// Reads inputs start .. start + K - 1, clamped to the axis.
+template <class A, int K>
+struct Taps {
+  int32_t start;
+  A weight[K];
+};
+
+constexpr int taps_of(Mode mode) {
+  return mode == Mode::kBilinear ? 2 : mode == Mode::kBicubic ? 4 : 1;
+}
+
+// factor: the scale factor that the source coordinates are computed with, or 0 for out / in.
+template <class A>
+Axis<A> make_axis(int64_t in, int64_t out, Mode mode, bool align_corners, double factor, Rule rule,
+                  bool same_size) {
+  Axis<A> axis{int32_t(in), int32_t(out), A(0), A(0), kIdentity, rule == Rule::kCuda};
+  const bool single = rule != Rule::kCpu && (mode == Mode::kNearest || mode == Mode::kNearestExact);
+  if (align_corners) {
+    axis.scale = out > 1 ? A(in - 1) / A(out - 1) : A(0);
+  } else if (single) {
+    axis.scale = A(factor > 0 ? float(1.0 / factor) : float(in) / float(out));
+  } else {
+    axis.scale = factor > 0 ? A(1.0 / factor) : A(in) / A(out);
+  }
+  const bool copied = rule == Rule::kCuda ? same_size : in == out;
+  switch (mode) {
+    case Mode::kNearest:
+      axis.kind = single ? kFloorSingle : kFloor;
+      if (rule == Rule::kCpuSmall && in == out) {
+        axis.kind = kIdentity;
+      } else if (rule == Rule::kCpuSmall && out == 2 * in) {
+        axis.kind = kHalved;
+        axis.scale = A(0.5);
+      }
+      break;
+    case Mode::kNearestExact:
+      axis.kind = rule == Rule::kCpu        ? kExact
+                  : rule == Rule::kCpuSmall ? kExactDouble
+                                            : kExactSingle;
+      break;
+    case Mode::kBilinear:
+      axis.kind = copied ? kIdentity : align_corners ? kLinearAligned : kLinear;
+      break;
+    case Mode::kBicubic:
+      axis.kind = same_size && rule == Rule::kCuda ? kIdentity
+                  : align_corners                  ? kCubicAligned
+                                                   : kCubic;
+      break;
+  }
+  if (axis.kind == kIdentity) axis.scale = A(1);
+  axis.inverse = axis.scale > A(0) ? A(1) / axis.scale : A(0);
+  return axis;
+}
+
+inline namespace SK_NS {
+
+SK_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
+SK_HD double fused(double a, double b, double c) { return fma(a, b, c); }
+
+SK_HD int32_t clamp_index(int32_t i, int32_t size) { return i < 0 ? 0 : i >= size ? size - 1 : i; }
+
+// The source coordinate of output i; torch's compilers fuse the multiplication and the addition.
+template <class A>
+SK_HD A source_of(const Axis<A>& axis, int32_t i) {
+  if (axis.kind == kLinearAligned || axis.kind == kCubicAligned) return axis.scale * A(i);
+  const A source = fused(axis.scale, A(i) + A(0.5), A(-0.5));
+  return axis.kind != kCubic && source < A(0) ? A(0) : source;
+}
+
+template <class A>
+SK_HD int32_t nearest_of(const Axis<A>& axis, int32_t i) {
+  int32_t index = i;
+  switch (axis.kind) {
+    case kHalved:
+      return i >> 1;
+    case kFloor:
+      index = int32_t(floorf(float(axis.scale * A(i))));
+      break;
+    case kFloorSingle:
+      index = int32_t(floorf(float(axis.scale) * float(i)));
+      break;
+    case kExact:
+      index = int32_t(floorf(float(double(source_of(axis, i)) + 0.5)));
+      break;
+    case kExactDouble:
+      index = int32_t(floorf(float((double(i) + 0.5) * double(axis.scale))));
+      break;
+    case kExactSingle:
+      index = int32_t(floorf((float(i) + 0.5f) * float(axis.scale)));
+      break;
+    default:
+      return i;
+  }
+  return index < axis.in ? index : axis.in - 1;
+}
+
+// Cubic convolution with a = -0.75 (Keys 1981, eq. 4): |x| <= 1, and 1 < |x| < 2.
+template <class A>
+SK_HD A cubic_near(A x) {
+  return fused(fused(A(1.25), x, A(-2.25)) * x, x, A(1));
+}
+
+template <class A>
+SK_HD A cubic_far(A x) {
+  return fused(fused(fused(A(-0.75), x, A(3.75)), x, A(-6)), x, A(3));
+}
+
+template <class A>
+SK_HD int32_t floor_of(const Axis<A>& axis, A source) {
+  // torch's floorf rounds a double to float first, except in the bilinear kernels of CUDA.
+  const bool linear = axis.kind == kLinear || axis.kind == kLinearAligned;
+  const int32_t index = axis.cuda && linear ? int32_t(source) : int32_t(floorf(float(source)));
+  return index < axis.in ? index : axis.in - 1;
+}
+
+template <int K, class A>
+SK_HD Taps<A, K> taps_at(const Axis<A>& axis, int32_t i) {
+  Taps<A, K> taps;
+  if constexpr (K == 1) {
+    taps.start = nearest_of(axis, i);
+    taps.weight[0] = A(1);
+  } else if (axis.kind == kIdentity) {
+    taps.start = i;
+    for (int k = 0; k < K; ++k) taps.weight[k] = A(k == 0);
+  } else {
+    const A source = source_of(axis, i);
+    const int32_t index = floor_of(axis, source);
+    A t = source - A(index);
+    t = t < A(0) ? A(0) : t > A(1) ? A(1) : t;
+    if constexpr (K == 2) {
+      taps.start = index;
+      taps.weight[0] = A(1) - t;
+      taps.weight[1] = t;
+    } else {
+      taps.start = index - 1;
+      taps.weight[0] = cubic_far(t + A(1));
+      taps.weight[1] = cubic_near(t);
+      taps.weight[2] = cubic_near(A(1) - t);
+      taps.weight[3] = cubic_far(A(1) - t + A(1));
+    }
+  }
+  return taps;
+}
+
+// The input that tap k reads. An identity reads one input alone: a NaN beside it must not reach the
+// output through a zero weight.
+template <class A>
+SK_HD int32_t tap_position(const Axis<A>& axis, int32_t start, int k) {
+  return axis.kind == kIdentity ? start : clamp_index(start + k, axis.in);
+}
+
+template <int K, class A>
+SK_HD int32_t start_at(const Axis<A>& axis, int32_t i) {
+  if constexpr (K == 1) return nearest_of(axis, i);
+  if (axis.kind == kIdentity) return i;
+  return floor_of(axis, source_of(axis, i)) - (K == 4);
+}
+
+// The first output whose taps start at `start` or later; `out` when there is none. Starts never
+// fall from one output to the next, so an estimate is made exact by stepping with the very function
+// that the forward pass uses.
+template <int K, class A>
+SK_HD int32_t first_output(const Axis<A>& axis, int32_t start) {
+  if (start_at<K>(axis, 0) >= start) return 0;
+  if (axis.scale <= A(0)) return axis.out;
+  const bool centred = axis.kind == kLinear || axis.kind == kCubic || axis.kind == kExact ||
+                       axis.kind == kExactDouble || axis.kind == kExactSingle;
+  const A shift = axis.kind == kLinear || axis.kind == kCubic ? A(0.5) : A(0);
+  const A guess = (A(start + (K == 4)) + shift) * axis.inverse - (centred ? A(0.5) : A(0));
+  int32_t i = guess < A(0) ? 0 : guess > A(axis.out) ? axis.out : int32_t(guess);
+  if (i > axis.out) i = axis.out;  // float(out) may be above out
+  while (i > 0 && start_at<K>(axis, i - 1) >= start) --i;
+  while (i < axis.out && start_at<K>(axis, i) < start) ++i;
+  return i;
+}
+
+// Outputs [first, last) are those that read input j.
+template <int K, class A>
+SK_HD int32_t first_reader(const Axis<A>& axis, int32_t j) {
+  if (j <= 0) return 0;
+  return first_output<K>(axis, axis.kind == kIdentity ? j : j - K + 1);
+}
+
+template <int K, class A>
+SK_HD int32_t last_reader(const Axis<A>& axis, int32_t j) {
+  return j >= axis.in - 1 ? axis.out : first_output<K>(axis, j + 1);
+}
+
+// The weight with which output i reads input j.
+template <int K, class A>
+SK_HD A weight_of(const Axis<A>& axis, int32_t i, int32_t j) {
+  const Taps<A, K> taps = taps_at<K>(axis, i);
+  A sum = A(0);
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (tap_position(axis, taps.start, k) == j) sum += taps.weight[k];
+  }
+  return sum;
+}
+
+}  // namespace SK_NS
+}  // namespace segkernels

@@ -1,0 +1,66 @@
+// The native interface of interpolate: forward and backward of one 2-D resampling.
+#pragma once
+
+#include "common/where.h"
+#include "interpolate/kernels.h"
+#include "interpolate/tables.h"
+
+namespace segkernels {
+
+// A resampling as Python describes it; planes and inner as in kernels.h.
+struct Resampling {
+  int64_t planes, inner;
+  int64_t in_height, in_width, out_height, out_width;
+  double factor_y, factor_x;  // 0: from the sizes
+  Mode mode;
+  bool align_corners;
+  Rule rule;
+
+  template <class A>
+  Geometry<A> geometry() const {
+    if (in_width * inner > INT32_MAX || out_width * inner > INT32_MAX || in_height > INT32_MAX ||
+        out_height > INT32_MAX) {
+      throw std::runtime_error("segkernels: rows and columns of 2^31 values or more");
+    }
+    const bool same = in_height == out_height && in_width == out_width;
+    return {planes, int32_t(inner),
+            make_axis<A>(in_height, out_height, mode, align_corners, factor_y, rule, same),
+            make_axis<A>(in_width, out_width, mode, align_corners, factor_x, rule, same)};
+  }
+};
+
+// f(integral_constant<K>) with the number of taps of the mode.
+template <class F>
+void with_taps(Mode mode, const F& f) {
+  switch (taps_of(mode)) {
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    default:
+      return f(std::integral_constant<int, 4>{});
+  }
+}
+
+// Bytes of workspace that the CPU's functions take.
+int64_t interpolate_workspace(const Where&, const Resampling&, ScalarType, bool backward);
+
+void interpolate_cpu(const Where&, const Resampling&, ScalarType, const void* input, void* output,
+                     void* workspace);
+void interpolate_backward_cpu(const Where&, const Resampling&, ScalarType, const void* grad_output,
+                              void* grad_input, void* workspace);
+
+// The CUDA kernels' functors on the CPU, for tests: `workspace` holds kTileBytes.
+void interpolate_plain(const Where&, const Resampling&, ScalarType, const void* input, void* output,
+                       int rows);
+void interpolate_backward_plain(const Where&, const Resampling&, ScalarType,
+                                const void* grad_output, void* grad_input, void* workspace,
+                                bool direct);
+
+#if defined(SK_WITH_CUDA)
+void interpolate_cuda(const Where&, const Resampling&, ScalarType, const void* input, void* output);
+void interpolate_backward_cuda(const Where&, const Resampling&, ScalarType, const void* grad_output,
+                               void* grad_input);
+#endif
+
+}  // namespace segkernels

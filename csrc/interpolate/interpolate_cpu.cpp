@@ -1,0 +1,123 @@
+// interpolate on the CPU: tables of taps, the choice of instruction set, and the CUDA kernels'
+// functors run by loops (for tests).
+#include "interpolate/interpolate.h"
+
+#include "common/parallel_for.h"
+#include "interpolate/rows.h"
+
+namespace segkernels {
+namespace {
+
+const InterpolateRows& rows_for_machine() {
+#if defined(SK_HAVE_X86_ISAS)
+  static const Isa isa = best_isa();
+  if (isa == Isa::kAvx512) return isa_avx512::interpolate_rows();
+  if (isa == Isa::kAvx2) return isa_avx2::interpolate_rows();
+#endif
+  return isa_base::interpolate_rows();
+}
+
+int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
+
+// f(A{}): what the type is computed in.
+template <class F>
+void with_acc(ScalarType type, const F& f) {
+  if (type == ScalarType::kDouble) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+}  // namespace
+
+int64_t interpolate_workspace(const Where& where, const Resampling& r, ScalarType type,
+                              bool backward) {
+  Arena arena(nullptr);
+  with_acc(type, [&](auto acc) {
+    using A = decltype(acc);
+    if (backward) {
+      BackwardRows<A> plan{};
+      plan.g = r.geometry<A>();
+      plan.taps = taps_of(r.mode);
+      plan.take(arena, threads_of(where));
+    } else {
+      ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, taps_of(r.mode)};
+      plan.take(arena, threads_of(where));
+    }
+  });
+  return arena.used();
+}
+
+void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, const void* input,
+                     void* output, void* workspace) {
+  with_acc(type, [&](auto acc) {
+    using A = decltype(acc);
+    ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, taps_of(r.mode)};
+    Arena arena(workspace);
+    plan.take(arena, threads_of(where));
+    with_taps(r.mode, [&](auto taps) {
+      cpu::fill<taps.value>(plan.g.y, plan.y);
+      cpu::fill<taps.value>(plan.g.x, plan.x);
+    });
+    rows_for_machine().forward(where, type, &plan, input, output);
+  });
+}
+
+void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarType type,
+                              const void* grad_output, void* grad_input, void* workspace) {
+  with_acc(type, [&](auto acc) {
+    using A = decltype(acc);
+    BackwardRows<A> plan{};
+    plan.g = r.geometry<A>();
+    plan.taps = taps_of(r.mode);
+    Arena arena(workspace);
+    plan.take(arena, threads_of(where));
+    with_taps(r.mode, [&](auto taps) {
+      cpu::fill<taps.value>(plan.g.y, plan.y);
+      cpu::fill<taps.value>(plan.g.x, plan.x);
+    });
+    plan.pad();
+    rows_for_machine().backward(where, type, &plan, grad_output, grad_input);
+  });
+}
+
+void interpolate_plain(const Where& where, const Resampling& r, ScalarType type, const void* input,
+                       void* output, int rows) {
+  with_scalar_type(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_taps(r.mode, [&](auto taps) {
+      const auto g = r.geometry<Acc<T>>();
+      const int32_t lanes = lanes_of<T, taps.value>(g);
+      const Forward<T, taps.value> f{g,    static_cast<const T*>(input), static_cast<T*>(output),
+                                     rows, (g.y.out + rows - 1) / rows,  lanes};
+      parallel_for(where, f.count(), f, "interpolate_plain");
+    });
+  });
+}
+
+void interpolate_backward_plain(const Where& where, const Resampling& r, ScalarType type,
+                                const void* grad_output, void* grad_input, void* workspace,
+                                bool direct) {
+  with_scalar_type(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_taps(r.mode, [&](auto taps) {
+      const auto g = r.geometry<Acc<T>>();
+      const T* grad = static_cast<const T*>(grad_output);
+      if (direct) {
+        const BackwardDirect<T, taps.value> f{g, grad, static_cast<T*>(grad_input)};
+        return parallel_for(where, f.count(), f, "interpolate_backward_plain");
+      }
+      const Backward<T, taps.value> f{g, tiling_of(g, taps.value), grad,
+                                      static_cast<T*>(grad_input)};
+      for (int64_t i = 0; i < f.tiles(); ++i) {
+        const Tile tile = f.tile(i);
+        Acc<T>* sums = static_cast<Acc<T>*>(workspace);
+        for (int e = 0; e < f.columns(); ++e) f.column(tile, e, sums);
+        for (int e = 0; e < f.cells(); ++e) f.cell(tile, e, sums);
+      }
+    });
+  });
+}
+
+}  // namespace segkernels

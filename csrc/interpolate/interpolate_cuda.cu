@@ -1,0 +1,59 @@
+// interpolate on CUDA: launches the functors of kernels.h. Forward: threads over planes x blocks of
+// rows x a quarter of a row's elements. Backward: a block a tile, its partial sums in shared
+// memory.
+#include <type_traits>
+
+#include "interpolate/interpolate.h"
+#include "interpolate/launch.h"
+
+namespace segkernels {
+namespace {
+
+// Threads that fill the largest devices a few times over; below that, a thread walks fewer rows.
+constexpr int64_t kEnoughThreads = 1 << 19;
+
+int rows_a_thread(int64_t threads_at_one, int64_t height) {
+  int rows = 1;
+  while (rows < 16 && rows < height && threads_at_one / (2 * rows) >= kEnoughThreads) rows *= 2;
+  return rows;
+}
+
+}  // namespace
+
+void interpolate_cuda(const Where& where, const Resampling& r, ScalarType type, const void* input,
+                      void* output) {
+  const DeviceGuard guard(where.device);
+  with_scalar_type(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_taps(r.mode, [&](auto taps) {
+      const auto g = r.geometry<Acc<T>>();
+      const int32_t lanes = lanes_of<T, taps.value>(g);
+      const int rows = rows_a_thread(g.planes * g.y.out * lanes, g.y.out);
+      const Forward<T, taps.value> f{g,    static_cast<const T*>(input), static_cast<T*>(output),
+                                     rows, (g.y.out + rows - 1) / rows,  lanes};
+      walk(where, f.count(), f, "interpolate");
+    });
+  });
+}
+
+void interpolate_backward_cuda(const Where& where, const Resampling& r, ScalarType type,
+                               const void* grad_output, void* grad_input) {
+  const DeviceGuard guard(where.device);
+  with_scalar_type(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    with_taps(r.mode, [&](auto taps) {
+      const auto g = r.geometry<Acc<T>>();
+      const Backward<T, taps.value> f{g, tiling_of(g, taps.value),
+                                      static_cast<const T*>(grad_output),
+                                      static_cast<T*>(grad_input)};
+      const int64_t bytes = f.tiling.rows * f.tiling.pitch() * int64_t(sizeof(Acc<T>));
+      if (bytes > kTileBytes) {
+        const BackwardDirect<T, taps.value> direct{g, f.grad_output, f.grad_input};
+        return walk(where, direct.count(), direct, "interpolate_backward");
+      }
+      run_tiles(where, f, bytes, "interpolate_backward");
+    });
+  });
+}
+
+}  // namespace segkernels

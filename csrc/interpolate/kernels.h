@@ -1,0 +1,339 @@
+// Resampling of [planes, height, width, inner] (NCHW: a plane a channel, inner = 1; channels_last:
+// a plane an image, inner = C), forward and backward, as functors. Forward: a thread owns V
+// elements of a row, a stride apart so that neighbouring threads touch neighbouring elements, and
+// walks down a few output rows; each input row it meets is interpolated along the width once.
+// Backward: a tile of input elements is one block's; its threads first own a column of the gradient
+// each, which they sum down the height (every element is read once), then a cell each, which they
+// sum along the width. No atomics, and a fixed order of summation.
+#pragma once
+
+#include "interpolate/axis.h"
+
+namespace segkernels {
+
+template <class A>
+struct Geometry {
+  int64_t planes;
+  int32_t inner;
+  Axis<A> y, x;
+};
+
+inline namespace SK_NS {
+
+// i = quotient * n + remainder. 64-bit division is a function call on the GPU, and rarely needed.
+SK_HD int64_t divide(int64_t i, int32_t n, int32_t& remainder) {
+  if (i <= int64_t(UINT32_MAX)) {
+    const uint32_t quotient = uint32_t(i) / uint32_t(n);
+    remainder = int32_t(uint32_t(i) - quotient * uint32_t(n));
+    return quotient;
+  }
+  remainder = int32_t(i % n);
+  return i / n;
+}
+
+// Keeps the K values of the rows that the last output read.
+template <class A, int K, int V>
+struct RowWindow {
+  A value[V][K] = {};
+  int32_t start = 0;
+  bool filled = false;
+
+  // load(k) fills value[.][k]. slides: the next start's taps are these ones, shifted by one.
+  template <class Load>
+  SK_HD void move_to(int32_t wanted, bool slides, const Load& load) {
+    if (filled && wanted == start) return;
+    if (filled && slides && wanted == start + 1) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+#pragma unroll
+        for (int k = 0; k + 1 < K; ++k) value[v][k] = value[v][k + 1];
+      }
+      load(K - 1);
+    } else {
+#pragma unroll
+      for (int k = 0; k < K; ++k) load(k);
+    }
+    start = wanted;
+    filled = true;
+  }
+};
+
+// Elements a thread owns: fewer where their taps would take too many registers.
+template <class T, int K>
+constexpr int kLanes = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
+
+template <class T, int K, int V = kLanes<T, K>>
+struct Forward {
+  using A = Acc<T>;
+  Geometry<A> g;
+  const T* input;
+  T* output;
+  int32_t rows;        // output rows a thread walks
+  int32_t row_blocks;  // ceil(out height / rows)
+  int32_t lanes;       // ceil(out width * inner / V)
+
+  SK_HD int64_t count() const { return g.planes * row_blocks * lanes; }
+
+  SK_HD void operator()(int64_t i) const {
+    int32_t lane, row_block;
+    const int64_t plane = divide(divide(i, lanes, lane), row_blocks, row_block);
+    const int32_t first = row_block * rows;
+    const int32_t last = first + rows < g.y.out ? first + rows : g.y.out;
+    const int64_t in_row = int64_t(g.x.in) * g.inner, out_row = int64_t(g.x.out) * g.inner;
+    Taps<A, K> tx[V];
+    int32_t channel[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      const int64_t e =
+          lane + int64_t(v) * lanes < out_row ? lane + int64_t(v) * lanes : out_row - 1;
+      const int32_t x = g.inner == 1 ? int32_t(e) : int32_t(e / g.inner);
+      channel[v] = int32_t(e - int64_t(x) * g.inner);
+      tx[v] = taps_at<K>(g.x, x);
+    }
+    const T* in = input + plane * g.y.in * in_row;
+    T* out = output + (plane * g.y.out + first) * out_row + lane;
+    RowWindow<A, K, V> window;
+    for (int32_t y = first; y < last; ++y) {
+      const Taps<A, K> ty = taps_at<K>(g.y, y);
+      window.move_to(ty.start, g.y.kind != kIdentity, [&](int k) {
+        const T* row = in + tap_position(g.y, ty.start, k) * in_row;
+#pragma unroll
+        for (int v = 0; v < V; ++v) window.value[v][k] = along(row, tx[v], channel[v]);
+      });
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        if (lane + int64_t(v) * lanes < out_row) {
+          A sum = K == 1 ? window.value[v][0] : ty.weight[0] * window.value[v][0];
+#pragma unroll
+          for (int k = 1; k < K; ++k) sum = mul_add(ty.weight[k], window.value[v][k], sum);
+          narrow(sum, out[int64_t(v) * lanes]);
+        }
+      }
+      out += out_row;
+    }
+  }
+
+  SK_HD A along(const T* row, const Taps<A, K>& taps, int32_t c) const {
+    A sum = widen(row[int64_t(tap_position(g.x, taps.start, 0)) * g.inner + c]);
+    if constexpr (K > 1) sum = taps.weight[0] * sum;
+#pragma unroll
+    for (int k = 1; k < K; ++k) {
+      sum = mul_add(taps.weight[k],
+                    A(widen(row[int64_t(tap_position(g.x, taps.start, k)) * g.inner + c])), sum);
+    }
+    return sum;
+  }
+};
+
+// Sums over outputs in ascending order for inputs [begin, end): load(i) gives V values of output i,
+// store(j, sums) takes the sums of input j. Each output is loaded once.
+template <class A, int K, int V, class Load, class Store>
+SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Load& load,
+                       const Store& store) {
+  const int32_t last = last_reader<K>(axis, end - 1);
+  int32_t i = first_reader<K>(axis, begin);
+  // sum[.][k] belongs to input `base + k`; inputs before 0 count for 0, those beyond the axis for
+  // its last.
+  A sum[V][K] = {};
+  int32_t base = i < last ? start_at<K>(axis, i) : begin;
+  if (base > begin) base = begin;
+  const auto advance = [&](int32_t wanted) {
+    for (; base < wanted; ++base) {
+      const bool fold = base == axis.in - 1;
+      if (base >= begin && base < end) {
+        A total[V];
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          total[v] = sum[v][0];
+#pragma unroll
+          for (int k = 1; k < K; ++k) total[v] = fold ? total[v] + sum[v][k] : total[v];
+        }
+        store(base, total);
+      }
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const A carried = base < 0 ? sum[v][0] : A(0);
+#pragma unroll
+        for (int k = 0; k + 1 < K; ++k) sum[v][k] = sum[v][k + 1];
+        sum[v][K - 1] = A(0);
+        if constexpr (K > 1) sum[v][0] += carried;
+      }
+    }
+  };
+  for (; i < last; ++i) {
+    const Taps<A, K> taps = taps_at<K>(axis, i);
+    if (taps.start > base) advance(taps.start < axis.in - 1 ? taps.start : axis.in - 1);
+    A values[V];
+    load(i, taps, values);
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      sum[v][0] = K == 1 ? sum[v][0] + values[v] : mul_add(taps.weight[0], values[v], sum[v][0]);
+      if (axis.kind != kIdentity) {
+#pragma unroll
+        for (int k = 1; k < K; ++k) sum[v][k] = mul_add(taps.weight[k], values[v], sum[v][k]);
+      }
+    }
+  }
+  advance(end);
+}
+
+// How the input is cut into tiles: `rows` x `columns` elements times `channels` of `inner`, whose
+// readers are at most `span` columns.
+struct Tiling {
+  int32_t rows, columns, channels, span;
+  int32_t row_tiles, column_tiles, channel_tiles;
+
+  SK_HD int64_t pitch() const { return int64_t(span) * channels; }
+};
+
+struct Tile {
+  int64_t plane;
+  int32_t channel, row, row_end, column, column_end;
+};
+
+template <class A>
+SK_HD Tile tile_at(const Geometry<A>& g, const Tiling& t, int64_t i) {
+  Tile tile;
+  i = divide(i, t.column_tiles, tile.column);
+  i = divide(i, t.row_tiles, tile.row);
+  tile.plane = divide(i, t.channel_tiles, tile.channel);
+  tile.column *= t.columns;
+  tile.row *= t.rows;
+  tile.channel *= t.channels;
+  tile.row_end = tile.row + t.rows < g.y.in ? tile.row + t.rows : g.y.in;
+  tile.column_end = tile.column + t.columns < g.x.in ? tile.column + t.columns : g.x.in;
+  return tile;
+}
+
+// Input rows whose sums a thread keeps while it walks along the width.
+constexpr int kTileRows = 8;
+
+template <class T, int K>
+struct Backward {
+  using A = Acc<T>;
+  Geometry<A> g;
+  Tiling tiling;
+  const T* grad_output;
+  T* grad_input;
+
+  SK_HD int64_t tiles() const {
+    return g.planes * tiling.channel_tiles * tiling.row_tiles * tiling.column_tiles;
+  }
+  SK_HD Tile tile(int64_t i) const { return tile_at(g, tiling, i); }
+  SK_HD int columns() const { return int(tiling.pitch()); }
+  SK_HD int cells() const { return tiling.columns * tiling.channels; }
+
+  // First: column i of the tile's readers, summed down the height into `sums` [rows, pitch].
+  SK_HD void column(const Tile& tile, int i, A* sums) const {
+    const int32_t c = tile.channel + i % tiling.channels;
+    const int32_t x = first_reader<K>(g.x, tile.column) + i / tiling.channels;
+    if (c >= g.inner || x >= last_reader<K>(g.x, tile.column_end - 1)) return;
+    const int64_t out_row = int64_t(g.x.out) * g.inner;
+    const T* from = grad_output + tile.plane * g.y.out * out_row + int64_t(x) * g.inner + c;
+    sum_readers<A, K, 1>(
+        g.y, tile.row, tile.row_end,
+        [&](int32_t y, const Taps<A, K>&, A* value) { *value = widen(from[y * out_row]); },
+        [&](int32_t j, const A* sum) { sums[(j - tile.row) * tiling.pitch() + i] = *sum; });
+  }
+
+  // Then: cell i of every row of the tile, summed along the width.
+  SK_HD void cell(const Tile& tile, int i, const A* sums) const {
+    const int32_t offset = i % tiling.channels, c = tile.channel + offset;
+    const int32_t j = tile.column + i / tiling.channels;
+    if (c >= g.inner || j >= tile.column_end) return;
+    const int32_t base = first_reader<K>(g.x, tile.column), last = last_reader<K>(g.x, j);
+    A sum[kTileRows] = {};
+    for (int32_t x = first_reader<K>(g.x, j); x < last; ++x) {
+      const A w = weight_of<K>(g.x, x, j);
+      const A* at = sums + int64_t(x - base) * tiling.channels + offset;
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) {
+        if (r < tile.row_end - tile.row) sum[r] = mul_add(w, at[r * tiling.pitch()], sum[r]);
+      }
+    }
+    const int64_t in_row = int64_t(g.x.in) * g.inner;
+    T* to = grad_input + (tile.plane * g.y.in + tile.row) * in_row + int64_t(j) * g.inner + c;
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      if (r < tile.row_end - tile.row) narrow(sum[r], to[r * in_row]);
+    }
+  }
+};
+
+// For what no tile can hold (one input read by more than ten thousand columns): an input element a
+// thread.
+template <class T, int K>
+struct BackwardDirect {
+  using A = Acc<T>;
+  Geometry<A> g;
+  const T* grad_output;
+  T* grad_input;
+
+  SK_HD int64_t count() const { return g.planes * g.y.in * g.x.in * g.inner; }
+
+  SK_HD void operator()(int64_t i) const {
+    const int64_t out_row = int64_t(g.x.out) * g.inner;
+    int32_t j, c, r;
+    const int64_t row = divide(divide(i, g.inner, c), g.x.in, j);
+    const int64_t plane = divide(row, g.y.in, r);
+    const int32_t x0 = first_reader<K>(g.x, j), x1 = last_reader<K>(g.x, j),
+                  y1 = last_reader<K>(g.y, r);
+    A sum = A(0);
+    for (int32_t y = first_reader<K>(g.y, r); y < y1; ++y) {
+      const T* from = grad_output + (plane * g.y.out + y) * out_row + c;
+      A along = A(0);
+      for (int32_t x = x0; x < x1; ++x) {
+        along = mul_add(weight_of<K>(g.x, x, j), A(widen(from[int64_t(x) * g.inner])), along);
+      }
+      sum = mul_add(weight_of<K>(g.y, y, r), along, sum);
+    }
+    narrow(sum, grad_input[i]);
+  }
+};
+
+}  // namespace SK_NS
+
+template <class T, int K>
+int32_t lanes_of(const Geometry<Acc<T>>& g) {
+  return int32_t((int64_t(g.x.out) * g.inner + kLanes<T, K> - 1) / kLanes<T, K>);
+}
+
+// Sums that a tile may hold, in bytes: what CUDA gives a block without asking.
+constexpr int64_t kTileBytes = 48 * 1024;
+
+// The widest tiles of which `bytes` hold the sums of `values` a column.
+template <class A>
+Tiling tiling_of(const Geometry<A>& g, int taps, int values = 1, int max_rows = kTileRows,
+                 int64_t bytes = kTileBytes) {
+  Tiling t{};
+  t.channels = g.inner < 32 ? g.inner : 32;
+  const auto span_of = [&](int64_t columns) {
+    // One more on either side: where a range starts is not rounded.
+    const double ratio = g.x.scale > A(0) ? double(g.x.inverse) : double(g.x.out);
+    const double span = (double(columns) + taps - 1) * ratio + 4;
+    return span < double(g.x.out) && columns < g.x.in ? int64_t(span) : int64_t(g.x.out);
+  };
+  // Half of the memory, so that several blocks share a multiprocessor; all of it when one column
+  // needs it.
+  for (t.rows = max_rows < g.y.in ? max_rows : g.y.in;;) {
+    const int64_t fit = bytes / 2 / int64_t(sizeof(A)) / values / t.rows;
+    int64_t columns = g.x.in < 512 ? g.x.in : 512;
+    while (columns > 1 && span_of(columns) * t.channels > fit) columns = (columns + 1) / 2;
+    t.columns = int32_t(columns);
+    t.span = int32_t(span_of(columns));
+    if (int64_t(t.span) * t.channels <= fit) break;
+    if (t.rows > 1) {
+      t.rows = (t.rows + 1) / 2;
+    } else if (t.channels > 1) {
+      t.channels = (t.channels + 1) / 2;
+    } else {
+      break;
+    }
+  }
+  t.row_tiles = (g.y.in + t.rows - 1) / t.rows;
+  t.column_tiles = (g.x.in + t.columns - 1) / t.columns;
+  t.channel_tiles = (g.inner + t.channels - 1) / t.channels;
+  return t;
+}
+
+}  // namespace segkernels

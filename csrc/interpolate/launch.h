@@ -1,0 +1,49 @@
+// Launches of the functors that keep a window of rows in registers. They need more registers than
+// most: the bound of one block a multiprocessor stops ptxas from spilling a few of them to reach
+// the next step of occupancy.
+#pragma once
+
+#include "common/parallel_for.h"
+#include "interpolate/kernels.h"
+
+namespace segkernels {
+inline namespace cuda {
+
+template <class F>
+__global__ void __launch_bounds__(kThreads, 1) walk_kernel(int64_t n, F f) {
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) f(i);
+}
+
+// As parallel_for.
+template <class F>
+void walk(const Where& where, int64_t n, const F& f, const char* name) {
+  if (n <= 0) return;
+  walk_kernel<<<grid_for(n, kThreads), kThreads, 0, stream_of(where)>>>(n, f);
+  check_launch(name);
+}
+
+// A tile a block: f.column of its columns, then f.cell of its cells, with `bytes` of shared memory
+// between.
+template <class F>
+__global__ void __launch_bounds__(kThreads, 1) tiles_kernel(F f) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  auto* sums = reinterpret_cast<typename F::A*>(memory);
+  for (int64_t i = blockIdx.x; i < f.tiles(); i += gridDim.x) {
+    const Tile tile = f.tile(i);
+    for (int e = threadIdx.x; e < f.columns(); e += blockDim.x) f.column(tile, e, sums);
+    __syncthreads();
+    for (int e = threadIdx.x; e < f.cells(); e += blockDim.x) f.cell(tile, e, sums);
+    __syncthreads();
+  }
+}
+
+template <class F>
+void run_tiles(const Where& where, const F& f, int64_t bytes, const char* name) {
+  if (f.tiles() == 0) return;
+  tiles_kernel<<<grid_for(f.tiles(), 1), kThreads, size_t(bytes), stream_of(where)>>>(f);
+  check_launch(name);
+}
+
+}  // namespace cuda
+}  // namespace segkernels

@@ -1,0 +1,118 @@
+// Interpolated logits on the CPU: a block of neighbouring pixels of an output row, all classes.
+// Every row of the logits is interpolated along the width once and kept while output rows need it.
+// Included by *.simd.cpp files only.
+#pragma once
+
+#include "interpolate/chunks.h"
+#include "interpolate/pixels.h"
+#include "interpolate/tables.h"
+
+namespace segkernels {
+
+template <class T>
+struct LogitPlan {
+  using A = Acc<T>;
+  Logits<T> logits;
+  ReadTable<A> y, x;
+  A* rows;     // [threads, taps, classes, row_stride]
+  A* widened;  // [threads, in width]
+  A* block;    // [threads, classes, kPixelBlock]
+  int taps;
+
+  void take(Arena& arena, int threads) {
+    y.take(arena, logits.y, taps);
+    x.take(arena, logits.x, taps);
+    rows = arena.take<A>(threads * rows_stride());
+    widened = arena.take<A>(threads * widened_stride());
+    block = arena.take<A>(threads * block_stride());
+  }
+  int64_t row_stride() const { return (int64_t(logits.x.out) + 15) / 16 * 16; }
+  int64_t rows_stride() const { return taps * logits.classes * row_stride(); }
+  int64_t widened_stride() const { return (int64_t(logits.x.in) + 15) / 16 * 16; }
+  int64_t block_stride() const { return int64_t(logits.classes) * kPixelBlock; }
+
+  static constexpr int64_t kPixelBlock = 64;
+};
+
+#if defined(SK_ISA)
+inline namespace SK_ISA {
+
+template <class T, int K>
+class LogitRows {
+ public:
+  using A = Acc<T>;
+  static constexpr int64_t kBlock = LogitPlan<T>::kPixelBlock;
+
+  LogitRows(const LogitPlan<T>& plan, int64_t thread)
+      : p_(plan),
+        rows_(plan.rows + thread * plan.rows_stride()),
+        widened_(plan.widened + thread * plan.widened_stride()),
+        block_(plan.block + thread * plan.block_stride()) {
+    for (int k = 0; k < K; ++k) held_[k] = -1;
+  }
+
+  void move_to(int64_t image, int32_t y) {
+    const Logits<T>& l = p_.logits;
+    for (int k = 0; k < K; ++k) {
+      const int32_t source = p_.y.position[int64_t(k) * l.y.out + y];
+      const int slot = source % K;
+      A* rows = rows_ + slot * l.classes * p_.row_stride();
+      if (held_[slot] != image * l.y.in + source) {
+        fill(l.data + image * l.strides.batch + source * l.strides.row, rows);
+        held_[slot] = image * l.y.in + source;
+      }
+      row_[k] = rows;
+      weight_[k] = p_.y.weight[int64_t(k) * l.y.out + y];
+    }
+  }
+
+  // Logits of pixels x .. x + kBlock - 1 (rows are padded), [classes, kBlock].
+  const A* block(int64_t x) const {
+    for (int32_t c = 0; c < p_.logits.classes; ++c) {
+      const int64_t at = c * p_.row_stride() + x;
+      const int64_t n = p_.row_stride() - x < kBlock ? p_.row_stride() - x : kBlock;
+      A* out = block_ + c * kBlock;
+      const A* r[K];
+      for (int k = 0; k < K; ++k) r[k] = row_[k] + at;
+#pragma GCC ivdep
+      for (int64_t i = 0; i < n; ++i) {
+        A sum = weight_[0] * r[0][i];
+        for (int k = 1; k < K; ++k) sum = sum + weight_[k] * r[k][i];
+        out[i] = sum;
+      }
+    }
+    return block_;
+  }
+
+ private:
+  void fill(const T* from, A* rows) const {
+    const Logits<T>& l = p_.logits;
+    const int64_t width = l.x.out;
+    for (int32_t c = 0; c < l.classes; ++c, rows += p_.row_stride()) {
+      const T* row = from + c * l.strides.channel;
+      for (int32_t i = 0; i < l.x.in; ++i) widened_[i] = widen(row[i * l.strides.column]);
+#pragma GCC ivdep
+      for (int64_t x = 0; x < width; ++x) {
+        A sum = p_.x.weight[x] * widened_[p_.x.position[x]];
+        for (int k = 1; k < K; ++k) {
+          sum = sum + p_.x.weight[k * width + x] * widened_[p_.x.position[k * width + x]];
+        }
+        rows[x] = sum;
+      }
+      for (int64_t x = width; x < p_.row_stride(); ++x) rows[x] = A(0);
+    }
+  }
+
+  const LogitPlan<T>& p_;
+  A* rows_;
+  A* widened_;
+  A* block_;
+  int64_t held_[K];
+  const A* row_[K];
+  A weight_[K];
+};
+
+}  // namespace SK_ISA
+#endif
+
+}  // namespace segkernels

@@ -1,0 +1,103 @@
+// What the CPU's loops over rows share: the parameters that a call hands to the copy for this
+// machine's instruction set.
+#pragma once
+
+#include "common/simd.h"
+#include "common/where.h"
+#include "interpolate/kernels.h"
+#include "interpolate/tables.h"
+
+namespace segkernels {
+
+template <class A>
+struct ForwardRows {
+  Geometry<A> g;
+  ReadTable<A> y, x;
+  A* rows;     // `taps` rows of the output's width a thread
+  A* widened;  // a row of the input a thread
+  int taps;
+
+  void take(Arena& arena, int threads) {
+    y.take(arena, g.y, taps);
+    x.take(arena, g.x, taps);
+    rows = arena.take<A>(int64_t(threads) * taps * row_stride());
+    widened = arena.take<A>(int64_t(threads) * widened_stride());
+  }
+  // Rounded up, so that threads do not share cache lines.
+  int64_t row_stride() const { return (int64_t(g.x.out) * g.inner + 15) / 16 * 16; }
+  int64_t widened_stride() const { return (int64_t(g.x.in) * g.inner + 15) / 16 * 16; }
+};
+
+template <class A>
+struct BackwardRows {
+  Geometry<A> g;
+  ReaderTable<A> y, x;
+  // The readers of the width again, `most` for each input, where that is few: loops over inputs
+  // then vectorise. Reader q of input j is reader[q * in + j], of no weight beyond the last.
+  int32_t* reader;
+  A* weight;
+  A* sums;  // a row of the output's width a thread
+  int taps;
+
+  static constexpr int kMost = 8;
+
+  void take(Arena& arena, int threads) {
+    y.take(arena, g.y, taps);
+    x.take(arena, g.x, taps);
+    const bool few = g.inner == 1 && taps * double(g.x.inverse) + 2 <= kMost;
+    reader = arena.take<int32_t>(few ? int64_t(g.x.in) * kMost : 0);
+    weight = arena.take<A>(few ? int64_t(g.x.in) * kMost : 0);
+    sums = arena.take<A>(int64_t(threads) * row_stride());
+    most = few ? kMost : 0;
+  }
+
+  // Of one tap: input j is read by outputs step * j .. step * (j + 1) - 1, for all j; else 0.
+  int step() const {
+    const int64_t count = x.offset[1] - x.offset[0];
+    if (taps != 1 || count < 1 || count > 8) return 0;
+    for (int32_t j = 0; j < g.x.in; ++j) {
+      if (x.begin[j] != j * count || x.offset[j + 1] != (j + 1) * count) return 0;
+    }
+    return int(count);
+  }
+
+  // After the tables: `most` becomes what is needed, or 0 for not at all.
+  void pad() {
+    int64_t needed = 0;
+    for (int32_t j = 0; j < g.x.in; ++j) {
+      const int64_t count = x.offset[j + 1] - x.offset[j];
+      needed = count > needed ? count : needed;
+    }
+    most = needed <= most ? int(needed) : 0;
+    for (int64_t q = 0; q < most; ++q) {
+      for (int32_t j = 0; j < g.x.in; ++j) {
+        const bool there = q < x.offset[j + 1] - x.offset[j];
+        reader[q * g.x.in + j] = there ? x.begin[j] + int32_t(q) : 0;
+        weight[q * g.x.in + j] = there ? x.weight[x.offset[j] + q] : A(0);
+      }
+    }
+  }
+
+  int most;
+  int64_t row_stride() const { return (int64_t(g.x.out) * g.inner + 15) / 16 * 16; }
+};
+
+struct InterpolateRows {
+  void (*forward)(const Where&, ScalarType, const void* plan, const void* input, void* output);
+  void (*backward)(const Where&, ScalarType, const void* plan, const void* grad_output,
+                   void* grad_input);
+};
+
+namespace isa_base {
+const InterpolateRows& interpolate_rows();
+}
+#if defined(SK_HAVE_X86_ISAS)
+namespace isa_avx2 {
+const InterpolateRows& interpolate_rows();
+}
+namespace isa_avx512 {
+const InterpolateRows& interpolate_rows();
+}
+#endif
+
+}  // namespace segkernels

@@ -1,0 +1,82 @@
+// The taps of an axis, computed once a call for the CPU's loops, in memory that the caller gives.
+// They are built in a file that is compiled without contraction: the rounding of source coordinates
+// must not depend on the instruction set.
+#pragma once
+
+#include "interpolate/axis.h"
+
+namespace segkernels {
+
+// Takes aligned pieces from a block of memory; with no block it only counts them.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return base_ == nullptr ? nullptr : piece;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Tap k of output i reads input position[k * out + i] with weight[k * out + i].
+template <class A>
+struct ReadTable {
+  int32_t* position;
+  A* weight;
+
+  void take(Arena& arena, const Axis<A>& axis, int taps) {
+    position = arena.take<int32_t>(int64_t(axis.out) * taps);
+    weight = arena.take<A>(int64_t(axis.out) * taps);
+  }
+};
+
+// Input j is read by outputs begin[j] + q with weight[offset[j] + q], for q < offset[j + 1] -
+// offset[j].
+template <class A>
+struct ReaderTable {
+  int32_t* begin;
+  int64_t* offset;
+  A* weight;
+
+  void take(Arena& arena, const Axis<A>& axis, int taps) {
+    begin = arena.take<int32_t>(axis.in);
+    offset = arena.take<int64_t>(int64_t(axis.in) + 1);
+    weight = arena.take<A>(int64_t(axis.out) * taps);
+  }
+};
+
+namespace cpu {
+
+template <int K, class A>
+void fill(const Axis<A>& axis, const ReadTable<A>& table) {
+  for (int32_t i = 0; i < axis.out; ++i) {
+    const Taps<A, K> taps = taps_at<K>(axis, i);
+    for (int k = 0; k < K; ++k) {
+      table.position[int64_t(k) * axis.out + i] = tap_position(axis, taps.start, k);
+      table.weight[int64_t(k) * axis.out + i] = taps.weight[k];
+    }
+  }
+}
+
+template <int K, class A>
+void fill(const Axis<A>& axis, const ReaderTable<A>& table) {
+  table.offset[0] = 0;
+  for (int32_t j = 0; j < axis.in; ++j) {
+    const int32_t begin = first_reader<K>(axis, j), end = last_reader<K>(axis, j);
+    A* weight = table.weight + table.offset[j];
+    for (int32_t i = begin; i < end; ++i) *weight++ = weight_of<K>(axis, i, j);
+    table.begin[j] = begin;
+    table.offset[j + 1] = weight - table.weight;
+  }
+}
+
+}  // namespace cpu
+}  // namespace segkernels

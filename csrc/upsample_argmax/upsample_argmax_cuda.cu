@@ -1,0 +1,13 @@
+// argmax of upsampled logits on CUDA: launches the functor of upsample_argmax.h, a few pixels a
+// thread.
+#include "interpolate/launch.h"
+#include "upsample_argmax/upsample_argmax.h"
+
+namespace segkernels {
+
+void upsample_argmax_cuda(const Where& where, const ArgmaxCall& call) {
+  const DeviceGuard guard(where.device);
+  with_argmax(call, [&](const auto& f) { walk(where, f.count(), f, "upsample_argmax"); });
+}
+
+}  // namespace segkernels

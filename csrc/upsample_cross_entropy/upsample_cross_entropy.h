@@ -1,0 +1,243 @@
+// Losses of upsampled logits: interface, and the functors that CUDA runs. Forward: a thread owns
+// a few pixels below each other and walks over the classes once; sums are taken in double, in a
+// fixed order. Backward: the tiles of interpolate's backward pass (interpolate/kernels.h), with the
+// gradient of each pixel's logits computed where that reads it: a thread owns a column of pixels
+// and a few classes.
+#pragma once
+
+#include "common/where.h"
+#include "interpolate/interpolate.h"
+#include "upsample_cross_entropy/loss.h"
+
+namespace segkernels {
+
+enum class Reduction : int { kNone = 0, kMean = 1, kSum = 2 };
+
+struct LossCall {
+  Resampling resampling;  // inner is 1, planes the batch
+  int32_t classes;
+  Strides strides;  // of the logits
+  ScalarType type;
+  bool binary;
+  const void* logits;
+  const void* target;  // [batch, out height, out width]
+  TargetType target_type;
+  int64_t ignore_index;
+  const void* weight;  // [classes], or binary: like target; or null. Like pos_weight and losses, of
+                       // the computing type
+  const void* pos_weight;  // binary: one, or null
+  double smoothing;
+  Reduction reduction;
+  int32_t* status;
+};
+
+// Where the results go, all of the computing type.
+struct LossOutputs {
+  void* kept;     // a value a pixel for the backward pass
+  void* losses;   // a value a pixel, or null unless the reduction is kNone
+  void* totals;   // [3]: loss, weight of the pixels, sum of the class weights
+  void* partial;  // CUDA: 2 * kMaxPartials doubles
+};
+
+struct LossGradient {
+  const void* grad;  // a value a pixel for kNone, else one
+  const void* kept;
+  const void* totals;
+  void* grad_logits;
+  Strides strides;  // of grad_logits
+};
+
+constexpr int kMaxPartials = 2048;
+
+inline namespace SK_NS {
+
+template <class T, int K, class P>
+struct LossForward {
+  using A = Acc<T>;
+  static constexpr int kRows = kPixelRows<T, K>;
+  Logits<T> logits;
+  P loss;
+  A* kept;
+  A* losses;
+
+  SK_HD int64_t count() const { return PixelIndex<kRows>::count(logits); }
+
+  // Adds to the sums of the pixels' losses and weights.
+  SK_HD void operator()(int64_t i, double& total, double& weight) const {
+    const PixelIndex<kRows> at(logits, i);
+    const PixelColumn<T, K, kRows> column(logits, at.row, at.column);
+    const T* plane = logits.data + at.image * logits.strides.batch;
+    const int64_t first = (at.image * logits.y.out + at.row) * logits.x.out + at.column;
+    typename P::Sums sums[kRows];
+    int32_t label[kRows];
+    A value[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      sums[r] = loss.start();
+      label[r] = at.row + r < logits.y.out ? loss.label(first + r * int64_t(logits.x.out)) : -1;
+    }
+    for (int32_t c = 0; c < logits.classes; ++c, plane += logits.strides.channel) {
+      column.read(logits, plane, value);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) loss.add(sums[r], value[r], c, label[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (at.row + r >= logits.y.out) continue;
+      const int64_t pixel = first + r * int64_t(logits.x.out);
+      A pixel_weight;
+      const A l = loss.finish(sums[r], pixel, label[r], kept, pixel_weight);
+      if (losses != nullptr) losses[pixel] = l;
+      total += double(l);
+      weight += double(pixel_weight);
+    }
+  }
+};
+
+// Classes a thread of the backward pass holds.
+template <class P, int K>
+constexpr int kLossChannels = K == 4 && P::kChannels > 1 ? P::kChannels / 2 : P::kChannels;
+
+template <class T, int K, class P>
+struct LossBackward {
+  using A = Acc<T>;
+  static constexpr int kChannels = kLossChannels<P, K>;
+  Logits<T> logits;
+  P loss;
+  Tiling tiling;  // channels are the classes
+  Reduction reduction;
+  const A* grad;
+  const A* kept;
+  const A* totals;
+  T* grad_logits;
+  Strides strides;
+
+  SK_HD int64_t tiles() const {
+    return logits.batch * tiling.channel_tiles * tiling.row_tiles * tiling.column_tiles;
+  }
+  SK_HD int columns() const { return tiling.span; }
+  SK_HD int cells() const { return tiling.columns * kChannels; }
+  SK_HD Tile tile(int64_t i) const {
+    return tile_at(Geometry<A>{logits.batch, logits.classes, logits.y, logits.x}, tiling, i);
+  }
+
+  SK_HD A scale_of(int64_t pixel) const {
+    if (reduction == Reduction::kNone) return grad[pixel];
+    return reduction == Reduction::kMean ? grad[0] / totals[1] : grad[0];
+  }
+
+  // First: column i of the tile's readers, summed down the height into `sums` [kChannels, rows,
+  // span].
+  SK_HD void column(const Tile& tile, int i, A* sums) const {
+    const int32_t x = first_reader<K>(logits.x, tile.column) + i;
+    if (x >= last_reader<K>(logits.x, tile.column_end - 1)) return;
+    const Taps<A, K> tx = taps_at<K>(logits.x, x);
+    const T* plane =
+        logits.data + tile.plane * logits.strides.batch + tile.channel * logits.strides.channel;
+    const int64_t pixels = tile.plane * logits.y.out * logits.x.out + x;
+    const int left = logits.classes - tile.channel;
+    const A class_weights = totals[2];
+    RowWindow<A, K, kChannels> window;
+    sum_readers<A, K, kChannels>(
+        logits.y, tile.row, tile.row_end,
+        [&](int32_t y, const Taps<A, K>& ty, A* values) {
+          window.move_to(ty.start, logits.y.kind != kIdentity, [&](int k) {
+#pragma unroll
+            for (int v = 0; v < kChannels; ++v) {
+              const T* from = plane + (v < left ? v : 0) * logits.strides.channel;
+              window.value[v][k] = PixelColumn<T, K, 1>::along(logits, from, ty.start, k, tx);
+            }
+          });
+          const int64_t pixel = pixels + y * int64_t(logits.x.out);
+          const auto state = loss.pixel(kept, pixel, scale_of(pixel), class_weights);
+#pragma unroll
+          for (int v = 0; v < kChannels; ++v) {
+            const A value = PixelColumn<T, K, 1>::blend(ty, window.value[v]);
+            values[v] = v < left ? loss.gradient(state, value, tile.channel + v) : A(0);
+          }
+        },
+        [&](int32_t j, const A* sum) {
+#pragma unroll
+          for (int v = 0; v < kChannels; ++v)
+            sums[(v * tiling.rows + j - tile.row) * tiling.span + i] = sum[v];
+        });
+  }
+
+  // Then: cell i of every row of the tile, summed along the width.
+  SK_HD void cell(const Tile& tile, int i, const A* sums) const {
+    const int v = i / tiling.columns;
+    const int32_t j = tile.column + i % tiling.columns, c = tile.channel + v;
+    if (c >= logits.classes || j >= tile.column_end) return;
+    const int32_t base = first_reader<K>(logits.x, tile.column), last = last_reader<K>(logits.x, j);
+    A sum[kTileRows] = {};
+    for (int32_t x = first_reader<K>(logits.x, j); x < last; ++x) {
+      const A w = weight_of<K>(logits.x, x, j);
+      const A* at = sums + v * tiling.rows * tiling.span + x - base;
+#pragma unroll
+      for (int r = 0; r < kTileRows; ++r) {
+        if (r < tile.row_end - tile.row) sum[r] = mul_add(w, at[r * tiling.span], sum[r]);
+      }
+    }
+    T* to = grad_logits + tile.plane * strides.batch + c * strides.channel +
+            tile.row * strides.row + j * strides.column;
+#pragma unroll
+    for (int r = 0; r < kTileRows; ++r) {
+      if (r < tile.row_end - tile.row) narrow(sum[r], to[r * strides.row]);
+    }
+  }
+};
+
+}  // namespace SK_NS
+
+// The tiles of a backward pass; false when none fits kTileBytes.
+template <int K, class P, class T>
+bool tile_losses(const Logits<T>& l, Tiling& t) {
+  constexpr int kChannels = kLossChannels<P, K>;
+  const Geometry<Acc<T>> g{l.batch, 1, l.y, l.x};
+  t = tiling_of(g, K, kChannels, kTileRows);
+  t.channels = kChannels;
+  t.channel_tiles = (l.classes + kChannels - 1) / kChannels;
+  return int64_t(t.rows) * t.span * kChannels * int64_t(sizeof(Acc<T>)) <= kTileBytes;
+}
+
+template <class T>
+Logits<T> logits_of(const LossCall& call) {
+  const auto g = call.resampling.geometry<Acc<T>>();
+  return {g.y,          g.x,          call.resampling.planes,
+          call.classes, call.strides, static_cast<const T*>(call.logits)};
+}
+
+// f(T{}, integral_constant<K>, loss) with the call's types.
+template <class F>
+void with_loss(const LossCall& call, const F& f) {
+  with_scalar_type(call.type, [&](auto scalar) {
+    using A = Acc<decltype(scalar)>;
+    with_taps(call.resampling.mode, [&](auto taps) {
+      const A* weight = static_cast<const A*>(call.weight);
+      if (call.binary) {
+        f(scalar, taps,
+          BinaryLoss<A>{call.target, call.target_type, call.ignore_index, weight,
+                        static_cast<const A*>(call.pos_weight), call.status});
+      } else {
+        f(scalar, taps,
+          SoftmaxLoss<A>{call.target, call.target_type, call.ignore_index, weight,
+                         A(call.smoothing), call.classes, call.status});
+      }
+    });
+  });
+}
+
+int64_t upsample_loss_workspace(const Where&, const LossCall&, bool backward);
+void upsample_loss_cpu(const Where&, const LossCall&, const LossOutputs&, void* workspace);
+void upsample_loss_backward_cpu(const Where&, const LossCall&, const LossGradient&,
+                                void* workspace);
+// CUDA's functors on the CPU, for tests; `workspace` holds kTileBytes.
+void upsample_loss_plain(const Where&, const LossCall&, const LossOutputs&);
+void upsample_loss_backward_plain(const Where&, const LossCall&, const LossGradient&,
+                                  void* workspace);
+#if defined(SK_WITH_CUDA)
+void upsample_loss_cuda(const Where&, const LossCall&, const LossOutputs&);
+void upsample_loss_backward_cuda(const Where&, const LossCall&, const LossGradient&);
+#endif
+
+}  // namespace segkernels

@@ -1,0 +1,132 @@
+// Losses of upsampled logits on the CPU: tables of taps, the choice of instruction set, and CUDA's
+// functors run by loops.
+#include "common/parallel_for.h"
+#include "upsample_cross_entropy/rows.h"
+
+namespace segkernels {
+namespace {
+
+const LossRows& rows_for_machine() {
+#if defined(SK_HAVE_X86_ISAS)
+  static const Isa isa = best_isa();
+  if (isa == Isa::kAvx512) return isa_avx512::upsample_loss_rows();
+  if (isa == Isa::kAvx2) return isa_avx2::upsample_loss_rows();
+#endif
+  return isa_base::upsample_loss_rows();
+}
+
+int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
+
+template <class T>
+LossPlan<T> plan_of(const LossCall& call) {
+  LossPlan<T> plan{};
+  plan.logits.logits = logits_of<T>(call);
+  plan.logits.taps = taps_of(call.resampling.mode);
+  return plan;
+}
+
+template <int K, class T>
+void fill_tables(const LossPlan<T>& plan, bool backward) {
+  const Logits<T>& l = plan.logits.logits;
+  cpu::fill<K>(l.y, plan.logits.y);
+  cpu::fill<K>(l.x, plan.logits.x);
+  if (!backward) return;
+  cpu::fill<K>(l.x, plan.x_readers);
+  for (int32_t j = 0; j < l.y.in; ++j) {
+    plan.y_begin[j] = first_reader<K>(l.y, j);
+    plan.y_end[j] = last_reader<K>(l.y, j);
+  }
+}
+
+template <class A>
+void set_totals(const LossCall& call, double loss, double weight, void* totals) {
+  double classes = call.classes;
+  if (call.weight != nullptr && !call.binary) {
+    classes = 0;
+    for (int32_t c = 0; c < call.classes; ++c)
+      classes += double(static_cast<const A*>(call.weight)[c]);
+  }
+  A* to = static_cast<A*>(totals);
+  to[0] = A(call.reduction == Reduction::kMean ? loss / weight : loss);
+  to[1] = A(weight);
+  to[2] = A(classes);
+}
+
+}  // namespace
+
+int64_t upsample_loss_workspace(const Where& where, const LossCall& call, bool backward) {
+  Arena arena(nullptr);
+  with_scalar_type(call.type, [&](auto scalar) {
+    auto plan = plan_of<decltype(scalar)>(call);
+    plan.take(arena, threads_of(where), backward);
+  });
+  return arena.used();
+}
+
+void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutputs& to,
+                       void* workspace) {
+  with_scalar_type(call.type, [&](auto scalar) {
+    using T = decltype(scalar);
+    auto plan = plan_of<T>(call);
+    Arena arena(workspace);
+    plan.take(arena, threads_of(where), false);
+    with_taps(call.resampling.mode, [&](auto taps) { fill_tables<taps.value>(plan, false); });
+    rows_for_machine().forward(where, call, to, &plan);
+    double loss = 0, weight = 0;
+    for (int64_t row = 0; row < call.resampling.planes * call.resampling.out_height; ++row) {
+      loss += plan.partial[2 * row];
+      weight += plan.partial[2 * row + 1];
+    }
+    set_totals<Acc<T>>(call, loss, weight, to.totals);
+  });
+}
+
+void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g,
+                                void* workspace) {
+  with_scalar_type(call.type, [&](auto scalar) {
+    auto plan = plan_of<decltype(scalar)>(call);
+    Arena arena(workspace);
+    plan.take(arena, threads_of(where), true);
+    with_taps(call.resampling.mode, [&](auto taps) { fill_tables<taps.value>(plan, true); });
+    rows_for_machine().backward(where, call, g, &plan);
+  });
+}
+
+void upsample_loss_plain(const Where&, const LossCall& call, const LossOutputs& to) {
+  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
+    using T = decltype(scalar);
+    using A = Acc<T>;
+    const LossForward<T, taps.value, std::decay_t<decltype(loss)>> f{
+        logits_of<T>(call), loss, static_cast<A*>(to.kept), static_cast<A*>(to.losses)};
+    double total = 0, weight = 0;
+    for (int64_t i = 0; i < f.count(); ++i) f(i, total, weight);
+    set_totals<A>(call, total, weight, to.totals);
+  });
+}
+
+void upsample_loss_backward_plain(const Where&, const LossCall& call, const LossGradient& g,
+                                  void* workspace) {
+  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
+    using T = decltype(scalar);
+    using A = Acc<T>;
+    using P = std::decay_t<decltype(loss)>;
+    LossBackward<T, taps.value, P> f{logits_of<T>(call),
+                                     loss,
+                                     {},
+                                     call.reduction,
+                                     static_cast<const A*>(g.grad),
+                                     static_cast<const A*>(g.kept),
+                                     static_cast<const A*>(g.totals),
+                                     static_cast<T*>(g.grad_logits),
+                                     g.strides};
+    if (!tile_losses<taps.value, P>(f.logits, f.tiling)) throw std::runtime_error("no tile fits");
+    A* sums = static_cast<A*>(workspace);
+    for (int64_t i = 0; i < f.tiles(); ++i) {
+      const Tile tile = f.tile(i);
+      for (int e = 0; e < f.columns(); ++e) f.column(tile, e, sums);
+      for (int e = 0; e < f.cells(); ++e) f.cell(tile, e, sums);
+    }
+  });
+}
+
+}  // namespace segkernels

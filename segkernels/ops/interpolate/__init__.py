@@ -1,0 +1,142 @@
+"""interpolate: torch's, with a deterministic gather backward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from segkernels import _dtypes, _registry
+from segkernels.ops.interpolate import _resampling, autograd
+from segkernels.ops.interpolate._resampling import Resampling
+
+_registry.register(
+    _registry.Op(
+        name="interpolate",
+        functions=("interpolate",),
+        backends=(("cpu", "c++ simd"), ("cuda", "c++")),
+        dtypes=_dtypes.names(),
+        layouts=("contiguous", "channels_last"),
+        deterministic=True,
+        differentiable=("input",),
+        library_ops=("segkernels::interpolate",),
+        note="twice differentiable; antialias=True, 3-D and 5-D inputs, integer dtypes and the "
+        "other modes are handed to torch",
+    )
+)
+
+
+def interpolate(
+    input: torch.Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> torch.Tensor:
+    """Resize `input`: `torch.nn.functional.interpolate`, argument for argument and value for value.
+
+    Source coordinates and nearest indices are computed in torch's own arithmetic on the same device
+    (float32 for float32 and the half types, with a fused multiplication and addition), so float32
+    results differ from torch's by the rounding of the last sums only; half types are computed and
+    accumulated in float32 and rounded once, and equal ``F.interpolate(input.float(), ...)``
+    rounded. The backward is a gather in a fixed order, accumulated in float32 (float64 for
+    float64): the same bits every time, also under `torch.use_deterministic_algorithms`, where
+    torch's own bicubic backward raises on CUDA. It is differentiable twice.
+
+    The unpoolings of the literature that resample are this op with an integer `scale_factor`:
+    nearest-neighbour unpooling (mode "nearest"), bilinear and bicubic upsampling.
+
+    Args:
+        input: [N, C, H, W], float16, bfloat16, float32 or float64; contiguous and channels_last
+            tensors are taken as they are and the layout is kept, other strides are copied first.
+        size: (H_out, W_out), or one int for both.
+        scale_factor: multiplier of (H, W), or one for both; give this or `size`.
+        mode: "nearest" (floor(i * H / H_out), as torch and OpenCV have it), "nearest-exact" (of
+            pixel centres), "bilinear", or "bicubic" (Keys 1981, a = -0.75).
+        align_corners: for "bilinear" and "bicubic": whether the centres of the corner pixels of
+            input and output coincide (True), or their outer corners (False, the default).
+        recompute_scale_factor: compute coordinates from the sizes (True), or with `scale_factor`
+            itself (None, False).
+        antialias: as in torch, which computes it.
+
+    Returns:
+        [N, C, H_out, W_out] in `input`'s dtype and layout.
+
+    Raises:
+        ValueError, NotImplementedError, RuntimeError, TypeError: those of
+            `torch.nn.functional.interpolate`, with its messages.
+
+    Other modes ("area"), dtypes and numbers of dimensions are handed to torch.
+    """
+    found = _plan(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    if found is None:
+        return F.interpolate(
+            input,
+            size,
+            scale_factor,
+            mode,
+            align_corners,
+            recompute_scale_factor,
+            antialias,
+        )
+    return autograd.apply(input, found)
+
+
+def _plan(
+    input: torch.Tensor,
+    size: int | Sequence[int] | None,
+    scale_factor: float | Sequence[float] | None,
+    mode: str,
+    align_corners: bool | None,
+    recompute_scale_factor: bool | None,
+    antialias: bool,
+) -> Resampling | None:
+    """The resampling, or None for what torch is to compute, or to raise for."""
+    if (
+        not isinstance(input, torch.Tensor)
+        or input.dim() != 4
+        or input.dtype not in _dtypes.FLOATING
+        or input.device.type not in ("cpu", "cuda")
+        or mode not in _resampling.MODES
+        or antialias
+        or (size is None) == (scale_factor is None)
+        or (size is not None and recompute_scale_factor)
+        or (align_corners is not None and mode.startswith("nearest"))
+    ):
+        return None
+    height, width = input.size(2), input.size(3)
+    factors = (0.0, 0.0)
+    if size is not None:
+        pair = _pair(size, (int, torch.SymInt))
+        if pair is None:
+            return None
+        out_size = (pair[0], pair[1])
+    else:
+        scales = _pair(scale_factor, (int, float))
+        if scales is None:
+            return None
+        # As torch: a product of float64, rounded down.
+        out_size = (
+            math.floor(float(height) * scales[0]),
+            math.floor(float(width) * scales[1]),
+        )
+        if not recompute_scale_factor:
+            factors = (float(scales[0]), float(scales[1]))
+    if out_size[0] <= 0 or out_size[1] <= 0 or height == 0 or width == 0 or input.size(1) == 0:
+        return None
+    rule = _resampling.rule_for(input, out_size, mode)
+    return Resampling(
+        (height, width), out_size, factors, mode, bool(align_corners), rule, transpose=False
+    )
+
+
+def _pair(value: Any, kinds: tuple[type, ...]) -> Any:
+    values = value if isinstance(value, (list, tuple)) else (value, value)
+    if len(values) == 2 and all(isinstance(v, kinds) and type(v) is not bool for v in values):
+        return values
+    return None

@@ -1,0 +1,513 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import suite
+from ops.suite import Error, Float, Sample
+
+import segkernels
+from segkernels import _dtypes
+from segkernels.ops.interpolate import _resampling, _tail
+from segkernels.ops.upsample_cross_entropy import _kernel, reference
+from segkernels.ops.upsample_cross_entropy._kernel import Loss, Tensors
+
+MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
+
+
+def labels(classes: int, *shape: int, ignore: int | None = None, dtype: Any = torch.int64) -> Any:
+    """A function that draws labels, a fifth of them `ignore`."""
+
+    def make(generator: torch.Generator) -> torch.Tensor:
+        found = torch.randint(classes, shape, generator=generator)
+        if ignore is not None:
+            found[torch.rand(shape, generator=generator) < 0.2] = ignore
+        return found.to(dtype)
+
+    return make
+
+
+def positive(generator: torch.Generator, n: int) -> torch.Tensor:
+    return torch.rand(n, generator=generator, dtype=torch.float64) + 0.1
+
+
+def class_weights(n: int) -> Float:
+    return Float(n, make=lambda generator: positive(generator, n), grad=False)
+
+
+def sample(id: str, *args: Any, grad: bool = True, compile: bool = False, **kwargs: Any) -> Sample:
+    return Sample(id, args, kwargs, grad=grad, compile=compile)
+
+
+class LossSuite(suite.OpSuite):
+    not_differentiable = ("upsample_cross_entropy_backward",)
+    tolerance = {
+        torch.float16: (2e-3, 2e-5),
+        torch.bfloat16: (1.6e-2, 2e-4),
+        torch.float32: (2e-5, 2e-6),
+        torch.float64: (1e-11, 1e-12),
+    }
+
+    def _with_coordinates(self, dtype: torch.dtype) -> Callable[..., Any]:
+        def of(*args: Any, **kwargs: Any) -> Any:
+            coordinates = _dtypes.compute_dtype(dtype)
+            return type(self).reference(*args, **kwargs, coordinates=coordinates)
+
+        return of
+
+    def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+        return self._widened(sample, dtype, device).of(self._with_coordinates(dtype))
+
+    def expected_gradients(
+        self, sample: Sample, dtype: torch.dtype, device: str
+    ) -> tuple[torch.Tensor, ...]:
+        call = self._widened(sample, dtype, device, grad=True)
+        # The loss is in the computing dtype, and so are its gradients.
+        return suite.gradients(call, self._with_coordinates(dtype), _dtypes.compute_dtype(dtype))
+
+
+class TestUpsampleCrossEntropy(LossSuite):
+    function = staticmethod(segkernels.upsample_cross_entropy)
+    reference = staticmethod(reference.upsample_cross_entropy)
+    samples = [
+        sample("mean", Float(2, 5, 4, 3), labels(5, 2, 13, 9, ignore=-100), compile=True),
+        sample(
+            "weighted",
+            Float(2, 3, 4, 5),
+            labels(3, 2, 7, 11, ignore=255, dtype=torch.uint8),
+            class_weights(3),
+            ignore_index=255,
+            align_corners=True,
+        ),
+        sample(
+            "smoothed",
+            Float(1, 4, 3, 3),
+            labels(4, 1, 10, 6, ignore=-100),
+            class_weights(4),
+            label_smoothing=0.1,
+            compile=True,
+            reduction="sum",
+        ),
+        sample(
+            "none",
+            Float(2, 6, 3, 4),
+            labels(6, 2, 5, 9, ignore=2, dtype=torch.int32),
+            ignore_index=2,
+            reduction="none",
+            compile=True,
+        ),
+        sample("bicubic", Float(1, 3, 5, 4), labels(3, 1, 12, 12), mode="bicubic"),
+        sample("nearest", Float(1, 2, 3, 2), labels(2, 1, 7, 5, dtype=torch.int16), mode="nearest"),
+        sample("down", Float(1, 3, 9, 8), labels(3, 1, 4, 3), label_smoothing=0.3),
+        sample("one_class", Float(1, 1, 2, 2), labels(1, 1, 4, 4)),
+        sample("one_pixel", Float(2, 3, 1, 1), labels(3, 2, 5, 6)),
+        sample("same_size", Float(1, 3, 4, 5), labels(3, 1, 4, 5)),
+        sample("wide", Float(1, 21, 9, 33), labels(21, 1, 65, 257, ignore=-100), grad=False),
+        sample("many_classes", Float(1, 1000, 2, 2), labels(1000, 1, 6, 5), grad=False),
+    ]
+    errors = [
+        Error(
+            "target shape",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(2, 3, 2, 2, device=d), torch.zeros(1, 4, 4, device=d).long()
+            ),
+            ValueError,
+            r"target must be \[2, H, W\], got shape \(1, 4, 4\)",
+        ),
+        Error(
+            "target dtype",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(1, 3, 2, 2, device=d), torch.zeros(1, 4, 4, device=d)
+            ),
+            TypeError,
+            "target must hold labels in int64, int32, int16 or uint8, got torch.float32",
+        ),
+        Error(
+            "weight shape",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(1, 3, 2, 2, device=d),
+                torch.zeros(1, 4, 4, device=d).long(),
+                torch.ones(4, device=d),
+            ),
+            ValueError,
+            r"weight must be \[3\], got shape \(4,\)",
+        ),
+        Error(
+            "reduction",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(1, 3, 2, 2, device=d),
+                torch.zeros(1, 4, 4, device=d).long(),
+                reduction="average",
+            ),
+            ValueError,
+            suite.message("reduction must be one of none, mean, sum", "'average'"),
+        ),
+        Error(
+            "label smoothing",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(1, 3, 2, 2, device=d),
+                torch.zeros(1, 4, 4, device=d).long(),
+                label_smoothing=1.5,
+            ),
+            ValueError,
+            "label_smoothing must be from 0 to 1, got 1.5",
+        ),
+        Error(
+            "weight with a gradient",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(1, 3, 2, 2, device=d),
+                torch.zeros(1, 4, 4, device=d).long(),
+                torch.ones(3, device=d, requires_grad=True),
+            ),
+            ValueError,
+            "weight gets no gradient",
+        ),
+        Error(
+            "two devices",
+            lambda d: segkernels.upsample_cross_entropy(
+                torch.zeros(1, 3, 2, 2, device=d), torch.zeros(1, 4, 4, device="meta").long()
+            ),
+            RuntimeError,
+            suite.message("target must be on", "got meta"),
+        ),
+    ]
+
+    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+        # Of a mean everything is NaN: look at the pixels. An ignored pixel hides its logits.
+        if sample.kwargs.get("reduction") == "none":
+            super().test_nan_goes_where_it_must(sample, device)
+
+
+class TestUpsampleBinaryCrossEntropy(LossSuite):
+    function = staticmethod(segkernels.upsample_binary_cross_entropy)
+    reference = staticmethod(reference.upsample_binary_cross_entropy)
+    samples = [
+        sample("labels", Float(2, 1, 4, 3), labels(2, 2, 1, 13, 9, ignore=-100), compile=True),
+        sample(
+            "soft",
+            Float(2, 1, 3, 5),
+            lambda g: torch.rand(2, 1, 11, 8, generator=g),
+            compile=True,
+            reduction="none",
+        ),
+        sample(
+            "weighted",
+            Float(1, 1, 4, 4),
+            labels(2, 1, 1, 9, 10, ignore=255, dtype=torch.uint8),
+            Float(1, 1, 9, 10, make=lambda g: positive(g, 90).reshape(1, 1, 9, 10), grad=False),
+            ignore_index=255,
+            pos_weight=class_weights(1),
+            reduction="sum",
+            mode="bicubic",
+        ),
+        sample("bool", Float(1, 1, 2, 3), lambda g: torch.rand(1, 1, 6, 7, generator=g) < 0.5),
+        sample("corners", Float(1, 1, 5, 5), labels(2, 1, 1, 9, 9), align_corners=True),
+        sample("same_size", Float(1, 1, 5, 5), labels(2, 1, 1, 5, 5)),
+    ]
+    errors = [
+        Error(
+            "channels",
+            lambda d: segkernels.upsample_binary_cross_entropy(
+                torch.zeros(1, 2, 2, 2, device=d), torch.zeros(1, 2, 4, 4, device=d)
+            ),
+            ValueError,
+            r"logits must be \[N, 1, H, W\], got shape \(1, 2, 2, 2\)",
+        ),
+        Error(
+            "target shape",
+            lambda d: segkernels.upsample_binary_cross_entropy(
+                torch.zeros(1, 1, 2, 2, device=d), torch.zeros(1, 4, 4, device=d)
+            ),
+            ValueError,
+            r"target must be \[1, 1, H, W\], got shape \(1, 4, 4\)",
+        ),
+        Error(
+            "weight shape",
+            lambda d: segkernels.upsample_binary_cross_entropy(
+                torch.zeros(1, 1, 2, 2, device=d),
+                torch.zeros(1, 1, 4, 4, device=d),
+                torch.ones(3, device=d),
+            ),
+            ValueError,
+            r"weight must broadcast to \(1, 1, 4, 4\), got shape \(3,\)",
+        ),
+        Error(
+            "pos_weight shape",
+            lambda d: segkernels.upsample_binary_cross_entropy(
+                torch.zeros(1, 1, 2, 2, device=d),
+                torch.zeros(1, 1, 4, 4, device=d),
+                pos_weight=torch.ones(2, device=d),
+            ),
+            ValueError,
+            r"pos_weight must hold one value, got shape \(2,\)",
+        ),
+        Error(
+            "target dtype",
+            lambda d: segkernels.upsample_binary_cross_entropy(
+                torch.zeros(1, 1, 2, 2, device=d), torch.zeros(1, 1, 4, 4, device=d).cfloat()
+            ),
+            TypeError,
+            "target must be floating, bool, uint8",
+        ),
+    ]
+
+    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+        if sample.kwargs.get("reduction") == "none":
+            super().test_nan_goes_where_it_must(sample, device)
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    sizes = st.integers(1, 9) | st.just(17)
+    n, c = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 8, 21]))
+    dtype = draw(st.sampled_from(list(_dtypes.FLOATING)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    shape = (n, c, draw(sizes), draw(sizes))
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    logits = suite.with_layout(logits, draw(st.sampled_from(suite.LAYOUTS[:-1])))
+    size = (draw(st.integers(1, 40)), draw(st.integers(1, 140)))
+    ignore = draw(st.sampled_from([-100, 255, 0]))
+    target = labels(c, n, *size, ignore=ignore)(generator)
+    kwargs: dict[str, Any] = {
+        "ignore_index": ignore,
+        "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.0, 0.1, 1.0])),
+    }
+    if draw(st.booleans()):
+        kwargs["weight"] = positive(generator, c)
+    kwargs["mode"] = draw(st.sampled_from(MODES))
+    kwargs["align_corners"] = not kwargs["mode"].startswith("nearest") and draw(st.booleans())
+    return logits, target, kwargs
+
+
+def _torch_loss(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    rest = dict(kwargs)
+    mode, align = rest.pop("mode"), rest.pop("align_corners")
+    x = F.interpolate(
+        logits.to(_dtypes.compute_dtype(logits.dtype)),
+        target.shape[-2:],
+        mode=mode,
+        align_corners=None if mode.startswith("nearest") else align,
+    )
+    return F.cross_entropy(x, target, **rest)
+
+
+def check(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    compute = _dtypes.compute_dtype(logits.dtype)
+    if "weight" in kwargs:
+        kwargs = {**kwargs, "weight": kwargs["weight"].to(logits.device, compute)}
+    rtol, atol = (1e-10, 1e-12) if compute == torch.float64 else (1e-4, 1e-5)
+    found = []
+    for function in (segkernels.upsample_cross_entropy, None):
+        x = logits.detach().clone().requires_grad_()
+        if function is not None:
+            loss = function(x, target, **kwargs)
+        else:
+            loss = _torch_loss(x, target, kwargs)
+        assert loss.dtype == compute
+        grad = torch.linspace(0.5, 1.5, loss.numel(), dtype=compute).reshape(loss.shape)
+        found.append((loss, torch.autograd.grad(loss, x, grad.to(loss.device))[0]))
+    (loss, grad), (loss_of_torch, grad_of_torch) = found
+    torch.testing.assert_close(loss, loss_of_torch, rtol=rtol, atol=atol, equal_nan=True)
+    if kwargs["mode"].startswith("nearest"):
+        return  # torch's backward on the CPU is not the transpose of its forward: see the reference
+    ulp = {torch.float16: 2**-9, torch.bfloat16: 2**-6}.get(logits.dtype, 0.0)
+    scale = grad_of_torch.double().nan_to_num().abs().max().item()
+    torch.testing.assert_close(
+        grad, grad_of_torch, rtol=rtol + ulp, atol=atol * max(scale, 1e-3), equal_nan=True
+    )
+
+
+@settings(max_examples=150)
+@given(calls())
+def test_equals_torch(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
+    check(*call)
+
+
+@pytest.mark.gpu
+@settings(max_examples=150)
+@given(calls())
+def test_equals_torch_on_cuda(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
+    check(call[0].cuda(), call[1].cuda(), call[2])
+
+
+@settings(max_examples=100)
+@given(calls(), st.booleans())
+def test_the_functors_that_cuda_runs(
+    call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]], binary: bool
+) -> None:
+    logits, target, kwargs = call
+    compute = _dtypes.compute_dtype(logits.dtype)
+    weight = kwargs.get("weight")
+    weight = None if weight is None else weight.to(compute)
+    if binary:
+        logits, target = logits[:, :1], target.clamp(max=1).unsqueeze(1)
+        target = torch.where(target < 0, 0, target)
+        weight = None if weight is None else torch.rand(target.shape).to(compute)
+    r = _tail.resampling(
+        "test", logits, tuple(target.shape[-2:]), kwargs["mode"], kwargs["align_corners"]
+    )
+    loss = Loss(
+        binary,
+        kwargs["ignore_index"],
+        kwargs["reduction"],
+        0.0 if binary else kwargs["label_smoothing"],
+        kwargs["mode"],
+        kwargs["align_corners"],
+        r.rule,
+    )
+    t = Tensors(logits, target, weight, None)
+    expected = _kernel.forward(t, loss)
+    ours = _kernel.forward(t, loss, plain=True)
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-11} if compute == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    for mine, theirs in zip(ours, expected, strict=True):
+        if mine is ours[2] and loss.reduction == "none":
+            continue
+        torch.testing.assert_close(mine, theirs, **tolerance, equal_nan=True)
+    grad = torch.rand(target.shape if loss.reduction == "none" else (), dtype=compute)
+    theirs = _kernel.backward(grad, t, *expected[1:], loss)
+    mine = _kernel.backward(grad, t, *expected[1:], loss, plain=True)
+    ulp = {torch.float16: 2**-9, torch.bfloat16: 2**-6}.get(logits.dtype, 0.0)
+    scale = max(theirs.double().nan_to_num().abs().max().item(), 1e-3)
+    torch.testing.assert_close(
+        mine,
+        theirs,
+        rtol=tolerance["rtol"] + ulp,
+        atol=tolerance["atol"] * scale * 10,
+        equal_nan=True,
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_binary_equals_torch(reduction: str) -> None:
+    logits = torch.randn(2, 1, 9, 7) * 20
+    target, weight, pos_weight = torch.rand(2, 1, 33, 70), torch.rand(2, 1, 33, 70), torch.rand(1)
+    found = []
+    for fused in (True, False):
+        x = logits.clone().requires_grad_()
+        if fused:
+            loss = segkernels.upsample_binary_cross_entropy(
+                x, target, weight, reduction, pos_weight
+            )
+        else:
+            loss = F.binary_cross_entropy_with_logits(
+                F.interpolate(x, (33, 70), mode="bilinear"),
+                target,
+                weight,
+                reduction=reduction,
+                pos_weight=pos_weight,
+            )
+        found.append((loss, *torch.autograd.grad(loss.sum(), x)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_all_pixels_ignored() -> None:
+    x = torch.randn(1, 3, 2, 2, requires_grad=True)
+    target = torch.full((1, 5, 5), -100)
+    loss = segkernels.upsample_cross_entropy(x, target)
+    assert torch.isnan(loss)
+    assert torch.isnan(_torch_loss(x, target, {"mode": "bilinear", "align_corners": False}))
+    total = segkernels.upsample_cross_entropy(x, target, reduction="sum")
+    (grad,) = torch.autograd.grad(total, x)
+    assert total.item() == 0.0
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**40, -(2**33)])
+def test_labels_out_of_range(label: int) -> None:
+    target = torch.zeros(1, 5, 5, dtype=torch.int64)
+    target[0, 2, 3] = label
+    with pytest.raises(ValueError, match="target: expected 0 to num_classes - 1"):
+        segkernels.upsample_cross_entropy(torch.randn(1, 3, 2, 2), target)
+    with pytest.raises(ValueError, match="target: expected 0 to"):
+        segkernels.upsample_binary_cross_entropy(torch.randn(1, 1, 2, 2), target.unsqueeze(1))
+
+
+@pytest.mark.gpu
+def test_labels_out_of_range_on_cuda() -> None:
+    x = torch.randn(1, 3, 2, 2, device="cuda")
+    target = torch.zeros(1, 5, 5, dtype=torch.int64, device="cuda")
+    target[0, 2, 3] = 3
+    loss = segkernels.upsample_cross_entropy(x, target, reduction="none")
+    assert loss[0, 2, 3] == 0.0
+    with pytest.raises(ValueError, match="target: expected 0 to"):
+        segkernels.check()
+    segkernels.check()
+
+
+def test_an_ignored_pixel_hides_a_nan() -> None:
+    x = torch.randn(1, 3, 1, 4)
+    x[..., 3] = float("nan")
+    x.requires_grad_()
+    target = torch.tensor([[[0, 1, 2, -100]]])
+    loss = segkernels.upsample_cross_entropy(x, target, mode="nearest")
+    (grad,) = torch.autograd.grad(loss, x)
+    assert torch.isfinite(loss)
+    assert torch.isfinite(grad).all()
+
+
+def test_gradient_keeps_the_layout() -> None:
+    target = torch.zeros(2, 8, 8, dtype=torch.int64)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 5, 4, 4).contiguous(memory_format=layout).requires_grad_()
+        (grad,) = torch.autograd.grad(segkernels.upsample_cross_entropy(x, target), x)
+        assert grad.is_contiguous(memory_format=layout)
+
+
+def test_second_derivative_is_an_error() -> None:
+    x = torch.randn(1, 2, 2, 2, requires_grad=True)
+    loss = segkernels.upsample_cross_entropy(x, torch.zeros(1, 4, 4, dtype=torch.int64))
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_very_wide_outputs_are_composed() -> None:
+    x = torch.randn(1, 3, 2, 1, requires_grad=True)
+    target = torch.randint(3, (1, 2, 3500))
+    loss = segkernels.upsample_cross_entropy(x, target)
+    expected = _torch_loss(x, target, {"mode": "bilinear", "align_corners": False})
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0])
+
+
+@pytest.mark.gpu
+def test_no_full_size_logits_on_cuda() -> None:
+    x = torch.randn(8, 21, 65, 65, device="cuda", requires_grad=True)
+    target = torch.randint(21, (8, 513, 513), device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    segkernels.upsample_cross_entropy(x, target).backward()
+    # What eager torch needs is 531 MB.
+    assert torch.cuda.max_memory_allocated() - before < 531e6 / 15
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_logits() -> None:
+    x = torch.randn(1, 150, 64, 64, device="cuda", requires_grad=True)
+    target = torch.randint(150, (1, 4000, 4000), device="cuda")
+    assert 150 * target.numel() > 2**31
+    loss = segkernels.upsample_cross_entropy(x, target)
+    loss.backward()
+    assert x.grad is not None
+    # Over all classes the gradients of a pixel cancel.
+    assert x.grad.sum(1).abs().max() < 1e-6
+    part = segkernels.upsample_cross_entropy(x, target, reduction="none")
+    assert part.double().mean().item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_resampling_is_shared() -> None:
+    """The loss reads the same interpolated logits as `interpolate` gives."""
+    x, target = torch.randn(1, 2, 5, 4), torch.zeros(1, 9, 30, dtype=torch.int64)
+    r = _tail.resampling("test", x, (9, 30), "bilinear", False)
+    losses = segkernels.upsample_cross_entropy(x, target, reduction="none")
+    expected = F.cross_entropy(_resampling.run(x, r), target, reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
