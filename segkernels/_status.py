@@ -55,7 +55,7 @@ def watch(
         StatusError: on the CPU, or on CUDA under SEGKERNELS_CHECK=1: a value was at fault.
     """
     if tensor.device.type != "cuda":
-        words = torch.zeros(len(_MESSAGES), dtype=torch.int32)
+        words = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=tensor.device)
         yield words
         found = words.tolist()
         if any(found):

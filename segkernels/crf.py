@@ -349,7 +349,7 @@ def _compat(
             raise ValueError(f"dense_crf: {name} is on {compat.device}, the scores on {device}")
         compat = compat.to(device=device, dtype=dtype)
     else:
-        compat = torch.as_tensor(np.asarray(value, dtype=np.float64)).to(device, dtype)
+        compat = torch.from_numpy(np.array(value, dtype=np.float64)).to(device, dtype)
     if tuple(compat.shape) not in ((), (channels,), (channels, channels)):
         raise ValueError(
             f"dense_crf: {name} must be a number, a vector of {channels} or a matrix of "
@@ -438,8 +438,10 @@ class DenseCRF(nn.Module):
         ):
             start = None
             if compat is not None:
-                start = _compat(compat, name, num_classes, torch.float32, torch.device("cpu"))
-                start = start.detach().clone()
+                device = torch.device(torch.get_default_device())
+                if isinstance(compat, torch.Tensor):
+                    device = compat.device
+                start = _compat(compat, name, num_classes, torch.float32, device).detach().clone()
             if learn_compat and start is not None:
                 self.register_parameter(name, nn.Parameter(start))
             else:

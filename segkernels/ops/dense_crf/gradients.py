@@ -36,7 +36,8 @@ class _Term:
 
     def __post_init__(self) -> None:
         self.before, self.after = self.lattice.scales(self.normalization)
-        self.grad_before = self.grad_after = torch.zeros((), dtype=self.lattice.dtype)
+        nothing = torch.zeros((), dtype=self.lattice.dtype, device=self.lattice.device)
+        self.grad_before = self.grad_after = nothing
 
     def mix(self, vertices: torch.Tensor) -> torch.Tensor:
         """A at the vertices."""

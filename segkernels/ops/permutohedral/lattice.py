@@ -347,7 +347,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         threads = max(1, where[2])
         lattice.hold(
             build,
-            tile_slots=torch.zeros(threads * build.tile_capacity, dtype=i32),
+            tile_slots=torch.zeros(threads * build.tile_capacity, dtype=i32, device=lattice.device),
             tile_keys=empty((threads * tile_entries * (lattice.dims + 1),), i32),
         )
         C.lattice_embed(where, view, build, lattice.double)
