@@ -23,11 +23,13 @@ class Weights(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor, lattice: Lattice) -> torch.Tensor:
         ctx.lattice = lattice
+        ctx.save_for_backward(features)  # torch then tells when they were changed in place
         return lattice.weights.detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        _ = ctx.saved_tensors
         return ctx.lattice.embed_grad(grad), None
 
 
