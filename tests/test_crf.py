@@ -6,6 +6,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from lattice_points import on_one_thread, raises_for_values
 from PIL import Image
 
-from segkernels import PairwiseTerm, dense_crf, probs_from_labels
+from segkernels import PairwiseTerm, dense_crf, permutohedral_filter, probs_from_labels
 from segkernels.ops.dense_crf import reference
 
 SIZE = (9, 11)
@@ -512,6 +513,41 @@ def test_unit_range_with_its_sigma_is_the_same(device):
     assert_near(dense_crf(unit, probs, srgb=13 / 255), want, 1e-6)
 
 
+# --- what surrounds a call ---
+
+
+def test_default_device_and_dtype_do_not_matter(device):
+    img, probs = picture(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).to(device)
+    values, features = torch.randn(1, 2, 30).to(device), torch.randn(1, 3, 30).to(device)
+
+    def results() -> list[torch.Tensor]:
+        leaf = probs.clone().requires_grad_()
+        out = dense_crf(channels_first(img).to(device), leaf, compat_bilateral=[1, 2, 3, 4])
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        by_numpy = torch.from_numpy(dense_crf(img, probs.cpu().numpy(), srgb=(1, 2, 3)))
+        return [out, grad, by_numpy, permutohedral_filter(values, features, "symmetric")]
+
+    want = results()
+    with torch.device("meta"):
+        got = results()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_calls_from_several_threads(device):
+    images = [channels_first(picture(40, 50, 3, seed=i)).to(device) for i in range(12)]
+    probs = [torch.rand(4, 40, 50).softmax(0).to(device) for _ in images]
+    want = [dense_crf(i, p) for i, p in zip(images, probs, strict=True)]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(dense_crf, images, probs))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 # --- gradients ---
 
 
@@ -572,6 +608,22 @@ def test_half_precision_gradients(device):
         dense_crf(img, logits=leaf, log=True)[1].float().sum().backward()
     assert logits.grad.dtype == torch.float16
     assert torch.equal(logits.grad, full.grad.half())
+
+
+@pytest.mark.parametrize("changed", ["logits", "compat", "features"])
+def test_inputs_changed_before_backward_are_noticed(changed, device):
+    tensors = {
+        "logits": torch.randn(3, *SIZE, device=device),
+        "compat": torch.randn(3, 3, device=device),
+        "features": torch.randn(2, *SIZE, device=device),
+    }
+    tensors = {name: t.requires_grad_() for name, t in tensors.items()}
+    term = PairwiseTerm(tensors["features"], tensors["compat"])
+    out = dense_crf(None, logits=tensors["logits"], compat_bilateral=None, pairwise=[term])
+    with torch.no_grad():
+        tensors[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
 
 
 def test_no_gradient_through_integers_or_numbers(device):

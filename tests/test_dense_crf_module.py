@@ -129,6 +129,17 @@ def test_state_of_another_kind_is_refused():
         DenseCRF(4).load_state_dict(state)
 
 
+def test_is_made_on_the_default_device():
+    arguments = {"compat_gaussian": [1, 2, 3, 4], "learn_sigmas": True}
+    with torch.device("meta"):
+        crf = DenseCRF(4, **arguments)
+    assert all(t.device.type == "meta" for t in crf.state_dict().values())
+    crf.to_empty(device="cpu").load_state_dict(DenseCRF(4, **arguments).state_dict())
+    img, logits = batch(torch.device("cpu"))
+    want = dense_crf(img, logits=logits, compat_gaussian=[1, 2, 3, 4])
+    assert torch.equal(crf(img, logits=logits), want)
+
+
 def test_repr_tells_what_the_state_does_not():
     text = repr(DenseCRF(4, iterations=7, normalization="after"))
     assert text == "DenseCRF(4, iterations=7, normalization='after')"

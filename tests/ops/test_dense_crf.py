@@ -237,6 +237,23 @@ def test_any_number_of_classes(channels, compat, device):
                 assert_near(got.sum(1), torch.ones(2, 30), 1e-6)
 
 
+@pytest.mark.parametrize("spatial", [(1, 20011), (131, 137), (3, 67, 101)])
+def test_images_of_several_tiles(spatial, device):
+    points = torch.Size(spatial).numel()
+    line = torch.linspace(0, 40, points, dtype=torch.float64)
+    features = [line + 4 * torch.rand(2, d, points, dtype=torch.float64) for d in (2, 4)]
+    mu = [compat_of("matrix", 3), compat_of("potts", 3)]
+    config = config_of(*spatial, normalization=["symmetric", "after"], iterations=2)
+    inputs = [scores_of("logits", 2, 3, points), *features, *mu]
+    want_in, got_in = leaves_of(inputs), leaves_of(to(inputs, device, torch.float64))
+    want = oracle(want_in[0], want_in[1:3], want_in[3:], config)
+    got = mean_field(got_in[0], got_in[1:3], got_in[3:], config)
+    assert_near(got, want, 1e-11)
+    wanted = torch.autograd.grad(want[:, 1].square().sum(), want_in)
+    for g, w in zip(torch.autograd.grad(got[:, 1].square().sum(), got_in), wanted, strict=True):
+        assert_near(g, w, 1e-9 * max(1.0, float(w.abs().max())))
+
+
 def test_as_many_terms_as_there_may_be(device):
     features = [inside((1, 1 + i, 30), seed=i) for i in range(MAX_TERMS)]
     mu = [compat_of("potts", 4) * 0.2 * (i + 1) for i in range(MAX_TERMS)]

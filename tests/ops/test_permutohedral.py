@@ -149,6 +149,30 @@ def test_pixels_on_a_grid(device):
     assert float((error > 1e-5).double().mean()) <= 0.005
 
 
+@pytest.mark.parametrize(
+    "spatial", [(20011,), (1, 20011), (20011, 1), (131, 137), (64, 300), (3, 67, 101)]
+)
+def test_images_of_several_tiles(spatial, device):
+    points = torch.Size(spatial).numel()
+    features = torch.rand(2, 3, points, dtype=torch.float64) * 6
+    # Neighbours alike, as in a photograph.
+    features += torch.linspace(0, 40, points, dtype=torch.float64)
+    features = features.view(2, 3, *spatial)
+    values, weight = normal(2, 2, *spatial), normal(2, 2, *spatial)
+    want_in = [values.clone().requires_grad_(), features.clone().requires_grad_()]
+    want = reference.permutohedral_filter(*want_in, "symmetric")
+    got_in = [values.to(device).requires_grad_(), features.to(device).requires_grad_()]
+    got = permutohedral_filter(*got_in, "symmetric")
+    assert_near(got, want, 1e-12)
+    grads = zip(
+        torch.autograd.grad(got, got_in, weight.to(device)),
+        torch.autograd.grad(want, want_in, weight),
+        strict=True,
+    )
+    for g, w in grads:
+        assert_near(g, w, 1e-11)
+
+
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_channels(channels, dtype, device):
@@ -294,6 +318,17 @@ def test_gradients_through_a_lattice_used_twice(device):
     outer = reference.permutohedral_filter(inner, want_in[1], "after", True)
     for g, w in zip(got, torch.autograd.grad(outer.square().sum(), want_in), strict=True):
         assert_near(g, w, 1e-12)
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_inputs_changed_before_backward_are_noticed(changed, device):
+    inputs = [normal(1, 2, 20).to(device), inside((1, 3, 20)).to(device)]
+    inputs = [t.requires_grad_() for t in inputs]
+    out = permutohedral_filter(*inputs)
+    with torch.no_grad():
+        inputs[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.square().sum().backward()
 
 
 @pytest.mark.parametrize("form", ["function", "lattice"])
