@@ -282,7 +282,7 @@ py::dict build_info() {
 
 using segkernels::ScalarType;
 
-// segkernels.ops.interpolate._geometry.Resampling
+// segkernels.ops.interpolate._resampling.native_args()
 using ResamplingArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double,
                                   double, int, bool, int>;
 
