@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ Call = Callable[[], Any]
 
 _QUEUED = 10  # calls between two synchronisations, so that launches are not waited for
 _WARM_UP = 3
+_STAT = Path("/proc/stat")
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
@@ -75,6 +78,26 @@ def wall_time(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def others_share() -> Callable[[], float]:
+    """Starts to watch the machine; the function returned tells how many cores others used since.
+
+    From Linux's count of busy time, less this process's own; 0 elsewhere.
+    """
+    if not _STAT.is_file():
+        return lambda: 0.0
+
+    def busy() -> float:
+        user, nice, system, _, _, irq, softirq, steal = map(
+            int, _STAT.read_text().split("\n", 1)[0].split()[1:9]
+        )
+        own = os.times()
+        ticks = user + nice + system + irq + softirq + steal
+        return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+    start, before = time.perf_counter(), busy()
+    return lambda: (busy() - before) / (time.perf_counter() - start)
 
 
 def warm_up(call: Call) -> None:
