@@ -87,7 +87,7 @@ def test_20_megapixels_fit_in_12_gb():
 
 def test_memory_is_seen_at_all():
     # Twice the classes need more, though not twice as much: the lattice stays.
-    assert 1.3 * peak(512, 512, 21) < peak(512, 512, 42) < 2.1 * peak(512, 512, 21)
+    assert 1.3 * peak(256, 256, 21) < peak(256, 256, 42) < 2.1 * peak(256, 256, 21)
 
 
 def test_a_gradient_needs_a_few_more_rows_a_pixel():

@@ -23,7 +23,7 @@ template <class V, class I>
 struct FloatMath {
   // For x <= 0, as softmax needs it: 0 below -87. NaN stays NaN.
   static SK_HD V exp_of(V x) {
-    const V zero = x - x;
+    const V zero{};
     const V least = zero - 87.0f;
     const V clamped = x < least ? least : x;
     // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.

@@ -54,3 +54,13 @@ def laid_out_like(out: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     if out.dtype == like.dtype and out.stride() == like.stride():
         return out
     return torch.empty_like(given, requires_grad=False).copy_(out)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether results from the 4-D `x` are to be channels_last: it is, or is a view of such."""
+    if x.is_contiguous():
+        return False
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return True
+    batch, channel, row, column = x.stride()
+    return channel < column <= row <= batch and channel * x.size(1) <= column

@@ -104,16 +104,6 @@ def empty(
     )
 
 
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether results from the 4-D `x` are to be channels_last: it is, or is a view of such."""
-    if x.is_contiguous():
-        return False
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    batch, channel, row, column = x.stride()
-    return channel < column <= row <= batch and channel * x.size(1) <= column
-
-
 def pair(value: Any, name: str, function: str) -> Pair:
     """`value` for rows and columns: one int for both, or one or two in a sequence.
 

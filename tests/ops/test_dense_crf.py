@@ -456,21 +456,21 @@ def test_batch_is_the_same_bits_as_one_by_one(device):
             assert torch.equal(mean_field(scores[b : b + 1], one, mu, config), whole[b : b + 1])
 
 
-@pytest.mark.parametrize("channels", [1, 3, 21, 40])
+@pytest.mark.parametrize("channels", [1, 21, 40])
 def test_same_bits_for_any_number_of_threads(channels):
     # Several tiles an image, so that threads have something to share.
-    spatial = (120, 150)
-    y, x = torch.meshgrid(torch.arange(120.0), torch.arange(150.0), indexing="ij")
+    spatial = (80, 110)
+    y, x = torch.meshgrid(torch.arange(80.0), torch.arange(110.0), indexing="ij")
     place = torch.stack([x, y]).flatten(1).expand(2, -1, -1)
     features = [
         (place / 3).contiguous(),
-        torch.cat([place / 40, torch.randn(2, 1, 120 * 150)], dim=1),
+        torch.cat([place / 40, torch.randn(2, 1, 80 * 110)], dim=1),
     ]
-    scores = torch.randn(2, channels, 120 * 150)
+    scores = torch.randn(2, channels, 80 * 110)
     assert_same_on_threads(scores, features, spatial)
 
 
-@pytest.mark.parametrize("dims", [1, 5, 16])
+@pytest.mark.parametrize("dims", [1, 6])
 def test_same_bits_for_any_number_of_threads_on_few_points(dims):
     features = [f.float() for f in (overlapping(2, 7, 9), overlapping(dims, 7, 9))]
     assert_same_on_threads(torch.randn(2, 3, 63), features, (7, 9))
@@ -547,6 +547,7 @@ np.savez(sys.argv[2], **found)
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets_agree(tmp_path):
     rng = np.random.default_rng(0)
     arguments = {

@@ -12,6 +12,7 @@ from ops.suite import Error, Float, Sample
 
 import segkernels
 from segkernels import _dtypes, _native
+from segkernels.ops._op import is_channels_last
 from segkernels.ops.interpolate import _plan, _resampling, reference
 from segkernels.ops.interpolate._resampling import Resampling
 
@@ -209,7 +210,7 @@ def test_gradient_equals_torch(mode: str) -> None:
 
 def _plain(x: torch.Tensor, r: Resampling, rows: int) -> torch.Tensor:
     out = _resampling.empty_result(x, r.out_size)
-    args = _resampling.native_args(r, x.size(0), x.size(1), _resampling.is_channels_last(x))
+    args = _resampling.native_args(r, x.size(0), x.size(1), is_channels_last(x))
     dtype = _dtypes.FLOATING[x.dtype]
     _native.C().interpolate_plain(_native.where(x), args, dtype, x.data_ptr(), out.data_ptr(), rows)
     return out
@@ -218,9 +219,7 @@ def _plain(x: torch.Tensor, r: Resampling, rows: int) -> torch.Tensor:
 def _plain_backward(grad: torch.Tensor, r: Resampling, direct: bool) -> torch.Tensor:
     out = _resampling.empty_result(grad, r.in_size)
     memory = torch.full((48 * 1024 // 8,), float("nan"), dtype=torch.float64)
-    args = _resampling.native_args(
-        r, grad.size(0), grad.size(1), _resampling.is_channels_last(grad)
-    )
+    args = _resampling.native_args(r, grad.size(0), grad.size(1), is_channels_last(grad))
     _native.C().interpolate_backward_plain(
         _native.where(grad),
         args,
@@ -242,7 +241,7 @@ def test_the_functors_that_cuda_runs(
     x, kwargs = call
     x = (
         x.contiguous()
-        if not _resampling.is_channels_last(x)
+        if not is_channels_last(x)
         else x.contiguous(memory_format=torch.channels_last)
     )
     arguments = {"size": None, "scale_factor": None, "align_corners": None}

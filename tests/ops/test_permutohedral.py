@@ -776,14 +776,14 @@ def everything(
 @pytest.mark.parametrize("channels", [1, 5])
 def test_same_bits_for_any_number_of_threads(channels):
     # Several tiles an image, so that threads have something to share.
-    values = normal(2, channels, 90, 210, dtype=torch.float32)
-    y, x = torch.meshgrid(torch.arange(90.0), torch.arange(210.0), indexing="ij")
+    values = normal(2, channels, 80, 110, dtype=torch.float32)
+    y, x = torch.meshgrid(torch.arange(80.0), torch.arange(110.0), indexing="ij")
     place = torch.stack([x / 20, y / 20]).expand(2, -1, -1, -1)
-    features = torch.cat([place, torch.randn(2, 2, 90, 210)], dim=1)
+    features = torch.cat([place, torch.randn(2, 2, 80, 110)], dim=1)
     assert_same_on_threads(values, features)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 5, 16])
+@pytest.mark.parametrize("dims", [1, 5, 16])
 def test_same_bits_for_any_number_of_threads_on_few_points(dims):
     assert_same_on_threads(normal(2, 3, 7, 9), overlapping(dims, 7, 9))
 

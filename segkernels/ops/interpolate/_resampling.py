@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from segkernels import _dtypes, _native
+from segkernels.ops._op import is_channels_last
 
 # enum class Mode in csrc/interpolate/axis.h
 MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2, "bicubic": 3}
@@ -42,16 +43,6 @@ class Resampling(NamedTuple):
     def result_size(self) -> tuple[int, int]:
         """(height, width) of what it returns."""
         return self.in_size if self.transpose else self.out_size
-
-
-def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether results from the 4-D `x` are to be channels_last, as torch suggests it."""
-    if x.is_contiguous():
-        return False
-    if x.is_contiguous(memory_format=torch.channels_last):
-        return True
-    batch, channel, row, column = x.stride()
-    return channel < column <= row <= batch and channel * x.size(1) <= column
 
 
 def rule_for(input: torch.Tensor, out_size: tuple[int, int], mode: str) -> int:

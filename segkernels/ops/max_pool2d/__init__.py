@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _windows
+from segkernels.ops import _op, _windows
 from segkernels.ops._windows import Pair, Windows
 from segkernels.ops.max_pool2d import autograd
 
@@ -123,7 +123,7 @@ def _plan(
         )
     _check_padding(kernel, steps, pads, gaps)
     full = (input.size(-2), input.size(-1))
-    channels_last = input.dim() == 4 and _windows.is_channels_last(input)
+    channels_last = input.dim() == 4 and _op.is_channels_last(input)
     w = Windows(full, (0, 0), kernel, steps, pads, gaps, channels_last)
     _windows.check_positive(w, "max_pool2d")
     if any(size == 0 for size in input.shape[-3:]):

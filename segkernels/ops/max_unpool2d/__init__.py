@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _windows
+from segkernels.ops import _op, _windows
 from segkernels.ops._windows import Pair, Windows
 from segkernels.ops.max_unpool2d import autograd
 
@@ -119,7 +119,7 @@ def _plan(
     )
     full = _output_size(default, steps, output_size)
     _check_indices(input, indices)
-    channels_last = input.dim() == 4 and _windows.is_channels_last(input)
+    channels_last = input.dim() == 4 and _op.is_channels_last(input)
     if indices.dtype == torch.int64:
         # They say all; the windows only made the default size.
         return Windows(full, pooled, (1, 1), (1, 1), (0, 0), (1, 1), channels_last)

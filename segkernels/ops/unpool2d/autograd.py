@@ -65,14 +65,14 @@ def blocks(x: torch.Tensor, kernel: Pair) -> Windows:
     """The blocks of `x`'s values."""
     pooled = (x.size(-2), x.size(-1))
     full = (pooled[0] * kernel[0], pooled[1] * kernel[1])
-    channels_last = x.dim() == 4 and _windows.is_channels_last(x)
+    channels_last = x.dim() == 4 and _op.is_channels_last(x)
     return Windows(full, pooled, kernel, kernel, (0, 0), (1, 1), channels_last)
 
 
 def _blocks_of_grad(grad: torch.Tensor, kernel: Pair) -> Windows:
     full = (grad.size(-2), grad.size(-1))
     pooled = (full[0] // kernel[0], full[1] // kernel[1])
-    channels_last = _windows.is_channels_last(grad)
+    channels_last = _op.is_channels_last(grad)
     return Windows(full, pooled, kernel, kernel, (0, 0), (1, 1), channels_last)
 
 
