@@ -2,6 +2,7 @@
 // channels of one of channels_last, are lanes that meet their cells in order. Parallel over lines.
 #include "max_pool2d/max_pool2d.h"
 #include "window/rows.h"
+#include "window/vectors.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -56,23 +57,7 @@ SK_HD void start_lanes(const Value* __restrict from, int64_t step, int n, Code c
   }
 }
 
-// The four cells of 2x2 windows in one go.
-template <class T, class Value, class Code>
-SK_HD void meet_four(const Value* __restrict a, const Value* __restrict b,
-                     const Value* __restrict c, const Value* __restrict d, int n,
-                     Value* __restrict values, Code* __restrict codes) {
-  for (int i = 0; i < n; ++i) {
-    Value value = a[i];
-    Code code = 0;
-    meet<T>(b[i], Code(1), value, code);
-    meet<T>(c[i], Code(2), value, code);
-    meet<T>(d[i], Code(3), value, code);
-    values[i] = value;
-    codes[i] = code;
-  }
-}
-
-// The same where the windows lie side by side.
+// The four cells of 2x2 windows that lie side by side, in one go.
 template <class T, class Value, class Code>
 SK_HD void meet_pairs(const Value* __restrict upper, const Value* __restrict lower, int n,
                       Value* __restrict values, Code* __restrict codes) {
@@ -86,6 +71,75 @@ SK_HD void meet_pairs(const Value* __restrict upper, const Value* __restrict low
     codes[i] = code;
   }
 }
+
+template <int kInfinity, class V, class Order = Vec<int16_t, sizeof(V) / 2>>
+SK_HD Order order_of_lanes(V bits) {
+  const auto magnitude = reinterpret_cast<const Order&>(bits) & 0x7FFF;
+  const auto sign = reinterpret_cast<const Order&>(bits) >> 15;
+  return magnitude > kInfinity ? Order{} + 0x7FFF : (magnitude ^ sign) - sign;
+}
+
+template <class V>
+SK_HD auto order_of_lanes(V bits, Half) {
+  return order_of_lanes<0x7C00>(bits);
+}
+template <class V>
+SK_HD auto order_of_lanes(V bits, BFloat16) {
+  return order_of_lanes<0x7F80>(bits);
+}
+template <class V, class T>
+SK_HD V order_of_lanes(V values, T) {
+  return values;
+}
+
+template <class Order>
+SK_HD auto is_nan(const Order& rank) {
+  if constexpr (sizeof(rank[0]) == 2) {
+    return rank == 0x7FFF;
+  } else {
+    return rank != rank;
+  }
+}
+
+// The largest values so far of kCount vectors of channels, and their codes.
+template <class T, int kCount>
+struct Tops {
+  using Value = typename LaneOf<T>::Value;
+  static constexpr int kWidth = kVectorBytes / sizeof(T), kLanes = kWidth * kCount;
+  using Values = Vec<Value, kWidth>;
+  using Codes = Vec<typename LaneOf<T>::Code, kWidth>;
+  using Order = decltype(order_of_lanes(Values{}, T{}));
+
+  Values value[kCount];
+  Order order[kCount];
+  Codes code[kCount];
+
+  SK_HD Tops(const Value* from, int32_t first) {
+    for (int i = 0; i < kCount; ++i) {
+      value[i] = load_lanes<kWidth>(from + i * kWidth);
+      order[i] = order_of_lanes(value[i], T{});
+      code[i] = Codes{} + typename LaneOf<T>::Code(first);
+    }
+  }
+
+  SK_HD void meet(const Value* from, int32_t cell) {
+    for (int i = 0; i < kCount; ++i) {
+      const Values other = load_lanes<kWidth>(from + i * kWidth);
+      const Order rank = order_of_lanes(other, T{});
+      const Codes better = (rank > order[i]) | is_nan(rank);
+      value[i] = better ? other : value[i];
+      order[i] = better ? rank : order[i];
+      code[i] = better ? Codes{} + typename LaneOf<T>::Code(cell) : code[i];
+    }
+  }
+
+  SK_HD void write(T* values, uint8_t* codes) const {
+    for (int i = 0; i < kCount; ++i) {
+      store_lanes(values + i * kWidth, value[i]);
+      store_lanes(codes + i * kWidth, __builtin_convertvector(code[i], Vec<uint8_t, kWidth>));
+    }
+  }
+};
 
 template <class T>
 struct PoolLines {
@@ -138,8 +192,41 @@ struct PoolLines {
   // One window of channels_last.
   void channels(Place p, const Cells& ys) const {
     const Cells xs = cells_inside(w, 1, p.x);
+    constexpr int kWidth = Tops<T, 1>::kWidth;
+    if (w.channels >= kWidth && ys.begin < ys.end && xs.begin < xs.end) {
+      const int64_t blocks = w.channels - w.channels % (4 * kWidth);
+      for (; p.channel < blocks; p.channel += 4 * kWidth) vectors<4>(p, ys, xs);
+      for (; p.channel < w.channels; p.channel += kWidth) {
+        if (p.channel + kWidth > w.channels) p.channel = w.channels - kWidth;
+        vectors<1>(p, ys, xs);
+      }
+      return;
+    }
     for (; p.channel < w.channels; p.channel += kLanes) {
       cells<1>(p, ys, xs, 1, lanes_left(p.channel, w.channels));
+    }
+  }
+
+  // The first channels of one window, kCount vectors of them.
+  template <int kCount>
+  void vectors(const Place& p, const Cells& ys, const Cells& xs) const {
+    const int64_t row = int64_t(w.dilation[0]) * w.full[1] * w.channels;
+    const int64_t column = w.dilation[1] * w.channels;
+    const Value* line = input + full_offset(w, p, ys.start + ys.begin * w.dilation[0],
+                                            xs.start + xs.begin * w.dilation[1]);
+    Tops<T, kCount> tops(line, ys.begin * w.kernel[1] + xs.begin);
+    for (int32_t m = ys.begin; m < ys.end; ++m, line += row) {
+      int32_t code = m * w.kernel[1] + xs.begin;
+      const Value* from = line;
+      for (int32_t k = xs.begin; k < xs.end; ++k, ++code, from += column) tops.meet(from, code);
+    }
+    const int64_t at = pooled_offset(w, p, p.y, p.x);
+    uint8_t found[Tops<T, kCount>::kLanes];
+    uint8_t* codes = out.codes != nullptr ? out.codes + at : found;
+    tops.write(out.values + at, codes);
+    if (out.indices != nullptr) {
+      const int64_t first = int64_t(ys.start) * w.full[1] + xs.start;
+      write_indices(codes, first, 0, out.indices + at, Tops<T, kCount>::kLanes);
     }
   }
 
@@ -152,9 +239,7 @@ struct PoolLines {
     };
     const bool four = w.kernel[0] == 2 && w.kernel[1] == 2 && ys.begin == 0 && xs.begin == 0 &&
                       ys.end == 2 && xs.end == 2;
-    if (four && kStep == 1) {
-      meet_four<T>(at(0, 0), at(0, 1), at(1, 0), at(1, 1), n, lanes.value, lanes.code);
-    } else if (four && kStep == 2 && w.dilation[1] == 1) {
+    if (four && kStep == 2 && w.dilation[1] == 1) {
       meet_pairs<T>(at(0, 0), at(1, 0), n, lanes.value, lanes.code);
     } else if (ys.begin >= ys.end || xs.begin >= xs.end) {
       const Value least = bits_of<Value>(lowest<T>());
@@ -188,24 +273,25 @@ struct PoolLines {
     }
     if (out.indices != nullptr) {
       const int64_t first = int64_t(y) * w.full[1] + x, step = w.channels > 1 ? 0 : w.stride[1];
-      write_indices(lanes, first, step, out.indices + at, n);
+      write_indices(lanes.code, first, step, out.indices + at, n);
     }
   }
 
   // Codes to indices; the division of a code by the window's width is a multiplication.
-  void write_indices(const Lanes<T>& lanes, int64_t first, int64_t step,
-                     int64_t* __restrict indices, int n) const {
+  template <class C>
+  SK_HD void write_indices(const C* __restrict codes, int64_t first, int64_t step,
+                           int64_t* __restrict indices, int n) const {
     const int64_t row = int64_t(w.dilation[0]) * w.full[1];
     if (row > INT32_MAX) {
       for (int i = 0; i < n; ++i) {
-        indices[i] = first + i * step + plan.offset_of[uint8_t(lanes.code[i])];
+        indices[i] = first + i * step + plan.offset_of[uint8_t(codes[i])];
       }
       return;
     }
     const uint32_t width = uint32_t(w.kernel[1]), inverse = (65535 + width) / width;
     const uint32_t per_row = uint32_t(row), per_cell = uint32_t(w.dilation[1]);
     for (int i = 0; i < n; ++i) {
-      const uint32_t code = uint32_t(lanes.code[i]) & 255;
+      const uint32_t code = uint32_t(codes[i]) & 255;
       const uint32_t m = (code * inverse) >> 16;
       indices[i] =
           first + i * step + int64_t(uint64_t(m) * per_row + uint64_t(code - m * width) * per_cell);

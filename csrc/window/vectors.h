@@ -1,0 +1,92 @@
+// Vectors of neighbouring channels or columns for the *.simd.cpp files: they stay in registers from
+// the first cell of a window to the last. 32 bytes of values each, by halves where an instruction
+// set has less.
+#pragma once
+
+#include <string.h>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#include "common/scalar.h"
+#include "common/vec.h"
+
+namespace segkernels::pooling {
+inline namespace SK_NS {
+
+constexpr int kVectorBytes = 32;
+
+template <int W, class T>
+SK_HD Vec<T, W> load_lanes(const T* from) {
+  Vec<T, W> lanes;
+  memcpy(static_cast<void*>(&lanes), from, sizeof(T) * W);
+  return lanes;
+}
+
+template <class T, class V>
+SK_HD void store_lanes(T* to, const V& lanes) {
+  static_assert(sizeof(V) % sizeof(T) == 0, "whole elements");
+  memcpy(static_cast<void*>(to), &lanes, sizeof(V));
+}
+
+// f(i) for steps of W that cover [0, n); the last may overlap the one before, so that none is cut.
+template <int W, class F>
+SK_HD void each_block(int64_t n, const F& f) {
+  for (int64_t i = 0; i < n; i += W) f(i + W <= n ? i : n - W);
+}
+
+// W values, widened.
+template <int W, class T>
+SK_HD Vec<T, W> widen_lanes(Vec<T, W> lanes, T) {
+  return lanes;
+}
+
+template <int W>
+SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, BFloat16) {
+  const auto bits = __builtin_convertvector(lanes, Vec<uint32_t, W>) << 16;
+  return reinterpret_cast<const Vec<float, W>&>(bits);
+}
+
+template <int W>
+SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, Half) {
+  Vec<float, W> out;
+#if defined(__F16C__)
+  static_assert(W == 8, "what the conversion takes");
+  const __m256 wide = _mm256_cvtph_ps(reinterpret_cast<const __m128i&>(lanes));
+  memcpy(&out, &wide, sizeof(out));
+#else
+  for (int i = 0; i < W; ++i) out[i] = widen(Half{lanes[i]});
+#endif
+  return out;
+}
+
+template <int W, class T>
+SK_HD void store_narrow(T* to, Vec<T, W> lanes) {
+  store_lanes(to, lanes);
+}
+
+template <int W>
+SK_HD void store_narrow(BFloat16* to, Vec<float, W> lanes) {
+  const auto bits = reinterpret_cast<const Vec<uint32_t, W>&>(lanes);
+  const auto rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  const auto narrow = (bits & 0x7FFFFFFFu) > 0x7F800000u ? rounded * 0 + 0x7FC0u : rounded;
+  store_lanes(to, __builtin_convertvector(narrow, Vec<uint16_t, W>));
+}
+
+template <int W>
+SK_HD void store_narrow(Half* to, Vec<float, W> lanes) {
+#if defined(__F16C__)
+  static_assert(W == 8, "what the conversion takes");
+  const __m256 wide = reinterpret_cast<const __m256&>(lanes);
+  const __m128i halves = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const auto bits = reinterpret_cast<const Vec<int16_t, W>&>(halves);
+  // NaN as `narrow` has it.
+  store_lanes(to, (bits & 0x7FFF) > 0x7C00 ? (bits & int16_t(0x8000)) | 0x7E00 : bits);
+#else
+  for (int i = 0; i < W; ++i) to[i] = narrow_to<Half>(lanes[i]);
+#endif
+}
+
+}  // namespace SK_NS
+}  // namespace segkernels::pooling
