@@ -2,7 +2,6 @@
 // channels of one of channels_last, are lanes that meet their cells in order. Parallel over lines.
 #include "max_pool2d/max_pool2d.h"
 #include "window/rows.h"
-#include "window/vectors.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -74,8 +73,8 @@ SK_HD void meet_pairs(const Value* __restrict upper, const Value* __restrict low
 
 template <int kInfinity, class V, class Order = Vec<int16_t, sizeof(V) / 2>>
 SK_HD Order order_of_lanes(V bits) {
-  const auto magnitude = reinterpret_cast<const Order&>(bits) & 0x7FFF;
-  const auto sign = reinterpret_cast<const Order&>(bits) >> 15;
+  const auto magnitude = bits_of<Order>(bits) & 0x7FFF;
+  const auto sign = bits_of<Order>(bits) >> 15;
   return magnitude > kInfinity ? Order{} + 0x7FFF : (magnitude ^ sign) - sign;
 }
 
@@ -151,13 +150,26 @@ struct PoolLines {
   const Value* input;
   Pooled<T> out;
   Plan plan;
+  uint32_t inverse;  // of a window's width, times 2^16
+  bool narrow;       // indices fit 32 bits
 
   PoolLines(const Windows& windows, const PoolBuffers& b)
       : w(windows),
         raster(raster_of(windows.pooled)),
         input(static_cast<const Value*>(b.input)),
         out{static_cast<T*>(b.values), b.codes, b.indices},
-        plan(windows) {}
+        plan(windows),
+        inverse((65535 + uint32_t(w.kernel[1])) / w.kernel[1]),
+        narrow(last_index() <= INT32_MAX) {}
+
+  // At least as large as any, also those of windows with no cell in the plane.
+  int64_t last_index() const {
+    int64_t reach[2];
+    for (int axis = 0; axis < 2; ++axis) {
+      reach[axis] = int64_t(w.pooled[axis]) * w.stride[axis] + w.kernel[axis] * w.dilation[axis];
+    }
+    return (w.full[0] + reach[0]) * w.full[1] + reach[1];
+  }
 
   void operator()(int64_t line) const {
     const Place p = line_of(line, plan.lines);
@@ -193,40 +205,61 @@ struct PoolLines {
   void channels(Place p, const Cells& ys) const {
     const Cells xs = cells_inside(w, 1, p.x);
     constexpr int kWidth = Tops<T, 1>::kWidth;
-    if (w.channels >= kWidth && ys.begin < ys.end && xs.begin < xs.end) {
-      const int64_t blocks = w.channels - w.channels % (4 * kWidth);
-      for (; p.channel < blocks; p.channel += 4 * kWidth) vectors<4>(p, ys, xs);
-      for (; p.channel < w.channels; p.channel += kWidth) {
-        if (p.channel + kWidth > w.channels) p.channel = w.channels - kWidth;
-        vectors<1>(p, ys, xs);
+    if (w.channels < kWidth || ys.begin >= ys.end || xs.begin >= xs.end) {
+      for (; p.channel < w.channels; p.channel += kLanes) {
+        cells<1>(p, ys, xs, 1, lanes_left(p.channel, w.channels));
       }
       return;
     }
-    for (; p.channel < w.channels; p.channel += kLanes) {
-      cells<1>(p, ys, xs, 1, lanes_left(p.channel, w.channels));
+    const Corner corner{input + full_offset(w, p, ys.start + ys.begin * w.dilation[0],
+                                            xs.start + xs.begin * w.dilation[1]),
+                        ys.end - ys.begin,
+                        xs.end - xs.begin,
+                        ys.begin * w.kernel[1] + xs.begin,
+                        pooled_offset(w, p, p.y, p.x),
+                        int64_t(ys.start) * w.full[1] + xs.start};
+    corner.rows == 2 && corner.columns == 2 ? blocks<2>(corner) : blocks<0>(corner);
+  }
+
+  // The first cell of a window that lies in the plane, and how many do.
+  struct Corner {
+    const Value* from;
+    int32_t rows, columns, code;
+    int64_t at, first_index;
+  };
+
+  // kCells: how many rows and columns of cells, 0 for any number.
+  template <int kCells>
+  void blocks(const Corner& corner) const {
+    constexpr int kWidth = Tops<T, 1>::kWidth;
+    int64_t c = 0;
+    for (; c + 4 * kWidth <= w.channels; c += 4 * kWidth) vectors<4, kCells>(corner, c);
+    // The last may overlap the one before, so that none is cut.
+    for (; c < w.channels; c += kWidth) {
+      vectors<1, kCells>(corner, c + kWidth <= w.channels ? c : w.channels - kWidth);
     }
   }
 
-  // The first channels of one window, kCount vectors of them.
-  template <int kCount>
-  void vectors(const Place& p, const Cells& ys, const Cells& xs) const {
+  template <int kCount, int kCells>
+  void vectors(const Corner& corner, int64_t c) const {
     const int64_t row = int64_t(w.dilation[0]) * w.full[1] * w.channels;
     const int64_t column = w.dilation[1] * w.channels;
-    const Value* line = input + full_offset(w, p, ys.start + ys.begin * w.dilation[0],
-                                            xs.start + xs.begin * w.dilation[1]);
-    Tops<T, kCount> tops(line, ys.begin * w.kernel[1] + xs.begin);
-    for (int32_t m = ys.begin; m < ys.end; ++m, line += row) {
-      int32_t code = m * w.kernel[1] + xs.begin;
+    const int32_t rows = kCells > 0 ? kCells : corner.rows;
+    const int32_t columns = kCells > 0 ? kCells : corner.columns;
+    const Value* line = corner.from + c;
+    Tops<T, kCount> tops(line, corner.code);
+    for (int32_t m = 0; m < rows; ++m, line += row) {
       const Value* from = line;
-      for (int32_t k = xs.begin; k < xs.end; ++k, ++code, from += column) tops.meet(from, code);
+      for (int32_t k = 0; k < columns; ++k, from += column) {
+        if (m + k > 0) tops.meet(from, corner.code + m * w.kernel[1] + k);
+      }
     }
-    const int64_t at = pooled_offset(w, p, p.y, p.x);
+    const int64_t at = corner.at + c;
     uint8_t found[Tops<T, kCount>::kLanes];
     uint8_t* codes = out.codes != nullptr ? out.codes + at : found;
     tops.write(out.values + at, codes);
     if (out.indices != nullptr) {
-      const int64_t first = int64_t(ys.start) * w.full[1] + xs.start;
-      write_indices(codes, first, 0, out.indices + at, Tops<T, kCount>::kLanes);
+      write_indices(codes, corner.first_index, 0, out.indices + at, Tops<T, kCount>::kLanes);
     }
   }
 
@@ -277,24 +310,22 @@ struct PoolLines {
     }
   }
 
-  // Codes to indices; the division of a code by the window's width is a multiplication.
   template <class C>
   SK_HD void write_indices(const C* __restrict codes, int64_t first, int64_t step,
                            int64_t* __restrict indices, int n) const {
-    const int64_t row = int64_t(w.dilation[0]) * w.full[1];
-    if (row > INT32_MAX) {
+    if (!narrow) {
       for (int i = 0; i < n; ++i) {
         indices[i] = first + i * step + plan.offset_of[uint8_t(codes[i])];
       }
       return;
     }
-    const uint32_t width = uint32_t(w.kernel[1]), inverse = (65535 + width) / width;
-    const uint32_t per_row = uint32_t(row), per_cell = uint32_t(w.dilation[1]);
+    // The division of a code by the window's width is a multiplication.
+    const uint32_t per_cell = uint32_t(w.dilation[1]);
+    const uint32_t per_row = uint32_t(w.dilation[0]) * w.full[1] - w.kernel[1] * per_cell;
     for (int i = 0; i < n; ++i) {
-      const uint32_t code = uint32_t(codes[i]) & 255;
-      const uint32_t m = (code * inverse) >> 16;
-      indices[i] =
-          first + i * step + int64_t(uint64_t(m) * per_row + uint64_t(code - m * width) * per_cell);
+      const uint32_t code = uint32_t(codes[i]) & 255, m = (code * inverse) >> 16;
+      const uint32_t start = uint32_t(first) + uint32_t(i) * uint32_t(step);
+      indices[i] = int32_t(start + m * per_row + code * per_cell);
     }
   }
 };
@@ -323,7 +354,7 @@ void pool_grad_rows(const Where& where, const Windows& w, const PoolGradBuffers&
       }
     }
     if (w.channels > 1) {
-      gather_rows<T, P, true, Acc<T>>(where, w, grad, positions, out, name);
+      gather_rows<T, P, true>(where, w, grad, positions, out, name);
     } else if constexpr (sizeof(T) >= 4) {
       scatter_planes<T, P, true>(where, w, grad, positions, out, nullptr, name);
     } else {

@@ -15,7 +15,7 @@ void unpool_codes(const Where& where, const Windows& w, const UnpoolBuffers& b, 
   } else if (w.channels == 1) {
     scatter_planes<T, uint8_t, false>(where, w, input, codes, output, b.status, name);
   } else {
-    gather_rows<T, uint8_t, false, T>(where, w, input, codes, output, name);
+    gather_rows<T, uint8_t, false>(where, w, input, codes, output, name);
     const Plan plan(w);
     parallel_for(
         where, w.planes * w.pooled[0],

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "window/moves.h"
+#include "window/vectors.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -223,45 +224,119 @@ SK_HD void gather_lanes(const T* __restrict values, const P* __restrict position
   }
 }
 
-// channels_last, any windows: as GatherWindows. A: what is accumulated.
-template <class T, class P, bool kSum, class A>
-void gather_rows(const Where& where, const Windows& w, const T* input, const P* positions,
-                 T* output, const char* name) {
-  const Divisor by = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
-  const auto place = [&](const Place& line, const Covering& ys, const Sweep& xs, int32_t x,
-                         int64_t c) {
-    const int n = lanes_left(c, w.channels);
-    T* out = output + full_offset(w, line, line.y, x) + c;
-    A sums[kLanes];
-    A* found = sums;
-    if constexpr (std::is_same_v<A, T>) found = out;
-    memset(static_cast<void*>(found), 0, sizeof(A) * n);
+// kCount vectors of channels of one place: the last value, or the sum of those, that point here.
+template <class T, class P, bool kSum, int kCount>
+struct GatheredLanes {
+  using A = std::conditional_t<kSum, Acc<T>, T>;
+  using Bits = BitsOf<sizeof(T)>;
+  static constexpr int kWidth = kVectorBytes / sizeof(A);
+  using Mask = Vec<std::make_signed_t<Bits>, kWidth>;
+
+  Vec<A, kWidth> found[kCount] = {};
+
+  SK_HD void meet(const T* values, const P* positions, P wanted) {
+    for (int i = 0; i < kCount; ++i) {
+      const auto same = load_lanes<kWidth>(positions + i * kWidth) == wanted;
+      const Mask mask = __builtin_convertvector(same, Mask);
+      const auto all = load_lanes<kWidth>(reinterpret_cast<const Bits*>(values) + i * kWidth);
+      const auto bits = all & bits_of<Vec<Bits, kWidth>>(mask);
+      if constexpr (kSum) {
+        found[i] += widen_lanes<kWidth>(bits, T{});
+      } else {
+        found[i] = bits | (found[i] & bits_of<Vec<Bits, kWidth>>(~mask));
+      }
+    }
+  }
+
+  SK_HD void write(T* out) const {
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (sizeof(A) > sizeof(T)) {
+        store_narrow<kWidth>(out + i * kWidth, found[i]);
+      } else {
+        store_lanes(out + i * kWidth, found[i]);
+      }
+    }
+  }
+};
+
+// channels_last, any windows: as GatherWindows.
+template <class T, class P, bool kSum>
+struct GatherRows {
+  using A = std::conditional_t<kSum, Acc<T>, T>;
+  static constexpr int kWidth = GatheredLanes<T, P, kSum, 1>::kWidth;
+
+  Windows w;
+  Divisor lines;  // of the plane
+  const T* input;
+  const P* positions;
+  T* output;
+
+  void operator()(int64_t i) const {
+    const Place line = line_of(i, lines);
+    const Covering ys = windows_over(w, 0, line.y);
+    Sweep xs(w, 1, 0);
+    for (int32_t x = 0; x < w.full[1]; ++x, xs.next()) {
+      int64_t c = 0;
+      if (w.channels < kWidth) {
+        few(line, ys, xs, x);
+        continue;
+      }
+      for (; c + 4 * kWidth <= w.channels; c += 4 * kWidth) vectors<4>(line, ys, xs, x, c);
+      // The last may overlap the one before, so that none is cut.
+      for (; c < w.channels; c += kWidth) {
+        vectors<1>(line, ys, xs, x, c + kWidth <= w.channels ? c : w.channels - kWidth);
+      }
+    }
+  }
+
+  // f(offset of the window, its position that is this place) for the windows that hold the place.
+  template <class F>
+  SK_HD void each_window(const Place& line, const Covering& ys, const Sweep& xs, int32_t x,
+                         const F& f) const {
     for (int32_t py = ys.first; py <= ys.last; ++py) {
       const int32_t row = cell_at(w, 0, py, line.y);
       for (int32_t px = xs.first; row >= 0 && px <= xs.last; ++px) {
         const int32_t column = cell_at(w, 1, px, x);
         if (column < 0) continue;
-        const int64_t at = pooled_offset(w, line, py, px) + c;
-        const P wanted =
-            sizeof(P) == 1 ? P(row * w.kernel[1] + column) : P(int64_t(line.y) * w.full[1] + x);
-        gather_lanes<T, P, kSum>(input + at, positions + at, found, n, wanted);
+        f(pooled_offset(w, line, py, px),
+          sizeof(P) == 1 ? P(row * w.kernel[1] + column) : P(int64_t(line.y) * w.full[1] + x));
       }
     }
-    if constexpr (!std::is_same_v<A, T>) {
-      for (int i = 0; i < n; ++i) out[i] = narrow_to<T>(found[i]);
+  }
+
+  template <int kCount>
+  void vectors(const Place& line, const Covering& ys, const Sweep& xs, int32_t x, int64_t c) const {
+    GatheredLanes<T, P, kSum, kCount> lanes;
+    each_window(line, ys, xs, x, [&](int64_t at, P wanted) {
+      lanes.meet(input + at + c, positions + at + c, wanted);
+    });
+    lanes.write(output + full_offset(w, line, line.y, x) + c);
+  }
+
+  // Fewer channels than a vector has.
+  void few(const Place& line, const Covering& ys, const Sweep& xs, int32_t x) const {
+    A found[kWidth] = {};
+    const int n = int(w.channels);
+    each_window(line, ys, xs, x, [&](int64_t at, P wanted) {
+      gather_lanes<T, P, kSum>(input + at, positions + at, found, n, wanted);
+    });
+    T* out = output + full_offset(w, line, line.y, x);
+    for (int i = 0; i < n; ++i) {
+      if constexpr (kSum) {
+        out[i] = narrow_to<T>(found[i]);
+      } else {
+        out[i] = found[i];
+      }
     }
-  };
-  parallel_for(
-      where, w.planes * w.full[0],
-      [&](int64_t i) {
-        const Place line = line_of(i, by);
-        const Covering ys = windows_over(w, 0, line.y);
-        Sweep xs(w, 1, 0);
-        for (int32_t x = 0; x < w.full[1]; ++x, xs.next()) {
-          for (int64_t c = 0; c < w.channels; c += kLanes) place(line, ys, xs, x, c);
-        }
-      },
-      name);
+  }
+};
+
+template <class T, class P, bool kSum>
+void gather_rows(const Where& where, const Windows& w, const T* input, const P* positions,
+                 T* output, const char* name) {
+  const Divisor lines = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
+  const GatherRows<T, P, kSum> f{w, lines, input, positions, output};
+  parallel_for(where, w.planes * w.full[0], f, name);
 }
 
 // A line of windows of a contiguous plane, one position at a time: f(window, its place in the

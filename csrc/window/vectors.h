@@ -1,6 +1,5 @@
 // Vectors of neighbouring channels or columns for the *.simd.cpp files: they stay in registers from
-// the first cell of a window to the last. 32 bytes of values each, by halves where an instruction
-// set has less.
+// the first cell of a window to the last. The compiler halves what an instruction set lacks.
 #pragma once
 
 #include <string.h>
@@ -15,7 +14,11 @@
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
+#if defined(__AVX512BW__)
+constexpr int kVectorBytes = 64;
+#else
 constexpr int kVectorBytes = 32;
+#endif
 
 template <int W, class T>
 SK_HD Vec<T, W> load_lanes(const T* from) {
@@ -30,30 +33,33 @@ SK_HD void store_lanes(T* to, const V& lanes) {
   memcpy(static_cast<void*>(to), &lanes, sizeof(V));
 }
 
-// f(i) for steps of W that cover [0, n); the last may overlap the one before, so that none is cut.
-template <int W, class F>
-SK_HD void each_block(int64_t n, const F& f) {
-  for (int64_t i = 0; i < n; i += W) f(i + W <= n ? i : n - W);
+// W values, given by their bits, widened.
+template <int W>
+SK_HD Vec<float, W> widen_lanes(Vec<uint32_t, W> bits, float) {
+  return bits_of<Vec<float, W>>(bits);
 }
 
-// W values, widened.
-template <int W, class T>
-SK_HD Vec<T, W> widen_lanes(Vec<T, W> lanes, T) {
-  return lanes;
+template <int W>
+SK_HD Vec<double, W> widen_lanes(Vec<uint64_t, W> bits, double) {
+  return bits_of<Vec<double, W>>(bits);
 }
 
 template <int W>
 SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, BFloat16) {
   const auto bits = __builtin_convertvector(lanes, Vec<uint32_t, W>) << 16;
-  return reinterpret_cast<const Vec<float, W>&>(bits);
+  return bits_of<Vec<float, W>>(bits);
 }
 
 template <int W>
 SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, Half) {
   Vec<float, W> out;
-#if defined(__F16C__)
+#if defined(__AVX512BW__)
+  static_assert(W == 16, "what the conversion takes");
+  const __m512 wide = _mm512_cvtph_ps(bits_of<__m256i>(lanes));
+  memcpy(&out, &wide, sizeof(out));
+#elif defined(__F16C__)
   static_assert(W == 8, "what the conversion takes");
-  const __m256 wide = _mm256_cvtph_ps(reinterpret_cast<const __m128i&>(lanes));
+  const __m256 wide = _mm256_cvtph_ps(bits_of<__m128i>(lanes));
   memcpy(&out, &wide, sizeof(out));
 #else
   for (int i = 0; i < W; ++i) out[i] = widen(Half{lanes[i]});
@@ -61,14 +67,10 @@ SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, Half) {
   return out;
 }
 
-template <int W, class T>
-SK_HD void store_narrow(T* to, Vec<T, W> lanes) {
-  store_lanes(to, lanes);
-}
-
+// W values, rounded to 16 bits.
 template <int W>
 SK_HD void store_narrow(BFloat16* to, Vec<float, W> lanes) {
-  const auto bits = reinterpret_cast<const Vec<uint32_t, W>&>(lanes);
+  const auto bits = bits_of<Vec<uint32_t, W>>(lanes);
   const auto rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const auto narrow = (bits & 0x7FFFFFFFu) > 0x7F800000u ? rounded * 0 + 0x7FC0u : rounded;
   store_lanes(to, __builtin_convertvector(narrow, Vec<uint16_t, W>));
@@ -77,10 +79,15 @@ SK_HD void store_narrow(BFloat16* to, Vec<float, W> lanes) {
 template <int W>
 SK_HD void store_narrow(Half* to, Vec<float, W> lanes) {
 #if defined(__F16C__)
+  constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#if defined(__AVX512BW__)
+  static_assert(W == 16, "what the conversion takes");
+  const __m256i halves = _mm512_cvtps_ph(bits_of<__m512>(lanes), kRound);
+#else
   static_assert(W == 8, "what the conversion takes");
-  const __m256 wide = reinterpret_cast<const __m256&>(lanes);
-  const __m128i halves = _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const auto bits = reinterpret_cast<const Vec<int16_t, W>&>(halves);
+  const __m128i halves = _mm256_cvtps_ph(bits_of<__m256>(lanes), kRound);
+#endif
+  const auto bits = bits_of<Vec<int16_t, W>>(halves);
   // NaN as `narrow` has it.
   store_lanes(to, (bits & 0x7FFF) > 0x7C00 ? (bits & int16_t(0x8000)) | 0x7E00 : bits);
 #else
