@@ -231,13 +231,9 @@ struct PoolLines {
   // kCells: how many rows and columns of cells, 0 for any number.
   template <int kCells>
   void blocks(const Corner& corner) const {
-    constexpr int kWidth = Tops<T, 1>::kWidth;
-    int64_t c = 0;
-    for (; c + 4 * kWidth <= w.channels; c += 4 * kWidth) vectors<4, kCells>(corner, c);
-    // The last may overlap the one before, so that none is cut.
-    for (; c < w.channels; c += kWidth) {
-      vectors<1, kCells>(corner, c + kWidth <= w.channels ? c : w.channels - kWidth);
-    }
+    each_block<Tops<T, 1>::kWidth>(w.channels, [&](auto count, int64_t c) {
+      vectors<decltype(count)::value, kCells>(corner, c);
+    });
   }
 
   template <int kCount, int kCells>

@@ -89,21 +89,36 @@ struct Sweep {
   }
 };
 
+// The windows [begin, end) of a line that none of the plane's sides cuts, if all their codes point
+// into the plane; else none.
+struct Sound {
+  int32_t begin, end;
+
+  Sound(const Plan& plan, const Place& line, const uint8_t* __restrict row) : begin(0), end(0) {
+    const Windows& w = plan.w;
+    const Cells ys = cells_inside(w, 0, line.y);
+    uint8_t least = 255, largest = 0;
+    for (int64_t i = plan.xs.begin * w.channels; i < plan.xs.end * w.channels; ++i) {
+      least = row[i] < least ? row[i] : least;
+      largest = row[i] > largest ? row[i] : largest;
+    }
+    if (least < ys.begin * w.kernel[1] || largest >= ys.end * w.kernel[1]) return;
+    begin = plan.xs.begin;
+    end = plan.xs.end;
+  }
+};
+
 // Reports the codes of a line of windows that do not point into the plane.
 inline void check_line(const Plan& plan, const Place& line, const uint8_t* codes, int32_t* status) {
   const Windows& w = plan.w;
   const uint8_t* row = codes + pooled_offset(w, line, line.y, 0);
-  const bool inside = plan.ys.holds(line.y);
-  const int64_t begin = inside ? plan.xs.begin * w.channels : 0;
-  const int64_t end = inside ? plan.xs.end * w.channels : 0;
-  uint8_t largest = 0;
-  for (int64_t i = begin; i < end; ++i) largest = row[i] > largest ? row[i] : largest;
-  bool bad = largest >= plan.cells;
+  const Sound sound(plan, line, row);
+  bool bad = false;
   const auto check = [&](int64_t i) {
     bad |= !ByCode::valid(w, line.y, int32_t(i / w.channels), row[i]);
   };
-  for (int64_t i = 0; i < begin; ++i) check(i);
-  for (int64_t i = end; i < w.pooled[1] * w.channels; ++i) check(i);
+  for (int64_t i = 0; i < sound.begin * w.channels; ++i) check(i);
+  for (int64_t i = sound.end * w.channels; i < w.pooled[1] * w.channels; ++i) check(i);
   if (bad) report(status, kCodeOutOfRange);
 }
 
@@ -276,16 +291,13 @@ struct GatherRows {
     const Covering ys = windows_over(w, 0, line.y);
     Sweep xs(w, 1, 0);
     for (int32_t x = 0; x < w.full[1]; ++x, xs.next()) {
-      int64_t c = 0;
       if (w.channels < kWidth) {
         few(line, ys, xs, x);
         continue;
       }
-      for (; c + 4 * kWidth <= w.channels; c += 4 * kWidth) vectors<4>(line, ys, xs, x, c);
-      // The last may overlap the one before, so that none is cut.
-      for (; c < w.channels; c += kWidth) {
-        vectors<1>(line, ys, xs, x, c + kWidth <= w.channels ? c : w.channels - kWidth);
-      }
+      each_block<kWidth>(w.channels, [&](auto count, int64_t c) {
+        vectors<decltype(count)::value>(line, ys, xs, x, c);
+      });
     }
   }
 
@@ -345,22 +357,28 @@ template <class P, class F>
 SK_HD void each_place(const Plan& plan, const Place& line, const P* __restrict positions,
                       int32_t* status, const F& f) {
   const Windows& w = plan.w;
-  const int32_t cells = plan.cells, count = w.pooled[1];
+  const int32_t count = w.pooled[1];
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   bool bad = false;
-  const auto one = [&](int32_t x) {
-    const int64_t offset = offset_of_position(w, {line.plane, line.y, x, 0}, positions[x]);
-    offset < 0 ? void(bad = true) : f(x, offset);
-  };
   if constexpr (sizeof(P) == 1) {
-    const bool inside = plan.ys.holds(line.y);
-    const int32_t begin = inside ? plan.xs.begin : count, end = inside ? plan.xs.end : count;
+    const auto one = [&](int32_t x) {
+      const int64_t offset = offset_of_position(w, {line.plane, line.y, x, 0}, positions[x]);
+      offset < 0 ? void(bad = true) : f(x, offset);
+    };
+    // Between the plane's sides a code points into it if its row of cells does.
+    const int32_t begin = plan.xs.begin, end = plan.xs.end;
+    uint32_t least = 0, span = plan.cells;
+    if (!plan.ys.holds(line.y)) {
+      const Cells ys = cells_inside(w, 0, line.y);
+      least = ys.begin * w.kernel[1];
+      span = ys.end > ys.begin ? (ys.end - ys.begin) * w.kernel[1] : 0;
+    }
     const int64_t step = w.stride[1];
     int64_t first = int64_t(line.y * w.stride[0] - w.padding[0]) * w.full[1] - w.padding[1];
     first += begin * step;
     for (int32_t x = 0; x < begin; ++x) one(x);
     for (int32_t x = begin; x < end; ++x, first += step) {
-      positions[x] < cells ? f(x, first + plan.offset_of[positions[x]]) : void(bad = true);
+      positions[x] - least < span ? f(x, first + plan.offset_of[positions[x]]) : void(bad = true);
     }
     for (int32_t x = end; x < count; ++x) one(x);
   } else {
@@ -372,10 +390,23 @@ SK_HD void each_place(const Plan& plan, const Place& line, const P* __restrict p
   if (bad) report(status, fault_of(P(0)));
 }
 
+// Contiguous planes: indices do not tell the lines of a plane apart, so that all are one.
+template <class P>
+SK_HD Windows longest_lines(const Windows& windows) {
+  Windows w = windows;
+  const int64_t count = int64_t(w.pooled[0]) * w.pooled[1];
+  if (sizeof(P) == 8 && w.channels == 1 && count <= INT32_MAX) {
+    w.pooled[0] = 1;
+    w.pooled[1] = int32_t(count);
+  }
+  return w;
+}
+
 // Contiguous planes, any windows: each plane is cleared, then written by its sources in row order.
 template <class T, class P, bool kSum>
-void scatter_planes(const Where& where, const Windows& w, const T* input, const P* positions,
+void scatter_planes(const Where& where, const Windows& windows, const T* input, const P* positions,
                     T* output, int32_t* status, const char* name) {
+  const Windows w = longest_lines<P>(windows);
   const Plan plan(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   parallel_for(
@@ -413,10 +444,9 @@ void scatter_sums(const Where& where, const Windows& w, const T* input, const P*
             const int64_t at = pooled_offset(w, line, y, 0);
             const T* __restrict values = input + at;
             each_place(plan, line, positions + at, nullptr,
-                       [&](int32_t x, int64_t place) { plane[place] += widen(values[x]); });
+                       [&](int32_t x, int64_t place) { plane[place] += widen_one(values[x]); });
           }
-          T* __restrict out = output + i * places;
-          for (int64_t k = 0; k < places; ++k) out[k] = narrow_to<T>(plane[k]);
+          narrow_line(plane, output + i * places, places);
         }
       },
       name);
@@ -528,15 +558,37 @@ void collect_line(const Plan& plan, const Place& line, const T* input, const P* 
   }
 }
 
+// As collect_pairs, in blocks of as many windows; the last may overlap the one before.
+template <int N, class T>
+SK_HD uint8_t collect_blocks(const T* upper, const T* lower, const uint8_t* codes, T* out,
+                             int64_t n) {
+  uint8_t largest = 0;
+  for (int64_t i = 0; i < n; i += N) {
+    const int64_t at = i + N <= n ? i : n - N;
+    const uint8_t most = collect_pairs(upper + 2 * at, lower + 2 * at, codes + at, out + at, N);
+    largest = most > largest ? most : largest;
+  }
+  return largest;
+}
+
+template <class T>
+uint8_t collect_pairs_line(const T* upper, const T* lower, const uint8_t* codes, T* out,
+                           int64_t n) {
+  if (n >= 32) return collect_blocks<32>(upper, lower, codes, out, n);
+  if (n >= 8) return collect_blocks<8>(upper, lower, codes, out, n);
+  return collect_pairs(upper, lower, codes, out, n);
+}
+
 template <class T>
 void collect_codes_line(const Plan& plan, const Place& line, const T* input, const uint8_t* codes,
                         T* output, int32_t* status) {
   const Windows& w = plan.w;
   const int64_t at = pooled_offset(w, line, line.y, 0);
-  if (w.channels == 1 && pairs_tile(w)) {
+  const bool pairs = tiles_plane(w) && w.kernel[0] == 2 && w.kernel[1] == 2;
+  if (w.channels == 1 && pairs && all_inside(w)) {
     const T* from = input + full_offset(w, line, 2 * line.y, 0);
     const uint8_t largest =
-        collect_pairs(from, from + w.full[1], codes + at, output + at, w.pooled[1]);
+        collect_pairs_line(from, from + w.full[1], codes + at, output + at, w.pooled[1]);
     if (largest > 3) report(status, kCodeOutOfRange);
     return;
   }
@@ -555,8 +607,9 @@ void collect_codes_line(const Plan& plan, const Place& line, const T* input, con
 }
 
 template <class T, class P>
-void collect_rows(const Where& where, const Windows& w, const T* input, const P* positions,
+void collect_rows(const Where& where, const Windows& windows, const T* input, const P* positions,
                   T* output, int32_t* status, const char* name) {
+  const Windows w = windows.planes >= where.threads ? longest_lines<P>(windows) : windows;
   const Plan plan(w);
   parallel_for(
       where, w.planes * w.pooled[0],

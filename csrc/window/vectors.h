@@ -4,6 +4,8 @@
 
 #include <string.h>
 
+#include <type_traits>
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -16,6 +18,8 @@ inline namespace SK_NS {
 
 #if defined(__AVX512BW__)
 constexpr int kVectorBytes = 64;
+// Conversions without a mask make GCC warn of what it leaves undefined.
+constexpr uint16_t kAllLanes = 0xFFFF;
 #else
 constexpr int kVectorBytes = 32;
 #endif
@@ -31,6 +35,16 @@ template <class T, class V>
 SK_HD void store_lanes(T* to, const V& lanes) {
   static_assert(sizeof(V) % sizeof(T) == 0, "whole elements");
   memcpy(static_cast<void*>(to), &lanes, sizeof(V));
+}
+
+// f(number of vectors of W lanes, first lane) for blocks that cover n >= W lanes; the last may
+// overlap the one before, so that none is cut.
+template <int W, class F>
+SK_HD void each_block(int64_t n, const F& f) {
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) f(std::integral_constant<int, 4>{}, i);
+  for (; i + 2 * W <= n; i += 2 * W) f(std::integral_constant<int, 2>{}, i);
+  for (; i < n; i += W) f(std::integral_constant<int, 1>{}, i + W <= n ? i : n - W);
 }
 
 // W values, given by their bits, widened.
@@ -55,7 +69,7 @@ SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, Half) {
   Vec<float, W> out;
 #if defined(__AVX512BW__)
   static_assert(W == 16, "what the conversion takes");
-  const __m512 wide = _mm512_cvtph_ps(bits_of<__m256i>(lanes));
+  const __m512 wide = _mm512_maskz_cvtph_ps(kAllLanes, bits_of<__m256i>(lanes));
   memcpy(&out, &wide, sizeof(out));
 #elif defined(__F16C__)
   static_assert(W == 8, "what the conversion takes");
@@ -82,7 +96,7 @@ SK_HD void store_narrow(Half* to, Vec<float, W> lanes) {
   constexpr int kRound = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
 #if defined(__AVX512BW__)
   static_assert(W == 16, "what the conversion takes");
-  const __m256i halves = _mm512_cvtps_ph(bits_of<__m512>(lanes), kRound);
+  const __m256i halves = _mm512_maskz_cvtps_ph(kAllLanes, bits_of<__m512>(lanes), kRound);
 #else
   static_assert(W == 8, "what the conversion takes");
   const __m128i halves = _mm256_cvtps_ph(bits_of<__m256>(lanes), kRound);
@@ -93,6 +107,29 @@ SK_HD void store_narrow(Half* to, Vec<float, W> lanes) {
 #else
   for (int i = 0; i < W; ++i) to[i] = narrow_to<Half>(lanes[i]);
 #endif
+}
+
+// One value, widened with the instruction for it.
+template <class T>
+SK_HD float widen_one(T value) {
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Half>) return _cvtsh_ss(value.bits);
+#endif
+  return widen(value);
+}
+
+template <class T>
+SK_HD void narrow_line(const float* __restrict from, T* __restrict to, int64_t n) {
+  constexpr int kWidth = kVectorBytes / sizeof(float);
+  if (n < kWidth) {
+    for (int64_t i = 0; i < n; ++i) to[i] = narrow_to<T>(from[i]);
+    return;
+  }
+  each_block<kWidth>(n, [&](auto count, int64_t first) {
+    for (int64_t i = first; i < first + count * kWidth; i += kWidth) {
+      store_narrow<kWidth>(to + i, load_lanes<kWidth>(from + i));
+    }
+  });
 }
 
 }  // namespace SK_NS
