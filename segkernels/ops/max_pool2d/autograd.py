@@ -35,6 +35,13 @@ def pool(x: torch.Tensor, w: Windows, return_indices: bool) -> Three:
     if _op.wants_grad(x):
         recorded: Three = MaxPool2d.apply(x, w, return_indices)
         return recorded
+    if return_indices:  # codes are for the backward
+        values, indices = (
+            _windows.empty(x, w.pooled, w),
+            _windows.empty(x, w.pooled, w, torch.int64),
+        )
+        _run(x, w, values, None, indices)
+        return values, _windows.empty(x, (0, 0), w, torch.uint8), indices
     return run(x, w, return_indices)
 
 
