@@ -16,6 +16,7 @@ from segkernels import _native
 from segkernels.ops._op import laid_out_like, through_dispatcher
 from segkernels.ops.dense_crf import MAX_TERMS, mean_field
 from segkernels.ops.dense_crf.config import Config
+from segkernels.ops.permutohedral import check_bound
 from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS, Normalization
 
 Array = npt.NDArray[Any]
@@ -120,8 +121,7 @@ def dense_crf(
             f"dense_crf: exactly one of probs, logits and unary is needed, got {kinds or 'none'}"
         )
     (kind,) = kinds
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
-        raise ValueError(f"dense_crf: iterations must be an int of 0 or more, got {iterations!r}")
+    iterations = _iterations(iterations, "dense_crf")
     _check_normalization(normalization)
     scores = _scores(given[kind], kind)
     batched, channels, spatial = scores.shape[0], scores.shape[1], scores.shape[2:]
@@ -151,8 +151,7 @@ def dense_crf(
             raise ValueError(
                 f"dense_crf: a term can have {MAX_DIMS} features at most, got {features.shape[1]}"
             )
-    if max_vertices is not None and max_vertices < 1:
-        raise ValueError(f"dense_crf: max_vertices must be a positive int, got {max_vertices!r}")
+    check_bound(max_vertices, "dense_crf")
 
     config = Config(
         kind=kind,
@@ -382,6 +381,14 @@ def _term_features(
     return batched.to(dtype).flatten(2)
 
 
+def _iterations(iterations: int, what: str) -> int:
+    if isinstance(iterations, bool) or not isinstance(iterations, (int, np.integer)):
+        raise ValueError(f"{what}: iterations must be an int of 0 or more, got {iterations!r}")
+    if iterations < 0:
+        raise ValueError(f"{what}: iterations must be an int of 0 or more, got {iterations!r}")
+    return int(iterations)
+
+
 def _check_normalization(normalization: str) -> None:
     if normalization not in NORMALIZATIONS:
         raise ValueError(
@@ -430,7 +437,8 @@ class DenseCRF(nn.Module):
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"DenseCRF: num_classes must be a positive int, got {num_classes!r}")
         _check_normalization(normalization)
-        self.num_classes, self.iterations = num_classes, iterations
+        self.num_classes = num_classes
+        self.iterations = _iterations(iterations, "DenseCRF")
         self.normalization: Normalization = normalization
         for name, compat in (
             ("compat_gaussian", compat_gaussian),

@@ -36,10 +36,8 @@ def pool(x: torch.Tensor, w: Windows, return_indices: bool) -> Three:
         recorded: Three = MaxPool2d.apply(x, w, return_indices)
         return recorded
     if return_indices:  # codes are for the backward
-        values, indices = (
-            _windows.empty(x, w.pooled, w),
-            _windows.empty(x, w.pooled, w, torch.int64),
-        )
+        values = _windows.empty(x, w.pooled, w)
+        indices = _windows.empty(x, w.pooled, w, torch.int64)
         _run(x, w, values, None, indices)
         return values, _windows.empty(x, (0, 0), w, torch.uint8), indices
     return run(x, w, return_indices)
@@ -145,7 +143,7 @@ def run_backward(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> tor
         sums = None
         if where[0] < 0 and _needs_sums(grad, positions, w):
             planes = min(max(where[2], 1), grad.size(0) * grad.size(1))
-            sums = torch.empty((planes, *w.full), dtype=torch.float32)
+            sums = torch.empty((planes, *w.full), dtype=torch.float32, device="cpu")
         _native.C().max_pool2d_backward(
             where,
             _windows.native_args(w, grad),

@@ -65,7 +65,7 @@ class PermutohedralLattice:
 
     def __init__(self, features: torch.Tensor, *, max_vertices: int | None = None) -> None:
         flat, spatial = _features(features, "PermutohedralLattice")
-        _check_bound(max_vertices, "PermutohedralLattice")
+        check_bound(max_vertices, "PermutohedralLattice")
         self.shape = features.shape
         self._flat = flat
         self._lattice: Lattice | None = None
@@ -226,7 +226,8 @@ def _check_normalization(normalization: str, what: str) -> None:
         )
 
 
-def _check_bound(max_vertices: int | None, what: str) -> None:
+def check_bound(max_vertices: int | None, what: str) -> None:
+    """Refuse a `max_vertices` that is no positive int."""
     if max_vertices is not None and (
         isinstance(max_vertices, bool) or not isinstance(max_vertices, int) or max_vertices < 1
     ):
