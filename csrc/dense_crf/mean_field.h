@@ -30,7 +30,7 @@ struct MeanField {
   int32_t channels, width;
   int32_t iterations;
   bool log;       // the last pass gives log-probabilities
-  void* energy;   // [positions, width]: minus the energy; padding holds -1e30
+  void* energy;   // [positions, width]: minus the energy; padding holds -3e38
   void* rows;     // [positions, width]: the result; may be `energy` on the CPU
   void* scratch;  // CPU: [threads, 16, width]
   int32_t* status;

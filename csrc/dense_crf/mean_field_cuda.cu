@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
       if (B == 0 || lane + i * G < blocks) {
         v = energy[p * blocks + lane + i * G];
       } else {
-        for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-1e30));
+        for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-3e38));
       }
       z.at(i, G) = v;
     }
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
       }
     }
 
-    T top = T(-1e30);
+    T top = T(-3e38);
     for (int i = 0; i < count; ++i) {
       for (int c = 0; c < W; ++c) {
         const T v = lane_value<T>(z.at(i, G), c);

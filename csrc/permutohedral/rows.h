@@ -173,7 +173,7 @@ struct Pack {
     v[i] = value;
   }
 
-  SK_HD T padding() const { return kind == kValues ? T(0) : T(-1e30); }
+  SK_HD T padding() const { return kind == kValues ? T(0) : T(-3e38); }
 
   SK_HD T score(T v) const {
     if (kind == kValues) return v;

@@ -79,7 +79,7 @@ struct PackTile {
     for (int c = 0; c < row.width; ++c) {
       if (c >= row.channels) {
         for (int64_t i = 0; i < n; ++i)
-          out[i * row.width + c] = row.kind == kValues ? T(0) : T(-1e30);
+          out[i * row.width + c] = row.kind == kValues ? T(0) : T(-3e38);
         continue;
       }
       const T* x = from + c * row.source.channel;
