@@ -60,11 +60,12 @@ struct Embed {
   T* weights;
   int32_t* status;
 
-  SK_HD void operator()(int64_t position) const {
+  SK_HD void operator()(int64_t position) const { at(position, place_of(grid, position)); }
+
+  SK_HD void at(int64_t position, const Place& place) const {
     constexpr int words = record_size(D) - D;
     int32_t* record = records + position * record_size(D);
     T* w = weights + position * (D + 1);
-    const Place place = place_of(grid, position);
     Simplex<T, D> s;
     bool finite = true;
     bool valid = false;

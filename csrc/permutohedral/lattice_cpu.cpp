@@ -90,8 +90,14 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
   const int thread = thread_index();
   TileKeys<D> keys(b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
                    b.tile_keys + thread * points * (D + 1) * (D + 1));
+  const Place corner = place_of(l.grid, begin);
+  const int64_t left = l.grid.width - corner.point % l.grid.width;
+  const int64_t below = l.grid.height - corner.point / l.grid.width;
+  int64_t x = -1, y = 0;
   for (int64_t p = begin; p < begin + points; ++p) {
-    embed(p);
+    if (++x == l.grid.tile_width) x = 0, ++y;
+    const bool there = y < below && x < left;
+    embed.at(p, {corner.image, there ? corner.point + y * l.grid.width + x : -1});
     const int32_t* record = b.records + p * words;
     uint16_t* ids = l.local_ids + p * (D + 1);
     if (p > begin && memcmp(record, record - words, sizeof(int32_t) * words) == 0) {
