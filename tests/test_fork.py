@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -146,6 +147,7 @@ def run_whole_group(code: str, timeout: float) -> tuple[int, str]:
     """Exit status and output of Python code; kills it and its children when time is up."""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
+        cwd=tempfile.gettempdir(),  # not the source folder, whose package is not built
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -502,13 +502,17 @@ def test_help_lists_the_commands():
 def test_as_a_process(tmp_path, scene):
     command = [sys.executable, "-c", "from segkernels.cli import main; main()", "refine"]
     files = [str(tmp_path / "image.png"), str(tmp_path / "grey.png"), "-o", str(tmp_path / "o.png")]
-    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *files], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert np.array_equal(np.array(Image.open(tmp_path / "o.png")), scene)
     files[0] = str(tmp_path / "nothing.npy")
     (tmp_path / "nothing.npy").write_text("")
-    done = subprocess.run([*command, *files], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *files], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     assert done.stderr.startswith("Error: IMAGE ")
     assert done.stderr.count("\n") == 1

@@ -563,7 +563,11 @@ def test_instruction_sets_agree(tmp_path):
         files = (str(tmp_path / "given.npz"), str(tmp_path / f"{name}.npz"))
         environment = {**os.environ, "SEGKERNELS_SIMD": name}
         subprocess.run(
-            [sys.executable, "-c", SIMD, *files], check=True, env=environment, timeout=120
+            [sys.executable, "-c", SIMD, *files],
+            cwd=tmp_path,
+            check=True,
+            env=environment,
+            timeout=300,
         )
         with np.load(files[1]) as file:
             found[name] = dict(file)
