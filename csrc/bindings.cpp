@@ -16,6 +16,7 @@
 #include "build_config.h"
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
+#include "dilated_conv2d/schedule.h"
 #include "interpolate/interpolate.h"
 #include "max_pool2d/max_pool2d.h"
 #include "max_unpool2d/max_unpool2d.h"
@@ -584,6 +585,50 @@ void bind_pooling(py::module_& m) {
       Release());
 }
 
+// (kernel, dilation, padding, output channels)
+using BranchTuple = std::tuple<std::array<int, 2>, std::array<int, 2>, std::array<int, 2>, int64_t>;
+
+// Everything of a schedule; the kernel reads "table": starts, segments and fix-ups, int32 words.
+py::dict dilated_conv2d_schedule(int64_t batch, std::array<int64_t, 2> in,
+                                 std::array<int64_t, 2> out, int64_t channel_steps,
+                                 const std::vector<BranchTuple>& branches, int multiprocessors,
+                                 int tile_channels, int cluster, std::array<int, 3> box) {
+  namespace dilated = segkernels::dilated;
+  dilated::Shape shape{batch, in, out, channel_steps, {}};
+  for (const auto& [kernel, dilation, padding, out_channels] : branches) {
+    shape.branches.push_back({kernel, dilation, padding, out_channels});
+  }
+  const dilated::Schedule s =
+      dilated::make_schedule(shape, multiprocessors, tile_channels, cluster, box);
+  std::string table;
+  const auto append = [&table](const auto& items) {
+    table.append(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(items[0]));
+  };
+  append(s.start);
+  append(s.segments);
+  append(s.fixups);
+  py::dict found;
+  found["box"] = s.box;
+  found["boxes"] = s.boxes;
+  found["tile_channels"] = s.tile_channels;
+  found["cluster"] = s.cluster;
+  found["workers"] = s.workers;
+  found["segments"] = s.segments.size();
+  found["fixups"] = s.fixups.size();
+  found["table"] = py::bytes(table);
+  found["workspace_tiles"] = s.workspace_tiles;
+  found["tile_steps"] = s.tile_steps;
+  found["max_load"] = s.max_load;
+  return found;
+}
+
+void bind_dilated_conv2d(py::module_& m) {
+  m.def("dilated_conv2d_schedule", &dilated_conv2d_schedule, py::arg("batch"), py::arg("in_size"),
+        py::arg("out_size"), py::arg("channel_steps"), py::arg("branches"),
+        py::arg("multiprocessors"), py::arg("tile_channels") = 0, py::arg("cluster") = 0,
+        py::arg("box") = std::array<int, 3>{0, 0, 0});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -592,6 +637,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("status_codes") = int(segkernels::kStatusCodes);
   bind_permutohedral(m);
   bind_dense_crf(m);
+  bind_dilated_conv2d(m);
   bind_interpolate(m);
   bind_upsample_argmax(m);
   bind_upsample_cross_entropy(m);

@@ -1,0 +1,28 @@
+// Which taps of a kernel a box of outputs needs, one axis at a time.
+#pragma once
+
+#include <stdint.h>
+
+namespace segkernels::dilated {
+
+struct TapRange {
+  int first, last;  // none: last < first
+};
+
+inline int64_t floor_div(int64_t a, int64_t b) {
+  return a / b - (a % b != 0 && (a < 0) != (b < 0));
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// Outputs start .. start + extent - 1 read through tap k the `extent` inputs from
+// start + k * dilation - padding on. The taps for which one of these is in 0 .. size - 1 have no
+// gap between them. segkernels/ops/dilated_conv2d/geometry.py says the same in Python.
+inline TapRange tap_range(int64_t start, int64_t extent, int64_t size, int kernel, int dilation,
+                          int padding) {
+  const int64_t first = ceil_div(padding - start - extent + 1, dilation);
+  const int64_t last = floor_div(size - 1 + padding - start, dilation);
+  return {int(first > 0 ? (first < kernel ? first : kernel) : 0),
+          int(last < kernel - 1 ? (last < -1 ? -1 : last) : kernel - 1)};
+}
+
+}  // namespace segkernels::dilated

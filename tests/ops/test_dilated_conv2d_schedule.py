@@ -1,0 +1,410 @@
+"""The Hopper convolution's schedule, executed plainly on the CPU.
+
+`python tests/ops/test_dilated_conv2d_schedule.py` prints how even it is for the papers' shapes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkernels import _native
+
+SEGMENT_WORDS, FIXUP_WORDS = 10, 6
+MULTIPROCESSORS = 132  # of an H100
+
+
+class Branch(NamedTuple):
+    kernel: tuple[int, int]
+    dilation: tuple[int, int]
+    padding: tuple[int, int]
+    out_channels: int
+
+
+class Segment(NamedTuple):
+    places: tuple[int, int]
+    branch: int
+    column: int
+    begin: int
+    end: int
+    slot: int
+    first_tap: tuple[int, int]
+    taps_across: int
+
+
+class Fixup(NamedTuple):
+    place: int
+    branch: int
+    column: int
+    first: int
+    stride: int
+    count: int
+
+
+class Schedule:
+    """What `_C.dilated_conv2d_schedule` gives, taken apart."""
+
+    def __init__(self, found: dict[str, Any]) -> None:
+        self.box, self.boxes = found["box"], found["boxes"]
+        self.tile_channels, self.cluster = found["tile_channels"], found["cluster"]
+        self.workers, self.max_load = found["workers"], found["max_load"]
+        self.tile_steps, self.workspace_tiles = found["tile_steps"], found["workspace_tiles"]
+        self.table = found["table"]
+        words = torch.frombuffer(bytearray(self.table), dtype=torch.int32)
+        counts = [
+            self.workers + 1,
+            found["segments"] * SEGMENT_WORDS,
+            found["fixups"] * FIXUP_WORDS,
+        ]
+        start, segments, fixups = words.split(counts)
+        self.start = start.tolist()
+        self.segments = [
+            Segment((s[0], s[1]), *s[2:7], (s[7], s[8]), s[9])
+            for s in segments.view(-1, SEGMENT_WORDS).tolist()
+        ]
+        self.fixups = [Fixup(*f) for f in fixups.view(-1, FIXUP_WORDS).tolist()]
+
+    def origin(self, place: int) -> tuple[int, int, int]:
+        """First image, row and column of a box."""
+        _, rows, columns = self.boxes
+        n, y, x = place // (rows * columns), place // columns % rows, place % columns
+        return n * self.box[0], y * self.box[1], x * self.box[2]
+
+    def loads(self) -> list[int]:
+        """Loop steps of each worker."""
+        pairs = itertools.pairwise(self.start)
+        return [sum(s.end - s.begin for s in self.segments[a:b]) for a, b in pairs]
+
+    def unevenness(self) -> float:
+        """The busiest worker's load over the mean of the work that there is."""
+        return self.max_load * self.workers * self.cluster / self.tile_steps
+
+
+def out_sizes(size: tuple[int, int], branch: Branch) -> tuple[int, int]:
+    reach = [d * (k - 1) for d, k in zip(branch.dilation, branch.kernel, strict=True)]
+    return (
+        size[0] + 2 * branch.padding[0] - reach[0],
+        size[1] + 2 * branch.padding[1] - reach[1],
+    )
+
+
+def schedule(
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    branches: list[Branch],
+    multiprocessors: int = MULTIPROCESSORS,
+    step: int = 64,
+    **options: Any,
+) -> Schedule:
+    out = out_sizes(size, branches[0])
+    return Schedule(
+        _native.C().dilated_conv2d_schedule(
+            batch, size, out, -(-channels // step), branches, multiprocessors, **options
+        )
+    )
+
+
+def same(kernel: int, dilation: int, out_channels: int) -> Branch:
+    """A branch whose planes keep their size."""
+    pad = dilation * (kernel - 1) // 2
+    return Branch((kernel, kernel), (dilation, dilation), (pad, pad), out_channels)
+
+
+def taps_of(x: torch.Tensor, branch: Branch, out: tuple[int, int]) -> torch.Tensor:
+    """[kh, kw, N, C, H, W]: what every output reads through every tap."""
+    (kh, kw), (dh, dw), (ph, pw) = branch.kernel, branch.dilation, branch.padding
+    pads = [
+        (p, max(0, o + d * (k - 1) - p - s))
+        for p, o, d, k, s in ((ph, out[0], dh, kh, x.size(2)), (pw, out[1], dw, kw, x.size(3)))
+    ]
+    padded = F.pad(x, (*pads[1], *pads[0]))
+    rows = [
+        torch.stack(
+            [padded[:, :, i * dh : i * dh + out[0], j * dw : j * dw + out[1]] for j in range(kw)]
+        )
+        for i in range(kh)
+    ]
+    return torch.stack(rows)
+
+
+def execute(
+    s: Schedule, x: torch.Tensor, weights: list[torch.Tensor], branches: list[Branch], step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolutions, concatenated, by the segments and fix-ups of `s`.
+
+    And how often each (output, tap, channel step) was multiplied: [CO, N, H, W, taps * steps].
+    """
+    out = out_sizes(x.shape[2:], branches[0])
+    offsets = [0, *itertools.accumulate(b.out_channels for b in branches)]
+    steps = -(-x.size(1) // step)
+    taps = max(b.kernel[0] * b.kernel[1] for b in branches)
+    y = torch.full((x.size(0), offsets[-1], *out), float("nan"), dtype=x.dtype)
+    seen = torch.zeros(offsets[-1], x.size(0), *out, taps * steps, dtype=torch.int32)
+    shifted = [taps_of(x, b, out) for b in branches]
+    tile = (*s.box, s.tile_channels)
+    workspace = torch.full((s.workspace_tiles, *tile), float("nan"), dtype=x.dtype)
+
+    def region(place: int, branch: int, column: int) -> tuple[slice, ...]:
+        n, h, w = s.origin(place)
+        first = column * s.tile_channels
+        last = min(first + s.tile_channels, branches[branch].out_channels)
+        return (
+            slice(n, n + s.box[0]),
+            slice(offsets[branch] + first, offsets[branch] + last),
+            slice(h, h + s.box[1]),
+            slice(w, w + s.box[2]),
+        )
+
+    def put(place: int, branch: int, column: int, value: torch.Tensor) -> None:
+        at = region(place, branch, column)
+        target = y[at]
+        assert target.isnan().all(), "a tile is written twice"
+        n, c, h, w = target.shape
+        target.copy_(value[:n, :h, :w, :c].permute(0, 3, 1, 2))
+
+    for segment in s.segments:
+        branch = branches[segment.branch]
+        kw, weight = branch.kernel[1], weights[segment.branch]
+        for rank in range(s.cluster):
+            place = segment.places[rank]
+            if place < 0:
+                assert rank == 1
+                continue
+            n, c, h, w = region(place, segment.branch, segment.column)
+            channels = slice(c.start - offsets[segment.branch], c.stop - offsets[segment.branch])
+            sums = torch.zeros(tile, dtype=x.dtype)
+            for i in range(segment.begin, segment.end):
+                tap, k = divmod(i, steps)
+                ky = segment.first_tap[0] + tap // segment.taps_across
+                kx = segment.first_tap[1] + tap % segment.taps_across
+                part = slice(k * step, (k + 1) * step)
+                box = shifted[segment.branch][ky, kx][n, part, h, w]
+                products = torch.einsum("ncyx,oc->nyxo", box, weight[channels, part, ky, kx])
+                sums[tuple(map(slice, products.shape))] += products
+                seen[c, n, h, w, (ky * kw + kx) * steps + k] += 1
+            if segment.slot < 0:
+                put(place, segment.branch, segment.column, sums)
+            else:
+                target = workspace[segment.slot * s.cluster + rank]
+                assert target.isnan().all(), "a slot is written twice"
+                target.copy_(sums)
+    for fixup in s.fixups:
+        total = torch.zeros(tile, dtype=x.dtype)
+        for i in range(fixup.count):
+            total += workspace[fixup.first + i * fixup.stride]
+        put(fixup.place, fixup.branch, fixup.column, total)
+    return y, seen
+
+
+def check(
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    branches: list[Branch],
+    step: int,
+    **options: Any,
+) -> Schedule:
+    s = schedule(batch, channels, size, branches, step=step, **options)
+    x = torch.randn(batch, channels, *size, dtype=torch.float64)
+    weights = [
+        torch.randn(b.out_channels, channels, *b.kernel, dtype=torch.float64) for b in branches
+    ]
+    y, seen = execute(s, x, weights, branches, step)
+    expected = [
+        F.conv2d(x, w, None, 1, b.padding, b.dilation)
+        for w, b in zip(weights, branches, strict=True)
+    ]
+    torch.testing.assert_close(y, torch.cat(expected, 1))
+
+    # Once for every (output, tap, channel step) whose input lies inside the image, else at most once.
+    assert int(seen.max()) <= 1
+    first = 0
+    steps = -(-channels // step)
+    for b in branches:
+        inside = taps_of(torch.ones(batch, 1, *size), b, y.shape[2:]).flatten(0, 1)[:, :, 0] > 0
+        count = seen[first : first + b.out_channels]
+        wanted = inside.permute(1, 2, 3, 0).repeat_interleave(steps, -1)
+        assert bool((count[..., : wanted.size(-1)][:, wanted] == 1).all())
+        first += b.out_channels
+
+    # Partial sums are added in the order of the loop.
+    pieces: dict[tuple[int, int, int], list[tuple[int, int, int]]] = {}
+    for segment in s.segments:
+        assert segment.begin < segment.end
+        if segment.slot < 0:
+            assert segment.begin == 0
+            continue
+        for rank in range(s.cluster):
+            key = (segment.places[rank], segment.branch, segment.column)
+            tile = segment.slot * s.cluster + rank
+            pieces.setdefault(key, []).append((tile, segment.begin, segment.end))
+    for fixup in s.fixups:
+        tiles = [fixup.first + i * fixup.stride for i in range(fixup.count)]
+        mine = sorted(pieces.get((fixup.place, fixup.branch, fixup.column), []))
+        assert [tile for tile, _, _ in mine] == tiles
+        ends = [0] + [end for _, _, end in mine]
+        assert [begin for _, begin, _ in mine] == ends[:-1]
+    assert max(s.loads()) == s.max_load
+    return s
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_segments_are_the_convolution(data: st.DataObject) -> None:
+    draw = lambda name, low, high: data.draw(st.integers(low, high), label=name)  # noqa: E731
+    torch.manual_seed(0)
+    kernel = (draw("kh", 1, 4), draw("kw", 1, 4))
+    dilation = (draw("dh", 1, 7), draw("dw", 1, 7))
+    padding = (draw("ph", 0, 9), draw("pw", 0, 9))
+    size = tuple(
+        max(draw(name, 1, 19), d * (k - 1) - 2 * p + 1)
+        for name, d, k, p in zip("HW", dilation, kernel, padding, strict=True)
+    )
+    check(
+        draw("N", 1, 5),
+        draw("C", 1, 70),
+        size,
+        [Branch(kernel, dilation, padding, draw("CO", 1, 70))],
+        16,
+        multiprocessors=draw("multiprocessors", 1, 12),
+        tile_channels=data.draw(st.sampled_from([0, 32, 64])),
+        cluster=draw("cluster", 0, 2),
+    )
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_branches_of_aspp(cluster: int) -> None:
+    branches = [same(1, 1, 24), *(same(3, d, 24) for d in (3, 6, 9))]
+    s = check(2, 64, (17, 17), branches, 16, multiprocessors=10, cluster=cluster, tile_channels=32)
+    assert {segment.branch for segment in s.segments} == {0, 1, 2, 3}
+
+
+def test_tiles_without_taps_are_zero() -> None:
+    # With so much padding the outermost outputs read nothing.
+    s = check(1, 16, (5, 5), [Branch((1, 1), (1, 1), (20, 20), 8)], 16, multiprocessors=4)
+    assert any(fixup.count == 0 for fixup in s.fixups)
+
+
+def test_negative_padding_leaves_the_border_out() -> None:
+    # The gradient of a 1x1 convolution with padding 2 is one with padding -2.
+    s = Schedule(
+        _native.C().dilated_conv2d_schedule(
+            1, (9, 9), (5, 5), 1, [((1, 1), (1, 1), (-2, -2), 8)], 4
+        )
+    )
+    assert sum(segment.end - segment.begin for segment in s.segments) == s.tile_steps > 0
+
+
+def test_one_shape_has_one_schedule() -> None:
+    make = lambda: schedule(8, 2048, (65, 65), [same(3, 12, 256)]).table  # noqa: E731
+    assert make() == make()
+
+
+def test_boxes_fit_the_plane() -> None:
+    # 33 rows in boxes of 11, not in five of 8, and images side by side only where there are some.
+    s = schedule(1, 2048, (33, 33), [same(3, 6, 256)])
+    assert s.box == [1, 11, 11]
+    assert schedule(1, 64, (1, 300), [same(1, 1, 8)]).box[:2] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("out_channels", "tile"), [(21, 32), (64, 64), (100, 128), (256, 256), (384, 128), (1024, 256)]
+)
+def test_tile_follows_the_output_channels(out_channels: int, tile: int) -> None:
+    assert schedule(8, 512, (65, 65), [same(3, 12, out_channels)]).tile_channels == tile
+
+
+# batch, channels, size, kernel 3 with this dilation, out channels; and how much busier than the
+# mean the busiest multiprocessor may be.
+PAPER_SHAPES = [
+    (8, 2048, (65, 65), 6, 256, 1.05),
+    (8, 2048, (65, 65), 12, 256, 1.05),
+    (8, 2048, (65, 65), 24, 256, 1.05),
+    (8, 2048, (65, 65), 36, 256, 1.05),
+    (8, 512, (41, 41), 12, 1024, 1.05),
+    (8, 512, (65, 65), 4, 512, 1.05),
+    (8, 256, (65, 65), 2, 256, 1.12),
+    (8, 2048, (33, 33), 18, 256, 1.05),
+    (1, 2048, (65, 65), 12, 256, 1.08),
+    (1, 2048, (128, 256), 12, 256, 1.05),
+    (8, 2048, (65, 65), 6, 21, 1.05),
+    (8, 2048, (65, 65), 24, 21, 1.05),
+]
+
+
+def useful_share(
+    s: Schedule, batch: int, channels: int, size: tuple[int, int], branch: Branch
+) -> float:
+    """(pixel, tap) pairs inside the image over what the busiest multiprocessor would do in all."""
+    inside = taps_of(torch.ones(1, 1, *size), branch, out_sizes(size, branch)).sum().item()
+    products = inside * batch * -(-channels // 64) * -(-branch.out_channels // s.tile_channels)
+    return products / 128 / (s.max_load * s.workers * s.cluster)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "size", "dilation", "out_channels", "bound"), PAPER_SHAPES
+)
+def test_work_is_even(
+    batch: int, channels: int, size: tuple[int, int], dilation: int, out_channels: int, bound: float
+) -> None:
+    s = schedule(batch, channels, size, [same(3, dilation, out_channels)])
+    assert max(s.loads()) == s.max_load
+    assert sum(s.loads()) * s.cluster >= s.tile_steps
+    assert 1 <= s.unevenness() <= bound
+    # At most a tenth more than one tile a multiprocessor is cut.
+    assert len(s.fixups) <= 1.1 * MULTIPROCESSORS
+
+
+def test_aspp_in_one_launch_is_even() -> None:
+    branches = [same(1, 1, 256), *(same(3, d, 256) for d in (12, 24, 36))]
+    assert schedule(8, 2048, (65, 65), branches).unevenness() <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"branches": []}, "branches"),
+        ({"branches": [((8, 1), (1, 1), (0, 0), 8)]}, "kernels of 1 to 7"),
+        ({"branches": [((1, 1), (0, 1), (0, 0), 8)]}, "dilation"),
+        ({"out_size": (0, 4)}, "31 bits"),
+        ({"multiprocessors": 0}, "positive"),
+        ({"box": (2, 8, 9)}, "128 pixels"),
+        ({"batch": 2**30, "out_size": (4096, 4096)}, "split the batch"),
+    ],
+)
+def test_bad_shapes(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "batch": 1,
+        "in_size": (4, 4),
+        "out_size": (4, 4),
+        "channel_steps": 1,
+        "branches": [((1, 1), (1, 1), (0, 0), 8)],
+        "multiprocessors": 4,
+    }
+    with pytest.raises(ValueError, match=message):
+        _native.C().dilated_conv2d_schedule(**{**arguments, **change})
+
+
+def main() -> None:
+    print(
+        "batch channels size dilation -> out: busiest/mean, useful share, box, cluster, cut tiles"
+    )
+    for batch, channels, size, dilation, out_channels, _ in PAPER_SHAPES:
+        branch = same(3, dilation, out_channels)
+        s = schedule(batch, channels, size, [branch])
+        share = useful_share(s, batch, channels, size, branch)
+        print(
+            f"{batch} {channels} {size[0]}x{size[1]} d={dilation} -> {out_channels}: "
+            f"{s.unevenness():.3f} {share:.3f} {s.box} {s.cluster} {len(s.fixups)}"
+        )
+
+
+if __name__ == "__main__":
+    main()
