@@ -223,7 +223,7 @@ def check(
     ]
     torch.testing.assert_close(y, torch.cat(expected, 1))
 
-    # Once for every (output, tap, channel step) whose input lies inside the image, else at most once.
+    # Once for every (output, tap, channel step) that reads inside the image, else at most once.
     assert int(seen.max()) <= 1
     first = 0
     steps = -(-channels // step)
@@ -258,7 +258,9 @@ def check(
 @settings(max_examples=40)
 @given(data=st.data())
 def test_segments_are_the_convolution(data: st.DataObject) -> None:
-    draw = lambda name, low, high: data.draw(st.integers(low, high), label=name)  # noqa: E731
+    def draw(name: str, low: int, high: int) -> int:
+        return data.draw(st.integers(low, high), label=name)
+
     torch.manual_seed(0)
     kernel = (draw("kh", 1, 4), draw("kw", 1, 4))
     dilation = (draw("dh", 1, 7), draw("dw", 1, 7))
@@ -303,8 +305,8 @@ def test_negative_padding_leaves_the_border_out() -> None:
 
 
 def test_one_shape_has_one_schedule() -> None:
-    make = lambda: schedule(8, 2048, (65, 65), [same(3, 12, 256)]).table  # noqa: E731
-    assert make() == make()
+    first, second = (schedule(8, 2048, (65, 65), [same(3, 12, 256)]).table for _ in range(2))
+    assert first == second
 
 
 def test_boxes_fit_the_plane() -> None:
