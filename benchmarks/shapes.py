@@ -112,3 +112,65 @@ def pools(cuda: bool) -> tuple[PoolShape, ...]:
         for dtype in ("float32", "bfloat16")
         for layout in ("nchw", "nhwc")
     )
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """One dilated convolution that keeps the size: its padding is dilation * (kernel - 1) / 2."""
+
+    batch: int
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    dilation: int
+    source: str
+    kernel: int = 3
+
+    @property
+    def name(self) -> str:
+        sizes = f"N{self.batch}-{self.channels}-{self.out_channels}-{self.height}x{self.width}"
+        return f"{sizes}-k{self.kernel}d{self.dilation}"
+
+    @property
+    def padding(self) -> int:
+        return self.dilation * (self.kernel - 1) // 2
+
+    def useful_flops(self) -> int:
+        """Multiplications and additions whose input lies inside the picture."""
+        pairs = 1
+        for size in (self.height, self.width):
+            shifts = [k * self.dilation - self.padding for k in range(self.kernel)]
+            pairs *= sum(max(0, size - abs(shift)) for shift in shifts)
+        return 2 * self.batch * pairs * self.channels * self.out_channels
+
+
+_ASPP = "DeepLabv3's ASPP on ResNet's 2048 channels"
+# (batch, channels, out_channels, height, width, dilation, source)
+_CONVS = (
+    (8, 2048, 256, 65, 65, 6, f"{_ASPP}: 513 at output stride 8, rate of stride 16"),
+    (8, 2048, 256, 65, 65, 12, f"{_ASPP}: 513 at output stride 8"),
+    (8, 2048, 256, 65, 65, 24, f"{_ASPP}: 513 at output stride 8"),
+    (8, 2048, 256, 65, 65, 36, f"{_ASPP}: 513 at output stride 8"),
+    (8, 2048, 256, 33, 33, 18, f"{_ASPP}: 513 at output stride 16"),
+    (8, 512, 512, 65, 65, 4, "ResNet's last stage, dilated by 4"),
+    (8, 256, 256, 65, 65, 2, "ResNet's third stage, dilated by 2"),
+    (8, 512, 1024, 41, 41, 12, "DeepLab-LargeFOV's fc6 on VGG's 512 channels, crops of 321"),
+    (8, 2048, 21, 65, 65, 24, "DeepLabv2's ASPP: 21 classes from each branch"),
+    (8, 21, 21, 64, 64, 8, "DilatedNet's context module, Basic, 21 classes"),
+    (4, 19, 19, 128, 256, 8, "DilatedNet's context module on Cityscapes"),
+    (1, 2048, 256, 65, 65, 12, f"{_ASPP}: one picture"),
+    (1, 2048, 256, 128, 256, 12, f"{_ASPP}: one picture of Cityscapes"),
+)
+
+
+def convs(cuda: bool) -> tuple[ConvShape, ...]:
+    """The convolutions of a run; on the CPU one picture, an eighth of the channels of wide ones."""
+    if cuda:
+        return tuple(ConvShape(*sizes) for sizes in _CONVS)
+    small = []
+    for batch, c, co, height, width, dilation, source in _CONVS:
+        if batch > 1:
+            narrow = [size // 8 if size >= 256 else size for size in (c, co)]
+            small.append(ConvShape(1, *narrow, height, width, dilation, source))
+    return tuple(small)

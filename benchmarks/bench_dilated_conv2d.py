@@ -1,0 +1,152 @@
+"""dilated_conv2d and its gradients against torch: alone, and with the normalisation behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from checks import WrongResultError
+from measure import measure
+from peers import Peer
+from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import ConvShape, convs
+from timing import clock
+
+import segkernels
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+SHAPES = pytest.mark.parametrize(
+    "shape", [pytest.param(s, id=s.name) for s in convs(clock.device.type == "cuda")]
+)
+DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+BACKENDS = pytest.mark.parametrize(
+    "backend", ["auto", "triton", "sm90"] if clock.device.type == "cuda" else ["auto"]
+)
+_ACCURACY = {torch.bfloat16: 4e-3, torch.float32: 2e-3}  # float32 may be tf32
+
+
+def tensors(shape: ConvShape, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Input, weight, and a batch normalisation's scale and shift."""
+    generator = torch.Generator().manual_seed(0)
+    kind, fan = getattr(torch, dtype), shape.channels * shape.kernel**2
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    made = {
+        "x": normal(shape.batch, shape.channels, shape.height, shape.width),
+        "w": normal(shape.out_channels, shape.channels, shape.kernel, shape.kernel) / fan**0.5,
+        "scale": normal(shape.out_channels).abs() + 0.5,
+        "shift": normal(shape.out_channels),
+    }
+    layout = {"memory_format": torch.channels_last}
+    return {
+        name: t.to(kind).to(device, **layout if t.dim() == 4 else {}) for name, t in made.items()
+    }
+
+
+def torch_peer(run: Callable[[], Any]) -> Peer:
+    return Peer(f"torch {torch.__version__}", str(clock.device), run, on_device=True)
+
+
+def as_close(ours: torch.Tensor, exact: torch.Tensor, shape: ConvShape) -> str:
+    """Holds a picture's worth of `ours` against torch's in float64."""
+    off = float((ours.double() - exact).norm() / exact.norm())
+    if not off <= _ACCURACY[ours.dtype]:
+        raise WrongResultError(f"{shape.name}: off torch in float64 by {off:g}")
+    return "torch in float64"
+
+
+def backward(out: torch.Tensor, leaf: torch.Tensor) -> Callable[[], torch.Tensor]:
+    grad = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
+
+
+def tried(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    try:
+        return call()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@SHAPES
+@DTYPES
+@BACKENDS
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "scaled-relu"])
+def test_dilated_conv2d(
+    benchmark: BenchmarkFixture,
+    shape: ConvShape,
+    dtype: str,
+    backend: str,
+    fused: bool,
+    device: torch.device,
+) -> None:
+    t = tensors(shape, dtype, device)
+    args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)
+    extra = {"scale": t["scale"], "shift": t["shift"], "activation": "relu"} if fused else {}
+    mean, var = torch.zeros_like(t["scale"]), torch.ones_like(t["scale"])
+
+    def call() -> torch.Tensor:
+        return segkernels.dilated_conv2d(*args, **extra, backend=backend)
+
+    def peer() -> torch.Tensor:
+        out = F.conv2d(*args)
+        if fused:
+            out = F.relu(F.batch_norm(out, mean, var, t["scale"], t["shift"], eps=0.0))
+        return out
+
+    wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+    exact = F.conv2d(wide[0][:1], *wide[1:])
+    if fused:
+        scale, shift = t["scale"].double()[:, None, None], t["shift"].double()[:, None, None]
+        exact = F.relu(exact * scale + shift)
+    measure(
+        benchmark,
+        f"dilated_conv2d {backend} {'fused ' if fused else ''}{shape.name} {dtype}",
+        call,
+        checked=as_close(tried(call)[:1], exact, shape),
+        peers=[torch_peer(peer)],
+        useful_flops=shape.useful_flops(),
+        source=shape.source,
+    )
+
+
+@SHAPES
+@DTYPES
+@BACKENDS
+@pytest.mark.parametrize("of", ["x", "w"], ids=["input-gradient", "weight-gradient"])
+def test_dilated_conv2d_backward(
+    benchmark: BenchmarkFixture,
+    shape: ConvShape,
+    dtype: str,
+    backend: str,
+    of: str,
+    device: torch.device,
+) -> None:
+    t = tensors(shape, dtype, device)
+    t[of].requires_grad_()
+    args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)
+    torch.manual_seed(1)
+    call = backward(tried(lambda: segkernels.dilated_conv2d(*args, backend=backend)), t[of])
+    torch.manual_seed(1)
+    theirs = F.conv2d(*args)
+    peer = torch_peer(backward(theirs, t[of]))
+    if dtype == "bfloat16" and of == "w" and device.type == "cpu" and shape.channels < 32:
+        peer = Peer(peer.name, peer.where, missing="crashes in oneDNN for so few channels")
+    torch.manual_seed(1)
+    grad = torch.randn_like(theirs).double()
+    wide = {name: t[name].detach().double() for name in ("x", "w")}
+    wide[of].requires_grad_()
+    exact = torch.autograd.grad(F.conv2d(wide["x"], wide["w"], *args[2:]), wide[of], grad)[0]
+    measure(
+        benchmark,
+        f"dilated_conv2d backward of {of} {backend} {shape.name} {dtype}",
+        call,
+        checked=as_close(call(), exact, shape),
+        peers=[peer],
+        useful_flops=shape.useful_flops(),
+        source=shape.source,
+    )

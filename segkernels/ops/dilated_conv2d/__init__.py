@@ -1,0 +1,253 @@
+"""dilated_conv2d: convolution with a fused epilogue, without multiplying the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from segkernels import _dtypes, _registry
+from segkernels.ops import _op
+from segkernels.ops.dilated_conv2d import autograd, backends
+from segkernels.ops.dilated_conv2d.call import Call, Epilogue
+from segkernels.ops.dilated_conv2d.geometry import Pair
+
+_registry.register(
+    _registry.Op(
+        name="dilated_conv2d",
+        functions=("dilated_conv2d",),
+        backends=(("cpu", "torch"), ("cuda", "torch")),
+        dtypes=_dtypes.names(),
+        layouts=("contiguous", "channels_last"),
+        deterministic=True,
+        differentiable=("input", "weight", "bias", "scale", "shift", "residual"),
+        library_ops=("segkernels::dilated_conv2d", "segkernels::dilated_conv2d_backward"),
+        note="differentiable any number of times; where cuDNN runs, its algorithms are "
+        "deterministic under torch's deterministic mode",
+    )
+)
+
+_ACTIVATIONS = (None, "relu")
+
+
+def dilated_conv2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`torch.nn.functional.conv2d`, and what often follows it, in one call.
+
+        y = activation((conv2d(input, weight, bias) * scale + shift) + residual)
+
+    Dilated (atrous) convolution is that of Chen et al. 2015 ("Semantic image segmentation with deep
+    convolutional nets and fully connected CRFs", section 3.1) and Yu and Koltun 2016 ("Multi-scale
+    context aggregation by dilated convolutions", equation 2). `scale` and `shift` are batch
+    normalisation in evaluation: gamma / sqrt(var + eps) and beta - mean * scale.
+
+    Under autocast `input`, `weight`, `bias` and `residual` are cast as autocast casts those of
+    `torch.nn.functional.conv2d`. Sums are in float32 for the half types.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Contiguous and
+            channels_last are taken as they are.
+        weight: [C_out, C / groups, kh, kw], in `input`'s dtype.
+        bias: [C_out], in `input`'s dtype.
+        stride: pixels from one output to the next: one int, or two (rows, columns), and so below.
+        padding: zeros on each side, or "same" (as much output as input) or "valid" (none).
+        dilation: pixels from one tap to the next.
+        groups: blocks of channels that are convolved alone.
+        scale: [C_out], in `input`'s dtype or float32; None: 1.
+        shift: the same; None: 0.
+        residual: [N, C_out, H_out, W_out] (or without N, as `input`), in the output's dtype.
+        activation: None or "relu".
+        backend: "auto" chooses by shape; "torch" (oneDNN, cuDNN) takes everything, "triton" and
+            "sm90" raise where they cannot.
+
+    Returns:
+        [N, C_out, H_out, W_out] (or without N), in `input`'s dtype. As torch's, channels_last where
+        `input` or `weight` is.
+
+    Raises:
+        RuntimeError: what `torch.nn.functional.conv2d` does not take, in its words.
+        ValueError: `scale`, `shift` or `residual` of another shape, dtype or device; an unknown
+            `activation` or `backend`; a `backend` that cannot take this call, and why.
+        TypeError: arguments of another type.
+    """
+    _check_options(activation, backend)
+    for name, value in (("scale", scale), ("shift", shift), ("residual", residual)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f"dilated_conv2d(): argument '{name}' must be Tensor, not {type(value)}"
+            )
+    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    c = _plan(input, weight, bias, stride, padding, dilation, groups, backend)
+    if c is None:
+        # Wrong, and then torch says how; or nothing that the layers below know.
+        args: tuple[Any, ...] = (stride, padding, dilation, groups)
+        out = F.conv2d(input, weight, bias, *args)
+        _check_epilogue(out, out.shape, out.size(-3), scale, shift, residual)
+        return _plain_epilogue(out, scale, shift, residual, activation)
+    batch = input.shape[:-3]
+    shape = (*batch, weight.size(0), *c.out_size)
+    _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
+    backends.check(input, weight, c)
+    if input.dim() == 4:
+        return autograd.convolve(
+            input, weight, Epilogue(bias, scale, shift, residual, activation), c
+        )
+    residual = None if residual is None else residual.unsqueeze(0)
+    e = Epilogue(bias, scale, shift, residual, activation)
+    return autograd.convolve(input.unsqueeze(0), weight, e, c).squeeze(0)
+
+
+def _check_options(activation: str | None, backend: str) -> None:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"dilated_conv2d: activation must be None or 'relu', got {activation!r}")
+    if backend not in backends.BACKENDS:
+        names = ", ".join(repr(name) for name in backends.BACKENDS)
+        raise ValueError(f"dilated_conv2d: backend must be one of {names}, got {backend!r}")
+
+
+def _autocast(*tensors: Any) -> list[Any]:
+    """What autocast hands to a convolution: floating tensors in its dtype, but for float64."""
+    first = tensors[0]
+    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return [
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
+    ]
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt))
+
+
+def _pair(value: Any) -> Pair | None:
+    """One or two ints as two; None for anything else."""
+    if _whole(value):
+        return (value, value)
+    if isinstance(value, Sequence) and len(value) in (1, 2) and all(map(_whole, value)):
+        return (value[0], value[-1])
+    return None
+
+
+def _plan(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    backend: str,
+) -> Call | None:
+    """The call, or None for what is torch's to take or to refuse."""
+    if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
+        return None
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        return None
+    if input.dtype not in _dtypes.FLOATING or input.device.type not in ("cpu", "cuda", "meta"):
+        return None
+    if any(
+        t.dtype != input.dtype or t.device != input.device for t in (weight, bias) if t is not None
+    ):
+        return None
+    steps, gaps = _pair(stride), _pair(dilation)
+    if steps is None or gaps is None or not _whole(groups):
+        return None
+    if min(*steps, *gaps, groups) < 1 or input.dim() not in (3, 4) or weight.dim() != 4:
+        return None
+    out_channels, per_group, *kernel = weight.shape
+    if out_channels < 1 or per_group < 1 or min(kernel) < 1 or out_channels % groups:
+        return None
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != out_channels):
+        return None
+    channels, *size = input.shape[-3:]
+    if channels != per_group * groups or min(size) < 1:
+        return None
+    reach = [gaps[i] * (kernel[i] - 1) for i in (0, 1)]
+    pads = _pads(padding, reach, steps)
+    if pads is None:
+        return None
+    before, after = pads
+    room = [size[i] + before[i] + after[i] - reach[i] - 1 for i in (0, 1)]
+    if min(*room, *before) < 0:
+        return None
+    out_size = (room[0] // steps[0] + 1, room[1] // steps[1] + 1)
+    image = input if input.dim() == 4 else input.unsqueeze(0)
+    channels_last = _op.is_channels_last(image) or _op.is_channels_last(weight)
+    return Call(steps, before, gaps, groups, out_size, channels_last, backend)
+
+
+def _pads(padding: Any, reach: list[int], stride: Pair) -> tuple[Pair, Pair] | None:
+    """Zeros before the first and after the last row and column."""
+    if padding == "same":
+        if stride != (1, 1):
+            return None
+        before = (reach[0] // 2, reach[1] // 2)
+        return before, (reach[0] - before[0], reach[1] - before[1])
+    if padding == "valid":
+        return (0, 0), (0, 0)
+    pads = _pair(padding)
+    return None if pads is None else (pads, pads)
+
+
+def _check_epilogue(
+    like: torch.Tensor,
+    shape: Sequence[int],
+    out_channels: int,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+) -> None:
+    vector = {like.dtype, _dtypes.compute_dtype(like.dtype)}
+    for name, value, size, dtypes in (
+        ("scale", scale, (out_channels,), vector),
+        ("shift", shift, (out_channels,), vector),
+        ("residual", residual, tuple(shape), {like.dtype}),
+    ):
+        if value is None:
+            continue
+        if tuple(value.shape) != size:
+            raise ValueError(
+                f"dilated_conv2d: {name} must have shape {list(size)}, got {list(value.shape)}"
+            )
+        if value.dtype not in dtypes:
+            wanted = " or ".join(sorted(map(str, dtypes)))
+            raise ValueError(f"dilated_conv2d: {name} must be {wanted}, got {value.dtype}")
+        if value.device != like.device:
+            raise ValueError(
+                f"dilated_conv2d: {name} must be on {like.device} as input is, got {value.device}"
+            )
+
+
+def _plain_epilogue(
+    out: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    activation: str | None,
+) -> torch.Tensor:
+    if scale is not None:
+        out = out * scale[:, None, None]
+    if shift is not None:
+        out = out + shift[:, None, None]
+    if residual is not None:
+        out = out + residual
+    return F.relu(out) if activation == "relu" else out

@@ -1,0 +1,109 @@
+"""The arguments of a convolution after the checks, as the layers below pass them on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from segkernels._dtypes import compute_dtype
+from segkernels.ops.dilated_conv2d.geometry import Geometry, Pair, Problem
+
+# `Call`, as a torch.library schema has it.
+SCHEMA = (
+    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, SymInt[2] out_size, "
+    "bool channels_last, str backend"
+)
+FIELDS = 7
+
+
+class Call(NamedTuple):
+    """How to convolve.
+
+    Attributes:
+        stride, dilation, groups: as in `torch.nn.functional.conv2d`.
+        padding: before the first row and column.
+        out_size: rows and columns of the output, which say what padding there is at the end.
+        channels_last: the output's layout.
+        backend: what the user asked for.
+    """
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    groups: int
+    out_size: Pair
+    channels_last: bool
+    backend: str
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the output."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def geometry(self, x: torch.Tensor, weight: torch.Tensor) -> Geometry:
+        """The planes of this call."""
+        kernel = (weight.size(2), weight.size(3))
+        return Geometry(x.size(2), x.size(3), *self.out_size, kernel, self.padding, self.dilation)
+
+    def problem(self, x: torch.Tensor, weight: torch.Tensor) -> Problem:
+        """This call without its tensors."""
+        return Problem(
+            x.size(0),
+            x.size(1),
+            weight.size(0),
+            self.geometry(x, weight),
+            self.stride,
+            self.groups,
+            x.dtype,
+            x.device,
+        )
+
+
+def from_schema(args: tuple[Any, ...]) -> Call:
+    """A `Call` of what a torch.library operator was given."""
+    stride, padding, dilation, groups, out_size, channels_last, backend = args
+    pairs = [(p[0], p[1]) for p in (stride, padding, dilation, out_size)]
+    return Call(pairs[0], pairs[1], pairs[2], groups, pairs[3], channels_last, backend)
+
+
+class Epilogue(NamedTuple):
+    """What becomes of a sum: activation((sum + bias) * scale + shift + residual)."""
+
+    bias: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    activation: str | None = None
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """Those that gradients reach."""
+        return self.bias, self.scale, self.shift, self.residual
+
+    def folded_shift(self) -> torch.Tensor | None:
+        """bias * scale + shift, in the dtype that is computed in; the shift alone as it is."""
+        if self.bias is None:
+            return self.shift
+        bias = self.bias.to(compute_dtype(self.bias.dtype))
+        if self.scale is not None:
+            bias = bias * self.scale
+        return bias if self.shift is None else bias + self.shift
+
+
+def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int, int]:
+    """Strides of a 4-D tensor as torch.empty gives them in that layout."""
+    _, c, h, w = (max(size, 1) for size in shape)
+    if channels_last:
+        return h * w * c, 1, w * c, c
+    return c * h * w, h * w, w, 1
+
+
+def laid_out(out: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """`out` in that layout to the stride, copied only if need be."""
+    if out.stride() == strides(tuple(out.shape), channels_last):
+        return out
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(
+        out.shape, dtype=out.dtype, device=out.device, memory_format=memory_format
+    ).copy_(out)

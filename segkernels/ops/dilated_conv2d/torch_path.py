@@ -1,0 +1,101 @@
+"""The convolution by torch (oneDNN, cuDNN), with the epilogue in as few passes as torch has."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from segkernels._dtypes import compute_dtype
+from segkernels.ops.dilated_conv2d.call import Call, Epilogue
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
+    """The convolution and its epilogue, of a 4-D `x`, out of autograd's sight."""
+    if e.scale is None:
+        bias = e.folded_shift()
+        out = _convolve(x, weight, None if bias is None else bias.to(x.dtype), c)
+        e = e._replace(bias=None, shift=None)
+    elif x.device.type == "cpu" and _worth_folding(x, weight, c):
+        bias = e.folded_shift()
+        scaled = weight * e.scale.to(x.dtype)[:, None, None, None]
+        out = _convolve(x, scaled, None if bias is None else bias.to(x.dtype), c)
+        e = e._replace(bias=None, scale=None, shift=None)
+    else:
+        out = _convolve(x, weight, None, c)
+    return epilogue(out, e)
+
+
+def _worth_folding(x: torch.Tensor, weight: torch.Tensor, c: Call) -> bool:
+    """Whether scaling the weight costs less than scaling the output, and no rounding that shows."""
+    outputs = x.size(0) * weight.size(0) * c.out_size[0] * c.out_size[1]
+    return x.dtype in (torch.float32, torch.float64) and weight.numel() <= outputs
+
+
+def _convolve(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c: Call
+) -> torch.Tensor:
+    x, padding = _padded(x, weight, c)
+    return F.conv2d(x, weight, bias, c.stride, padding, c.dilation, c.groups)
+
+
+def _more_after(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[int, int]:
+    """How much more padding there is behind the last row and column than before the first."""
+    if c.stride != (1, 1):
+        return 0, 0
+    rows, columns = (
+        c.out_size[i] - 1 + c.dilation[i] * (weight.size(2 + i) - 1) + 1 - x.size(2 + i)
+        for i in (0, 1)
+    )
+    return rows - 2 * c.padding[0], columns - 2 * c.padding[1]
+
+
+def _padded(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[torch.Tensor, tuple[int, int]]:
+    """`x` with what padding="same" adds on one side only, and the padding of both sides."""
+    rows, columns = _more_after(x, weight, c)
+    if rows or columns:
+        x = F.pad(x, (0, columns, 0, rows))
+    return x, c.padding
+
+
+def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
+    """`e` on a fresh `out`, in place where it can be."""
+    if e.scale is not None:
+        # Batch normalisation in evaluation is out * scale + shift in one pass and in float32.
+        dtype = compute_dtype(out.dtype)
+        scale, shift = e.scale.to(dtype), e.folded_shift()
+        shift = torch.zeros_like(scale) if shift is None else shift.to(dtype)
+        out = F.batch_norm(
+            out, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0
+        )
+    if e.residual is not None:
+        out = out.add_(e.residual)
+    return out.relu_() if e.activation == "relu" else out
+
+
+def gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, c: Call, mask: tuple[bool, bool]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the plain convolution's input and weight; an empty tensor for one not wanted."""
+    rows, columns = _more_after(x, weight, c)
+    wide = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
+    if mask[1] and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        # oneDNN's kernel for channels_last reads beyond its tensors where the taps are far apart
+        # and the channels fewer than 32: NaN, or a crash (torch 2.13).
+        wide, grad, weight = wide.contiguous(), grad.contiguous(), weight.contiguous()
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        grad,
+        wide,
+        weight,
+        None,
+        c.stride,
+        c.padding,
+        c.dilation,
+        False,
+        (0, 0),
+        c.groups,
+        (*mask, False),
+    )
+    if mask[0] and (rows or columns):
+        dx = dx[..., : x.size(2), : x.size(3)]
+    none = grad.new_empty(0)
+    return dx if mask[0] else none, dw if mask[1] else none

@@ -1,0 +1,488 @@
+"""dilated_conv2d: the shared suite, torch's results and messages, autocast, layouts."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops import suite
+from ops.suite import Error, Float, Sample, message
+
+import segkernels
+from segkernels.ops.dilated_conv2d import reference
+from segkernels.ops.dilated_conv2d.geometry import Geometry, out_size, tap_range
+
+# ||ours - exact|| / ||exact||.
+ACCURACY = {
+    torch.float16: 6e-4,
+    torch.bfloat16: 4e-3,
+    torch.float32: 2e-6,
+    torch.float64: 1e-13,
+}
+EPILOGUE = {
+    "scale": Float(4),
+    "shift": Float(4),
+    "residual": Float(2, 4, 5, 7),
+    "activation": "relu",
+}
+
+
+def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of the whole tensors, relative."""
+    assert ours.shape == exact.shape
+    ours, exact = ours.detach().double(), exact.detach().double()
+    off, size = (ours - exact).norm(), exact.norm()
+    return float(off / size) if size else float(off)
+
+
+def call(**kw: Any) -> Any:
+    return lambda device: segkernels.dilated_conv2d(
+        torch.zeros(1, 2, 5, 5, device=device), torch.zeros(3, 2, 3, 3, device=device), **kw
+    )
+
+
+class TestDilatedConv2d(suite.OpSuite):
+    function = staticmethod(segkernels.dilated_conv2d)
+    reference = staticmethod(reference.dilated_conv2d)
+    double_backward = True
+    samples = [
+        Sample(
+            "all",
+            (Float(2, 3, 5, 7), Float(4, 3, 3, 3), Float(4), 1, (2, 3), (2, 3)),
+            EPILOGUE,
+            grad=True,
+            compile=True,
+        ),
+        Sample("plain", (Float(2, 3, 6, 5), Float(4, 3, 3, 3), None, 1, 1), grad=True),
+        Sample("bias", (Float(1, 3, 4, 5), Float(2, 3, 1, 1), Float(2)), grad=True, compile=True),
+        Sample(
+            "scaled",
+            (Float(2, 2, 4, 5), Float(3, 2, 3, 3), None, 1, "same", 2),
+            {"scale": Float(3)},
+            grad=True,
+        ),
+        Sample(
+            "same, one side",
+            (Float(2, 2, 4, 5), Float(3, 2, 2, 4), None, 1, "same", (3, 1)),
+            {"shift": Float(3), "activation": "relu"},
+            grad=True,
+        ),
+        Sample(
+            "groups and stride",
+            (Float(2, 4, 7, 6), Float(6, 2, 3, 2), Float(6), (2, 1), (1, 0), (1, 2), 2),
+            {"scale": Float(6), "shift": Float(6)},
+            grad=True,
+        ),
+        Sample("far taps", (Float(1, 3, 5, 5), Float(2, 3, 3, 3), None, 1, 24, 24)),
+        Sample("21 channels", (Float(1, 21, 9, 9), Float(21, 21, 3, 3), Float(21), 1, 4, 4)),
+        Sample("7x7", (Float(1, 2, 9, 8), Float(3, 2, 7, 7), None, 1, "same")),
+    ]
+    errors = [
+        Error("activation", call(activation="gelu"), ValueError, "activation.*'gelu'"),
+        Error("backend", call(backend="cudnn"), ValueError, "backend.*'cudnn'"),
+        Error(
+            "scale shape",
+            call(scale=torch.zeros(2)),
+            ValueError,
+            message("scale must have shape [3], got [2]"),
+        ),
+        Error(
+            "shift dtype",
+            lambda device: call(shift=torch.zeros(3, dtype=torch.int64, device=device))(device),
+            ValueError,
+            "shift must be torch.float32, got torch.int64",
+        ),
+        Error(
+            "residual shape",
+            call(residual=torch.zeros(1, 3, 5, 5)),
+            ValueError,
+            message("residual must have shape [1, 3, 3, 3], got [1, 3, 5, 5]"),
+        ),
+        Error(
+            "residual dtype",
+            call(residual=torch.zeros(1, 3, 3, 3).half()),
+            ValueError,
+            "residual must be torch.float32, got torch.float16",
+        ),
+        Error(
+            "scale device",
+            call(scale=torch.zeros(3, device="meta")),
+            ValueError,
+            "scale must be on.*meta",
+        ),
+        Error("scale type", call(scale=2.0), TypeError, "'scale' must be Tensor"),
+    ]
+
+    # torch's convolution sums in an order that depends on the layout and the threads, and inductor
+    # compiles what the backward does around it in its own way.
+
+    def assert_same_layouts(
+        self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        assert distance(ours, expected) <= ACCURACY[dtype]
+
+    def test_the_number_of_threads_changes_nothing(self, sample: Sample) -> None:
+        before = torch.get_num_threads()
+        found = []
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                grad_call = suite.build(sample, torch.float32, grad=True)
+                out = grad_call.of(segkernels.dilated_conv2d)
+                found.append((*out, *suite.gradients(grad_call, segkernels.dilated_conv2d)))
+        finally:
+            torch.set_num_threads(before)
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert distance(a, b) <= ACCURACY[torch.float32]
+
+    def _compare_compiled(self, compiled: Any, sample: Sample, device: str) -> None:
+        found = []
+        for function in (compiled, segkernels.dilated_conv2d):
+            built = suite.build(sample, torch.float32, device, grad=sample.grad)
+            out = built.of(function)
+            found.append((*out, *suite.gradients(built, function)))
+        for mine, theirs in zip(*found, strict=True):
+            assert mine.stride() == theirs.stride()
+            assert distance(mine, theirs) <= ACCURACY[torch.float32]
+
+    def test_compile_with_inductor(self, device: str) -> None:
+        # Inductor takes a program's name alone, while CXX may say "ccache g++".
+        import torch._inductor.config as config
+
+        with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
+            super().test_compile_with_inductor(device)
+
+    # Without the weight, which the suite's would empty or fill too: padding is not multiplied, so a
+    # NaN of the weight stays inside the picture.
+
+    def test_empty_batch(self, sample: Sample, device: str) -> None:
+        ours, theirs = [], []
+        for found, function in ((ours, segkernels.dilated_conv2d), (theirs, self.reference)):
+            built = suite.build(sample, torch.float32, device, grad=True)
+            inputs = [built.args[0], built.kwargs.get("residual")]
+            empty = {id(t): t.detach()[:0].requires_grad_() for t in inputs if t is not None}
+            built.args = tuple(empty.get(id(a), a) for a in built.args)
+            built.kwargs = {name: empty.get(id(a), a) for name, a in built.kwargs.items()}
+            built.floats = [empty.get(id(a), a) for a in built.floats]
+            found += [*built.of(function), *suite.gradients(built, function)]
+        for mine, expected in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, expected)
+
+    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+        built = suite.build(sample, torch.float32, device)
+        for x in (built.args[0], built.kwargs.get("residual")):
+            for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
+                before = x.view(-1)[place].item()
+                x.view(-1)[place] = float("nan")
+                ours = built.of(segkernels.dilated_conv2d)[0]
+                assert torch.equal(ours.isnan(), built.of(self.reference)[0].isnan())
+                x.view(-1)[place] = before
+
+    def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+        # Of torch's gradients on the CPU those of float16 miss the bound by a little.
+        loose = 2 if dtype == torch.float16 and ours.device.type == "cpu" else 1
+        assert distance(ours, expected) <= loose * ACCURACY[dtype]
+
+
+TORCH_RAISES: dict[str, Any] = {
+    "input dims": (torch.zeros(5, 5), torch.zeros(3, 2, 3, 3)),
+    "weight dims": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3)),
+    "channels": (torch.zeros(1, 3, 5, 5), torch.zeros(3, 2, 3, 3)),
+    "bias size": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), torch.zeros(2)),
+    "bias dtype": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), torch.zeros(3).double()),
+    "weight dtype": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3).double()),
+    "bias type": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), 1.0),
+    "input type": ([1], torch.zeros(3, 2, 3, 3)),
+    "stride": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 0),
+    "stride of 3": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, (1, 1, 1)),
+    "stride float": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1.5),
+    "padding": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1, -1),
+    "padding name": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1, "full"),
+    "same, stride": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 2, "same"),
+    "dilation": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1, 0, 0),
+    "groups": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1, 0, 1, 2),
+    "groups 0": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1, 0, 1, 0),
+    "too small": (torch.zeros(1, 2, 5, 5), torch.zeros(3, 2, 3, 3), None, 1, 0, 3),
+    "no columns": (torch.zeros(1, 2, 5, 0), torch.zeros(3, 2, 3, 3), None, 1, 2),
+    "no outputs": (torch.zeros(1, 2, 5, 5), torch.zeros(0, 2, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_RAISES)
+def test_raises_what_torch_raises(name: str) -> None:
+    args = TORCH_RAISES[name]
+    with pytest.raises((RuntimeError, TypeError)) as theirs:
+        F.conv2d(*args)
+    with pytest.raises(theirs.type) as ours:
+        segkernels.dilated_conv2d(*args)
+    # A type error ends with the types of all the arguments that were passed on.
+    first = [str(error.value).partition(" - got")[0] for error in (ours, theirs)]
+    assert first[0] == first[1]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, Any]:
+    kernel = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    dilation = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    same = draw(st.booleans())
+    padding: Any = "same" if same else draw(st.tuples(st.integers(0, 6), st.integers(0, 6)))
+    least = [
+        1 if same else max(1, 1 + dilation[i] * (kernel[i] - 1) - 2 * padding[i]) for i in (0, 1)
+    ]
+    size = [least[i] + draw(st.integers(0, 6)) for i in (0, 1)]
+    groups = draw(st.sampled_from([1, 1, 2]))
+    return {
+        "x": (draw(st.integers(1, 3)), groups * draw(st.integers(1, 3)), *size),
+        "out_channels": groups * draw(st.integers(1, 3)),
+        "kernel": kernel,
+        "args": (1 if same else draw(st.integers(1, 2)), padding, dilation, groups),
+        "with": draw(st.sets(st.sampled_from(["bias", "scale", "shift", "residual", "relu"]))),
+        "channels_last": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=60)
+@given(problem=problems(), dtype=st.sampled_from(list(ACCURACY)))
+def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.dtype) -> None:
+    x = torch.randn(problem["x"])
+    groups = problem["args"][3]
+    w = torch.randn(problem["out_channels"], x.size(1) // groups, *problem["kernel"])
+    shape = F.conv2d(x, w, None, *problem["args"]).shape
+    made = {"x": x, "w": w}
+    for name in ("bias", "scale", "shift"):
+        if name in problem["with"]:
+            made[name] = torch.randn(shape[1])
+    if "residual" in problem["with"]:
+        made["residual"] = torch.randn(shape)
+    if problem["channels_last"]:
+        made["x"] = x.contiguous(memory_format=torch.channels_last)
+    ours = {name: value.to(dtype).requires_grad_() for name, value in made.items()}
+    wide = {name: value.detach().double().requires_grad_() for name, value in ours.items()}
+    relu = "relu" in problem["with"]
+
+    def run(t: dict[str, torch.Tensor], function: Any) -> torch.Tensor:
+        t = dict(t)
+        args = (t.pop("x"), t.pop("w"), t.pop("bias", None), *problem["args"])
+        return function(*args, **t, activation="relu" if relu else None)
+
+    out, exact = run(ours, segkernels.dilated_conv2d), run(wide, reference.dilated_conv2d)
+    assert distance(out, exact) <= ACCURACY[dtype]
+    plain = F.conv2d(wide["x"], wide["w"], wide.get("bias"), *problem["args"])
+    if "scale" in wide:
+        plain = plain * wide["scale"][:, None, None]
+    if "shift" in wide:
+        plain = plain + wide["shift"][:, None, None]
+    plain = plain + wide["residual"] if "residual" in wide else plain
+    torch.testing.assert_close(exact, F.relu(plain) if relu else plain)
+
+    grad = torch.randn_like(out)
+    # The mask is of the rounded output, where the exact one is all but zero.
+    masked = grad.double() * (out > 0) if relu else grad.double()
+    mine = torch.autograd.grad(out, list(ours.values()), grad)
+    theirs = torch.autograd.grad(plain, list(wide.values()), masked)
+    magnitudes = sizes_of_terms(wide, problem["args"], masked)
+    for name, a, b in zip(ours, mine, theirs, strict=True):
+        assert a.dtype == dtype
+        # Sums over a plane may all but cancel, so those are measured against their terms.
+        size = magnitudes.get(name, b).norm()
+        assert (a.double() - b).norm() <= 2 * ACCURACY[dtype] * size, name
+
+
+def sizes_of_terms(
+    wide: dict[str, torch.Tensor], args: Any, grad: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Gradients of bias, scale and shift with every term's sign dropped."""
+    positive = {name: value.detach().abs().requires_grad_() for name, value in wide.items()}
+    out = F.conv2d(positive["x"], positive["w"], positive.get("bias"), *args)
+    if "scale" in wide:
+        out = out * positive["scale"][:, None, None]
+    if "shift" in wide:
+        out = out + positive["shift"][:, None, None]
+    names = [name for name in ("bias", "scale", "shift") if name in wide]
+    if not names:
+        return {}
+    found = torch.autograd.grad(out, [positive[name] for name in names], grad.abs())
+    return dict(zip(names, found, strict=True))
+
+
+def test_unbatched_as_torch_takes_it() -> None:
+    x, w, r = torch.randn(3, 6, 7), torch.randn(4, 3, 3, 3), torch.randn(4, 6, 7)
+    ours = segkernels.dilated_conv2d(x, w, padding=2, dilation=2, residual=r, activation="relu")
+    torch.testing.assert_close(ours, F.relu(F.conv2d(x, w, padding=2, dilation=2) + r))
+
+
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_layouts_are_torchs(input_format: Any, weight_format: Any) -> None:
+    x = torch.randn(2, 4, 6, 7).contiguous(memory_format=input_format).requires_grad_()
+    w = torch.randn(5, 4, 3, 3).contiguous(memory_format=weight_format).requires_grad_()
+    scale = torch.rand(5)
+    ours = segkernels.dilated_conv2d(x, w, padding=1, scale=scale, activation="relu")
+    assert ours.stride() == F.conv2d(x, w, padding=1).stride()
+    ours.sum().backward()
+    assert x.grad is not None
+    assert w.grad is not None
+    assert x.grad.stride() == x.stride()
+    assert w.grad.stride() == w.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_as_torchs_convolution(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 4, 6, 7, requires_grad=True)
+    w, b = torch.randn(5, 4, 3, 3, requires_grad=True), torch.randn(5, requires_grad=True)
+    found = []
+    for function in (segkernels.dilated_conv2d, F.conv2d):
+        with torch.autocast("cpu", dtype):
+            out = function(x, w, b, padding=1)
+            assert out.dtype == dtype
+            wide = function(x.double(), w.double(), b.double(), padding=1)
+            assert wide.dtype == torch.float64
+        found.append((out, *torch.autograd.grad(out.float().sin().sum(), (x, w, b))))
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert distance(mine, theirs) <= 2 * ACCURACY[dtype]
+    with torch.autocast("cpu", dtype):
+        ours = segkernels.dilated_conv2d(
+            x,
+            w,
+            b,
+            padding=1,
+            scale=torch.rand(5),
+            shift=torch.rand(5),
+            residual=x.new_zeros(2, 5, 6, 7),
+        )
+    assert ours.dtype == dtype
+
+
+def test_saves_nothing_but_inputs_and_output() -> None:
+    x, w = torch.randn(1, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    scale = torch.rand(3, requires_grad=True)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = segkernels.dilated_conv2d(x, w, scale=scale, activation="relu")
+    places = {t.data_ptr() for t in kept}
+    assert places == {x.data_ptr(), w.data_ptr(), scale.data_ptr(), out.data_ptr()}
+
+
+@pytest.mark.parametrize("channels", [20, 21, 24])
+def test_the_weight_gradient_where_onednn_reads_beyond_its_tensors(channels: int) -> None:
+    layout = {"memory_format": torch.channels_last}
+    x = torch.randn(1, channels, 64, 64).bfloat16().contiguous(**layout)
+    w = torch.randn(24, channels, 3, 3).bfloat16().contiguous(**layout).requires_grad_()
+    out = segkernels.dilated_conv2d(x, w, padding=8, dilation=8)
+    grad = torch.randn_like(out)
+    ours = torch.autograd.grad(out, w, grad)[0]
+    wide = w.detach().double().requires_grad_()
+    exact = F.conv2d(x.double(), wide, padding=8, dilation=8)
+    assert distance(ours, torch.autograd.grad(exact, wide, grad.double())[0]) <= 4e-3
+
+
+def test_only_the_gradients_that_are_wanted() -> None:
+    x, w = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
+    scale, shift = torch.rand(3), torch.rand(3)
+    for wanted in ("x", "w", "scale", "shift"):
+        t = {"x": x, "w": w, "scale": scale, "shift": shift}
+        t[wanted] = t[wanted].clone().requires_grad_()
+        out = segkernels.dilated_conv2d(t["x"], t["w"], scale=t["scale"], shift=t["shift"])
+        expected = F.conv2d(t["x"], t["w"]) * t["scale"][:, None, None] + t["shift"][:, None, None]
+        weights = torch.randn_like(out)
+        mine = torch.autograd.grad((out * weights).sum(), t[wanted])
+        theirs = torch.autograd.grad((expected * weights).sum(), t[wanted])
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_nothing_is_changed_before_an_error() -> None:
+    x, residual = torch.ones(1, 2, 5, 5), torch.ones(1, 3, 5, 5)
+    with pytest.raises(ValueError, match="scale"):
+        segkernels.dilated_conv2d(
+            x, torch.ones(3, 2, 3, 3), padding=1, scale=torch.ones(4), residual=residual
+        )
+    assert bool((residual == 1).all())
+
+
+# The taps that a box needs.
+
+
+@pytest.mark.parametrize("kernel", range(1, 8))
+@pytest.mark.parametrize("dilation", [1, 2, 3, 5, 12, 40])
+def test_taps_left_out_are_those_whose_box_misses_the_image(kernel: int, dilation: int) -> None:
+    reach = dilation * (kernel - 1)
+    for size in (1, 2, 5, 13):
+        for padding in {0, 1, reach // 2, reach, reach + 3, -2, -reach}:
+            for extent in (1, 2, 4, 8):
+                for start in range(0, max(1, out_size(size, kernel, dilation, padding)), extent):
+                    first, last = tap_range(start, extent, size, kernel, dilation, padding)
+                    needed = [
+                        k
+                        for k in range(kernel)
+                        if any(
+                            0 <= start + i + k * dilation - padding < size for i in range(extent)
+                        )
+                    ]
+                    assert list(range(first, last + 1)) == needed
+
+
+@settings(max_examples=300)
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    dilation=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    padding=st.tuples(st.integers(-3, 30), st.integers(-3, 30)),
+    box=st.tuples(st.integers(1, 8), st.integers(1, 8)),
+)
+def test_tap_rectangles_of_a_plane(
+    height: int, width: int, kernel: Any, dilation: Any, padding: Any, box: Any
+) -> None:
+    out = [
+        out_size(size, kernel[i], dilation[i], padding[i]) for i, size in enumerate((height, width))
+    ]
+    if min(out) < 1:
+        return
+    g = Geometry(height, width, out[0], out[1], kernel, padding, dilation)
+    inside = torch.zeros(kernel, dtype=torch.int64)
+    needed: dict[tuple[int, int], set[tuple[int, int]]] = {}
+    for y in range(out[0]):
+        for x in range(out[1]):
+            for i in range(kernel[0]):
+                for j in range(kernel[1]):
+                    row = y + i * dilation[0] - padding[0]
+                    column = x + j * dilation[1] - padding[1]
+                    if 0 <= row < height and 0 <= column < width:
+                        inside[i, j] += 1
+                        needed.setdefault((y // box[0], x // box[1]), set()).add((i, j))
+    for a in range(-(-out[0] // box[0])):
+        for b in range(-(-out[1] // box[1])):
+            rows, columns = g.tap_rectangle(a * box[0], b * box[1], *box)
+            taps = {
+                (i, j)
+                for i in range(rows[0], rows[1] + 1)
+                for j in range(columns[0], columns[1] + 1)
+            }
+            assert taps == needed.get((a, b), set())
+    share = float(inside.sum()) / (out[0] * out[1] * g.taps)
+    assert abs(g.useful_share() - share) < 1e-12
+
+
+def test_the_transposed_geometry_is_the_input_gradient() -> None:
+    x, w = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(4, 3, 3, 2).double()
+    x.requires_grad_()
+    for padding, dilation in (((2, 1), (2, 1)), ((0, 0), (1, 3)), ((7, 4), (2, 2))):
+        out = F.conv2d(x, w, None, 1, padding, dilation)
+        g = Geometry(6, 7, out.size(2), out.size(3), (3, 2), padding, dilation)
+        t = g.transposed()
+        assert t.transposed() == g
+        grad = torch.randn_like(out)
+        expected = torch.autograd.grad(out, x, grad)[0]
+        reach = [dilation[i] * (w.size(2 + i) - 1) for i in (0, 1)]
+        after = [t.out_height + reach[0] - t.height - t.padding[0]]
+        after.append(t.out_width + reach[1] - t.width - t.padding[1])
+        wide = F.pad(grad, (t.padding[1], after[1], t.padding[0], after[0]))
+        ours = F.conv2d(wide, w.flip(2, 3).transpose(0, 1), None, 1, 0, dilation)
+        torch.testing.assert_close(ours, expected)
