@@ -85,3 +85,24 @@ def vertices(shape: FilterShape, device: torch.device) -> list[int]:
     """Occupied vertices of the lattice."""
     _, features = filter_inputs(shape, device)
     return segkernels.PermutohedralLattice(features).num_vertices
+
+
+def gaussian(shape: FilterShape, device: torch.device, precision: str = "default") -> Call:
+    """The exact filter once, its points sorted anew."""
+    values, features = filter_inputs(shape, device)
+    return lambda: segkernels.gaussian_filter(values, features, precision=precision)
+
+
+def gaussian_training(shape: FilterShape, device: torch.device) -> Call:
+    """Forward and backward of the exact filter; returns the features' gradient."""
+    values, features = filter_inputs(shape, device)
+    values.requires_grad_()
+    features.requires_grad_()
+
+    def call() -> torch.Tensor:
+        values.grad = features.grad = None
+        segkernels.gaussian_filter(values, features).square().sum().backward()
+        assert features.grad is not None
+        return features.grad
+
+    return call

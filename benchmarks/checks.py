@@ -10,6 +10,7 @@ from shapes import CrfShape, FilterShape
 
 import segkernels
 from segkernels.ops.dense_crf import reference as crf_reference
+from segkernels.ops.gaussian_filter.reference import gaussian_filter as brute_force
 from segkernels.ops.permutohedral.reference import permutohedral_filter as reference_filter
 
 _CROP = 64
@@ -75,6 +76,23 @@ def filtered(
     found = call(values, features).cpu()
     close(found[0], expected[0], scale, f"{shape.name}, a crop against plain torch")
     return f"plain torch on a crop of {_CROP} x {_CROP}"
+
+
+def gaussian(
+    shape: FilterShape,
+    call: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    values: torch.Tensor,
+    features: torch.Tensor,
+    tolerance: float,
+) -> str:
+    """Holds an exact filter, `call(values, features)`, on a crop against brute force in float64."""
+    crop = (slice(None), slice(None), slice(0, _CROP), slice(0, _CROP))
+    values, features = values[crop].contiguous(), features[crop].contiguous()
+    expected = brute_force(values.cpu().double(), features.cpu().double())
+    error = float((call(values, features).cpu() - expected).norm() / expected.norm())
+    if not error <= tolerance:
+        raise WrongResultError(f"{shape.name}: off by {error:.1e}, more than {tolerance:g}")
+    return f"brute force in float64 on a crop of {_CROP} x {_CROP}, {error:.1e}"
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, scale: float, what: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from shapes import CrfShape
 
 Result = npt.NDArray[np.float32]
@@ -64,3 +65,39 @@ def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> 
 
     version = importlib.metadata.version("pydensecrf2")
     return Peer(f"{name} {version}", where, run)
+
+
+def brute_force(values: torch.Tensor, features: torch.Tensor) -> Peer:
+    """The exact filter as one writes it in torch: some rows of the weights at a time, distances by
+    matrix product. `values` (1, C, H, W) and `features` (1, d, H, W) are float32."""
+    v, f = values[0].flatten(1).T.contiguous(), features[0].flatten(1).T.contiguous()
+    squares = f.square().sum(dim=1)
+
+    def run() -> torch.Tensor:
+        out = []
+        for x, square in zip(f.split(1024), squares.split(1024), strict=True):
+            q = torch.addmm(squares, x, f.T, alpha=-2).add_(square.unsqueeze(1))
+            weights = q.mul_(-0.5).exp_()
+            out.append((weights @ v) / weights.sum(dim=1, keepdim=True))
+        return torch.cat(out)
+
+    return Peer("torch, 1024 rows at a time", str(values.device), run, on_device=True)
+
+
+def pykeops(values: torch.Tensor, features: torch.Tensor) -> Peer:
+    """The exact filter by KeOps' symbolic matrices, which compiles a kernel at its first call."""
+    name = "pykeops"
+    try:
+        keops: Any = importlib.import_module("pykeops.torch")
+    except ImportError as error:
+        return Peer(name, str(values.device), missing=f"{error}; pip install pykeops")
+    v, f = values[0].flatten(1).T.contiguous(), features[0].flatten(1).T.contiguous()
+
+    def run() -> torch.Tensor:
+        x, y = keops.LazyTensor(f[:, None, :]), keops.LazyTensor(f[None, :, :])
+        weights = (-((x - y) ** 2).sum(-1) / 2).exp()
+        result: torch.Tensor = (weights @ v) / weights.sum(dim=1)
+        return result
+
+    version = importlib.metadata.version("pykeops")
+    return Peer(f"{name} {version}", str(values.device), run, on_device=True)

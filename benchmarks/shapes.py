@@ -68,6 +68,19 @@ FILTER = (
     FilterShape(512, 512, "bilateral", 3, "bilateral filtering of a colour picture"),
 )
 
+# The exact filter takes the square of the pixels.
+EXACT = (
+    FilterShape(120, 160, "bilateral", 2, "a quarter of the picture below, for a CPU"),
+    FilterShape(240, 320, "bilateral", 2, "the dense CRF's colour term, pydensecrf's example"),
+    FilterShape(240, 320, "bilateral", 16, "the same with 16 labels, as the H100 probe had it"),
+    FilterShape(512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21"),
+)
+EXACT_CRF = (
+    CrfShape(120, 160, 2, 5, "a quarter of the picture below, for a CPU"),
+    CrfShape(240, 320, 2, 10, "pydensecrf's example, 10 iterations"),
+    CrfShape(512, 512, 21, 10, "the PASCAL VOC case"),
+)
+
 
 @dataclass(frozen=True)
 class PoolShape:

@@ -12,6 +12,7 @@ from segkernels.nn import ResizeConv as ResizeConv
 from segkernels.nn import Upsample as Upsample
 from segkernels.nn import bilinear_kernel_ as bilinear_kernel_
 from segkernels.ops.dilated_conv2d import dilated_conv2d as dilated_conv2d
+from segkernels.ops.gaussian_filter import gaussian_filter as gaussian_filter
 from segkernels.ops.interpolate import interpolate as interpolate
 from segkernels.ops.max_pool2d import max_pool2d as max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d as max_unpool2d

@@ -1,0 +1,78 @@
+"""The exact Gaussian filter beside torch by hand and KeOps."""
+
+from __future__ import annotations
+
+import functools
+
+import cases
+import checks
+import peers
+import pytest
+import torch
+from inputs import filter_inputs
+from measure import measure
+from memory import peak_bytes
+from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import EXACT, FilterShape
+from timing import clock
+
+import segkernels
+from segkernels.ops.gaussian_filter.plan import Plan
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+_CPU_PAIRS = 10**9  # of points, that a quick run on the CPU may take
+TOLERANCE = {"default": 1e-3, "high": 1e-6}
+
+
+def skip_on_cpu(shape: FilterShape, device: torch.device, request: pytest.FixtureRequest) -> None:
+    """Large cases on the CPU only where they are asked for by name."""
+    pairs = (shape.height * shape.width) ** 2
+    if device.type == "cpu" and pairs > _CPU_PAIRS and shape.name not in str(request.config.args):
+        pytest.skip(f"{pairs:.1e} pairs on the CPU; name {shape.name} to run it")
+
+
+@pytest.mark.parametrize("precision", ["default", "high"])
+@pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in EXACT])
+def test_gaussian_filter(
+    benchmark: BenchmarkFixture,
+    shape: FilterShape,
+    precision: str,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+) -> None:
+    skip_on_cpu(shape, device, request)
+    if device.type == "cpu" and precision == "high":
+        pytest.skip("on the CPU both precisions are one")
+    values, features = filter_inputs(shape, device)
+    exact = functools.partial(segkernels.gaussian_filter, precision=precision)
+    plan = Plan(features.flatten(2), None, "default", "bench_gaussian_filter")
+    measure(
+        benchmark,
+        f"gaussian_filter {shape.name} {precision}",
+        cases.gaussian(shape, device, precision),
+        checked=checks.gaussian(shape, exact, values, features, TOLERANCE[precision]),
+        peers=[peers.brute_force(values, features), peers.pykeops(values, features)],
+        moved=cases.filter_bytes(shape),
+        peak=functools.partial(peak_bytes, cases.gaussian, shape, device, device=device),
+        source=shape.source,
+        pairs=(shape.height * shape.width) ** 2,
+        share_of_tile_pairs=plan.share(),
+    )
+
+
+@pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in EXACT[:2]])
+def test_gaussian_filter_training(
+    benchmark: BenchmarkFixture,
+    shape: FilterShape,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+) -> None:
+    skip_on_cpu(shape, device, request)
+    values, features = filter_inputs(shape, device)
+    measure(
+        benchmark,
+        f"gaussian_filter forward + backward {shape.name}",
+        cases.gaussian_training(shape, device),
+        checked=checks.gaussian(shape, segkernels.gaussian_filter, values, features, 1e-3),
+        source=shape.source,
+    )

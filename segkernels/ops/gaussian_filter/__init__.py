@@ -1,0 +1,170 @@
+"""Exact Gaussian filtering in up to 16 dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from segkernels import _native
+from segkernels._registry import Op, register
+from segkernels.ops._op import laid_out_like, through_dispatcher, wants_grad
+from segkernels.ops.gaussian_filter import autograd
+from segkernels.ops.gaussian_filter.plan import PRECISIONS, Plan, Precision
+from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS, Normalization
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OP = "gaussian_filter"
+
+register(
+    Op(
+        name="gaussian_filter",
+        functions=("gaussian_filter",),
+        backends=(("cpu", "torch"), ("cuda", "triton")),
+        dtypes=("float16", "bfloat16", "float32", "float64"),
+        layouts=("contiguous", "channels_last", "strided"),
+        deterministic=True,
+        differentiable=("values", "features", "query_features"),
+        library_ops=("segkernels::gaussian_filter", "segkernels::gaussian_filter_backward"),
+        note="half types are computed in float32; 1 to 16 features a point",
+    )
+)
+
+
+def gaussian_filter(
+    values: torch.Tensor,
+    features: torch.Tensor,
+    *,
+    query_features: torch.Tensor | None = None,
+    normalization: Normalization = "after",
+    precision: Precision = "default",
+) -> torch.Tensor:
+    """Exact Gaussian filtering: `out_i = sum_j exp(-|q_i - f_j|^2 / 2) v_j`, in memory O(N).
+
+    What `permutohedral_filter` approximates in time linear in N, this computes in time N * M. Pairs
+    of tiles of points between which no weight is left in the dtype are skipped.
+
+    Args:
+        values: `(B, C, *spatial)`, or `(N, C)`; floating point, any C.
+        features: `(B, d, *spatial)`, or `(N, d)`; 1 <= d <= 16, floating point, each feature
+            already divided by its standard deviation.
+        query_features: `(B, d, *query_spatial)`, or `(M, d)`: the points to filter at; None: at the
+            points themselves.
+        normalization: with K the weights, rows for the queries: "after" divides by the sums of its
+            rows (a weighted average), "before" by those of its columns (each value is handed out
+            whole), "symmetric" by the square roots of both, "none" by nothing. A sum below 1e-30,
+            as a query out of reach of all points has, gives 0.
+        precision: on CUDA "default" multiplies weights and values as float16 and sums in float32:
+            within 1e-3 of the sum of |weight * value|, weights below 2^-29 less exactly; "high"
+            within 1e-6 of it. On the CPU, and for float64, both are the dtype's own precision.
+
+    Returns:
+        `(B, C, *query_spatial)` or `(M, C)`, else `values`' own shape and layout; of the dtype of
+        `values`. Computed in float64 where an argument is float64, else in float32. Differentiable
+        with respect to values, features and query_features, once.
+
+        The same call gives the same bits. Weights between a point and tiles beyond the reach of its
+        dtype count as 0: without `query_features` what is left out is less than half a unit in the
+        last place of a point's own weight of 1, with it less than the smallest normal number. A NaN
+        or infinity in a channel of an image makes that channel of that image NaN.
+
+    Raises:
+        ValueError: a wrong rank or number of features, shapes or devices that disagree, an unknown
+            normalization or precision; on the CPU also features that are not finite. On CUDA
+            `segkernels.check` tells of these; the points in question give NaN and take no part.
+        TypeError: arguments that are not floating-point tensors.
+        RuntimeError: when differentiated twice.
+
+    Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
+    Edge Potentials, NIPS 2011, equation 3; the sum itself, as in attention without a softmax.
+    """
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(_choice("normalization", NORMALIZATIONS, normalization))
+    if precision not in PRECISIONS:
+        raise ValueError(_choice("precision", PRECISIONS, precision))
+    given = [values, features] if query_features is None else [values, features, query_features]
+    for tensor, name in zip(given, ("values", "features", "query_features"), strict=False):
+        _check_tensor(tensor, name)
+    queries = _check_shapes(values, features, query_features)
+    spatial = queries.shape[:1] if values.dim() == 2 else queries.shape[2:]
+    shape = (*spatial, values.shape[1]) if values.dim() == 2 else (*values.shape[:2], *spatial)
+    if values.numel() == 0 or queries.numel() == 0:
+        return values.new_zeros(shape)
+
+    dtype = torch.float32
+    for tensor in given:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    v, f = _flat(values, dtype), _flat(features, dtype)
+    q = None if query_features is None else _flat(query_features, dtype)
+    if through_dispatcher(*given):
+        out = torch.ops.segkernels.gaussian_filter(v, f, q, normalization, precision)
+    else:
+        if values.device.type == "cpu":
+            _native.num_threads()
+        plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
+        if wants_grad(v, f, q):
+            out = autograd.filter_(v, f, q, plan, normalization)
+        else:
+            with torch.no_grad():
+                out = autograd.filter_(v, f, q, plan, normalization)
+    out = out.squeeze(0).T if values.dim() == 2 else out.view(shape)
+    return laid_out_like(out, values) if out.shape == values.shape else out.to(values.dtype)
+
+
+def _flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, C, N)."""
+    tensor = tensor.T.unsqueeze(0) if tensor.dim() == 2 else tensor.flatten(2)
+    return tensor.to(dtype).contiguous()
+
+
+def _choice(name: str, choices: Sequence[str], got: object) -> str:
+    return f"{_OP}: {name} must be one of {', '.join(choices)}, got {got!r}"
+
+
+def _check_tensor(tensor: torch.Tensor, name: str) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{_OP}: {name} must be a torch tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        raise TypeError(
+            f"{_OP}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+        )
+    if tensor.dim() < 2:
+        raise ValueError(
+            f"{_OP}: {name} must be (N, n) or (B, n, *spatial), got shape {tuple(tensor.shape)}"
+        )
+
+
+def _check_shapes(
+    values: torch.Tensor, features: torch.Tensor, query_features: torch.Tensor | None
+) -> torch.Tensor:
+    """The points to filter at."""
+    dims = features.shape[1]
+    if not 1 <= dims <= MAX_DIMS:
+        raise ValueError(
+            f"{_OP}: features must have 1 to {MAX_DIMS} channels in dimension 1, "
+            f"got shape {tuple(features.shape)}"
+        )
+    fits = values.dim() == features.dim() and (values.shape[0], *values.shape[2:]) == (
+        features.shape[0],
+        *features.shape[2:],
+    )
+    if not fits:
+        raise ValueError(
+            f"{_OP}: values must match the features {tuple(features.shape)} in all dimensions but "
+            f"the second, got shape {tuple(values.shape)}"
+        )
+    queries = features if query_features is None else query_features
+    same_kind = (queries.dim() == 2) == (features.dim() == 2)
+    same_batch = features.dim() == 2 or queries.shape[0] == features.shape[0]
+    if not same_kind or not same_batch or queries.shape[1] != dims:
+        kind = "(M, d)" if features.dim() == 2 else "(B, d, *spatial)"
+        raise ValueError(
+            f"{_OP}: query_features must be {kind} with the batch and the d of the features "
+            f"{tuple(features.shape)}, got shape {tuple(queries.shape)}"
+        )
+    for tensor, name in ((features, "features"), (queries, "query_features")):
+        if tensor.device != values.device:
+            raise ValueError(
+                f"{_OP}: {name} is on {tensor.device}, the values are on {values.device}"
+            )
+    return queries

@@ -1,0 +1,324 @@
+"""The filter on CUDA: for each tile of queries a list of the key tiles within reach, then one
+program that walks it with the weights in registers and the sums on the tensor cores.
+
+Weights are exp2(-q log2(e) / 2) of q, the sum of squared differences in float32. Nothing waits for
+the device; sums are taken in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from segkernels.ops.gaussian_filter.points import TILE, Points
+
+QUERIES = 2 * TILE  # queries of a program
+# Weights are multiplied by 2^15 before they become float16: normal numbers down to 2^-29 then.
+_HALF_SHIFT = 15
+_LOG2E = math.log2(math.e)
+_LIST = 1 << 24  # entries of the lists that are held at a time
+_PROGRAMS = 8  # a multiprocessor at least: short walks even out
+
+
+@triton.jit
+def near_kernel(
+    first,  # (B, d, Tq) boxes of the queries
+    last,
+    low,  # (B, d, Tk) boxes of the keys
+    high,
+    near,  # (B, chunk, Tk) int32
+    count,  # (B, chunk) int32
+    start,
+    query_tiles,
+    key_tiles,
+    reach,
+    DIMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Writes which key tiles are within reach of a query tile, in order, and how many."""
+    tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk = tl.num_programs(0)
+    first += image * DIMS * query_tiles + start + tile
+    last += image * DIMS * query_tiles + start + tile
+    low += image * DIMS * key_tiles
+    high += image * DIMS * key_tiles
+    near += (image * chunk + tile) * key_tiles
+    found = 0
+    for begin in range(0, key_tiles, BLOCK):
+        t = begin + tl.arange(0, BLOCK)
+        there = t < key_tiles
+        total = tl.zeros((BLOCK,), tl.float32)
+        for k in tl.static_range(DIMS):
+            above = tl.load(low + k * key_tiles + t, there, 0.0) - tl.load(last + k * query_tiles)
+            below = tl.load(first + k * query_tiles) - tl.load(high + k * key_tiles + t, there, 0.0)
+            gap = tl.maximum(tl.maximum(above, below), 0.0)
+            total += gap * gap
+        keep = (there & (total <= reach)).to(tl.int32)
+        tl.store(near + found + tl.cumsum(keep, 0) - keep, t, keep == 1)
+        found += tl.sum(keep, 0)
+    tl.store(count + image * chunk + tile, found)
+
+
+@triton.jit
+def _squared(x, y, row, col, queries, keys, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Squared distances between M queries and N keys."""
+    total = tl.zeros((M, N), tl.float32)
+    if DIMS <= 6:
+        for k in tl.static_range(DIMS):
+            step = tl.load(x + k * queries + row)[:, None] - tl.load(y + k * keys + col)[None, :]
+            total = tl.fma(step, step, total)
+    else:  # unrolled, so many features would not stay in registers
+        for k in tl.range(0, DIMS, num_stages=1, loop_unroll_factor=1):
+            step = tl.load(x + k * queries + row)[:, None] - tl.load(y + k * keys + col)[None, :]
+            total = tl.fma(step, step, total)
+    return total
+
+
+@triton.jit
+def apply_kernel(
+    x,  # (B, d, Pq) float32
+    y,  # (B, d, Pk) float32
+    v,  # (B, Pk, C) float16 or float32
+    near,
+    count,
+    out,  # (splits, B, Pq, C) float32
+    start,
+    queries,
+    keys,
+    channels,
+    splits,
+    SHIFT: tl.constexpr,
+    DIMS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    HALF: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """K v for M queries and C channels, over one split of the list. HALF: products of float16."""
+    tile, channel = tl.program_id(0), tl.program_id(1) * C
+    images = tl.num_programs(2) // splits
+    image, split = (tl.program_id(2) // splits).to(tl.int64), tl.program_id(2) % splits
+    chunk = tl.num_programs(0)
+    entry = image * chunk + tile
+    near += entry * (keys // N)
+    found = tl.load(count + entry)
+    x += image * DIMS * queries
+    y += image * DIMS * keys
+    v += image * keys * channels + channel
+    row = (start + tile) * M + tl.arange(0, M)
+    row = tl.minimum(row, queries - 1)
+    within, c = tl.arange(0, N), tl.arange(0, C)
+    sums = tl.zeros((M, C), tl.float32)
+    for i in range(found * split // splits, found * (split + 1) // splits):
+        col = tl.load(near + i) * N + within
+        q = _squared(x, y, row, col, queries, keys, DIMS, M, N)
+        weights = tl.exp2(tl.fma(q, -0.72134752044448170, SHIFT))
+        values = tl.load(v + col.to(tl.int64)[:, None] * channels + c[None, :])
+        if HALF:
+            weights = weights.to(tl.float16)
+            if WIDEN:
+                sums += tl.dot(weights.to(tl.float32), values.to(tl.float32))
+            else:
+                sums = tl.dot(weights, values, sums)
+        else:
+            sums = tl.dot(weights, values, sums, input_precision="tf32x3")
+    row = (start + tile) * M + tl.arange(0, M)
+    out += ((split * images + image) * queries) * channels + channel
+    tl.store(
+        out + row.to(tl.int64)[:, None] * channels + c[None, :], sums, (row < queries)[:, None]
+    )
+
+
+@triton.jit
+def pull_kernel(
+    x,  # (B, d, Pq) float32
+    y,  # (B, d, Pk) float32
+    a,  # (B, Pq, C) float32
+    b,  # (B, Pk, C) float32
+    near,
+    count,
+    out,  # (splits, B, Pq, D) float32
+    start,
+    queries,
+    keys,
+    channels,
+    splits,
+    DIMS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum_j k_ij <a_i, b_j> (y_j - x_i) for M queries, over one split of the list."""
+    tile = tl.program_id(0)
+    images = tl.num_programs(1) // splits
+    image, split = (tl.program_id(1) // splits).to(tl.int64), tl.program_id(1) % splits
+    chunk = tl.num_programs(0)
+    entry = image * chunk + tile
+    near += entry * (keys // N)
+    found = tl.load(count + entry)
+    x += image * DIMS * queries
+    y += image * DIMS * keys
+    a += image * queries * channels
+    b += image * keys * channels
+    row = (start + tile) * M + tl.arange(0, M)
+    row = tl.minimum(row, queries - 1)
+    within, c, dim = tl.arange(0, N), tl.arange(0, C), tl.arange(0, D)
+    sums = tl.zeros((M, D), tl.float32)
+    for i in range(found * split // splits, found * (split + 1) // splits):
+        col = tl.load(near + i) * N + within
+        product = tl.zeros((M, N), tl.float32)
+        for begin in range(0, channels, C):
+            left = tl.load(a + row.to(tl.int64)[:, None] * channels + begin + c[None, :])
+            right = tl.load(b + col.to(tl.int64)[None, :] * channels + begin + c[:, None])
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        q = _squared(x, y, row, col, queries, keys, DIMS, M, N)
+        weights = tl.exp2(q * -0.72134752044448170) * product
+        for k in tl.range(0, DIMS, num_stages=1, loop_unroll_factor=1):
+            step = tl.load(y + k * keys + col)[None, :] - tl.load(x + k * queries + row)[:, None]
+            total = tl.sum(step * weights, 1)
+            sums = tl.where((dim == k)[None, :], sums + total[:, None], sums)
+    row = (start + tile) * M + tl.arange(0, M)
+    out += ((split * images + image) * queries) * D
+    tl.store(out + row.to(tl.int64)[:, None] * D + dim[None, :], sums, (row < queries)[:, None])
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels, where float16 operands of a product must be widened."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def block_of(channels: int, dims: int, precise: bool) -> int:
+    """Channels of a program: a power of two, at least what the tensor cores take, and no more than
+    stay in registers."""
+    most = (64 if dims <= 6 else 16) if precise else (128 if dims <= 6 else 64)
+    return int(min(most, max(16, triton.next_power_of_2(channels))))
+
+
+def apply(
+    queries: Points, keys: Points, rows: torch.Tensor, reach: float, precise: bool
+) -> torch.Tensor:
+    """K rows in float32: (B, P_keys, C) to (B, P_queries, C); as `blocked.apply`."""
+    batch, _, channels = rows.shape
+    dims = queries.features.shape[1]
+    block = block_of(channels, dims, precise)
+    rows = torch.nn.functional.pad(rows, (0, -channels % block))
+    scale = None
+    if not precise:
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        scale = torch.where(largest > 0, largest, 1)
+        rows = (rows / scale).half()
+        scale = scale * 2.0**-_HALF_SHIFT
+    blocks = rows.shape[2] // block
+
+    def launch(lists: Any, tiles: int, start: int, splits: int, out: torch.Tensor) -> None:
+        apply_kernel[(tiles, blocks, batch * splits)](
+            queries.features,
+            keys.features,
+            rows,
+            *lists,
+            out,
+            start,
+            queries.features.shape[2],
+            keys.features.shape[2],
+            rows.shape[2],
+            splits,
+            SHIFT=0.0 if precise else float(_HALF_SHIFT),
+            DIMS=dims,
+            M=QUERIES,
+            N=TILE,
+            C=block,
+            HALF=not precise,
+            WIDEN=interpreting(),
+            num_warps=8,
+        )
+
+    out = _walk(queries, keys, reach, rows.shape[2], blocks, launch)
+    return (out if scale is None else out * scale)[:, :, :channels]
+
+
+def pull(
+    queries: Points,
+    keys: Points,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    reach: float,
+    precise: bool,
+) -> torch.Tensor:
+    """sum_j k_ij <a_i, b_j> (y_j - x_i): rows (B, P_queries, d); as `blocked.pull`."""
+    batch, _, channels = a.shape
+    dims = queries.features.shape[1]
+    block = min(32, block_of(channels, dims, precise))
+    a, b = (torch.nn.functional.pad(t, (0, -channels % block)) for t in (a, b))
+    width = triton.next_power_of_2(dims)
+
+    def launch(lists: Any, tiles: int, start: int, splits: int, out: torch.Tensor) -> None:
+        pull_kernel[(tiles, batch * splits)](
+            queries.features,
+            keys.features,
+            a,
+            b,
+            *lists,
+            out,
+            start,
+            queries.features.shape[2],
+            keys.features.shape[2],
+            a.shape[2],
+            splits,
+            DIMS=dims,
+            M=QUERIES,
+            N=TILE,
+            C=block,
+            D=width,
+            PRECISION="tf32x3" if precise else "tf32",
+            num_warps=8,
+        )
+
+    return _walk(queries, keys, reach, width, 1, launch)[:, :, :dims]
+
+
+def _walk(
+    queries: Points, keys: Points, reach: float, width: int, blocks: int, launch: Any
+) -> torch.Tensor:
+    """Lists for some query tiles at a time, and the kernel over them: (B, P_queries, width)."""
+    batch, dims, points = queries.features.shape
+    first, last = queries.boxes(QUERIES)
+    low, high = keys.boxes(TILE)
+    tiles, key_tiles = first.shape[2], low.shape[2]
+    splits = splits_for(batch * tiles * blocks, key_tiles, queries.features.device)
+    out = queries.features.new_empty(splits, batch, points, width)
+    most = max(1, min(tiles, _LIST // (batch * key_tiles)))
+    for start in range(0, tiles, most):
+        some = min(most, tiles - start)
+        near = torch.empty(batch, some, key_tiles, dtype=torch.int32, device=out.device)
+        count = torch.empty(batch, some, dtype=torch.int32, device=out.device)
+        near_kernel[(some, batch)](
+            first,
+            last,
+            low,
+            high,
+            near,
+            count,
+            start,
+            tiles,
+            key_tiles,
+            reach,
+            DIMS=dims,
+            BLOCK=128,
+        )
+        launch((near, count), some, start, splits, out)
+    return out.sum(dim=0) if splits > 1 else out[0]
+
+
+def splits_for(programs: int, key_tiles: int, device: torch.device) -> int:
+    """Parts of each list that different programs take, so that a small problem fills the device."""
+    if device.type != "cuda":
+        return min(3, key_tiles)  # interpreted: what a test should see
+    wanted = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(-(-wanted // programs), 16, key_tiles))

@@ -1,0 +1,454 @@
+"""The exact Gaussian filter: brute force in float64, gradients, culling, extremes, what is refused.
+
+The Triton kernels are in test_gaussian_filter_triton.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lattice_points import on_one_thread
+from ops import suite
+from ops.suite import Error, Float, Sample, message
+
+import segkernels
+from segkernels import gaussian_filter, permutohedral_filter
+from segkernels.ops.gaussian_filter import plan as plans
+from segkernels.ops.gaussian_filter import points, reference
+from segkernels.ops.gaussian_filter.points import TILE, Points
+from segkernels.ops.permutohedral.lattice import NORMALIZATIONS
+
+DTYPES = (torch.float32, torch.float64)
+# Relative to the largest magnitude of the result. CUDA is asked for float32's precision.
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == want.shape
+    want = want.detach().cpu().double()
+    error = (got.detach().cpu().double() - want).abs().max()
+    assert float(error) <= tolerance * float(want.abs().max())
+
+
+def high(values: torch.Tensor, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return gaussian_filter(values, features, precision="high", **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with on_one_thread():
+        yield
+
+
+def _spread(*shape: int) -> suite.Make:
+    return lambda g: 1.5 * torch.randn(shape, generator=g, dtype=torch.float64)
+
+
+VALUES, FEATURES = Float(2, 3, 4, 5), Float(2, 2, 4, 5, make=_spread(2, 2, 4, 5))
+
+
+class TestGaussianFilter(suite.OpSuite):
+    function = staticmethod(high)
+    reference = staticmethod(reference.gaussian_filter)
+    samples: ClassVar[list[Sample]] = [
+        Sample("image", (VALUES, FEATURES), grad=True, compile=True),
+        Sample(
+            "queries",
+            (VALUES, FEATURES),
+            {"query_features": Float(2, 2, 7), "normalization": "symmetric"},
+            grad=True,
+            compile=True,
+        ),
+        Sample(
+            "line",
+            (Float(2, 1, 70), Float(2, 5, 70, make=_spread(2, 5, 70))),
+            {"normalization": "before"},
+        ),
+        Sample("one point", (Float(1, 2, 1, 1), Float(1, 16, 1, 1)), {"normalization": "none"}),
+    ]
+    not_differentiable: ClassVar[tuple[str, ...]] = ("gaussian_filter_backward",)
+    tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
+        torch.float16: (1e-3, 1e-4),
+        torch.bfloat16: (8e-3, 1e-3),
+        torch.float32: (1e-5, 2e-6),
+        torch.float64: (1e-11, 1e-12),
+    }
+    errors: ClassVar[list[Error]] = [
+        Error(
+            "normalization",
+            lambda d: high(*_pair(d), normalization="mean"),
+            ValueError,
+            message("normalization", "symmetric", "'mean'"),
+        ),
+        Error(
+            "precision",
+            lambda d: gaussian_filter(*_pair(d), precision="low"),  # type: ignore[arg-type]
+            ValueError,
+            message("precision", "default, high", "'low'"),
+        ),
+        Error(
+            "too many features",
+            lambda d: high(_zeros(d, 1, 1, 4), _zeros(d, 1, 17, 4)),
+            ValueError,
+            message("features", "1 to 16", "(1, 17, 4)"),
+        ),
+        Error(
+            "shapes",
+            lambda d: high(_zeros(d, 1, 1, 4), _zeros(d, 1, 2, 5)),
+            ValueError,
+            message("values must match", "(1, 2, 5)", "(1, 1, 4)"),
+        ),
+        Error(
+            "queries",
+            lambda d: high(*_pair(d), query_features=_zeros(d, 1, 3, 4)),
+            ValueError,
+            message("query_features", "(B, d, *spatial)", "(1, 2, 4)", "(1, 3, 4)"),
+        ),
+        Error(
+            "queries of another kind",
+            lambda d: high(*_pair(d), query_features=_zeros(d, 4, 2)),
+            ValueError,
+            message("query_features", "(4, 2)"),
+        ),
+        Error(
+            "rank",
+            lambda d: high(_zeros(d, 4), _zeros(d, 4)),
+            ValueError,
+            message("values", "(N, n)", "(4,)"),
+        ),
+        Error(
+            "integers",
+            lambda d: high(_zeros(d, 1, 1, 4).int(), _zeros(d, 1, 1, 4)),
+            TypeError,
+            message("values", "float16", "int32"),
+        ),
+        Error(
+            "no tensor",
+            lambda d: high([1.0], _zeros(d, 1, 1)),  # type: ignore[arg-type]
+            TypeError,
+            message("values must be a torch tensor", "list"),
+        ),
+    ]
+
+    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+        call = suite.build(sample, torch.float32, device)
+        values, features = call.args
+        for bad, place in product((float("nan"), float("inf")), (0, values.numel() - 1)):
+            before = values.view(-1)[place].item()
+            values.view(-1)[place] = bad
+            (mine,), (theirs,) = call.of(high), call.of(reference.gaussian_filter)
+            assert torch.equal(mine.isfinite(), theirs.isfinite())
+            values.view(-1)[place] = before
+        if device == "cpu":
+            features.view(-1)[0] = float("nan")
+            with pytest.raises(ValueError, match=message("gaussian_filter", "features", "NaN")):
+                call.of(high)
+
+
+def _zeros(device: str, *shape: int) -> torch.Tensor:
+    return torch.zeros(shape, device=device)
+
+
+def _pair(device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return _zeros(device, 1, 1, 4), _zeros(device, 1, 2, 4)
+
+
+# --- brute force in float64 ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", range(1, 17))
+def test_agrees_with_brute_force(dims, dtype, device):
+    features = normal(1, dims, 3 * TILE + 5, dtype=dtype) * (2.5 / dims**0.5)
+    values = normal(1, 3, 3 * TILE + 5, dtype=dtype)
+    weight = normal(1, 3, 3 * TILE + 5, dtype=dtype)
+    for normalization in NORMALIZATIONS:
+        mine = [t.to(device).requires_grad_() for t in (values, features)]
+        theirs = [t.double().requires_grad_() for t in (values, features)]
+        got = high(*mine, normalization=normalization)
+        want = reference.gaussian_filter(*theirs, normalization=normalization)
+        assert got.dtype == dtype
+        assert_near(got, want, TOLERANCE[dtype])
+        found = torch.autograd.grad(got, mine, weight.to(device))
+        expected = torch.autograd.grad(want, theirs, weight.double())
+        for g, w in zip(found, expected, strict=True):
+            assert_near(g, w, 5 * TOLERANCE[dtype])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(
+    dims=st.integers(1, 16),
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 5),
+    count=st.integers(1, 300),
+    queries=st.none() | st.integers(1, 300),
+    normalization=st.sampled_from(NORMALIZATIONS),
+    # 0: all weights 1. 1e4: all but a point's own are 0.
+    spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]),
+    seed=st.integers(0, 2**31),
+)
+def test_any_call_agrees_with_brute_force(
+    dims, batch, channels, count, queries, normalization, spread, seed, device
+):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    features, values = spread * random(batch, dims, count), random(batch, channels, count)
+    at = None if queries is None else spread * random(batch, dims, queries)
+    if at is not None:  # some queries lie on points
+        at[:, :, ::2] = features[:, :, torch.arange(at[:, :, ::2].shape[2]) % count]
+    kwargs = {"query_features": at, "normalization": normalization}
+    want = reference.gaussian_filter(values, features, **kwargs)
+    kwargs["query_features"] = None if at is None else at.to(device)
+    got = high(values.to(device), features.to(device), **kwargs)
+    assert_near(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 21, 150])
+def test_any_number_of_channels(channels, device):
+    features, values = normal(2, 5, 9, 13, dtype=torch.float32), normal(2, channels, 9, 13)
+    want = reference.gaussian_filter(values, features.double(), normalization="symmetric")
+    got = high(values.float().to(device), features.to(device), normalization="symmetric")
+    assert_near(got, want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("count", [1, 2, TILE - 1, TILE, TILE + 1, 2 * TILE, 4 * TILE + 1])
+def test_any_number_of_points(count, device):
+    features, values = 2 * normal(1, 3, count), normal(1, 2, count)
+    assert_near(
+        high(values.to(device), features.to(device)),
+        reference.gaussian_filter(values, features),
+        1e-13,
+    )
+
+
+def test_the_defaults(device):
+    features, values = normal(1, 3, 40).to(device), normal(1, 2, 40).to(device)
+    filtered = gaussian_filter(values, features)
+    want = gaussian_filter(values, features, normalization="after", precision="default")
+    assert torch.equal(filtered, want)
+    ones = torch.ones_like(values)
+    assert_near(gaussian_filter(ones, features), ones, 1e-14)
+
+
+def test_points_and_images_are_the_same(device):
+    features, values = normal(2, 3, 6, 7).to(device), normal(2, 4, 6, 7).to(device)
+    image = high(values, features)
+    for b in range(2):
+        alone = high(values[b].flatten(1).T, features[b].flatten(1).T)
+        assert_near(alone.T.reshape(4, 6, 7), image[b], 1e-14)
+    at = high(values, features, query_features=features[:, :, :3, :2])
+    assert at.shape == (2, 4, 3, 2)
+    assert_near(at, image[:, :, :3, :2], 1e-13)
+
+
+def test_the_lattice_approximates_it():
+    features, values = normal(1, 2, 2000), torch.rand(1, 3, 2000, dtype=torch.float64)
+    exact, lattice = high(values, features), permutohedral_filter(values, features)
+    apart = float((exact - lattice).norm() / exact.norm())
+    assert 1e-4 < apart < 0.05
+
+
+def test_halves_keep_their_dtype(device):
+    features, values = normal(1, 2, 50, dtype=torch.float32).to(device), normal(1, 3, 50).to(device)
+    for dtype in (torch.float16, torch.bfloat16):
+        small = values.to(dtype)
+        got = high(small, features)
+        assert got.dtype == dtype
+        assert torch.equal(got, high(small.float(), features).to(dtype))
+
+
+# --- extremes ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_sigmas_make_every_weight_one(dtype, device):
+    features, values = 1e-9 * normal(1, 3, 150, dtype=dtype), normal(1, 2, 150, dtype=dtype)
+    got = high(values.to(device), features.to(device))
+    assert_near(got, values.double().mean(dim=2, keepdim=True).expand_as(got), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_tiny_sigmas_leave_the_diagonal(dtype, normalization, device):
+    features = torch.arange(150, dtype=dtype).view(1, 1, 150) * 1e7 + 3
+    values = normal(1, 2, 150, dtype=dtype)
+    got = high(values.to(device), features.to(device), normalization=normalization)
+    assert torch.equal(got.cpu(), values)
+
+
+def test_features_far_from_0_lose_nothing(device):
+    # |x|^2 + |y|^2 - 2 x y would leave no digit of these distances.
+    features, values = normal(1, 4, 200), normal(1, 2, 200)
+    far = features + 2.0**20
+    near = far - 2.0**20
+    got, want = (high(values.to(device), f.to(device)) for f in (far, near))
+    assert_near(got, want, 1e-15)
+    got = high(values.float().to(device), (near.float() + 2**10).to(device))
+    want = reference.gaussian_filter(values.float().double(), (near.float() + 2**10).double())
+    assert_near(got, want, TOLERANCE[torch.float32])
+
+
+def test_queries_out_of_reach_give_0(device):
+    features, values = normal(1, 2, 30).to(device), normal(1, 2, 30).to(device)
+    far = torch.full((1, 2, 3), 1e6, dtype=torch.float64, device=device)
+    for normalization in NORMALIZATIONS:
+        got = high(values, features, query_features=far, normalization=normalization)
+        assert torch.equal(got, torch.zeros_like(got))
+
+
+def test_a_far_query_is_still_an_average(device):
+    # Weights of exp(-50): far below a float's resolution of 1, but all that this query has.
+    features = torch.tensor([[[0.0, 0.1]]], device=device)
+    values = torch.tensor([[[1.0, 3.0]]], device=device)
+    far = torch.tensor([[[10.0]]], device=device)
+    got = high(values, features, query_features=far)
+    ratio = math.exp(-0.5 * 9.9**2 + 50)
+    assert float(got) == pytest.approx((1 + 3 * ratio) / (1 + ratio), rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_bad_features_on_cuda_take_no_part() -> None:
+    features, values = normal(1, 2, 100).cuda(), normal(1, 3, 100).cuda()
+    features[0, 1, 7] = float("nan")
+    got = high(values, features)
+    with pytest.raises(ValueError, match="NaN"):
+        segkernels.check()
+    rest = torch.arange(100) != 7
+    assert bool(got[:, :, 7].isnan().all())
+    assert_near(got[:, :, rest], high(values[:, :, rest], features[:, :, rest]), 1e-13)
+
+
+def test_bad_features_take_no_part(monkeypatch):
+    # What a CUDA device gives, where nothing raises.
+    words = torch.zeros(8, dtype=torch.int32)
+    monkeypatch.setattr(plans._status, "watch", lambda *_: contextlib.nullcontext(words))
+    features, values = normal(1, 2, 100), normal(1, 3, 100)
+    features[0, 1, 7] = float("nan")
+    rest = torch.arange(100) != 7
+    for normalization in NORMALIZATIONS:
+        got = high(values, features, normalization=normalization)
+        want = high(values[:, :, rest], features[:, :, rest], normalization=normalization)
+        assert bool(got[:, :, 7].isnan().all())
+        assert_near(got[:, :, rest], want, 1e-13)
+    assert words.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
+
+
+# --- gradients ---
+
+
+def test_gradients_hold_everywhere(device):
+    # Points on each other, where the lattice has no gradient: here the filter is smooth.
+    features = torch.zeros(1, 2, 6, dtype=torch.float64, device=device)
+    features[0, 0, 3:] = 1
+    values = normal(1, 2, 6).to(device)
+    for normalization in NORMALIZATIONS:
+        assert torch.autograd.gradcheck(
+            lambda v, f, n=normalization: high(v, f, normalization=n),
+            (values.requires_grad_(), features.requires_grad_()),
+        )
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_gradcheck_of_queries(normalization, device):
+    inputs = [normal(1, n, m).to(device).requires_grad_() for n, m in ((2, 5), (3, 5), (3, 4))]
+    assert torch.autograd.gradcheck(
+        lambda v, f, q: high(v, f, query_features=q, normalization=normalization), inputs
+    )
+
+
+def test_gradients_of_a_nan_are_no_numbers(device):
+    features, values = normal(1, 2, 70).to(device), normal(1, 2, 70).to(device)
+    values[0, 1, 3] = float("nan")
+    inputs = [values.requires_grad_(), features.requires_grad_()]
+    grads = torch.autograd.grad(high(*inputs, normalization="none").sum(), inputs)
+    assert bool(grads[0].isfinite().all())
+    assert not bool(grads[1].isfinite().any())
+
+
+def test_the_second_derivative_is_refused():
+    features, values = (normal(1, 2, 5).requires_grad_() for _ in range(2))
+    for function in (high, torch.compile(high, fullgraph=True, backend="eager")):
+        (grad,) = torch.autograd.grad(function(values, features).sum(), features, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiated once"):
+            grad.sum().backward()
+
+
+# --- tiles and culling ---
+
+
+def _clusters(dims: int = 3, count: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points in clusters, most of them out of each other's reach."""
+    centres = 60 * normal(2, dims, 20)
+    which = torch.randint(0, 20, (count,))
+    return centres[:, :, which] + normal(2, dims, count), normal(2, 2, count)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("queries", [False, True])
+def test_culling_changes_nothing(dtype, queries, device, monkeypatch):
+    features, values = (t.to(device, dtype) for t in _clusters())
+    at = features[:, :, ::3].contiguous() if queries else None
+    inputs = [values.requires_grad_(), features.requires_grad_()]
+    weight = normal(2, 2, 1000 if queries else 3000).to(device, dtype)
+
+    def run() -> list[torch.Tensor]:
+        out = high(*inputs, query_features=at, normalization="none")
+        return [out, *torch.autograd.grad(out, inputs, weight)]
+
+    plan = plans.Plan(features.detach(), at, "high", "test")
+    assert plan.share() < 0.6
+    culled = run()
+    monkeypatch.setattr(plans, "reach", lambda *_: float("inf"))
+    assert plans.Plan(features.detach(), at, "high", "test").share() == 1
+    for mine, whole in zip(culled, run(), strict=True):
+        assert_near(mine, whole, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [1, 1000, 10**6])
+def test_what_is_out_of_reach_weighs_nothing(dtype, keys):
+    eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
+    assert keys * math.exp(-plans.reach(dtype, keys, True) / 2) == pytest.approx(eps / 2)
+    assert math.exp(-plans.reach(dtype, keys, False) / 2) == pytest.approx(tiny)
+
+
+@pytest.mark.parametrize("count", [1, TILE, TILE + 1, 1000, 4096, 5000])
+def test_the_order_is_one_and_its_tiles_are_small(count):
+    features = normal(2, 2, count)
+    order = points.kd_order(features, TILE)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(count).expand(2, count))
+    if count >= 1000:
+        low, high_ = Points(features).boxes(TILE)
+        assert float((high_ - low).mean()) < 8 * (TILE / count) ** 0.5
+
+
+def test_rows_come_back_in_place():
+    features, values = normal(2, 3, 150), normal(2, 4, 150)
+    sorted_ = Points(features)
+    rows = sorted_.rows(values)
+    assert rows.shape == (2, 3 * TILE, 4)
+    assert torch.equal(sorted_.unsorted(rows), values)
+    assert bool((rows[:, 150:] == 0).all())
+
+
+def test_memory_is_that_of_the_points():
+    # 20,000 points: their weights would be 3.2 GB.
+    with torch.profiler.profile(profile_memory=True, with_stack=False) as profile:
+        high(torch.rand(1, 1, 20_000), torch.rand(1, 2, 20_000) * 200)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 50e6
