@@ -6,11 +6,16 @@ from segkernels.crf import DenseCRF as DenseCRF
 from segkernels.crf import PairwiseTerm as PairwiseTerm
 from segkernels.crf import dense_crf as dense_crf
 from segkernels.labels import probs_from_labels as probs_from_labels
+from segkernels.nn import ContextModule as ContextModule
+from segkernels.nn import ConvBNAct as ConvBNAct
+from segkernels.nn import DilatedConv2d as DilatedConv2d
 from segkernels.nn import MaxPool2d as MaxPool2d
 from segkernels.nn import MaxUnpool2d as MaxUnpool2d
 from segkernels.nn import ResizeConv as ResizeConv
 from segkernels.nn import Upsample as Upsample
 from segkernels.nn import bilinear_kernel_ as bilinear_kernel_
+from segkernels.nn import conv_bn_act as conv_bn_act
+from segkernels.nn import fold_batch_norm as fold_batch_norm
 from segkernels.ops.dilated_conv2d import dilated_conv2d as dilated_conv2d
 from segkernels.ops.gaussian_filter import gaussian_filter as gaussian_filter
 from segkernels.ops.interpolate import interpolate as interpolate

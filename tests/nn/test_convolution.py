@@ -1,0 +1,374 @@
+"""DilatedConv2d, fold_batch_norm, conv_bn_act and ConvBNAct."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrizations, prune
+
+import segkernels
+from segkernels.nn import folding
+
+
+def randomised(module: torch.nn.Module, seed: int = 0) -> Any:
+    """`module` with no parameter or statistic at its trivial start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in [*module.named_parameters(), *module.named_buffers()]:
+            if value.is_floating_point():
+                noise = torch.rand(value.shape, generator=generator, dtype=torch.float64)
+                value.copy_(noise + 0.5 if name.endswith("var") else noise - 0.3)
+    return module
+
+
+def plain(
+    x: torch.Tensor, layer: segkernels.ConvBNAct, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The three modules one after the other."""
+    out = layer.conv(x)
+    out = out if layer.bn is None else layer.bn(out)
+    out = out if residual is None else out + residual
+    return F.relu(out) if layer.activation == "relu" else out
+
+
+VARIANTS: dict[str, Callable[[], segkernels.ConvBNAct]] = {
+    "dilated": lambda: segkernels.ConvBNAct(4, 6, 3, dilation=2),
+    "strided": lambda: segkernels.ConvBNAct(4, 6, 3, stride=2, activation=None),
+    "groups": lambda: segkernels.ConvBNAct(4, 6, (1, 3), groups=2),
+    "even": lambda: segkernels.ConvBNAct(4, 6, 2, dilation=3),
+    "bias": lambda: segkernels.ConvBNAct(4, 6, 1, bias=True),
+    "no norm": lambda: segkernels.ConvBNAct(4, 6, 3, norm=False),
+    "not affine": lambda: with_norm(torch.nn.BatchNorm2d(6, affine=False)),
+    "no statistics": lambda: with_norm(torch.nn.BatchNorm2d(6, track_running_stats=False)),
+    "momentum None": lambda: with_norm(torch.nn.BatchNorm2d(6, momentum=None)),
+    "sync": lambda: with_norm(torch.nn.SyncBatchNorm(6)),
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+def with_norm(bn: Any) -> segkernels.ConvBNAct:
+    layer = segkernels.ConvBNAct(4, 6, 3, bias=True)
+    layer.bn = bn
+    return layer
+
+
+def built(variant: str, dtype: torch.dtype = torch.float64) -> segkernels.ConvBNAct:
+    layer: segkernels.ConvBNAct = randomised(VARIANTS[variant]()).to(dtype)
+    return layer
+
+
+def image(dtype: torch.dtype = torch.float64, **kwargs: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 4, 7, 9, generator=generator, dtype=torch.float64).to(dtype, **kwargs)
+
+
+@variants
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+def test_evaluation_equals_the_modules_one_after_the_other(
+    variant: str, with_residual: bool
+) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        layer, x = built(variant, dtype).eval(), image(dtype)
+        residual = torch.randn_like(plain(x, layer)) if with_residual else None
+        expected = plain(x, layer, residual)
+        before = copy.deepcopy(layer.state_dict())
+        for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+            with context():
+                for _ in range(2):
+                    out = layer(x, residual)
+                torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
+        assert all(torch.equal(layer.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    ("variant", "training"),
+    # SyncBatchNorm trains on CUDA only.
+    [
+        (v, training)
+        for v in VARIANTS
+        for training in (False, True)
+        if not (training and v == "sync")
+    ],
+)
+def test_backends_agree_forward_backward_and_in_statistics(variant: str, training: bool) -> None:
+    layer = built(variant).train(training)
+    other = copy.deepcopy(layer)
+    other.backend = "torch"
+    found = []
+    for module in (layer, other):
+        x = image().requires_grad_()
+        residual = torch.ones_like(plain(x, copy.deepcopy(layer))).requires_grad_()
+        out = module(x, residual)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        reached = [x, residual, *module.parameters()]
+        grads = torch.autograd.grad(out, reached, weights)
+        found.append([out, *grads, *module.buffers()])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+    assert list(layer.state_dict()) == list(other.state_dict())
+
+
+def test_gradients_with_frozen_statistics_pass_gradcheck() -> None:
+    layer, x = built("bias").eval(), image()[:1, :, :3, :3].requires_grad_()
+    leaves = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
+    names = [name for name, _ in layer.named_parameters()]
+
+    def of(x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, params, strict=True)), x) + 0.0
+
+    assert torch.autograd.gradcheck(of, leaves)
+
+
+def changes() -> dict[str, Callable[[segkernels.ConvBNAct], Any]]:
+    other = built("dilated").state_dict()
+    other = {k: v * 2 + 1 if v.is_floating_point() else v for k, v in other.items()}
+
+    def trained(layer: segkernels.ConvBNAct) -> None:
+        layer.train()(image())
+        layer.eval()
+
+    def replaced(layer: segkernels.ConvBNAct) -> None:
+        layer.bn.weight = torch.nn.Parameter(layer.bn.weight.detach() * 3)
+
+    def new_data(layer: segkernels.ConvBNAct) -> None:
+        # Twice: what is freed in between may be given out again.
+        for _ in range(2):
+            layer.bn.bias.data = layer.bn.bias.data + 1
+
+    def through_data(layer: segkernels.ConvBNAct) -> None:
+        layer.bn.bias.data.add_(1)
+        layer.eval()
+
+    def eps(layer: segkernels.ConvBNAct) -> None:
+        layer.bn.eps = 0.5
+
+    def optimised(layer: segkernels.ConvBNAct) -> None:
+        layer(image()).square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+    def inside_inference_mode(layer: segkernels.ConvBNAct) -> None:
+        with torch.inference_mode():
+            layer.bn.running_mean.mul_(2)
+
+    def other_norm(layer: segkernels.ConvBNAct) -> None:
+        layer.bn = randomised(torch.nn.BatchNorm2d(6), 3).double().eval()
+
+    def other_conv(layer: segkernels.ConvBNAct) -> None:
+        layer.conv = randomised(copy.deepcopy(layer.conv), 5)
+
+    return {
+        "in place": lambda layer: layer.bn.running_var.mul_(4),
+        "in inference mode": inside_inference_mode,
+        "conv in place": lambda layer: torch.nn.init.constant_(layer.conv.weight, 0.1),
+        "replaced": replaced,
+        "other data": new_data,
+        "through data": through_data,
+        "load_state_dict": lambda layer: layer.load_state_dict(other),
+        "assigned": lambda layer: layer.load_state_dict(other, assign=True),
+        "trained": trained,
+        "optimised": optimised,
+        "rounded": lambda layer: layer.half().double(),
+        "eps": eps,
+        "other norm": other_norm,
+        "other conv": other_conv,
+    }
+
+
+@pytest.mark.parametrize("change", changes())
+def test_what_is_kept_is_dropped_when_something_changes(change: str) -> None:
+    layer, x = built("dilated").eval(), image()
+    with torch.no_grad():
+        first = layer(x)
+        assert layer.bn in folding._kept
+    changes()[change](layer)
+    with torch.no_grad():
+        out = layer(x)
+        torch.testing.assert_close(out, plain(x, layer), rtol=0, atol=1e-12)
+    assert not torch.equal(out, first)
+
+
+def test_the_fold_is_computed_once_and_goes_with_the_module(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    real = folding.fold_batch_norm
+    monkeypatch.setattr(folding, "fold_batch_norm", lambda *args: (calls.append(1), real(*args))[1])
+    layer, x = built("dilated").eval(), image()
+    with torch.no_grad():
+        for _ in range(3):
+            layer(x)
+    assert len(calls) == 1
+    with torch.inference_mode():
+        layer(x)
+    assert len(calls) == 1
+    # A gradient of the input alone needs no new fold, and may be taken of one made in inference.
+    layer.requires_grad_(False)
+    layer(x.clone().requires_grad_()).sum().backward()
+    assert len(calls) == 1
+    dead = weakref.ref(layer.bn)
+    del layer
+    gc.collect()
+    assert dead() is None
+
+
+def test_copies_pickles_and_state_dicts_know_nothing_of_the_fold() -> None:
+    layer, x = built("dilated").eval(), image()
+    with torch.no_grad():
+        expected = layer(x)
+        twin = copy.deepcopy(layer)
+        file = io.BytesIO()
+        torch.save(layer, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        fresh = segkernels.ConvBNAct(4, 6, 3, dilation=2).double().eval()
+        fresh.load_state_dict(layer.state_dict())
+        layer.bn.bias.add_(1)
+        for other in (twin, loaded, fresh):
+            assert torch.equal(other(x), expected)
+    names = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    assert list(layer.state_dict()) == ["conv.weight", *(f"bn.{name}" for name in names)]
+
+
+def test_a_replica_has_a_fold_of_its_own() -> None:
+    # As torch.nn.DataParallel makes them: modules without parameters of their own.
+    layer, x = built("dilated").eval(), image()
+    with torch.no_grad():
+        layer(x)
+        replica = layer._replicate_for_data_parallel()
+        for name in ("conv", "bn"):
+            module = getattr(layer, name)._replicate_for_data_parallel()
+            for key, value in getattr(layer, name)._parameters.items():
+                setattr(module, key, None if value is None else value * 2)
+            setattr(replica, name, module)
+        torch.testing.assert_close(replica(x), plain(x, replica), rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer(x), plain(x, layer), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", ["dilated", "no norm", "no statistics"])
+def test_compiles_whole_and_exports(variant: str) -> None:
+    torch.compiler.reset()
+    layer, x = built(variant, torch.float32).eval(), image(torch.float32)
+    residual = torch.randn_like(plain(x, layer))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for training in (False, True):
+        layer.train(training)
+        expected = plain(x, copy.deepcopy(layer), residual)
+        torch.testing.assert_close(compiled(x, residual), expected, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            expected = plain(x, copy.deepcopy(layer), residual)
+            torch.testing.assert_close(compiled(x, residual), expected, rtol=0, atol=1e-5)
+    layer.eval()
+    with torch.no_grad():
+        layer.conv.weight.mul_(2)
+        if layer.bn is not None and layer.bn.running_mean is not None:
+            layer.bn.running_mean.add_(1)
+        torch.testing.assert_close(compiled(x), plain(x, layer), rtol=0, atol=1e-5)
+        program = torch.export.export(layer, (x,)).module()
+        torch.testing.assert_close(program(x), plain(x, layer), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_bfloat16_autocast_and_layouts(training: bool) -> None:
+    layer, x = built("dilated", torch.float32).train(training), image(torch.float32)
+    residual = torch.randn(2, 6, 7, 9)
+    expected = plain(x, copy.deepcopy(layer), residual)
+    channels_last = x.to(memory_format=torch.channels_last)
+    out = copy.deepcopy(layer)(channels_last, residual)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x, residual.bfloat16())
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=6e-2)
+
+
+def test_modules_with_hooks_or_of_other_types_are_called() -> None:
+    x = image()
+    hooked = built("dilated").eval()
+    hooked.bn.register_forward_hook(lambda module, args, out: out + 1)
+    pruned = built("dilated").eval()
+    prune.l1_unstructured(pruned.conv, "weight", 0.5)
+    normed = built("dilated").eval()
+    parametrizations.weight_norm(normed.conv)
+    grouped = built("dilated").eval()
+    grouped.bn = randomised(torch.nn.GroupNorm(2, 6).double())
+    for layer in (hooked, pruned, normed, grouped):
+        torch.testing.assert_close(layer(x), plain(x, layer), rtol=0, atol=1e-12)
+
+
+def test_one_norm_for_two_convolutions() -> None:
+    first, second, x = built("dilated").eval(), built("bias").eval(), image()
+    second.bn = first.bn
+    with torch.no_grad():
+        for layer in (first, second, first):
+            torch.testing.assert_close(layer(x), plain(x, layer), rtol=0, atol=1e-12)
+
+
+def test_fold_batch_norm_is_the_scale_and_shift_of_dilated_conv2d() -> None:
+    layer, x = built("bias").eval(), image()
+    scale, shift = segkernels.fold_batch_norm(layer.conv, layer.bn)
+    out = segkernels.dilated_conv2d(x, layer.conv.weight, scale=scale, shift=shift)
+    torch.testing.assert_close(out, layer.bn(layer.conv(x)), rtol=0, atol=1e-12)
+    assert segkernels.fold_batch_norm(layer.conv.half(), layer.bn.half())[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
+def test_dilated_conv2d_module_is_torchs(padding_mode: Any) -> None:
+    kwargs: dict[str, Any] = {"padding": 2, "dilation": 2, "padding_mode": padding_mode}
+    ours = segkernels.DilatedConv2d(4, 6, 3, **kwargs)
+    theirs = torch.nn.Conv2d(4, 6, 3, **kwargs)
+    theirs.load_state_dict(ours.state_dict())
+    x = image(torch.float32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(x[0]), theirs(x[0]), rtol=0, atol=1e-5)
+    assert repr(ours) == repr(theirs).replace("Conv2d", "DilatedConv2d", 1)
+    plain_torch = segkernels.DilatedConv2d(4, 6, 3, **kwargs, backend="torch")
+    plain_torch.load_state_dict(ours.state_dict())
+    assert torch.equal(plain_torch(x), theirs(x))
+    assert "backend='torch'" in repr(plain_torch)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: segkernels.ConvBNAct(2, 2, activation="gelu"), "ConvBNAct: activation.*'gelu'"),
+        (lambda: segkernels.ConvBNAct(2, 2, backend="cudnn"), "ConvBNAct: backend.*'cudnn'"),
+        (lambda: segkernels.DilatedConv2d(2, 2, 3, backend="x"), "DilatedConv2d: backend.*'x'"),
+        (
+            lambda: segkernels.ConvBNAct(4, 6).train()(image(torch.float32), torch.ones(6, 1, 1)),
+            r"residual must have shape \[2, 6, 7, 9\], got \[6, 1, 1\]",
+        ),
+        (
+            lambda: segkernels.ConvBNAct(4, 6).eval()(image(torch.float32), torch.ones(6, 1, 1)),
+            r"residual must have shape \[2, 6, 7, 9\], got \[6, 1, 1\]",
+        ),
+        (
+            lambda: segkernels.fold_batch_norm(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(2)),
+            "conv's 3 output channels, got num_features=2",
+        ),
+        (
+            lambda: segkernels.fold_batch_norm(
+                torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3, track_running_stats=False)
+            ),
+            "running statistics",
+        ),
+    ],
+)
+def test_bad_values_raise(call: Callable[[], Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_other_types_raise() -> None:
+    with pytest.raises(TypeError, match="conv must be"):
+        segkernels.fold_batch_norm(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bn must be"):
+        segkernels.fold_batch_norm(torch.nn.Conv2d(2, 2, 1), torch.nn.GroupNorm(1, 2))  # type: ignore[arg-type]
