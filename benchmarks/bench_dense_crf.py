@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import cases
 import checks
@@ -11,6 +10,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+from budget import each
 from inputs import crf_inputs
 from measure import measure, threads
 from memory import peak_bytes
@@ -23,11 +23,7 @@ from segkernels.ops.dense_crf import reference
 pytestmark = pytest.mark.benchmark(timer=clock)
 
 
-def params(shapes: Sequence[CrfShape]) -> list[object]:
-    return [pytest.param(s, id=s.name, marks=[pytest.mark.slow] if s.slow else []) for s in shapes]
-
-
-@pytest.mark.parametrize("shape", params(CRF + CRF_BATCHED))
+@each(CRF + CRF_BATCHED)
 def test_dense_crf(benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device) -> None:
     if shape.batch > 1 and device.type == "cpu":
         pytest.skip("a batch on the CPU is its pictures one after the other")
@@ -48,7 +44,7 @@ def test_dense_crf(benchmark: BenchmarkFixture, shape: CrfShape, device: torch.d
     )
 
 
-@pytest.mark.parametrize("shape", params(CRF + CRF_BATCHED))
+@each(CRF + CRF_BATCHED)
 def test_dense_crf_as_graph(
     benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device
 ) -> None:
@@ -72,7 +68,7 @@ def test_dense_crf_as_graph(
     )
 
 
-@pytest.mark.parametrize("shape", params(CRF_TRAINING))
+@each(CRF_TRAINING)
 def test_dense_crf_training(
     benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device
 ) -> None:
@@ -96,8 +92,8 @@ def checked_crf(
     oracle = peers.pydensecrf(single, first, probs[0].cpu().numpy())
     checked = checks.crf(single, result[:1], images, probs, oracle)
     if shape.batch > 1:
-        return [peers.pydensecrf(shape, first, probs[0].cpu().numpy())], checked
-    return [oracle], checked
+        oracle = peers.pydensecrf(shape, first, probs[0].cpu().numpy())
+    return [oracle, peers.monai(shape, images, probs), peers.crfseg(shape, probs)], checked
 
 
 def single_threaded(call: cases.Call) -> cases.Call:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import each, full_only
 from checks import WrongResultError
 from measure import measure
-from peers import Peer
+from peers import Peer, cudnn_relu, deterministic, eager
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import ConvShape, convs
 from timing import clock
@@ -18,20 +20,21 @@ from timing import clock
 import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
-SHAPES = pytest.mark.parametrize(
-    "shape", [pytest.param(s, id=s.name) for s in convs(clock.device.type == "cuda")]
-)
-DTYPES = pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+SHAPES = each(convs(clock.device.type == "cuda"))
 BACKENDS = pytest.mark.parametrize(
-    "backend", ["auto", "triton", "sm90"] if clock.device.type == "cuda" else ["auto"]
+    "backend",
+    ["auto", *(pytest.param(name, marks=full_only) for name in ("triton", "sm90"))]
+    if clock.device.type == "cuda"
+    else ["auto"],
 )
-_ACCURACY = {torch.bfloat16: 4e-3, torch.float32: 2e-3}  # float32 may be tf32
+# float32 may be tf32
+_ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-3}
 
 
-def tensors(shape: ConvShape, dtype: str, device: torch.device) -> dict[str, torch.Tensor]:
+def tensors(shape: ConvShape, device: torch.device) -> dict[str, torch.Tensor]:
     """Input, weight, and a batch normalisation's scale and shift."""
     generator = torch.Generator().manual_seed(0)
-    kind, fan = getattr(torch, dtype), shape.channels * shape.kernel**2
+    fan = shape.channels * shape.kernel**2
 
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator)
@@ -42,14 +45,25 @@ def tensors(shape: ConvShape, dtype: str, device: torch.device) -> dict[str, tor
         "scale": normal(shape.out_channels).abs() + 0.5,
         "shift": normal(shape.out_channels),
     }
-    layout = {"memory_format": torch.channels_last}
+    layout = {"memory_format": shape.kind.memory_format}
     return {
-        name: t.to(kind).to(device, **layout if t.dim() == 4 else {}) for name, t in made.items()
+        name: t.to(shape.kind.torch_dtype).to(device, **layout if t.dim() == 4 else {})
+        for name, t in made.items()
     }
 
 
-def torch_peer(run: Callable[[], Any]) -> Peer:
-    return Peer(f"torch {torch.__version__}", str(clock.device), run, on_device=True)
+def products(shape: ConvShape) -> dict[str, Any]:
+    """The floor: useful FLOPs at the rate of the dtype; torch's convolutions use tf32."""
+    dtype = shape.kind.dtype
+    if dtype == "float32" and clock.device.type == "cuda":
+        dtype = "tf32"
+    return {"flops": shape.useful_flops(), "flops_dtype": dtype}
+
+
+def skip_other_kinds(shape: ConvShape, backend: str) -> None:
+    """A single backend is measured in one kind."""
+    if backend != "auto" and shape.kind.name != "bfloat16-NHWC":
+        pytest.skip("auto measures the other dtypes and layouts")
 
 
 def as_close(ours: torch.Tensor, exact: torch.Tensor, shape: ConvShape) -> str:
@@ -73,18 +87,17 @@ def tried(call: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 @SHAPES
-@DTYPES
 @BACKENDS
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "scaled-relu"])
 def test_dilated_conv2d(
     benchmark: BenchmarkFixture,
     shape: ConvShape,
-    dtype: str,
     backend: str,
     fused: bool,
     device: torch.device,
 ) -> None:
-    t = tensors(shape, dtype, device)
+    skip_other_kinds(shape, backend)
+    t = tensors(shape, device)
     args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)
     extra = {"scale": t["scale"], "shift": t["shift"], "activation": "relu"} if fused else {}
     mean, var = torch.zeros_like(t["scale"]), torch.ones_like(t["scale"])
@@ -98,6 +111,11 @@ def test_dilated_conv2d(
             out = F.relu(F.batch_norm(out, mean, var, t["scale"], t["shift"], eps=0.0))
         return out
 
+    peers = [eager(peer)]
+    if fused:
+        sizes = ((1, 1), (shape.padding,) * 2, (shape.dilation,) * 2)
+        bias_and_relu = cudnn_relu(t["x"], t["w"], t["shift"], *sizes)
+        peers.append(replace(bias_and_relu, note="bias and ReLU, without the scale"))
     wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
     exact = F.conv2d(wide[0][:1], *wide[1:])
     if fused:
@@ -105,37 +123,39 @@ def test_dilated_conv2d(
         exact = F.relu(exact * scale + shift)
     measure(
         benchmark,
-        f"dilated_conv2d {backend} {'fused ' if fused else ''}{shape.name} {dtype}",
+        f"dilated_conv2d {backend} {'fused ' if fused else ''}{shape.name}",
         call,
         checked=as_close(tried(call)[:1], exact, shape),
-        peers=[torch_peer(peer)],
-        useful_flops=shape.useful_flops(),
+        peers=peers,
+        **products(shape),
         source=shape.source,
     )
 
 
 @SHAPES
-@DTYPES
 @BACKENDS
 @pytest.mark.parametrize("of", ["x", "w"], ids=["input-gradient", "weight-gradient"])
 def test_dilated_conv2d_backward(
     benchmark: BenchmarkFixture,
     shape: ConvShape,
-    dtype: str,
     backend: str,
     of: str,
     device: torch.device,
 ) -> None:
-    t = tensors(shape, dtype, device)
+    skip_other_kinds(shape, backend)
+    t = tensors(shape, device)
     t[of].requires_grad_()
     args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)
     torch.manual_seed(1)
     call = backward(tried(lambda: segkernels.dilated_conv2d(*args, backend=backend)), t[of])
     torch.manual_seed(1)
     theirs = F.conv2d(*args)
-    peer = torch_peer(backward(theirs, t[of]))
-    if dtype == "bfloat16" and of == "w" and device.type == "cpu" and shape.channels < 32:
-        peer = Peer(peer.name, peer.where, missing="crashes in oneDNN for so few channels")
+    run = backward(theirs, t[of])
+    peer = eager(run)
+    if shape.kind.dtype == "bfloat16" and of == "w" and device.type == "cpu" and shape.channels < 32:
+        peers = [Peer(peer.name, peer.where, missing="crashes in oneDNN for so few channels")]
+    else:
+        peers = [peer, deterministic(run)]
     torch.manual_seed(1)
     grad = torch.randn_like(theirs).double()
     wide = {name: t[name].detach().double() for name in ("x", "w")}
@@ -143,10 +163,10 @@ def test_dilated_conv2d_backward(
     exact = torch.autograd.grad(F.conv2d(wide["x"], wide["w"], *args[2:]), wide[of], grad)[0]
     measure(
         benchmark,
-        f"dilated_conv2d backward of {of} {backend} {shape.name} {dtype}",
+        f"dilated_conv2d backward of {of} {backend} {shape.name}",
         call,
         checked=as_close(call(), exact, shape),
-        peers=[peer],
-        useful_flops=shape.useful_flops(),
+        peers=peers,
+        **products(shape),
         source=shape.source,
     )

@@ -9,6 +9,7 @@ import checks
 import peers
 import pytest
 import torch
+from budget import each
 from inputs import filter_inputs
 from measure import measure
 from memory import peak_bytes
@@ -32,7 +33,7 @@ def skip_on_cpu(shape: FilterShape, device: torch.device, request: pytest.Fixtur
 
 
 @pytest.mark.parametrize("precision", ["default", "high"])
-@pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in EXACT])
+@each(EXACT)
 def test_gaussian_filter(
     benchmark: BenchmarkFixture,
     shape: FilterShape,
@@ -60,7 +61,7 @@ def test_gaussian_filter(
     )
 
 
-@pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in EXACT[:2]])
+@each(EXACT[:2])
 def test_gaussian_filter_training(
     benchmark: BenchmarkFixture,
     shape: FilterShape,

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import measure
+from peers import deterministic, eager
 from pooling import as_close as close
-from pooling import backward, each_shape, exact_pool_gradient, plane, same, torch_peer, window
+from pooling import backward, each_shape, exact_pool_gradient, plane, same, window
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import PoolShape
 from timing import clock
@@ -33,7 +34,7 @@ def test_max_pool2d(
         f"max_pool2d {kind} {shape.name}",
         lambda: segkernels.max_pool2d(x, *sizes, **{kind: True}),
         checked=checked,
-        peers=[torch_peer(lambda: F.max_pool2d(x, *sizes, return_indices=True))],
+        peers=[eager(lambda: F.max_pool2d(x, *sizes, return_indices=True))],
         moved=x.nbytes + values.nbytes + positions.nbytes,
         source=shape.source,
     )
@@ -46,6 +47,7 @@ def test_max_pool2d_backward(
     x, sizes = plane(shape, device).requires_grad_(), window(shape)
     values = segkernels.max_pool2d(x, *sizes)
     call = backward(values, x)
+    peer = backward(F.max_pool2d(x, *sizes), x)
     torch.manual_seed(1)
     exact = exact_pool_gradient(x, torch.randn_like(values), shape)
     measure(
@@ -53,7 +55,7 @@ def test_max_pool2d_backward(
         f"max_pool2d backward {shape.name}",
         call,
         checked=close(call(), exact, shape),
-        peers=[torch_peer(backward(F.max_pool2d(x, *sizes), x))],
+        peers=[eager(peer), deterministic(peer)],
         moved=x.nbytes + values.nbytes + values.numel(),
         source=shape.source,
     )

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import measure
-from pooling import backward, each_shape, plane, same, torch_peer, window
+from peers import deterministic, eager
+from pooling import backward, each_shape, plane, same, window
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import PoolShape
 from timing import clock
@@ -37,7 +38,7 @@ def test_max_unpool2d(
         f"max_unpool2d {kind} {shape.name}",
         call,
         checked=same(call(), peer(), shape),
-        peers=[torch_peer(peer)],
+        peers=[eager(peer), deterministic(peer)],
         moved=x.nbytes + values.nbytes + positions.nbytes,
         source=shape.source,
     )
@@ -59,7 +60,7 @@ def test_max_unpool2d_backward(
         f"max_unpool2d backward {kind} {shape.name}",
         call,
         checked=same(call(), peer(), shape),
-        peers=[torch_peer(peer)],
+        peers=[eager(peer)],
         moved=x.nbytes + values.nbytes + positions.nbytes,
         source=shape.source,
     )

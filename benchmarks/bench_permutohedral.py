@@ -8,6 +8,7 @@ import cases
 import checks
 import pytest
 import torch
+from budget import each
 from inputs import filter_inputs
 from measure import measure
 from memory import peak_bytes
@@ -18,7 +19,7 @@ from timing import clock
 import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
-each_shape = pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in FILTER])
+each_shape = each(FILTER)
 
 
 @each_shape

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import measure
-from pooling import as_close, backward, each_shape, plane, same, torch_peer
+from peers import eager
+from pooling import as_close, backward, each_shape, plane, same
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import PoolShape
 from timing import clock
@@ -42,7 +43,7 @@ def test_unpool_nearest(
         f"unpool_nearest {shape.name}",
         lambda: segkernels.unpool_nearest(x, 2),
         checked=same(segkernels.unpool_nearest(x, 2), peer(), shape),
-        peers=[torch_peer(peer)],
+        peers=[eager(peer)],
         moved=5 * x.nbytes,
         source=shape.source,
     )
@@ -65,7 +66,7 @@ def test_unpool_nearest_backward(
         f"unpool_nearest backward {shape.name}",
         call,
         checked=as_close(call(), exact, shape),
-        peers=[torch_peer(peer)],
+        peers=[eager(peer)],
         moved=5 * x.nbytes,
         source=shape.source,
     )
@@ -81,7 +82,7 @@ def test_unpool_bed_of_nails(
         f"unpool_bed_of_nails {shape.name}",
         lambda: segkernels.unpool_bed_of_nails(x, 2),
         checked=same(segkernels.unpool_bed_of_nails(x, 2), torch_nails(x, like), shape),
-        peers=[torch_peer(lambda: torch_nails(x, like))],
+        peers=[eager(lambda: torch_nails(x, like))],
         moved=5 * x.nbytes,
         source=shape.source,
     )
@@ -99,7 +100,7 @@ def test_unpool_bed_of_nails_backward(
         f"unpool_bed_of_nails backward {shape.name}",
         call,
         checked=same(call(), peer(), shape),
-        peers=[torch_peer(peer)],
+        peers=[eager(peer)],
         moved=2 * x.nbytes,
         source=shape.source,
     )

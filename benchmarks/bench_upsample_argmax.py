@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import upsampling
+from budget import each
 from measure import measure
-from peers import Peer
+from memory import peak_bytes
+from peers import eager
 from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import TAIL, UpShape, of_kinds
 from timing import clock
-from upsampling import DTYPES, LAYOUTS, TAIL, UpShape
 
 import segkernels
 
-pytestmark = pytest.mark.benchmark(timer=clock)
+pytestmark = [
+    pytest.mark.benchmark(timer=clock),
+    each(of_kinds(TAIL, clock.device.type == "cuda")),
+]
 
 
-@pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in TAIL])
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_upsample_argmax(
-    benchmark: BenchmarkFixture,
-    shape: UpShape,
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-) -> None:
-    case = (shape, dtype, layout, device)
+def test_upsample_argmax(benchmark: BenchmarkFixture, shape: UpShape, device: torch.device) -> None:
+    case = (shape, device)
     x = upsampling.maps(*case)
     ours = segkernels.upsample_argmax(x, shape.high)
     # Rounding decides between logits that are almost equal.
     agree = (ours == upsampling.torch_argmax(x.float(), shape.high)).double().mean().item()
     assert agree > 0.9999
-    peers = [upsampling.eager(upsampling.predict(upsampling.torch_argmax, *case))]
-    if device.type == "cuda":
-        fused = upsampling.predict(upsampling.compiled(upsampling.torch_argmax), *case)
-        peers.append(Peer("inductor", "the same device", fused, on_device=True))
+    peak = functools.partial(peak_bytes, device=device)
     measure(
         benchmark,
-        f"upsample_argmax {shape.name} {str(dtype)[6:]} {layout}",
-        upsampling.predict(segkernels.upsample_argmax, *case),
+        f"upsample_argmax {shape.name}",
+        upsampling.ours_predict(*case),
         checked="F.interpolate and argmax",
-        peers=peers,
-        moved=x.numel() * x.element_size() + ours.numel() * ours.element_size(),
+        peers=[
+            eager(
+                upsampling.torch_predict(*case),
+                functools.partial(peak, upsampling.torch_predict, *case),
+            ),
+            *upsampling.compiled(shape, upsampling.torch_argmax, lambda f: upsampling.predict(f, *case)),
+        ],
+        moved=x.nbytes + ours.nbytes,
+        peak=functools.partial(peak, upsampling.ours_predict, *case),
         source=shape.source,
     )

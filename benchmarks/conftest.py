@@ -1,9 +1,10 @@
-"""Collects bench_*.py, chooses the device, and prints what pytest-benchmark's own table has not."""
+"""Collects bench_*.py, chooses device and mode, and adds to pytest-benchmark's table and JSON."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,17 +12,43 @@ import torch
 # pytest imports with --import-mode=importlib, which leaves this folder off the path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import floors
 import measure
-import report
+import setting
+import summary
+from budget import budget
 from timing import clock
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
+    group = parser.getgroup("segkernels benchmarks")
+    group.addoption(
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
         help="what the benchmarks run on; auto: CUDA where there is a device",
+    )
+    group.addoption(
+        "--quick",
+        action="store_true",
+        default=None,
+        dest="quick",
+        help="fewer cases, smaller ones, fewer rounds; what a CPU does unless told otherwise",
+    )
+    group.addoption(
+        "--full",
+        action="store_false",
+        default=None,
+        dest="quick",
+        help="every case at its paper's size; what a GPU does unless told otherwise",
+    )
+    group.addoption(
+        "--patience",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="take rounds again in which other processes used more than a tenth of a core, "
+        "for so long in the whole run",
     )
 
 
@@ -31,11 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+    cuda = wanted == "cuda"
     clock.device = (
-        torch.device("cuda", torch.cuda.current_device())
-        if wanted == "cuda"
-        else torch.device("cpu")
+        torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     )
+    quick = config.getoption("quick")
+    budget.choose(not cuda if quick is None else quick, cuda, config.getoption("--patience"))
+    if cuda:
+        torch.backends.cudnn.benchmark = True  # what a user with fixed sizes sets
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -45,6 +75,25 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     return None
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not budget.quick:
+        return
+    left_out = [item for item in items if item.get_closest_marker("full")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    output_json["segkernels"] = {
+        **setting.collect(clock.device, budget.quick),
+        "date": output_json["datetime"],
+        "rates": floors.measured(),
+    }
+
+
 @pytest.fixture
 def device() -> torch.device:
     return clock.device
@@ -52,5 +101,6 @@ def device() -> torch.device:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if measure.rows:
-        terminalreporter.section(f"segkernels on {measure.device_name()}: medians")
-        terminalreporter.write_line(report.summary(measure.rows))
+        mode = "quick" if budget.quick else "full"
+        terminalreporter.section(f"segkernels on {measure.device_name()}, {mode} mode: medians")
+        terminalreporter.write_line(summary.summary(measure.rows))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import multiprocessing
+import multiprocessing.pool
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ _STATUS = Path("/proc/self/status")
 def peak_bytes(prepare: Prepare, *args: Any, device: torch.device) -> int | None:
     """Bytes that `prepare(*args)()` needs at its worst, its result included, its inputs not.
 
-    On CUDA what torch's allocator gave out. On the CPU the growth of the resident set in a fresh
+    On CUDA what torch's allocator gave out. On the CPU the growth of the resident set in another
     process, after one call that loads libraries and starts threads; only Linux tells it, None
     elsewhere.
 
@@ -31,23 +33,32 @@ def peak_bytes(prepare: Prepare, *args: Any, device: torch.device) -> int | None
         device: where the call runs.
     """
     if device.type == "cuda":
-        call = prepare(*args)
-        call()
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        result = call()
-        torch.cuda.synchronize(device)
-        del result
-        return torch.cuda.max_memory_allocated(device) - before
+        return cuda_peak(prepare(*args), device)
     if sys.platform != "linux":
         return None
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_resident_growth, (prepare, args))
+    return _worker().apply(_resident_growth, (prepare, args, torch.get_num_threads()))
 
 
-def _resident_growth(prepare: Prepare, args: tuple[Any, ...]) -> int:
+def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of torch's allocator that `call` needs at its worst, beyond what is there before."""
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = call()
+    torch.cuda.synchronize(device)
+    del result
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+@functools.cache
+def _worker() -> multiprocessing.pool.Pool:
+    """One process for all cases of a run: torch's import would take most of the time."""
+    return multiprocessing.get_context("spawn").Pool(1)
+
+
+def _resident_growth(prepare: Prepare, args: tuple[Any, ...], threads: int) -> int:
+    torch.set_num_threads(threads)
     call = prepare(*args)
     call()
     gc.collect()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from budget import budget
 from shapes import CrfShape
+from timing import Call, clock
 
 Result = npt.NDArray[np.float32]
+_HERE = "the same device"
+_LARGE = 2**20
 
 
 @dataclass(frozen=True)
@@ -21,11 +24,13 @@ class Peer:
     """Another implementation of a case.
 
     Attributes:
-        name: what it is called in reports, with its version.
+        name: what it is called in reports; `setting.versions` has its version.
         where: what it runs on.
         run: does the case once, inputs prepared; None where it is missing.
         missing: why.
         on_device: whether it runs on the device of this run, and is timed as ours is.
+        note: in what its work differs, for the report.
+        peak: tells its peak memory beyond the inputs, on the CPU; on CUDA `run` tells.
     """
 
     name: str
@@ -33,6 +38,77 @@ class Peer:
     run: Callable[[], Any] | None = field(repr=False, default=None)
     missing: str = ""
     on_device: bool = False
+    note: str = ""
+    peak: Callable[[], int | None] | None = field(repr=False, default=None)
+
+
+def eager(run: Call, peak: Callable[[], int | None] | None = None) -> Peer:
+    """torch's own operators, cuDNN choosing its algorithm by trying."""
+    return Peer("torch", _HERE, run, on_device=True, peak=peak)
+
+
+def inductor(function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Call]) -> Peer:
+    """torch.compile's version of `function`: inductor fuses what eager torch does one by one.
+
+    Args:
+        function: what is compiled.
+        prepare: makes the call from the compiled function.
+    """
+    name = "torch.compile"
+    if budget.quick:
+        return Peer(name, _HERE, missing="each case compiles for seconds; not in quick mode")
+    torch.compiler.reset()  # or the ninth shape would run uncompiled
+    run = prepare(torch.compile(function, dynamic=False))
+    try:
+        run()
+    except Exception as error:  # of any kind: no compiler, an operator it cannot lower
+        return Peer(name, _HERE, missing=_first_line(error))
+    return Peer(name, _HERE, run, on_device=True)
+
+
+def deterministic(run: Call) -> Peer:
+    """torch's own operators in its deterministic mode, as ours always are."""
+    name = "torch, deterministic"
+    if clock.device.type == "cpu":
+        return Peer(name, _HERE, missing="on the CPU torch is deterministic without it")
+
+    def strict() -> Any:
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            return run()
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+    try:
+        strict()
+    except RuntimeError as error:
+        return Peer(name, _HERE, missing=_first_line(error))
+    return Peer(name, _HERE, strict, on_device=True)
+
+
+def cudnn_relu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int = 1,
+) -> Peer:
+    """cuDNN's convolution with bias and ReLU in one kernel, as torch exposes it."""
+    name = "cudnn_convolution_relu"
+    if clock.device.type == "cpu":
+        return Peer(name, _HERE, missing="needs a CUDA device")
+
+    def run() -> torch.Tensor:
+        return torch.cudnn_convolution_relu(x, weight, bias, stride, padding, dilation, groups)
+
+    try:
+        run()
+    except RuntimeError as error:
+        return Peer(name, _HERE, missing=_first_line(error))
+    return Peer(name, _HERE, run, on_device=True)
 
 
 def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> Peer:
@@ -63,8 +139,76 @@ def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> 
         field_.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
         return np.array(field_.inference(shape.iterations), np.float32).reshape(probs.shape)
 
-    version = importlib.metadata.version("pydensecrf2")
-    return Peer(f"{name} {version}", where, run)
+    return Peer(name, where, run)
+
+
+def monai(shape: CrfShape, images: torch.Tensor, probs: torch.Tensor) -> Peer:
+    """MONAI's CRF block on its own permutohedral lattice, which is built anew every iteration.
+
+    Args:
+        shape: the case.
+        images: (B, 3, H, W) uint8.
+        probs: (B, C, H, W) float32.
+    """
+    name = "MONAI CRF"
+    try:
+        block: Any = importlib.import_module("monai.networks.blocks.crf").CRF
+        importlib.import_module("monai._C")
+    except ImportError as error:
+        how = "pip install monai has no compiled code; build it with BUILD_MONAI=1"
+        return Peer(name, _HERE, missing=f"{_first_line(error)}; {how}")
+    if images.is_cuda and shape.classes > 16:
+        return Peer(name, _HERE, missing="on CUDA it takes 16 classes at most")
+    layer = block(
+        iterations=shape.iterations,
+        bilateral_weight=10.0,
+        gaussian_weight=3.0,
+        bilateral_spatial_sigma=80.0,
+        bilateral_color_sigma=13.0,
+        gaussian_spatial_sigma=3.0,
+        update_factor=1.0,
+    )
+    logits, reference = probs.clamp_min(1e-5).log(), images.float()
+
+    def run() -> Any:
+        with torch.no_grad():
+            return layer(logits, reference)
+
+    note = "normalises its filters another way; builds both lattices in every iteration"
+    return Peer(name, _HERE, run, on_device=True, note=note)
+
+
+def crfseg(shape: CrfShape, probs: torch.Tensor) -> Peer:
+    """crfseg's convolutional CRF: the smoothing term alone, in a window of 11 pixels.
+
+    Args:
+        shape: the case.
+        probs: (B, C, H, W) float32.
+    """
+    name = "crfseg"
+    if budget.quick and probs.device.type == "cpu" and probs.numel() > _LARGE:
+        return Peer(name, _HERE, missing="takes ten seconds a call at this size; not in quick mode")
+    try:
+        layer: Any = importlib.import_module("crfseg").CRF
+    except ImportError as error:
+        how = "pip install --no-deps crfseg tqdm"
+        return Peer(name, _HERE, missing=f"{_first_line(error)}; {how}")
+    crf = layer(
+        n_spatial_dims=2,
+        n_iter=shape.iterations,
+        requires_grad=False,
+        returns="proba",
+        smoothness_weight=3.0,
+        smoothness_theta=3.0,
+    ).to(probs.device)
+    logits = probs.clamp_min(1e-5).log()
+
+    def run() -> Any:
+        with torch.no_grad():
+            return crf(logits)
+
+    note = "less work: the smoothing term alone, no colours, a window of 11 x 11"
+    return Peer(name, _HERE, run, on_device=True, note=note)
 
 
 def brute_force(values: torch.Tensor, features: torch.Tensor) -> Peer:
@@ -81,16 +225,23 @@ def brute_force(values: torch.Tensor, features: torch.Tensor) -> Peer:
             out.append((weights @ v) / weights.sum(dim=1, keepdim=True))
         return torch.cat(out)
 
-    return Peer("torch, 1024 rows at a time", str(values.device), run, on_device=True)
+    return Peer("torch, 1024 rows at a time", _HERE, run, on_device=True)
 
 
 def pykeops(values: torch.Tensor, features: torch.Tensor) -> Peer:
-    """The exact filter by KeOps' symbolic matrices, which compiles a kernel at its first call."""
+    """The exact filter by KeOps' symbolic matrices, which compiles a kernel at its first call.
+
+    Args:
+        values: (1, C, H, W) float32.
+        features: (1, d, H, W) float32.
+    """
     name = "pykeops"
+    if budget.quick:
+        return Peer(name, _HERE, missing="compiles for half a minute a case; not in quick mode")
     try:
         keops: Any = importlib.import_module("pykeops.torch")
-    except ImportError as error:
-        return Peer(name, str(values.device), missing=f"{error}; pip install pykeops")
+    except Exception as error:  # it looks for compilers and a CUDA toolkit when imported
+        return Peer(name, _HERE, missing=f"{_first_line(error)}; pip install pykeops")
     v, f = values[0].flatten(1).T.contiguous(), features[0].flatten(1).T.contiguous()
 
     def run() -> torch.Tensor:
@@ -99,5 +250,12 @@ def pykeops(values: torch.Tensor, features: torch.Tensor) -> Peer:
         result: torch.Tensor = (weights @ v) / weights.sum(dim=1)
         return result
 
-    version = importlib.metadata.version("pykeops")
-    return Peer(f"{name} {version}", str(values.device), run, on_device=True)
+    try:
+        run()
+    except Exception as error:
+        return Peer(name, _HERE, missing=_first_line(error))
+    return Peer(name, _HERE, run, on_device=True)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from budget import each
 from checks import WrongResultError
-from peers import Peer
-from shapes import PoolShape, pools
+from shapes import POOL, PoolShape, of_kinds
 from timing import clock
-
-_LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
 def each_shape(shapes: Callable[[PoolShape], bool] = lambda _: True) -> pytest.MarkDecorator:
     """Parametrises over the shapes of the run's device."""
-    wanted = [shape for shape in pools(clock.device.type == "cuda") if shapes(shape)]
-    return pytest.mark.parametrize("shape", [pytest.param(s, id=s.name) for s in wanted])
+    return each(filter(shapes, of_kinds(POOL, clock.device.type == "cuda")))
 
 
 def plane(shape: PoolShape, device: torch.device) -> torch.Tensor:
     """Standard normal values."""
     torch.manual_seed(0)
     size = (shape.batch, shape.channels, shape.height, shape.width)
-    x = torch.randn(size, device=device).to(getattr(torch, shape.dtype))
-    return x.contiguous(memory_format=_LAYOUTS[shape.layout])
+    x = torch.randn(size, device=device).to(shape.kind.torch_dtype)
+    return x.contiguous(memory_format=shape.kind.memory_format)
 
 
 def window(shape: PoolShape) -> tuple[int, int, int]:
@@ -40,11 +36,6 @@ def backward(out: torch.Tensor, x: torch.Tensor) -> Callable[[], torch.Tensor]:
     torch.manual_seed(1)
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, x, grad, retain_graph=True)[0]
-
-
-def torch_peer(run: Callable[[], Any]) -> Peer:
-    """torch's own function, on the same device."""
-    return Peer(f"torch {torch.__version__}", str(clock.device), run, on_device=True)
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor, shape: PoolShape) -> str:

@@ -1,52 +1,271 @@
-"""Tables of what was measured."""
+"""Reports of a run, from pytest-benchmark's JSON.
+
+    python benchmarks/report.py run.json -o report           report.md, report.html, plots/
+    python benchmarks/report.py --compare before.json after.json
+
+The second prints what became slower beyond noise, and then ends with status 1 (see compare.py).
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
 
-from measure import Row
+import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A Markdown table; the columns in `left` are text, the others numbers, to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+import compare as comparing
+from document import Block, Document, Heading, Listing, Table, Text, markdown, page
+from results import OURS, Case, NotARunError, Run, load
+from tables import digits, geometric_mean
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    return "\n".join([line(header), line(rule), *map(line, rows)])
+_LOSSES = 60  # rows, the worst first
 
 
-def milliseconds(seconds: float) -> str:
-    """Three digits, without an exponent."""
-    value = 1e3 * seconds
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def main(
+    run: Annotated[Path | None, typer.Argument(help="pytest-benchmark's JSON.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The report's folder.")] = Path(
+        "benchmark-report"
+    ),
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Two runs: before and after.")
+    ] = None,
+) -> None:
+    """Write the report of a run, or compare two."""
+    if compare is not None:
+        raise typer.Exit(print_comparison(*compare))
+    if run is None:
+        raise typer.BadParameter("name the JSON of a run, or two of them with --compare")
+    try:
+        loaded = load(run)
+    except NotARunError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(2) from error
+    for path in write(loaded, output):
+        print(path)
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """One line a case: ours, each peer with its ratio, the share of the floor, the peak memory."""
-    names = list(dict.fromkeys(name for row in rows for name in row.peers))
-    header = ["case", "segkernels ms"]
-    for name in names:
-        header += [f"{name} ms", "ratio"]
-    header += ["share of floor", "peak MB", "checked against"]
-    lines = []
-    for row in rows:
-        cells = [row.case, milliseconds(row.seconds)]
-        for name in names:
-            there = row.peers.get(name)
-            cells += (
-                ["", ""] if there is None else [milliseconds(there), f"{there / row.seconds:.1f}x"]
-            )
-        cells.append("" if row.floor is None else f"{row.floor / row.seconds:.1%}")
-        cells.append("" if row.peak is None else f"{row.peak / 1e6:.0f}")
-        lines.append([*cells, row.checked])
-    missing = sorted({f"{name}: {why}" for row in rows for name, why in row.missing.items()})
-    return "\n".join(
-        [table(header, lines, left=(0, len(header) - 1)), *(f"missing: {line}" for line in missing)]
+def print_comparison(before: Path, after: Path) -> int:
+    """Print what changed from one run's JSON to another's.
+
+    Returns:
+        The exit status: 1 where something became slower, 2 where they cannot be compared.
+    """
+    try:
+        found = comparing.compare(load(before), load(after))
+    except (NotARunError, comparing.NotComparableError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(comparing.text(found))
+    return 1 if found.slower else 0
+
+
+def write(run: Run, folder: Path) -> list[Path]:
+    """Write report.md, report.html and the plots as SVG and PNG; the two pages' paths."""
+    document = build(run)
+    drawings = folder / "plots"
+    drawings.mkdir(parents=True, exist_ok=True)
+    for plot in document.plots:
+        (drawings / f"{plot.name}.svg").write_text(plot.svg, encoding="utf-8")
+        (drawings / f"{plot.name}.png").write_bytes(plot.png)
+    pages = [folder / "report.md", folder / "report.html"]
+    pages[0].write_text(markdown(document), encoding="utf-8")
+    pages[1].write_text(page(document), encoding="utf-8")
+    return pages
+
+
+def build(run: Run) -> Document:
+    """What a report says, in its order."""
+    import plots  # matplotlib takes seconds, and comparing needs none
+
+    drawn = {plot.name: plot for plot in plots.all_plots(run)}
+    blocks: list[Block] = [Listing(_setting(run)), *_warnings(run), *_losses(run)]
+    blocks += [Heading("By operator: geometric means of the ratios"), _by_op(run)]
+    blocks += [drawn.pop(name) for name in ("ratios", "floors", "memory") if name in drawn]
+    if drawn:
+        blocks += [Heading("Over size"), *drawn.values()]
+    for op, cases in run.ops().items():
+        blocks += [Heading(f"{op}: every case"), _cases(cases, f"{len(cases)} cases")]
+    blocks += [*_missing(run), Heading("How this was measured"), Text(_HOW)]
+    return Document(f"Speed of segkernels on {run.setting['device']}", blocks)
+
+
+_HOW = (
+    "Each case's result is held against another implementation first; a wrong one prints no time. "
+    "Then ours and every peer run in turns. Times are medians of the rounds; a ratio is a peer's "
+    "median over ours, above 1 where segkernels is faster. On CUDA: events around queued calls, a "
+    "cold L2 cache. On the CPU: the wall clock, warm caches. The floor is the larger of bytes "
+    "moved (each input read once, each output written once) over the copy rate, and of useful "
+    "products over the matmul rate, both measured in this run. benchmarks/README.md says more."
+)
+
+
+def _setting(run: Run) -> list[str]:
+    facts = run.setting
+    lines = [f"Device: {facts['device']}"]
+    if facts["device_kind"] == "cuda":
+        lines.append(
+            f"Driver {facts['driver']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}, "
+            f"{facts['memory_bytes'] / 2**30:.0f} GiB; host: {facts['cpu']}, {facts['cores']} cores"
+        )
+    else:
+        policy = facts.get("OMP_WAIT_POLICY")
+        lines.append(
+            f"{facts['cores']} cores, {facts['threads']} threads, {facts['cpu_capability']}"
+            + (f", OMP_WAIT_POLICY={policy}" if policy else "")
+        )
+    lines += [
+        "Versions: " + ", ".join(f"{name} {v}" for name, v in facts["versions"].items()),
+        f"Commit {facts['commit']}, {facts['date'][:16].replace('T', ' ')} UTC, "
+        f"{facts['platform']}, {facts['mode']} mode",
+        f"Command: {facts['command']}",
+    ]
+    if facts["rates"]:
+        rates = (f"{name}: {digits(rate)}" for name, rate in facts["rates"].items())
+        lines.append(f"Measured in this run: {'; '.join(rates)}")
+    return lines
+
+
+def _warnings(run: Run) -> list[Block]:
+    """Says so where other processes took part of the machine."""
+    busy = [case for case in run.cases if case.info.get("others_cores", 0) > 0.1]
+    if not busy or run.setting["device_kind"] == "cuda":
+        return []
+    worst = max(case.info["others_cores"] for case in busy)
+    return [
+        Text(
+            f"The machine was not quiet: in {len(busy)} of {len(run.cases)} cases other processes "
+            f"used more than a tenth of a core, {worst:.1f} cores at worst. OpenMP's times mean "
+            "little then; ratios to peers with one thread least of all."
+        )
+    ]
+
+
+def _losses(run: Run) -> list[Block]:
+    """The cases in which a peer is faster, the worst first."""
+    notes = {name for case in run.cases for name in case.info.get("peers_notes", {})}
+    pairs = [
+        (case, name)
+        for cases in run.ops().values()
+        for case in cases
+        for name in case.rivals
+        if name not in notes
+    ]
+    lost = sorted(
+        ((c, n) for c, n in pairs if c.ratio(n) < 1), key=lambda pair: pair[0].ratio(pair[1])
     )
+    clear = sum(case.told_apart(name) for case, name in lost)
+    blocks: list[Block] = [
+        Heading("Where a peer is faster"),
+        Text(
+            f"{len(lost)} of {len(pairs)} pairs of a case and a peer that does the same work; in "
+            f"{clear} of them the middle halves of the times do not meet, the others are noise."
+        ),
+    ]
+    if lost:
+        header = ["case", "segkernels ms", "peer", "peer ms", "ratio", "beyond noise"]
+        rows = [
+            [
+                case.name,
+                digits(case.ours.median),
+                name,
+                digits(case.times[name].median),
+                _ratio(case.ratio(name)),
+                "yes" if case.told_apart(name) else "no",
+            ]
+            for case, name in lost[:_LOSSES]
+        ]
+        blocks.append(Table(header, rows, left=(0, 2, 5)))
+    if len(lost) > _LOSSES:
+        blocks.append(Text(f"... and {len(lost) - _LOSSES} more, nearer to 1."))
+    return blocks
+
+
+def _by_op(run: Run) -> Table:
+    ops = run.ops()
+    names = run.peers([case for cases in ops.values() for case in cases])
+    rows = []
+    for op, cases in ops.items():
+        for test in dict.fromkeys(case.test for case in cases):
+            some = [case for case in cases if case.test == test]
+            shares = [s for case in some if (s := case.info.get("share_of_floor"))]
+            cells = [op, test, str(len(some))]
+            for name in names:
+                there = [case.ratio(name) for case in some if name in case.times]
+                cells.append(_ratio(geometric_mean(there)) if there else "")
+            cells.append(f"{geometric_mean(shares):.1%}" if shares else "")
+            rows.append(cells)
+    return Table(["operator", "what", "cases", *names, "share of floor"], rows, left=(0, 1))
+
+
+def _cases(cases: Sequence[Case], title: str) -> Table:
+    """Everything of the cases of an operator; columns that would be empty are left out."""
+    names = list(dict.fromkeys(name for case in cases for name in case.times if name != OURS))
+    columns: dict[str, list[str]] = {"case": [case.name for case in cases]}
+    columns["segkernels ms"] = [digits(case.ours.median) for case in cases]
+    columns["middle half"] = [f"{digits(c.ours.low)}-{digits(c.ours.high)}" for c in cases]
+    for name in names:
+        columns[f"{name} ms"] = [_of(case, name) for case in cases]
+        columns[f"ratio to {name}"] = [
+            _ratio(case.ratio(name)) if name in case.times else "" for case in cases
+        ]
+    columns["share of floor"] = [_floor(case) for case in cases]
+    for key, unit, scale in (("peak_bytes", "peak MB", 1e6), ("host_us", "host us", 1.0)):
+        for name in [OURS, *names]:
+            found = [(case.info.get(key) or {}).get(name) for case in cases]
+            columns[f"{name}: {unit}"] = ["" if v is None else digits(v / scale) for v in found]
+    for name in [OURS, *names]:
+        graphs = [(case.info.get("graph_ms") or {}).get(name) for case in cases]
+        columns[f"{name} as a CUDA graph, ms"] = [
+            digits(g) if isinstance(g, float) else (g or "") for g in graphs
+        ]
+    columns["rounds"] = [str(case.rounds) for case in cases]
+    columns["others' cores"] = [f"{case.info.get('others_cores', 0):.2f}" for case in cases]
+    columns["checked against"] = [case.info.get("checked_against", "") for case in cases]
+    columns["size from"] = [case.info.get("source", "") for case in cases]
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    left = [i for i, name in enumerate(kept) if name in ("case", "checked against", "size from")]
+    rows = list(zip(*kept.values(), strict=True))
+    return Table(list(kept), rows, left=left, folded=title)
+
+
+def _of(case: Case, name: str) -> str:
+    return digits(case.times[name].median) if name in case.times else ""
+
+
+def _floor(case: Case) -> str:
+    share = case.info.get("share_of_floor")
+    return "" if share is None else f"{share:.1%} of {case.info['floor_by']}"
+
+
+def _ratio(value: float) -> str:
+    """Two digits below ten, so that 0.996 is not shown as 1.0."""
+    return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def _missing(run: Run) -> list[Block]:
+    """Peers that were not timed, and in what those that were differ."""
+    why: dict[str, int] = {}
+    for case in run.cases:
+        for name, reason in case.info.get("peers_missing", {}).items():
+            line = f"{name}: {reason}"
+            why[line] = why.get(line, 0) + 1
+    notes = {
+        f"{name}: {note}"
+        for case in run.cases
+        for name, note in case.info.get("peers_notes", {}).items()
+    }
+    blocks: list[Block] = []
+    if why:
+        lines = [f"{line} ({count} cases)" for line, count in sorted(why.items())]
+        blocks += [Heading("Peers that are missing, and why"), Listing(lines)]
+    if notes:
+        blocks += [Heading("Peers whose work differs"), Listing(sorted(notes))]
+    return blocks
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,8 +1,62 @@
-"""The sizes that are measured, and where each comes from."""
+"""The sizes that are measured, and where each comes from.
+
+A shape says whether quick mode keeps it. Of batch, dtype and layout not every combination is
+measured, but those of `kinds`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a shape is laid out: its whole batch or one picture, its dtype and its layout."""
+
+    batched: bool
+    dtype: str  # torch's name
+    layout: str  # "NCHW" or "NHWC"
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.dtype}-{self.layout}"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.layout == "NHWC" else torch.contiguous_format
+
+
+_MAIN = Kind(True, "bfloat16", "NHWC", quick=True)
+
+
+def kinds(cuda: bool) -> tuple[Kind, ...]:
+    """Those of a run: on the CPU one picture, for there a batch is one after the other."""
+    if cuda:
+        return (
+            _MAIN,
+            Kind(True, "float32", "NCHW", quick=True),
+            Kind(True, "bfloat16", "NCHW"),
+            Kind(True, "float16", "NHWC"),
+            Kind(False, "bfloat16", "NHWC"),
+        )
+    return (
+        Kind(False, "float32", "NCHW", quick=True),
+        Kind(False, "bfloat16", "NHWC", quick=True),
+        Kind(False, "float32", "NHWC"),
+        Kind(False, "bfloat16", "NCHW"),
+        Kind(False, "float16", "NHWC"),
+        Kind(True, "float32", "NCHW"),
+    )
 
 
 @dataclass(frozen=True)
@@ -15,7 +69,7 @@ class CrfShape:
     iterations: int
     source: str
     batch: int = 1
-    slow: bool = False
+    quick: bool = True
 
     @property
     def name(self) -> str:
@@ -30,11 +84,12 @@ class CrfShape:
 CRF = (
     CrfShape(240, 320, 2, 5, "pydensecrf's example: its picture's size, 5 iterations, two labels"),
     CrfShape(512, 512, 21, 10, "PASCAL VOC: 20 classes and background; DeepLab's 10 iterations"),
-    CrfShape(1024, 1024, 21, 10, "the same at four times the pixels, for scaling", slow=True),
+    CrfShape(1024, 1024, 21, 10, "the same at four times the pixels, for scaling", quick=False),
 )
 
 # Only where there is a GPU: on the CPU a batch is the images one after the other.
 CRF_BATCHED = (
+    CrfShape(240, 320, 2, 5, "pydensecrf's example, eight pictures in one call", batch=8),
     CrfShape(512, 512, 21, 10, "the PASCAL VOC case, eight pictures in one call", batch=8),
 )
 
@@ -52,6 +107,7 @@ class FilterShape:
     features: str  # "spatial" (d = 2) or "bilateral" (d = 5)
     channels: int
     source: str
+    quick: bool = True
 
     @property
     def name(self) -> str:
@@ -71,20 +127,20 @@ FILTER = (
 # The exact filter takes the square of the pixels.
 EXACT = (
     FilterShape(120, 160, "bilateral", 2, "a quarter of the picture below, for a CPU"),
-    FilterShape(240, 320, "bilateral", 2, "the dense CRF's colour term, pydensecrf's example"),
-    FilterShape(240, 320, "bilateral", 16, "the same with 16 labels, as the H100 probe had it"),
-    FilterShape(512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21"),
+    FilterShape(240, 320, "bilateral", 2, "the dense CRF's colour term, pydensecrf's example", quick=False),
+    FilterShape(240, 320, "bilateral", 16, "the same with 16 labels, as the H100 probe had it", quick=False),
+    FilterShape(512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21", quick=False),
 )
 EXACT_CRF = (
     CrfShape(120, 160, 2, 5, "a quarter of the picture below, for a CPU"),
-    CrfShape(240, 320, 2, 10, "pydensecrf's example, 10 iterations"),
-    CrfShape(512, 512, 21, 10, "the PASCAL VOC case"),
+    CrfShape(240, 320, 2, 10, "pydensecrf's example, 10 iterations", quick=False),
+    CrfShape(512, 512, 21, 10, "the PASCAL VOC case", quick=False),
 )
 
 
 @dataclass(frozen=True)
 class PoolShape:
-    """One pooling of planes of H x W: its window and stride, its layout and dtype."""
+    """One pooling of planes of H x W: its window and stride."""
 
     batch: int
     channels: int
@@ -93,14 +149,14 @@ class PoolShape:
     kernel: int
     stride: int
     padding: int
-    dtype: str
-    layout: str  # "nchw" or "nhwc"
     source: str
+    quick: bool = True
+    kind: Kind = Kind(True, "float32", "NCHW")
 
     @property
     def name(self) -> str:
         size = f"{self.batch}x{self.channels}x{self.height}x{self.width}"
-        return f"{size}-k{self.kernel}s{self.stride}-{self.dtype}-{self.layout}"
+        return f"{size}-k{self.kernel}s{self.stride}-{self.kind.name}"
 
     @property
     def values(self) -> int:
@@ -108,23 +164,46 @@ class PoolShape:
         return self.batch * self.channels * self.height * self.width
 
 
-# (batch on CUDA, batch on the CPU, channels, height, width, kernel, stride, padding, source)
-_POOLED = (
-    (8, 1, 64, 360, 480, 2, 2, 0, "SegNet's first pooling at CamVid's size"),
-    (8, 2, 256, 128, 128, 2, 2, 0, "a U-Net's pooling"),
-    (8, 1, 512, 45, 61, 2, 2, 0, "an odd size, as SegNet's fourth pooling has it"),
-    (8, 1, 64, 257, 257, 3, 2, 1, "ResNet's overlapping pooling"),
+POOL = (
+    PoolShape(8, 64, 360, 480, 2, 2, 0, "SegNet's and DeconvNet's first pooling at CamVid's size"),
+    PoolShape(8, 256, 128, 128, 2, 2, 0, "a U-Net's pooling", quick=False),
+    PoolShape(8, 512, 45, 61, 2, 2, 0, "an odd size, as SegNet's fourth pooling has it"),
+    PoolShape(8, 64, 257, 257, 3, 2, 1, "ResNet's overlapping pooling at a crop of 513"),
 )
 
 
-def pools(cuda: bool) -> tuple[PoolShape, ...]:
-    """The poolings of a run: the batches of a GPU, or those that a CPU takes."""
-    return tuple(
-        PoolShape(on_cuda if cuda else on_cpu, *sizes, dtype, layout, source)
-        for on_cuda, on_cpu, *sizes, source in _POOLED
-        for dtype in ("float32", "bfloat16")
-        for layout in ("nchw", "nhwc")
-    )
+@dataclass(frozen=True)
+class UpShape:
+    """N maps of C channels (classes), from (h, w) to (H, W)."""
+
+    batch: int
+    channels: int
+    low: tuple[int, int]
+    high: tuple[int, int]
+    source: str
+    quick: bool = True
+    kind: Kind = Kind(True, "float32", "NCHW")
+
+    @property
+    def name(self) -> str:
+        low, high = ("x".join(map(str, size)) for size in (self.low, self.high))
+        return f"N{self.batch}C{self.channels}-{low}-{high}-{self.kind.name}"
+
+
+_VOC = "PASCAL VOC crops of 513 at output stride 8: DeepLab's last layer"
+_CITY = "Cityscapes, 19 classes, DeepLabv3+ and DilatedNet at full size"
+UPSAMPLE = (
+    UpShape(8, 21, (65, 65), (513, 513), _VOC),
+    UpShape(8, 256, (33, 33), (129, 129), "DeepLabv3+'s decoder: features by 4"),
+    UpShape(8, 256, (65, 65), (130, 130), "a U-Net's or FPN's step by 2", quick=False),
+    UpShape(4, 19, (256, 512), (1024, 2048), _CITY, quick=False),
+    UpShape(8, 21, (513, 513), (129, 129), "downsampling"),
+)
+TAIL = (
+    UpShape(8, 21, (65, 65), (513, 513), _VOC),
+    UpShape(4, 19, (128, 256), (1024, 2048), _CITY, quick=False),
+    UpShape(2, 150, (128, 128), (512, 512), "ADE20K, 150 classes", quick=False),
+)
 
 
 @dataclass(frozen=True)
@@ -139,11 +218,13 @@ class ConvShape:
     dilation: int
     source: str
     kernel: int = 3
+    quick: bool = True
+    kind: Kind = _MAIN
 
     @property
     def name(self) -> str:
         sizes = f"N{self.batch}-{self.channels}-{self.out_channels}-{self.height}x{self.width}"
-        return f"{sizes}-k{self.kernel}d{self.dilation}"
+        return f"{sizes}-k{self.kernel}d{self.dilation}-{self.kind.name}"
 
     @property
     def padding(self) -> int:
@@ -159,31 +240,61 @@ class ConvShape:
 
 
 _ASPP = "DeepLabv3's ASPP on ResNet's 2048 channels"
-# (batch, channels, out_channels, height, width, dilation, source)
-_CONVS = (
-    (8, 2048, 256, 65, 65, 6, f"{_ASPP}: 513 at output stride 8, rate of stride 16"),
-    (8, 2048, 256, 65, 65, 12, f"{_ASPP}: 513 at output stride 8"),
-    (8, 2048, 256, 65, 65, 24, f"{_ASPP}: 513 at output stride 8"),
-    (8, 2048, 256, 65, 65, 36, f"{_ASPP}: 513 at output stride 8"),
-    (8, 2048, 256, 33, 33, 18, f"{_ASPP}: 513 at output stride 16"),
-    (8, 512, 512, 65, 65, 4, "ResNet's last stage, dilated by 4"),
-    (8, 256, 256, 65, 65, 2, "ResNet's third stage, dilated by 2"),
-    (8, 512, 1024, 41, 41, 12, "DeepLab-LargeFOV's fc6 on VGG's 512 channels, crops of 321"),
-    (8, 2048, 21, 65, 65, 24, "DeepLabv2's ASPP: 21 classes from each branch"),
-    (8, 21, 21, 64, 64, 8, "DilatedNet's context module, Basic, 21 classes"),
-    (4, 19, 19, 128, 256, 8, "DilatedNet's context module on Cityscapes"),
-    (1, 2048, 256, 65, 65, 12, f"{_ASPP}: one picture"),
-    (1, 2048, 256, 128, 256, 12, f"{_ASPP}: one picture of Cityscapes"),
+CONV = (
+    ConvShape(8, 2048, 256, 65, 65, 6, f"{_ASPP}: 513 at output stride 8, rate of stride 16"),
+    ConvShape(8, 2048, 256, 65, 65, 12, f"{_ASPP}: 513 at output stride 8"),
+    ConvShape(8, 2048, 256, 65, 65, 24, f"{_ASPP}: 513 at output stride 8", quick=False),
+    ConvShape(8, 2048, 256, 65, 65, 36, f"{_ASPP}: 513 at output stride 8", quick=False),
+    ConvShape(8, 2048, 256, 33, 33, 18, f"{_ASPP}: 513 at output stride 16", quick=False),
+    ConvShape(8, 512, 512, 65, 65, 4, "ResNet's last stage, dilated by 4"),
+    ConvShape(8, 256, 256, 65, 65, 2, "ResNet's third stage, dilated by 2", quick=False),
+    ConvShape(8, 512, 1024, 41, 41, 12, "DeepLab-LargeFOV's fc6 on VGG's 512 channels, crop 321"),
+    ConvShape(8, 2048, 21, 65, 65, 24, "DeepLabv2's ASPP: 21 classes a branch", quick=False),
+    ConvShape(8, 21, 21, 64, 64, 8, "DilatedNet's context module, Basic, 21 classes"),
+    ConvShape(4, 19, 19, 128, 256, 8, "DilatedNet's context module, Cityscapes", quick=False),
+    ConvShape(1, 2048, 256, 65, 65, 12, f"{_ASPP}: one picture", quick=False),
+    ConvShape(1, 2048, 256, 128, 256, 12, f"{_ASPP}: one picture of Cityscapes", quick=False),
 )
 
 
 def convs(cuda: bool) -> tuple[ConvShape, ...]:
-    """The convolutions of a run; on the CPU one picture, an eighth of the channels of wide ones."""
+    """The convolutions of a run.
+
+    On CUDA each in 16-bit channels_last, those of quick mode in the other kinds too. On the CPU one
+    picture: in full mode as they are, in quick mode with an eighth of the channels of wide ones.
+    """
     if cuda:
-        return tuple(ConvShape(*sizes) for sizes in _CONVS)
-    small = []
-    for batch, c, co, height, width, dilation, source in _CONVS:
-        if batch > 1:
-            narrow = [size // 8 if size >= 256 else size for size in (c, co)]
-            small.append(ConvShape(1, *narrow, height, width, dilation, source))
-    return tuple(small)
+        others = [shape for shape in CONV if shape.quick]
+        main = [replace(shape, kind=_MAIN) for shape in CONV]
+        return (*main, *(s for s in of_kinds(others, cuda) if s.kind != _MAIN or s.batch == 1))
+    single = [replace(shape, batch=1, quick=False) for shape in CONV if shape.batch > 1]
+    narrow = [
+        replace(s, channels=_eighth(s.channels), out_channels=_eighth(s.out_channels), quick=True)
+        for s in single
+        if s.dilation > 2
+    ]
+    kept = [kind for kind in kinds(cuda) if not kind.batched]
+    full = [replace(s, kind=kind) for s in single for kind in kept[:2]]
+    quick = [replace(s, kind=kind, quick=kind.quick) for s in narrow[::3] for kind in kept]
+    found = {shape.name: shape for shape in (*full, *quick)}
+    return tuple(found.values())
+
+
+def _eighth(channels: int) -> int:
+    return channels // 8 if channels >= 256 else channels
+
+
+_Laid = TypeVar("_Laid", PoolShape, UpShape, ConvShape)
+
+
+def of_kinds(shapes: Iterable[_Laid], cuda: bool) -> Iterator[_Laid]:
+    """Every shape in every kind of the run's device, without doubles."""
+    seen = set()
+    for shape in shapes:
+        for kind in kinds(cuda):
+            batch = shape.batch if kind.batched else 1
+            quick = shape.quick and kind.quick
+            laid = replace(shape, batch=batch, kind=kind, quick=quick)
+            if laid.name not in seen:
+                seen.add(laid.name)
+                yield laid

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ import torch
 Call = Callable[[], Any]
 
 _QUEUED = 10  # calls between two synchronisations, so that launches are not waited for
+_QUEUE_SECONDS = 0.02  # unless they take longer than this together
 _WARM_UP = 3
 _STAT = Path("/proc/stat")
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
+_FLUSH_SECONDS = 2e-4  # about what overwriting that takes, and queueing it
+_SHORTEST = 2e-4  # seconds: faster calls are repeated within one reading of the wall clock
+_BLOCK = 0.5  # seconds: the counts of busy time are in hundredths
+#: Cores that other processes may use while times are taken that are to be published.
+QUIET = 0.1
 
 
 class Clock:
-    """The timer that pytest-benchmark reads, in seconds, for the device of this run.
+    """The timer that pytest-benchmark reads, in seconds.
 
-    On the CPU it is `time.perf_counter`. On CUDA it stands still but for `run`, which puts it
-    forward by the time that one call takes on the device.
+    It stands still but for `forward`: a round's time is taken by `device_time`, among the peers'
+    times, and then handed to pytest-benchmark.
     """
 
     __name__ = "timing.clock"  # what pytest-benchmark writes of a timer
@@ -33,17 +40,69 @@ class Clock:
         self._now = 0.0
 
     def __call__(self) -> float:
-        return self._now if self.device.type == "cuda" else time.perf_counter()
+        return self._now
 
-    def run(self, call: Call) -> Any:
-        """What is to be timed: `call` once on the CPU, the median of several queued on CUDA."""
-        if self.device.type != "cuda":
-            return call()
-        self._now += statistics.median(event_times(call, self.device, _QUEUED))
-        return None
+    def forward(self, seconds: float) -> None:
+        """Let that much time pass."""
+        self._now += seconds
 
 
 clock = Clock()
+
+
+@dataclass
+class Rounds:
+    """Times in which every implementation ran once a round.
+
+    Attributes:
+        times: seconds of each kept round, by name.
+        others: cores that other processes used meanwhile.
+        thrown: rounds that were not kept, because others used more than `QUIET` cores.
+    """
+
+    times: dict[str, list[float]]
+    others: float = 0.0
+    thrown: int = 0
+    _watched: float = field(default=0.0, repr=False)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], float]], rounds: int, patience: float = 0.0
+) -> tuple[Rounds, float]:
+    """Takes `rounds` times of each of `runs`, in turns, the order turned round each time.
+
+    What other processes used is judged over blocks of rounds of half a second at least. While
+    there is patience, a block in which they used more than `QUIET` cores is taken again.
+
+    Args:
+        runs: by name, what takes one time of an implementation, in seconds.
+        rounds: how many of each.
+        patience: seconds that may be spent on rounds that are thrown away.
+
+    Returns:
+        The rounds, and the patience that is left.
+    """
+    kept = Rounds({name: [] for name in runs})
+    order = list(runs)
+    while (missing := rounds - len(kept.times[order[0]])) > 0:
+        block: dict[str, list[float]] = {name: [] for name in runs}
+        share, start = others_share(), time.perf_counter()
+        count = 0
+        while count < missing and (count == 0 or time.perf_counter() - start < _BLOCK):
+            for name in order:
+                block[name].append(runs[name]())
+            order.reverse()
+            count += 1
+        busy, took = share(), time.perf_counter() - start
+        if busy > QUIET and patience > 0:
+            patience -= took
+            kept.thrown += count
+            continue
+        for name, taken in block.items():
+            kept.times[name] += taken
+        kept.others = (kept.others * kept._watched + busy * took) / (kept._watched + took)
+        kept._watched += took
+    return kept, patience
 
 
 def event_times(call: Call, device: torch.device, count: int) -> list[float]:
@@ -66,18 +125,55 @@ def event_times(call: Call, device: torch.device, count: int) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in zip(starts, ends, strict=True)]
 
 
-def device_time(call: Call) -> float:
-    """Seconds of one call on the device of this run, as `clock` takes ours."""
+def device_time(call: Call, about: float = 0.0) -> float:
+    """Seconds of one call on the device of this run.
+
+    On CUDA the median of several that are queued, on the CPU by the wall clock.
+
+    Args:
+        call: what is timed.
+        about: about how long it takes, by which long calls are queued fewer at a time, and short
+            ones on the CPU repeated.
+    """
     if clock.device.type != "cuda":
-        return wall_time(call)
-    return statistics.median(event_times(call, clock.device, _QUEUED))
+        return wall_time(call, _count(about))
+    return statistics.median(event_times(call, clock.device, _count(about)))
 
 
-def wall_time(call: Call) -> float:
-    """Seconds of one call by the wall clock."""
+def cost(about: float) -> float:
+    """What `device_time` takes, of a call that takes about so long."""
+    if clock.device.type != "cuda":
+        return about * _count(about)
+    return _count(about) * (about + _FLUSH_SECONDS)
+
+
+def _count(about: float) -> int:
+    """Calls within one reading of the clock."""
+    if clock.device.type != "cuda":
+        return max(1, int(_SHORTEST / about)) if about else 1
+    return max(1, min(_QUEUED, int(_QUEUE_SECONDS / about))) if about else _QUEUED
+
+
+def wall_time(call: Call, repeat: int = 1) -> float:
+    """Seconds of one call by the wall clock, the mean of `repeat` in a row."""
     start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - start) / repeat
+
+
+def host_time(call: Call, device: torch.device, count: int = 10) -> float:
+    """Seconds that the host is busy with one call: the time to queue it on a CUDA device.
+
+    The best of three times `count` calls, nothing else in the queue. A call that synchronises also
+    waits for the device.
+    """
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        best = min(best, wall_time(call, count))
+    torch.cuda.synchronize(device)
+    return best
 
 
 def others_share() -> Callable[[], float]:
@@ -97,13 +193,25 @@ def others_share() -> Callable[[], float]:
         return ticks / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
     start, before = time.perf_counter(), busy()
-    return lambda: (busy() - before) / (time.perf_counter() - start)
+    return lambda: max(0.0, (busy() - before) / (time.perf_counter() - start))
 
 
-def warm_up(call: Call) -> None:
-    """Run `call` until nothing is done for the first time."""
-    for _ in range(_WARM_UP):
+def warm_up(call: Call) -> float:
+    """Run `call` until nothing is done for the first time; about how long it takes then."""
+    for _ in range(_WARM_UP - 1):
         call()
+    return _finished(call)
+
+
+def _finished(call: Call) -> float:
+    """Seconds of one call by the wall clock until the device has done it."""
+    if clock.device.type != "cuda":
+        return wall_time(call)
+    torch.cuda.synchronize(clock.device)
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize(clock.device)
+    return time.perf_counter() - start
 
 
 def as_graph(call: Call, device: torch.device) -> Call:
@@ -111,7 +219,8 @@ def as_graph(call: Call, device: torch.device) -> Call:
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
-        warm_up(call)
+        for _ in range(_WARM_UP):
+            call()
     torch.cuda.current_stream(device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -122,11 +231,3 @@ def as_graph(call: Call, device: torch.device) -> Call:
         return kept
 
     return replay
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a CUDA device copies, read and written ones counted."""
-    source = torch.empty(2**28, dtype=torch.float32, device=device).normal_()
-    target = torch.empty_like(source)
-    copies = event_times(lambda: target.copy_(source), device, 20)
-    return 2 * source.numel() * source.element_size() / statistics.median(copies)

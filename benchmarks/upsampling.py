@@ -1,116 +1,64 @@
-"""Cases of interpolate and of ops on upsampled logits: sizes, inputs, calls, and torch's own."""
+"""Cases of interpolate and of ops on upsampled logits: inputs, calls, and torch's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import Peer
+from peers import Peer, inductor
+from shapes import UPSAMPLE, UpShape
+from timing import Call, clock
 
 import segkernels
 
-Call = Callable[[], Any]
 
-
-@dataclass(frozen=True)
-class UpShape:
-    """N maps of C channels (classes), from (h, w) to (H, W)."""
-
-    batch: int
-    channels: int
-    low: tuple[int, int]
-    high: tuple[int, int]
-    source: str
-
-    @property
-    def name(self) -> str:
-        low, high = ("x".join(map(str, size)) for size in (self.low, self.high))
-        return f"N{self.batch}C{self.channels}-{low}-{high}"
-
-
-_VOC = "PASCAL VOC crops of 513 at output stride 8: DeepLab's last layer"
-_CITY = "Cityscapes, 19 classes"
-UPSAMPLE = (
-    UpShape(8, 21, (65, 65), (513, 513), _VOC),
-    UpShape(8, 256, (33, 33), (129, 129), "DeepLabv3+'s decoder: features by 4"),
-    UpShape(8, 256, (65, 65), (130, 130), "a U-Net's or FPN's step by 2"),
-    UpShape(4, 19, (256, 512), (1024, 2048), _CITY),
-    UpShape(8, 21, (513, 513), (129, 129), "downsampling"),
-)
-TAIL = (
-    UpShape(8, 21, (65, 65), (513, 513), _VOC),
-    UpShape(4, 19, (128, 256), (1024, 2048), _CITY),
-    UpShape(2, 150, (128, 128), (512, 512), "ADE20K, 150 classes"),
-)
-DTYPES = (torch.float32, torch.bfloat16)
-LAYOUTS = ("NCHW", "NHWC")
-
-
-def maps(shape: UpShape, dtype: torch.dtype, layout: str, device: torch.device) -> torch.Tensor:
-    """Random logits; one image of the batch on the CPU."""
+def maps(shape: UpShape, device: torch.device) -> torch.Tensor:
+    """Random logits."""
     generator = torch.Generator().manual_seed(0)
-    batch = shape.batch if device.type == "cuda" else 1
-    x = torch.randn(batch, shape.channels, *shape.low, generator=generator)
-    memory_format = torch.channels_last if layout == "NHWC" else torch.contiguous_format
-    return x.to(dtype).to(device).contiguous(memory_format=memory_format)
+    x = torch.randn(shape.batch, shape.channels, *shape.low, generator=generator)
+    x = x.to(device).to(shape.kind.torch_dtype)
+    return x.contiguous(memory_format=shape.kind.memory_format)
 
 
 def labels(shape: UpShape, device: torch.device) -> torch.Tensor:
     """Random labels, a tenth of them ignored."""
     generator = torch.Generator().manual_seed(1)
-    batch = shape.batch if device.type == "cuda" else 1
-    found = torch.randint(shape.channels, (batch, *shape.high), generator=generator)
+    found = torch.randint(shape.channels, (shape.batch, *shape.high), generator=generator)
     found[torch.rand(found.shape, generator=generator) < 0.1] = -100
     return found.to(device)
 
 
-def forward(
-    function: Callable[..., Any],
-    shape: UpShape,
-    mode: str,
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-) -> Call:
+def forward(function: Callable[..., Any], shape: UpShape, mode: str, device: torch.device) -> Call:
     """`function`, interpolate of ours or torch's, forward."""
-    x = maps(shape, dtype, layout, device)
+    x = maps(shape, device)
     return lambda: function(x, shape.high, mode=mode)
 
 
-def backward(
-    function: Callable[..., Any],
-    shape: UpShape,
-    mode: str,
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-) -> Call:
+def backward(function: Callable[..., Any], shape: UpShape, mode: str, device: torch.device) -> Call:
     """Its backward alone."""
-    x = maps(shape, dtype, layout, device).requires_grad_()
+    x = maps(shape, device).requires_grad_()
     out = function(x, shape.high, mode=mode)
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, x, grad, retain_graph=True)[0]
 
 
-def moved(shape: UpShape, dtype: torch.dtype, device: torch.device) -> int:
+def moved(shape: UpShape) -> int:
     """Bytes of input and output, each counted once."""
-    batch = shape.batch if device.type == "cuda" else 1
     pixels = shape.low[0] * shape.low[1] + shape.high[0] * shape.high[1]
-    return batch * shape.channels * pixels * torch.finfo(dtype).bits // 8
+    return shape.batch * shape.channels * pixels * torch.finfo(shape.kind.torch_dtype).bits // 8
 
 
-def eager(run: Call) -> Peer:
-    """torch's own operators as a peer."""
-    return Peer(f"torch {torch.__version__}", "the same device", run, on_device=True)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile's version of it: inductor fuses the upsampling into what follows."""
-    torch.compiler.reset()
-    return torch.compile(function)
+def compiled(
+    shape: UpShape, function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Call]
+) -> list[Peer]:
+    """torch.compile as a peer, of the smallest crop in 16-bit NHWC: a case costs it seconds."""
+    if (shape.low, shape.kind.name) != (UPSAMPLE[0].low, "bfloat16-NHWC") or (
+        shape.batch == 1 and clock.device.type == "cuda"
+    ):
+        return []
+    return [inductor(function, prepare)]
 
 
 def torch_loss(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -123,31 +71,35 @@ def torch_argmax(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(x, size, mode="bilinear").argmax(1)
 
 
-def train(
-    function: Callable[..., Any],
-    shape: UpShape,
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-) -> Call:
+def train(function: Callable[..., Any], shape: UpShape, device: torch.device) -> Call:
     """A loss, forward and backward."""
-    x = maps(shape, dtype, layout, device).requires_grad_()
+    x = maps(shape, device).requires_grad_()
     target = labels(shape, device)
     return lambda: torch.autograd.grad(function(x, target), x)[0]
 
 
-def predict(
-    function: Callable[..., Any],
-    shape: UpShape,
-    dtype: torch.dtype,
-    layout: str,
-    device: torch.device,
-) -> Call:
+def predict(function: Callable[..., Any], shape: UpShape, device: torch.device) -> Call:
     """A label map."""
-    x = maps(shape, dtype, layout, device)
+    x = maps(shape, device)
     return lambda: function(x, shape.high)
 
 
-def ours_train(shape: UpShape, dtype: torch.dtype, layout: str, device: torch.device) -> Call:
-    """`train` with ours; by name, for another process to measure memory."""
-    return train(segkernels.upsample_cross_entropy, shape, dtype, layout, device)
+# By name, for another process to measure memory.
+def ours_train(shape: UpShape, device: torch.device) -> Call:
+    """`train` with ours."""
+    return train(segkernels.upsample_cross_entropy, shape, device)
+
+
+def torch_train(shape: UpShape, device: torch.device) -> Call:
+    """`train` with torch's."""
+    return train(torch_loss, shape, device)
+
+
+def ours_predict(shape: UpShape, device: torch.device) -> Call:
+    """`predict` with ours."""
+    return predict(segkernels.upsample_argmax, shape, device)
+
+
+def torch_predict(shape: UpShape, device: torch.device) -> Call:
+    """`predict` with torch's."""
+    return predict(torch_argmax, shape, device)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from segkernels import info as info_module
 from segkernels._version import __version__
+from segkernels.bench_command import bench
 from segkernels.demo import demo
 from segkernels.refine_command import refine
 
@@ -48,6 +49,7 @@ def info(
 
 app.command()(refine)
 app.command()(demo)
+app.command()(bench)
 
 
 def main() -> None:

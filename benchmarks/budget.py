@@ -1,0 +1,66 @@
+"""How much time a run spends on each case, and what quick mode leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import pytest
+
+
+class Shape(Protocol):
+    """What `grid` asks of a shape."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def quick(self) -> bool: ...
+
+
+class Budget:
+    """The limits of this run; conftest.py sets them from the options and the device.
+
+    Attributes:
+        quick: smaller pictures, few cases, few rounds.
+        seconds: what the rounds of a case may take, its peers' included.
+        rounds: the fewest and the most.
+        slow: a peer whose call takes longer is timed once, not every round.
+        patience: seconds left to spend on rounds that are thrown away because others ran.
+    """
+
+    def __init__(self) -> None:
+        self.quick = False
+        self.seconds = 15.0
+        self.rounds = (3, 30)
+        self.patience = 0.0
+        self.slow = 10.0
+
+    def choose(self, quick: bool, cuda: bool, patience: float) -> None:
+        """Set all of them for a run."""
+        self.quick, self.patience = quick, patience
+        self.slow = 3.0 if quick else 10.0
+        if cuda:
+            self.seconds, self.rounds = (0.1, (3, 10)) if quick else (0.2, (5, 20))
+        else:
+            self.seconds, self.rounds = (0.5, (5, 30)) if quick else (15.0, (5, 30))
+
+    def count(self, once: float) -> int:
+        """How many rounds of `once` seconds each are taken."""
+        least, most = self.rounds
+        return min(most, max(least, int(self.seconds / max(once, 1e-9))))
+
+
+budget = Budget()
+
+#: Left out by quick mode.
+full_only = pytest.mark.full
+
+
+def each(shapes: Iterable[Shape]) -> pytest.MarkDecorator:
+    """Parametrises `shape`; quick mode keeps those that say so."""
+    return pytest.mark.parametrize("shape", [_param(s, s.name, s.quick) for s in shapes])
+
+
+def _param(value: Any, name: str, quick: bool) -> Any:
+    return pytest.param(value, id=name, marks=() if quick else (full_only,))

@@ -1,0 +1,111 @@
+"""`segkernels bench`: what it hands to pytest, and what it says where it cannot run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_runs import case, write
+from typer.testing import CliRunner
+
+from segkernels import bench_command
+from segkernels.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ["--folder", str(ROOT / "benchmarks")]
+
+
+def bench(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What pytest.main gets, and it is not run."""
+    calls: list[list[str]] = []
+
+    def main(arguments: list[str]) -> int:
+        calls.append(arguments)
+        return 0
+
+    monkeypatch.setattr(pytest, "main", main)
+    return calls
+
+
+def test_options_reach_pytest(handed: list[list[str]], tmp_path: Path) -> None:
+    ran = bench(*FOLDER, "--quick", "--device", "cpu", "--op", "unpool2d", "--op", "max_pool2d")
+    assert ran.exit_code == 0, ran.output
+    (arguments,) = handed
+    names = [Path(argument).name for argument in arguments if argument.endswith(".py")]
+    assert names == ["bench_unpool2d.py", "bench_max_pool2d.py"]
+    assert "--benchmark-only" in arguments
+    assert "--quick" in arguments
+    assert arguments[arguments.index("--device") + 1] == "cpu"
+
+    bench(*FOLDER, "--full", "--json", str(tmp_path / "x.json"))
+    assert "--full" in handed[1]
+    assert f"--benchmark-json={tmp_path / 'x.json'}" in handed[1]
+    assert str(ROOT / "benchmarks") in handed[1]
+
+    bench(*FOLDER)
+    assert not {"--quick", "--full"} & set(handed[2])
+
+
+def test_a_report_is_written_from_the_json(handed: list[list[str]], tmp_path: Path) -> None:
+    path = write(tmp_path / "run.json", case("a", 1.0, {"torch": 2.0}))
+    ran = bench(*FOLDER, "--json", str(path), "--report", str(tmp_path / "out"))
+    assert ran.exit_code == 0, ran.output
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert str(tmp_path / "out" / "report.md") in ran.output
+
+
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.json", case("x", 1.0))
+    b = write(tmp_path / "b.json", case("x", 2.0))
+    worse = bench(*FOLDER, "--compare", str(a), str(b))
+    assert worse.exit_code == 1
+    assert "1 slower" in worse.output
+    assert bench(*FOLDER, "--compare", str(a), str(a)).exit_code == 0
+    assert bench(*FOLDER, "--compare", str(a), str(tmp_path / "none")).exit_code == 2
+
+
+def test_it_is_found_beside_the_package_or_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench_command, "__file__", str(ROOT / "segkernels" / "bench_command.py"))
+    assert bench_command.find_benchmarks(None) == ROOT / "benchmarks"
+    monkeypatch.setattr(bench_command, "__file__", str(tmp_path / "site" / "bench_command.py"))
+    monkeypatch.chdir(ROOT)
+    assert bench_command.find_benchmarks(None) == ROOT / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*FOLDER, "--op", "pool"], "no benchmarks of pool; there are dense_crf, "),
+        ([*FOLDER, "--device", "tpu"], "--device is auto, cpu or cuda, not 'tpu'"),
+        ([*FOLDER, "--report", "x"], "--report is made from the JSON"),
+        (["--folder", "nowhere"], "no benchmarks in nowhere. They are not part of the installed"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    handed: list[list[str]], arguments: list[str], said: str
+) -> None:
+    ran = bench(*arguments)
+    assert ran.exit_code == 2
+    assert said in ran.output
+    assert handed == []
+
+
+def test_what_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_command, "_NEEDED", ("pytest", "no_such_package"))
+    ran = bench(*FOLDER)
+    assert ran.exit_code == 2
+    assert 'no_such_package not installed; pip install "segkernels[bench]"' in ran.output
+
+
+def test_the_command_loads_nothing_it_does_not_need() -> None:
+    source = Path(bench_command.__file__).read_text()
+    top = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
+    assert not any(name in line for line in top for name in ("pytest", "matplotlib"))
