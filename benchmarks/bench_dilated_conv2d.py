@@ -152,7 +152,12 @@ def test_dilated_conv2d_backward(
     theirs = F.conv2d(*args)
     run = backward(theirs, t[of])
     peer = eager(run)
-    if shape.kind.dtype == "bfloat16" and of == "w" and device.type == "cpu" and shape.channels < 32:
+    if (
+        shape.kind.dtype == "bfloat16"
+        and of == "w"
+        and device.type == "cpu"
+        and shape.channels < 32
+    ):
         peers = [Peer(peer.name, peer.where, missing="crashes in oneDNN for so few channels")]
     else:
         peers = [peer, deterministic(run)]

@@ -41,7 +41,9 @@ def test_upsample_argmax(benchmark: BenchmarkFixture, shape: UpShape, device: to
                 upsampling.torch_predict(*case),
                 functools.partial(peak, upsampling.torch_predict, *case),
             ),
-            *upsampling.compiled(shape, upsampling.torch_argmax, lambda f: upsampling.predict(f, *case)),
+            *upsampling.compiled(
+                shape, upsampling.torch_argmax, lambda f: upsampling.predict(f, *case)
+            ),
         ],
         moved=x.nbytes + ours.nbytes,
         peak=functools.partial(peak, upsampling.ours_predict, *case),

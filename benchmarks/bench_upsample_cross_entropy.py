@@ -50,7 +50,9 @@ def test_upsample_cross_entropy(
         peers=[
             eager(peer, functools.partial(peak, upsampling.torch_train, *case)),
             deterministic(peer),
-            *upsampling.compiled(shape, upsampling.torch_loss, lambda f: upsampling.train(f, *case)),
+            *upsampling.compiled(
+                shape, upsampling.torch_loss, lambda f: upsampling.train(f, *case)
+            ),
         ],
         # Logits are read twice, labels and kept values twice, the gradient is written.
         moved=3 * x.nbytes + target.numel() * (2 * 8 + 2 * 4),

@@ -266,7 +266,7 @@ def convs(cuda: bool) -> tuple[ConvShape, ...]:
     if cuda:
         others = [shape for shape in CONV if shape.quick]
         main = [replace(shape, kind=_MAIN) for shape in CONV]
-        return (*main, *(s for s in of_kinds(others, cuda) if s.kind != _MAIN or s.batch == 1))
+        return tuple({s.name: s for s in (*main, *of_kinds(others, cuda))}.values())
     single = [replace(shape, batch=1, quick=False) for shape in CONV if shape.batch > 1]
     narrow = [
         replace(s, channels=_eighth(s.channels), out_channels=_eighth(s.out_channels), quick=True)
