@@ -127,9 +127,15 @@ FILTER = (
 # The exact filter takes the square of the pixels.
 EXACT = (
     FilterShape(120, 160, "bilateral", 2, "a quarter of the picture below, for a CPU"),
-    FilterShape(240, 320, "bilateral", 2, "the dense CRF's colour term, pydensecrf's example", quick=False),
-    FilterShape(240, 320, "bilateral", 16, "the same with 16 labels, as the H100 probe had it", quick=False),
-    FilterShape(512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21", quick=False),
+    FilterShape(
+        240, 320, "bilateral", 2, "the dense CRF's colour term, pydensecrf's example", quick=False
+    ),
+    FilterShape(
+        240, 320, "bilateral", 16, "the same with 16 labels, as the H100 probe had it", quick=False
+    ),
+    FilterShape(
+        512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21", quick=False
+    ),
 )
 EXACT_CRF = (
     CrfShape(120, 160, 2, 5, "a quarter of the picture below, for a CPU"),
