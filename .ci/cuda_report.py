@@ -1,5 +1,7 @@
 """Compiles every CUDA source and prints what ptxas says of each kernel; fails on register spills.
 
+Also where the machine code of *.sm90a.cu lacks Hopper's matrix instruction or its copy engine's.
+
     python .ci/cuda_report.py [--all]
 
 Machine code for sm_80 and sm_90 (sm_90a for *.sm90a.cu) and PTX, the same as a default build, whose
@@ -9,6 +11,8 @@ instances; --all prints every instance.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +28,11 @@ from build_tools import cuda, ninja_build
 BUDGET = {
     "update_kernel<double,": (24, "registers saved around float64's exp and log, once a point"),
 }
+
+
+# Instructions that the machine code of a kernel for one architecture must have, by a part of its
+# mangled name: wgmma, and the copy engine's load of a box.
+INSTRUCTIONS = {"conv_kernel": ("HGMMA", "UTMALDG")}
 
 
 def allowed(kernel: Kernel) -> int:
@@ -120,6 +129,47 @@ def collect(config: ninja_build.Config) -> list[Kernel]:
     return sorted(kernels, key=lambda kernel: (kernel.source, kernel.short, kernel.arch))
 
 
+def find_cuobjdump(toolkit: cuda.Toolkit) -> str | None:
+    """The toolkit's cuobjdump, or the one that triton brings."""
+    places = [toolkit.nvcc.parent]
+    triton = importlib.util.find_spec("triton")
+    for folder in (triton.submodule_search_locations or []) if triton else []:
+        places.append(Path(folder, "backends/nvidia/bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(map(str, places)))
+
+
+def count_instructions(sass: str) -> dict[str, dict[str, int]]:
+    """How often each kernel of `INSTRUCTIONS` has each of its instructions, in cuobjdump's text."""
+    counts: dict[str, dict[str, int]] = {}
+    for text in sass.split("Function : ")[1:]:
+        symbol = text.split(maxsplit=1)[0]
+        for part, wanted in INSTRUCTIONS.items():
+            if part in symbol:
+                counts[symbol] = {name: len(re.findall(rf"\b{name}\b", text)) for name in wanted}
+    return counts
+
+
+def lacking_instructions(config: ninja_build.Config) -> list[str]:
+    """Kernels of one architecture's sources that lack an instruction they are written for."""
+    assert config.toolkit is not None
+    specific = [path for path in ninja_build.sources(".cu") if ninja_build.specific_arch(path)]
+    tool = find_cuobjdump(config.toolkit)
+    if tool is None:
+        print("no cuobjdump: the instructions of", *specific, "were not looked at")
+        return []
+    lacking = []
+    for source in specific:
+        command = [tool, "-sass", str(config.build_dir / f"{source}.o")]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        counts = count_instructions(sass)
+        if not counts:
+            lacking.append(f"{source} has none of the kernels {', '.join(INSTRUCTIONS)}")
+        for symbol, found in counts.items():
+            lacking += [f"{demangle([symbol])[0]}: no {name}" for name, n in found.items() if not n]
+        print(f"{source}: {len(counts)} kernels with " + " and ".join(INSTRUCTIONS["conv_kernel"]))
+    return lacking
+
+
 def show(kernels: list[Kernel], every: bool) -> None:
     """Print the table."""
     print(
@@ -158,12 +208,15 @@ def main() -> int:
     over = [kernel for kernel in kernels if kernel.spill > allowed(kernel)]
     for kernel in over:
         print(f"SPILLS: {kernel.name} on {kernel.arch}: {kernel.spill} bytes stored and loaded")
+    lacking = lacking_instructions(config)
+    for line in lacking:
+        print(f"LACKS: {line}")
     ptx = ", ".join(f"compute_{arch.number}" for arch in config.arches if arch.ptx)
     print(
         f"CUDA {config.toolkit.version_string}: {len(kernels)} kernels, PTX for {ptx}, "
         f"{len(over)} over their spill budget"
     )
-    return 1 if over else 0
+    return 1 if over or lacking else 0
 
 
 if __name__ == "__main__":

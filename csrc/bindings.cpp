@@ -16,7 +16,7 @@
 #include "build_config.h"
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
-#include "dilated_conv2d/schedule.h"
+#include "dilated_conv2d/dilated_conv2d.h"
 #include "interpolate/interpolate.h"
 #include "max_pool2d/max_pool2d.h"
 #include "max_unpool2d/max_unpool2d.h"
@@ -622,7 +622,67 @@ py::dict dilated_conv2d_schedule(int64_t batch, std::array<int64_t, 2> in,
   return found;
 }
 
+// Branch: (weight, kernel, dilation, padding, out_channels, offset).
+using ConvBranchTuple = std::tuple<Pointer, std::array<int, 2>, std::array<int, 2>,
+                                   std::array<int, 2>, int64_t, int64_t>;
+
+void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
+  namespace dilated = segkernels::dilated;
+  dilated::ConvCall c{};
+  const auto number = [&](const char* name) { return arguments[name].cast<int64_t>(); };
+  const auto address = [&](const char* name) { return as(arguments[name].cast<Pointer>()); };
+  c.type = ScalarType(number("type"));
+  c.input = address("input");
+  c.batch = number("batch");
+  c.channels = number("channels");
+  c.out_channels = number("out_channels");
+  std::tie(c.in[0], c.in[1]) = arguments["in_size"].cast<std::pair<int64_t, int64_t>>();
+  std::tie(c.out[0], c.out[1]) = arguments["out_size"].cast<std::pair<int64_t, int64_t>>();
+  c.output = address("output");
+  c.residual = address("residual");
+  c.scale = static_cast<const float*>(address("scale"));
+  c.shift = static_cast<const float*>(address("shift"));
+  c.relu = arguments["relu"].cast<bool>();
+  c.pairs = arguments["pairs"].cast<bool>();
+  const auto box = arguments["box"].cast<std::array<int, 3>>();
+  const auto boxes = arguments["boxes"].cast<std::array<int, 3>>();
+  for (int i = 0; i < 3; ++i) c.box[i] = box[i], c.boxes[i] = boxes[i];
+  c.tile_channels = int32_t(number("tile_channels"));
+  c.cluster = int32_t(number("cluster"));
+  c.workers = int32_t(number("workers"));
+  c.segment_count = number("segments");
+  c.fixup_count = number("fixups");
+  c.start = static_cast<const int32_t*>(address("table"));
+  c.segments = reinterpret_cast<const dilated::Segment*>(c.start + c.workers + 1);
+  c.fixups = reinterpret_cast<const dilated::Fixup*>(c.segments + c.segment_count);
+  c.workspace = static_cast<float*>(address("workspace"));
+  for (const ConvBranchTuple& branch : arguments["branches"].cast<std::vector<ConvBranchTuple>>()) {
+    if (c.branches == dilated::kMaxBranches) throw std::invalid_argument("too many branches");
+    dilated::ConvBranch& b = c.branch[c.branches++];
+    const auto& [weight, kernel, dilation, padding, out_channels, offset] = branch;
+    b.weight = as(weight);
+    for (int i = 0; i < 2; ++i) {
+      b.kernel[i] = kernel[i], b.dilation[i] = dilation[i], b.padding[i] = padding[i];
+    }
+    b.out_channels = out_channels;
+    b.offset = offset;
+  }
+  const py::gil_scoped_release release;
+  if (std::get<0>(w) == -2) return dilated::dilated_conv2d_emulated(where_of(w), c);
+#if defined(SK_HAVE_SM90A)
+  dilated::dilated_conv2d_sm90(where_of(w), c);
+#else
+  throw std::runtime_error("segkernels was built without sm_90a");
+#endif
+}
+
 void bind_dilated_conv2d(py::module_& m) {
+#if defined(SK_HAVE_SM90A)
+  m.attr("has_sm90a") = true;
+#else
+  m.attr("has_sm90a") = false;
+#endif
+  m.def("dilated_conv2d", &dilated_conv2d);
   m.def("dilated_conv2d_schedule", &dilated_conv2d_schedule, py::arg("batch"), py::arg("in_size"),
         py::arg("out_size"), py::arg("channel_steps"), py::arg("branches"),
         py::arg("multiprocessors"), py::arg("tile_channels") = 0, py::arg("cluster") = 0,

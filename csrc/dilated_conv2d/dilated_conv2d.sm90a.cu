@@ -1,0 +1,273 @@
+// The convolution's kernel for Hopper, and the fix-up of cut tiles.
+//
+// A multiprocessor runs one block of 384 threads for the whole launch: a producer warpgroup, of
+// which one thread asks the copy engine for the next stages of a ring (the input's box, with zeros
+// around the image, and the weights), and two consumer warpgroups that multiply 64 pixels each. Two
+// barriers guard a stage: "full" counts the bytes that arrived, "empty" the consumers that are
+// through. In a cluster of two both blocks run the same loop on tiles of their own; each loads half
+// of the weights for both, so a stage is empty when the consumers of both blocks say so.
+#include <type_traits>
+
+#include "common/cuda_check.h"
+#include "common/hopper.h"
+#include "dilated_conv2d/dilated_conv2d.h"
+
+namespace segkernels::dilated {
+namespace {
+
+constexpr int kGroupThreads = 128;
+constexpr int kBlockThreads = kGroupThreads * (1 + kGroups);
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kFixupThreads = 256, kFixupRows = 16;
+
+struct TensorMaps {
+  CUtensorMap input;
+  CUtensorMap weight[kMaxBranches];
+};
+
+template <int kChannels>
+struct Ring {
+  static constexpr int kStages = kChannels == 256 ? 4 : kChannels == 128 ? 6 : 8;
+  static constexpr int kStageBytes = kPixelBytes + kChannels * kStepBytes;
+  static constexpr int kBytes = kStages * kStageBytes + 2 * kStages * 8 + hopper::kSwizzleBytes;
+
+  uint32_t stages, full, empty;
+  int at = 0;
+  uint32_t parity = 0;
+
+  __device__ explicit Ring(void* shared) {
+    stages = hopper::shared_address(shared) + hopper::kSwizzleBytes - 1;
+    stages &= ~uint32_t(hopper::kSwizzleBytes - 1);
+    full = stages + kStages * kStageBytes;
+    empty = full + 8 * kStages;
+  }
+  __device__ uint32_t stage() const { return stages + at * kStageBytes; }
+  __device__ uint32_t full_barrier() const { return full + 8 * at; }
+  __device__ uint32_t empty_barrier() const { return empty + 8 * at; }
+  __device__ void next() {
+    if (++at < kStages) return;
+    at = 0;
+    parity ^= 1;
+  }
+};
+
+// One thread: every step of every segment of its worker.
+template <class T, int kChannels, int kCluster>
+__device__ void produce(const TensorMaps& maps, const ConvCall& c, Ring<kChannels> ring, int worker,
+                        int rank) {
+  constexpr int kStepChannels = kStepBytes / sizeof(T);
+  constexpr int kRows = kChannels / kCluster;  // of the weights that this block loads
+  const int32_t channel_steps = int32_t((c.channels + kStepChannels - 1) / kStepChannels);
+  for (int s = c.start[worker]; s < c.start[worker + 1]; ++s) {
+    const Segment& segment = c.segments[s];
+    const int steps = segment.end - segment.begin;
+    const ConvBranch& branch = c.branch[segment.branch];
+    const CUtensorMap& weight = maps.weight[segment.branch];
+    const BoxOrigin origin = box_origin(c, segment.place[rank]);
+    const int first_channel = segment.column * kChannels + rank * kRows;
+    StepWalk walk(segment, channel_steps);
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i, walk.next(), ring.next()) {
+      const int channel = walk.channel_step * kStepChannels;
+      const uint32_t to = ring.stage(), full = ring.full_barrier();
+      const uint32_t to_weights = to + kPixelBytes + rank * kRows * kStepBytes;
+      const int tap = walk.y * branch.kernel[1] + walk.x;
+      hopper::barrier_wait(ring.empty_barrier(), ring.parity ^ 1);
+      hopper::barrier_expect(full, (c.box[0] * c.box[1] * c.box[2] + kChannels) * kStepBytes);
+      hopper::copy_box(to, maps.input, full, channel,
+                       origin.x + walk.x * branch.dilation[1] - branch.padding[1],
+                       origin.y + walk.y * branch.dilation[0] - branch.padding[0], origin.n);
+      if constexpr (kCluster == 2) {
+        hopper::copy_box_to_both(to_weights, weight, full, channel, tap, first_channel);
+      } else {
+        hopper::copy_box(to_weights, weight, full, channel, tap, first_channel);
+      }
+    }
+  }
+}
+
+// A warpgroup: its 64 pixels of every tile. One group of products is always in flight; when the
+// next has been asked for and the one before is done, that one's stage is empty.
+template <class T, int kChannels, int kCluster>
+__device__ void consume(const ConvCall& c, Ring<kChannels> ring, int worker, int rank, int group) {
+  const int thread = threadIdx.x % kGroupThreads;
+  const auto release = [thread](uint32_t empty) {
+    if (thread < kCluster) hopper::barrier_arrive(empty, thread);
+  };
+  float sums[kChannels / 2] = {};
+  for (int s = c.start[worker]; s < c.start[worker + 1]; ++s) {
+    const Segment& segment = c.segments[s];
+    const int steps = segment.end - segment.begin;
+    uint32_t before = 0;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i, ring.next()) {
+      const uint32_t pixels = ring.stage() + group * kGroupPixels * kStepBytes;
+      const uint32_t weights = ring.stage() + kPixelBytes;
+      hopper::barrier_wait(ring.full_barrier(), ring.parity);
+      hopper::products_fence();
+#pragma unroll
+      for (int k = 0; k < kStepBytes; k += 32) {
+        hopper::multiply<T, kChannels>(sums, hopper::row_descriptor(pixels + k),
+                                       hopper::row_descriptor(weights + k), i > 0 || k > 0);
+      }
+      hopper::products_commit();
+      hopper::products_wait<1>();
+      if (i > 0) release(before);
+      before = ring.empty_barrier();
+    }
+    hopper::products_wait<0>();
+    hopper::sums_ready(sums);
+    release(before);
+    store_sums<T, kChannels>(c, segment, rank, group, thread, sums);
+  }
+}
+
+template <class T, int kChannels, int kCluster>
+__global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
+    conv_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ ConvCall call) {
+  extern __shared__ uint8_t shared[];
+  const Ring<kChannels> ring(shared);
+  const int rank = kCluster == 1 ? 0 : hopper::cluster_rank();
+  const int worker = blockIdx.x / kCluster;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < ring.kStages; ++i) {
+      hopper::barrier_init(ring.full + 8 * i, 1);
+      hopper::barrier_init(ring.empty + 8 * i, kGroups * kCluster);
+    }
+    hopper::barrier_init_fence();
+  }
+  hopper::cluster_sync();
+  if (threadIdx.x < kGroupThreads) {
+    hopper::fewer_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<T, kChannels, kCluster>(maps, call, ring, worker, rank);
+    __syncwarp();
+  } else {
+    hopper::more_registers<kConsumerRegisters>();
+    consume<T, kChannels, kCluster>(call, ring, worker, rank, threadIdx.x / kGroupThreads - 1);
+  }
+  // Neither block of a cluster may leave while the other still writes into its shared memory.
+  hopper::cluster_sync();
+}
+
+// A block: kFixupRows pixels of a cut tile; a thread: two channels of some of them.
+template <class T>
+__global__ void __launch_bounds__(kFixupThreads)
+    fixup_kernel(const __grid_constant__ ConvCall call) {
+  const int pairs = call.tile_channels / 2;
+  const int pair = threadIdx.x % pairs;
+  const Fixup fixup = call.fixups[blockIdx.x];
+  const int first = blockIdx.y * kFixupRows;
+  for (int row = threadIdx.x / pairs; row < kFixupRows; row += kFixupThreads / pairs) {
+    add_slots<T>(call, fixup, first + row, pair);
+  }
+}
+
+// The driver's function that writes a tensor map, had through the runtime: nothing links libcuda.
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  static const auto encoder = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                cudaEnableDefault, &result),
+               "cuTensorMapEncodeTiled");
+#else
+    check_cuda(
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result),
+        "cuTensorMapEncodeTiled");
+#endif
+    if (found == nullptr || result != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error("segkernels: this driver has no cuTensorMapEncodeTiled");
+    }
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  }();
+  return encoder;
+}
+
+// A dense tensor, its last axis first in `sizes`, read in boxes with the 128-byte swizzle.
+template <class T, size_t kAxes>
+CUtensorMap tensor_map(const void* data, const std::array<int64_t, kAxes>& sizes,
+                       const std::array<int, kAxes>& box) {
+  constexpr CUtensorMapDataType kType =
+      std::is_same_v<T, Half>       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+      : std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                    : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;  // rounded on the way
+  cuuint64_t dims[kAxes], strides[kAxes];
+  cuuint32_t extents[kAxes], every[kAxes];
+  cuuint64_t bytes = sizeof(T);
+  for (size_t i = 0; i < kAxes; ++i) {
+    dims[i] = cuuint64_t(sizes[i]);
+    strides[i] = bytes *= dims[i];  // from one index of axis i + 1 to the next
+    extents[i] = cuuint32_t(box[i]);
+    every[i] = 1;
+  }
+  CUtensorMap map;
+  const CUresult result =
+      tensor_map_encoder()(&map, kType, kAxes, const_cast<void*>(data), dims, strides, extents,
+                           every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("segkernels: dilated_conv2d: cuTensorMapEncodeTiled: error " +
+                             std::to_string(int(result)));
+  }
+  return map;
+}
+
+template <class T, int kChannels, int kCluster>
+void launch(const Where& where, const ConvCall& c) {
+  constexpr int kStepChannels = kStepBytes / sizeof(T);
+  constexpr int kBytes = Ring<kChannels>::kBytes;
+  if (c.segment_count > 0) {
+    TensorMaps maps{};
+    maps.input = tensor_map<T, 4>(c.input, {c.channels, c.in[1], c.in[0], c.batch},
+                                  {kStepChannels, c.box[2], c.box[1], c.box[0]});
+    for (int i = 0; i < c.branches; ++i) {
+      const ConvBranch& b = c.branch[i];
+      maps.weight[i] = tensor_map<T, 3>(
+          b.weight, {c.channels, int64_t(b.kernel[0]) * b.kernel[1], b.out_channels},
+          {kStepChannels, 1, kChannels / kCluster});
+    }
+    const auto kernel = conv_kernel<T, kChannels, kCluster>;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+               "dilated_conv2d: shared memory");
+    kernel<<<c.workers * kCluster, kBlockThreads, kBytes, stream_of(where)>>>(maps, c);
+    check_launch("dilated_conv2d");
+  }
+  if (c.fixup_count == 0) return;
+  const dim3 grid(unsigned(c.fixup_count), kTilePixels / kFixupRows);
+  fixup_kernel<T><<<grid, kFixupThreads, 0, stream_of(where)>>>(c);
+  check_launch("dilated_conv2d_fixup");
+}
+
+template <class T>
+void launch_tile(const Where& where, const ConvCall& c) {
+  const auto is = [&c](int channels, int cluster) {
+    return c.tile_channels == channels && c.cluster == cluster;
+  };
+  if (is(256, 2)) return launch<T, 256, 2>(where, c);
+  if (is(256, 1)) return launch<T, 256, 1>(where, c);
+  if (is(128, 2)) return launch<T, 128, 2>(where, c);
+  if (is(128, 1)) return launch<T, 128, 1>(where, c);
+  if (is(64, 1)) return launch<T, 64, 1>(where, c);
+  if (is(32, 1)) return launch<T, 32, 1>(where, c);
+  throw std::runtime_error("segkernels: dilated_conv2d: no kernel for this tile");
+}
+
+}  // namespace
+
+void dilated_conv2d_sm90(const Where& where, const ConvCall& call) {
+  const DeviceGuard guard(where.device);
+  switch (call.type) {
+    case ScalarType::kHalf:
+      return launch_tile<Half>(where, call);
+    case ScalarType::kBFloat16:
+      return launch_tile<BFloat16>(where, call);
+    case ScalarType::kFloat:
+      return launch_tile<float>(where, call);
+    case ScalarType::kDouble:
+      break;
+  }
+  throw std::runtime_error("segkernels: dilated_conv2d: no kernel for float64");
+}
+
+}  // namespace segkernels::dilated

@@ -1,0 +1,272 @@
+"""The convolution on Hopper: the kernel of csrc/dilated_conv2d, ``backend="sm90"``.
+
+Tensors go in and come out in channels_last memory. Input channels that are not a multiple of 16
+bytes are padded by a copy, since the copy engine needs rows of such a length. float32 is multiplied
+as tf32. Sums are in float32 and in a fixed order: the same bits in every run on one kind of device.
+
+A schedule is made once a shape and kept, with its table in the device's memory; so the first call
+of a shape must not be captured into a CUDA graph.
+
+On CPU tensors `forward` and `input_gradient` run csrc's emulation, which only the tests use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from segkernels import _dtypes, _native
+from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
+
+_ROW_BYTES = 128  # of channels in a loop step
+_MAX_KERNEL = 7
+_MAX_BRANCHES = 8
+_KEPT = 256  # tables in device memory, some kilobytes each
+_EMULATED = (-2, 0, 1)
+_EMULATED_MULTIPROCESSORS = 6
+
+
+def supported(problem: Problem) -> str:
+    """Why `forward` and `input_gradient` cannot take this problem, or ""."""
+    if problem.device.type != "cuda":
+        return f"it needs a CUDA device, got {str(problem.device)!r}"
+    if not _native.C().has_sm90a:
+        return (
+            "segkernels was built without sm_90a (a CUDA toolkit, and 9.0 among the architectures)"
+        )
+    capability = torch.cuda.get_device_capability(problem.device)
+    if capability != (9, 0):
+        return f"it needs compute capability 9.0, this device has {capability[0]}.{capability[1]}"
+    return _shape_problem(problem)
+
+
+def _shape_problem(problem: Problem) -> str:
+    if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"it has no {problem.dtype}"
+    if problem.dtype == torch.float32 and not tf32_allowed():
+        return "float32 would be multiplied as tf32, which torch.backends.cudnn.conv does not allow"
+    if problem.stride != (1, 1):
+        return f"stride must be 1, got {problem.stride}"
+    if problem.groups != 1:
+        return f"groups must be 1, got {problem.groups}"
+    if max(problem.geometry.kernel) > _MAX_KERNEL:
+        return f"kernels of up to 7 x 7 taps, got {problem.geometry.kernel}"
+    g = problem.geometry
+    if max(problem.batch, g.height, g.width, g.out_height, g.out_width) >= 2**31:
+        return "sizes must be below 2^31"
+    if problem.batch * g.out_height * g.out_width * problem.out_channels >= 2**24 * 128 * 32:
+        return "the output has too many tiles; split the batch"
+    return ""
+
+
+def weight_gradient_supported(problem: Problem) -> str:
+    """Why `weight_gradient` cannot take this problem: always something, for now."""
+    return supported(problem) or "the weight's gradient has no sm_90 kernel yet"
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets cuDNN multiply a float32 convolution as tf32."""
+    # Not the older allow_tf32: torch raises where both have been used.
+    conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(conv.fp32_precision == "tf32")
+
+
+def forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    geometry: Geometry,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """activation(conv(x, weight) * scale + shift + residual), channels_last.
+
+    Args:
+        x: [N, C, H, W], float16, bfloat16 or float32.
+        weight: [CO, C, kh, kw], in `x`'s dtype.
+        geometry: sizes of the planes.
+        scale, shift: [CO], any floating dtype; computed in float32.
+        residual: [N, CO, out_height, out_width], in `x`'s dtype.
+        activation: None or "relu".
+    """
+    return forward_branches(x, [weight], [geometry], scale, shift, residual, activation)
+
+
+def forward_branches(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    geometries: Sequence[Geometry],
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: str | None = None,
+) -> torch.Tensor:
+    """`forward` of several convolutions of `x` in one launch, concatenated in the channels.
+
+    The geometries differ in kernel, dilation and padding alone. `scale`, `shift` and `residual`
+    have the channels of the concatenation.
+    """
+    sizes = {(g.height, g.width, g.out_height, g.out_width) for g in geometries}
+    if len(sizes) != 1 or not 1 <= len(weights) == len(geometries) <= _MAX_BRANCHES:
+        raise ValueError(
+            f"forward_branches: 1 to {_MAX_BRANCHES} weights with as many geometries of the same "
+            f"planes, got {len(weights)} and {len(geometries)} of {len(sizes)} sizes"
+        )
+    out_channels = sum(w.size(0) for w in weights)
+    out = torch.empty(
+        (x.size(0), out_channels, geometries[0].out_height, geometries[0].out_width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    if out.numel() == 0:
+        return out
+    aligned = 16 // x.element_size()
+    x, weights = _rows(x, aligned), [_rows(w, aligned) for w in weights]
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    scale, shift = _vector(scale), _vector(shift)
+    table = _table(x, weights, geometries)
+    plan = table.plan
+    tile = 128 * plan["tile_channels"]
+    workspace = torch.empty(plan["workspace_tiles"] * tile, dtype=torch.float32, device=x.device)
+    branches, offset = [], 0
+    for w, g in zip(weights, geometries, strict=True):
+        branches.append((w.data_ptr(), g.kernel, g.dilation, g.padding, w.size(0), offset))
+        offset += w.size(0)
+    addresses = {
+        "output": out.data_ptr(),
+        "residual": _address(residual),
+        "scale": _address(scale),
+        "shift": _address(shift),
+    }
+    arguments: dict[str, Any] = {
+        **addresses,
+        "type": _dtypes.FLOATING[x.dtype],
+        "input": x.data_ptr(),
+        "batch": x.size(0),
+        "channels": x.size(1),
+        "in_size": (geometries[0].height, geometries[0].width),
+        "out_size": (geometries[0].out_height, geometries[0].out_width),
+        "out_channels": out_channels,
+        "relu": activation == "relu",
+        "pairs": not any(w.size(0) % 2 for w in weights)
+        and not any(address % 8 for address in addresses.values()),
+        "table": table.words.data_ptr(),
+        "workspace": workspace.data_ptr(),
+        "branches": branches,
+    }
+    for name in ("box", "boxes", "tile_channels", "cluster", "workers", "segments", "fixups"):
+        arguments[name] = plan[name]
+    _native.C().dilated_conv2d(_where(x), arguments)
+    return out
+
+
+def input_gradient(grad: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """The plain convolution's gradient for its input, from that for its output.
+
+    The convolution of `grad` with the flipped kernel, input and output channels exchanged.
+    """
+    turned = weight.flip(2, 3).transpose(0, 1)
+    return forward(grad, turned, geometry.transposed())
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Not there yet: see `weight_gradient_supported`."""
+    raise NotImplementedError("the weight's gradient has no sm_90 kernel yet")
+
+
+def _rows(t: torch.Tensor, aligned: int) -> torch.Tensor:
+    """`t` with channels innermost, in rows of a multiple of 16 bytes from such an address."""
+    if missing := -t.size(1) % aligned:
+        t = F.pad(t, (0, 0, 0, 0, 0, missing))
+    t = t.contiguous(memory_format=torch.channels_last)
+    return t.clone(memory_format=torch.channels_last) if t.data_ptr() % 16 else t
+
+
+def _vector(v: torch.Tensor | None) -> torch.Tensor | None:
+    return None if v is None else v.to(torch.float32).contiguous()
+
+
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _where(x: torch.Tensor) -> tuple[int, int, int]:
+    return _EMULATED if x.device.type == "cpu" else _native.where(x)
+
+
+class _Table:
+    """A schedule, with its words where the kernel reads them."""
+
+    def __init__(self, plan: dict[str, Any], device: torch.device) -> None:
+        self.plan = plan
+        # Waits for the copy: other streams may read it from now on.
+        self.words = torch.frombuffer(bytearray(plan["table"]), dtype=torch.int32).to(device)
+        self.streams: set[int] = set()
+        self.captured = False
+
+    def used(self) -> None:
+        """Called before every launch that reads the words."""
+        if self.words.device.type != "cuda":
+            return
+        if torch.cuda.is_current_stream_capturing():
+            self.captured = True  # the graph keeps the address, so the words must stay
+            return
+        stream = torch.cuda.current_stream(self.words.device)
+        if stream.cuda_stream not in self.streams:
+            self.streams.add(stream.cuda_stream)
+            self.words.record_stream(stream)
+
+
+_tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
+_captured: list[_Table] = []
+
+
+def _table(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], geometries: Sequence[Geometry]
+) -> _Table:
+    steps = -(-x.size(1) * x.element_size() // _ROW_BYTES)
+    branches = tuple(
+        (g.kernel, g.dilation, g.padding, w.size(0))
+        for w, g in zip(weights, geometries, strict=True)
+    )
+    g = geometries[0]
+    shape = (x.size(0), (g.height, g.width), (g.out_height, g.out_width), steps, branches)
+    key = (*shape, x.device)
+    table = _tables.get(key)
+    if table is None:
+        if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dilated_conv2d: the first call of a shape with the sm90 backend copies its "
+                "schedule to the device, which a CUDA graph cannot hold. Call it once before "
+                "capturing"
+            )
+        table = _tables[key] = _Table(_schedule(shape, _multiprocessors(x.device)), x.device)
+        if len(_tables) > _KEPT:
+            _, oldest = _tables.popitem(last=False)
+            if oldest.captured:
+                _captured.append(oldest)
+    else:
+        _tables.move_to_end(key)
+    table.used()
+    return table
+
+
+def _schedule(shape: tuple[Any, ...], multiprocessors: int) -> dict[str, Any]:
+    plan: dict[str, Any] = _native.C().dilated_conv2d_schedule(*shape, multiprocessors)
+    return plan
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return _EMULATED_MULTIPROCESSORS if device.type == "cpu" else _count(device.index)
+
+
+@functools.cache
+def _count(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -1,0 +1,401 @@
+"""The Hopper convolution: its emulation on the CPU, and the kernel itself where there is a Hopper.
+
+The emulation runs the kernel's own arithmetic (boxes, taps, swizzle, descriptors, registers,
+epilogue, fix-ups) over models of the copy engine and of a warpgroup's product.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from segkernels import _native
+from segkernels.ops.dilated_conv2d import sm90
+from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+# ||y - ref|| / ||ref|| against float64; float32 is multiplied as tf32.
+BOUND = {torch.float16: 6e-4, torch.bfloat16: 4e-3, torch.float32: 6e-4}
+
+
+def geometry_of(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int],
+) -> Geometry:
+    out = [
+        s + 2 * p - d * (k - 1) for s, k, d, p in zip(size, kernel, dilation, padding, strict=True)
+    ]
+    return Geometry(*size, out[0], out[1], kernel, padding, dilation)
+
+
+def same(size: tuple[int, int], kernel: int, dilation: int) -> Geometry:
+    pad = dilation * (kernel - 1) // 2
+    return geometry_of(size, (kernel, kernel), (dilation, dilation), (pad, pad))
+
+
+def reference(x: torch.Tensor, w: torch.Tensor, g: Geometry) -> torch.Tensor:
+    return F.conv2d(x.double(), w.double(), None, 1, g.padding, g.dilation)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def operands(
+    batch: int,
+    channels: int,
+    out_channels: int,
+    g: Geometry,
+    dtype: torch.dtype,
+    device: str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(batch, channels, g.height, g.width, device=device, dtype=dtype)
+    w = torch.randn(out_channels, channels, *g.kernel, device=device) / (channels * g.taps) ** 0.5
+    layout = torch.channels_last
+    return x.to(memory_format=layout), w.to(dtype).to(memory_format=layout)
+
+
+@pytest.fixture
+def schedule_with(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets options of the schedule that the shape would choose."""
+
+    def choose(multiprocessors: int = 6, **options: int) -> None:
+        def schedule(shape: tuple[Any, ...], _: int) -> dict[str, Any]:
+            found: dict[str, Any] = _native.C().dilated_conv2d_schedule(
+                *shape, multiprocessors, **options
+            )
+            return found
+
+        monkeypatch.setattr(sm90, "_tables", OrderedDict())
+        monkeypatch.setattr(sm90, "_schedule", schedule)
+
+    return choose
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile_channels", [32, 64, 128, 256])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_every_tile(
+    dtype: torch.dtype, tile_channels: int, cluster: int, schedule_with: Any
+) -> None:
+    schedule_with(tile_channels=tile_channels, cluster=cluster, multiprocessors=10)
+    g = same((9, 11), 3, 3)
+    x, w = operands(3, 136, 72, g, dtype)
+    assert error(sm90.forward(x, w, g), reference(x, w, g)) <= BOUND[dtype]
+    (table,) = sm90._tables.values()
+    assert table.plan["fixups"] > 0, "no tile was cut"
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_shape(data: st.DataObject) -> None:
+    def draw(name: str, low: int, high: int) -> int:
+        return data.draw(st.integers(low, high), label=name)
+
+    torch.manual_seed(0)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    kernel = (draw("kh", 1, 7), draw("kw", 1, 7))
+    dilation = (draw("dh", 1, 5), draw("dw", 1, 5))
+    padding = (draw("ph", 0, 12), draw("pw", 0, 12))
+    size = [
+        max(draw(name, 1, 17), d * (k - 1) - 2 * p + 1)
+        for name, d, k, p in zip("HW", dilation, kernel, padding, strict=True)
+    ]
+    g = geometry_of((size[0], size[1]), kernel, dilation, padding)
+    x, w = operands(draw("N", 1, 3), draw("C", 1, 80), draw("CO", 1, 70), g, dtype)
+    y = sm90.forward(x, w, g)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    expected = reference(x, w, g)
+    assert (y.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
+
+    grad = torch.randn_like(y)
+    dx = sm90.input_gradient(grad, w, g)
+    expected = torch.nn.grad.conv2d_input(
+        list(x.shape), w.double(), grad.double(), 1, g.padding, g.dilation
+    )
+    assert (dx.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
+
+
+@pytest.mark.parametrize("out_channels", [24, 21, 1])
+@pytest.mark.parametrize("part", ["scale", "shift", "residual", "relu", "all"])
+def test_epilogue(out_channels: int, part: str) -> None:
+    g = same((9, 9), 3, 2)
+    x, w = operands(2, 64, out_channels, g, torch.bfloat16)
+    y = reference(x, w, g)
+    arguments: dict[str, Any] = {}
+    if part in ("scale", "all"):
+        arguments["scale"] = torch.rand(out_channels) + 0.5
+        y = y * arguments["scale"].double()[:, None, None]
+    if part in ("shift", "all"):
+        arguments["shift"] = torch.randn(out_channels)
+        y = y + arguments["shift"].double()[:, None, None]
+    if part in ("residual", "all"):
+        arguments["residual"] = torch.randn(y.shape).bfloat16()
+        y = y + arguments["residual"].double()
+    if part in ("relu", "all"):
+        arguments["activation"] = "relu"
+        y = y.relu()
+    assert error(sm90.forward(x, w, g, **arguments), y) <= BOUND[torch.bfloat16]
+
+
+def test_nan_reaches_what_reads_it_and_nothing_else() -> None:
+    g = same((12, 12), 3, 4)
+    x, w = operands(1, 64, 16, g, torch.float16)
+    x[0, 5, 6, 6] = float("nan")
+    y = sm90.forward(x, w, g, activation="relu")
+    expected = reference(x, w, g).isnan()
+    assert torch.equal(y.isnan(), expected)
+    assert expected.any()
+    assert not expected.all()
+
+
+@pytest.mark.parametrize("out_channels", [(24, 24, 24), (21, 5, 32)])
+def test_branches_are_concatenated(out_channels: tuple[int, ...]) -> None:
+    geometries = [same((13, 13), 1, 1), same((13, 13), 3, 4), same((13, 13), 3, 9)]
+    x, _ = operands(2, 64, 1, geometries[0], torch.float16)
+    weights = [
+        operands(1, 64, count, g, torch.float16)[1]
+        for count, g in zip(out_channels, geometries, strict=True)
+    ]
+    total = sum(out_channels)
+    scale, shift = torch.rand(total), torch.randn(total)
+    y = sm90.forward_branches(x, weights, geometries, scale, shift)
+    expected = torch.cat(
+        [reference(x, w, g) for w, g in zip(weights, geometries, strict=True)], dim=1
+    )
+    expected = expected * scale.double()[:, None, None] + shift.double()[:, None, None]
+    assert error(y, expected) <= BOUND[torch.float16]
+
+
+def test_layouts_and_strided_views() -> None:
+    g = same((9, 9), 3, 2)
+    x, w = operands(2, 72, 24, g, torch.float16)
+    expected = sm90.forward(x, w, g)
+    assert torch.equal(sm90.forward(x.contiguous(), w.contiguous(), g), expected)
+    wide = torch.zeros(2, 80, 9, 9, dtype=x.dtype).to(memory_format=torch.channels_last)
+    wide[:, 1:73] = x
+    assert torch.equal(sm90.forward(wide[:, 1:73], w, g), expected)
+
+
+def test_empty_batch() -> None:
+    g = same((9, 9), 3, 2)
+    x, w = operands(0, 64, 16, g, torch.float16)
+    assert sm90.forward(x, w, g).shape == (0, 16, 9, 9)
+
+
+def test_branches_must_fit_together() -> None:
+    g = same((9, 9), 3, 2)
+    x, w = operands(1, 64, 16, g, torch.float16)
+    with pytest.raises(ValueError, match=r"1 to 8 weights .* got 2 and 2 of 2 sizes"):
+        sm90.forward_branches(x, [w, w], [g, same((8, 9), 3, 2)])
+    with pytest.raises(ValueError, match="got 9 and 9"):
+        sm90.forward_branches(x, [w] * 9, [g] * 9)
+
+
+def test_a_schedule_is_made_once_a_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm90, "_tables", OrderedDict())
+    monkeypatch.setattr(sm90, "_KEPT", 2)
+    g = same((9, 9), 3, 2)
+    for batch in (1, 1, 2, 3):
+        x, w = operands(batch, 64, 16, g, torch.float16)
+        sm90.forward(x, w, g)
+    assert [key[0] for key in sm90._tables] == [2, 3]
+
+
+PROBLEM = Problem(
+    8, 2048, 256, same((65, 65), 3, 12), (1, 1), 1, torch.bfloat16, torch.device("cuda", 0)
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"dtype": torch.float16}, ""),
+        ({"dtype": torch.float32}, ""),
+        ({"channels": 21, "out_channels": 21}, ""),
+        ({"dtype": torch.float64}, "no torch.float64"),
+        ({"stride": (2, 1)}, "stride must be 1"),
+        ({"groups": 2}, "groups must be 1"),
+        ({"geometry": same((65, 65), 9, 1)}, "7 x 7"),
+        ({"batch": 2**31}, "2\\^31"),
+        ({"batch": 2**24, "out_channels": 1024}, "split the batch"),
+        ({"device": torch.device("cpu")}, "CUDA device, got 'cpu'"),
+    ],
+)
+def test_what_is_supported(
+    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    class Module:
+        has_sm90a = True
+
+    monkeypatch.setattr(_native, "C", Module)
+    found = sm90.supported(PROBLEM._replace(**change))
+    if reason:
+        assert re.search(reason, found), found
+    else:
+        assert found == ""
+    assert sm90.weight_gradient_supported(PROBLEM) != ""
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+
+    class Module:
+        has_sm90a = True
+
+    monkeypatch.setattr(_native, "C", Module)
+    assert "9.0, this device has 8.0" in sm90.supported(PROBLEM)
+    Module.has_sm90a = False
+    assert "built without sm_90a" in sm90.supported(PROBLEM)
+
+
+def test_float32_follows_the_setting_of_torch() -> None:
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision
+            assert sm90.tf32_allowed() == (precision == "tf32")
+    finally:
+        conv.fp32_precision = before
+
+
+@pytest.fixture
+def hopper() -> str:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    assert _native.C().has_sm90a, "built without sm_90a on a machine with a Hopper"
+    return "cuda"
+
+
+# batch, channels, out channels, size, dilation
+SHAPES = [
+    *((8, 2048, 256, (65, 65), d) for d in (1, 6, 12, 24, 36)),
+    (8, 512, 1024, (41, 41), 12),
+    (8, 512, 512, (65, 65), 4),
+    (8, 256, 256, (65, 65), 2),
+    (8, 2048, 256, (33, 33), 18),
+    (1, 2048, 256, (65, 65), 12),
+    (1, 2048, 256, (128, 256), 12),
+    (8, 2048, 21, (65, 65), 24),
+    (8, 2048, 48, (65, 65), 24),
+    (8, 21, 21, (64, 64), 8),
+    (4, 19, 19, (128, 256), 8),
+    (3, 200, 384, (37, 51), 5),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "channels", "out_channels", "size", "dilation"), SHAPES)
+def test_shapes_on_hopper(
+    batch: int,
+    channels: int,
+    out_channels: int,
+    size: tuple[int, int],
+    dilation: int,
+    dtype: torch.dtype,
+    hopper: str,
+) -> None:
+    g = same(size, 3, dilation)
+    x, w = operands(batch, channels, out_channels, g, dtype, hopper)
+    expected = reference(x, w, g)
+    bound = BOUND[dtype]
+    if dtype == torch.float32:
+        bound = max(bound, 1.05 * error(F.conv2d(x, w, None, 1, g.padding, g.dilation), expected))
+    y = sm90.forward(x, w, g)
+    assert error(y, expected) <= bound
+    for _ in range(5):
+        assert torch.equal(sm90.forward(x, w, g), y)
+
+    grad = torch.randn_like(y)
+    dx = sm90.input_gradient(grad, w, g)
+    expected = torch.nn.grad.conv2d_input(
+        list(x.shape), w.double(), grad.double(), 1, g.padding, g.dilation
+    )
+    assert error(dx, expected) <= BOUND[dtype]
+    assert torch.equal(sm90.input_gradient(grad, w, g), dx)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile_channels", [32, 64, 128, 256])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("out_channels", [72, 21])
+def test_kernel_is_its_emulation(
+    dtype: torch.dtype,
+    tile_channels: int,
+    cluster: int,
+    out_channels: int,
+    schedule_with: Any,
+    hopper: str,
+) -> None:
+    if cluster == 2 and tile_channels < 128:
+        pytest.skip("clusters have tiles of 128 and 256 channels")
+    schedule_with(tile_channels=tile_channels, cluster=cluster, multiprocessors=10)
+    g = same((9, 11), 3, 3)
+    x, w = operands(3, 136, out_channels, g, dtype)
+    arguments = {
+        "scale": torch.rand(out_channels),
+        "shift": torch.randn(out_channels),
+        "residual": torch.randn(3, out_channels, 9, 11).to(dtype),
+        "activation": "relu",
+    }
+    emulated = sm90.forward(x, w, g, **arguments)
+    moved = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    y = sm90.forward(x.cuda(), w.cuda(), g, **moved).cpu()
+    assert error(y, emulated.double()) <= BOUND[dtype]
+
+
+@pytest.mark.gpu
+def test_branches_on_hopper(hopper: str) -> None:
+    geometries = [same((65, 65), 1, 1), *(same((65, 65), 3, d) for d in (12, 24, 36))]
+    x, _ = operands(8, 2048, 1, geometries[0], torch.bfloat16, hopper)
+    weights = [operands(1, 2048, 256, g, torch.bfloat16, hopper)[1] for g in geometries]
+    y = sm90.forward_branches(x, weights, geometries)
+    for found, w, g in zip(y.split(256, dim=1), weights, geometries, strict=True):
+        assert error(found, reference(x, w, g)) <= BOUND[torch.bfloat16]
+
+
+@pytest.mark.gpu
+def test_streams_and_graphs_on_hopper(hopper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm90, "_tables", OrderedDict())
+    monkeypatch.setattr(sm90, "_captured", [])
+    monkeypatch.setattr(sm90, "_KEPT", 1)
+    g = same((33, 33), 3, 6)
+    x, w = operands(2, 512, 128, g, torch.bfloat16, hopper)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="before"), torch.cuda.graph(graph):
+        sm90.forward(x, w, g)
+
+    expected = sm90.forward(x, w, g)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    outs = []
+    for stream in streams * 4:
+        with torch.cuda.stream(stream):
+            outs.append(sm90.forward(x, w, g))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = sm90.forward(x, w, g)
+    # The table of a captured call outlives the cache.
+    sm90.forward(x[:1], w, g)
+    torch.empty(2**20, device=hopper).fill_(float("nan"))
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, sm90.forward(x, w, g))
