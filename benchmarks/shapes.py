@@ -290,7 +290,7 @@ def _eighth(channels: int) -> int:
     return channels // 8 if channels >= 256 else channels
 
 
-_Laid = TypeVar("_Laid", PoolShape, UpShape, ConvShape)
+_Laid = TypeVar("_Laid", PoolShape, UpShape, ConvShape, "AsppShape", "ContextShape")
 
 
 def of_kinds(shapes: Iterable[_Laid], cuda: bool) -> Iterator[_Laid]:
@@ -304,3 +304,84 @@ def of_kinds(shapes: Iterable[_Laid], cuda: bool) -> Iterator[_Laid]:
             if laid.name not in seen:
                 seen.add(laid.name)
                 yield laid
+
+
+@dataclass(frozen=True)
+class AsppShape:
+    """One ASPP of a map of H x W: its form and rates."""
+
+    batch: int
+    channels: int
+    out_channels: int
+    height: int
+    width: int
+    form: str
+    rates: tuple[int, ...]
+    source: str
+    quick: bool = True
+    kind: Kind = _MAIN
+
+    @property
+    def name(self) -> str:
+        sizes = f"N{self.batch}-{self.channels}-{self.out_channels}-{self.height}x{self.width}"
+        return f"{self.form}-{sizes}-r{'.'.join(map(str, self.rates))}-{self.kind.name}"
+
+    def useful_flops(self) -> int:
+        """Of the 3x3 branches and v3's 1x1 ones, the image pooling's left out."""
+        size = (self.channels, self.out_channels, self.height, self.width)
+        flops = sum(ConvShape(self.batch, *size, rate, "").useful_flops() for rate in self.rates)
+        if self.form == "v3":
+            joined = (len(self.rates) + 2) * self.out_channels
+            ones = self.channels + joined
+            flops += 2 * self.batch * self.height * self.width * self.out_channels * ones
+        return flops
+
+
+_V3 = "DeepLabv3's ASPP on ResNet's 2048 channels, crops of 513"
+_V2 = "DeepLabv2 on ResNet, crops of 321, 21 classes"
+ASPP = (
+    AsppShape(8, 2048, 256, 65, 65, "v3", (12, 24, 36), f"{_V3}, output stride 8"),
+    AsppShape(8, 2048, 256, 33, 33, "v3", (6, 12, 18), f"{_V3}, output stride 16", quick=False),
+    AsppShape(8, 2048, 21, 41, 41, "v2", (6, 12, 18, 24), _V2),
+)
+
+
+def aspps(cuda: bool) -> tuple[AsppShape, ...]:
+    """The pyramids of a run; on the CPU with an eighth of the wide channels in quick mode."""
+    if cuda:
+        return tuple(of_kinds(ASPP, cuda))
+    narrow = [
+        replace(s, channels=_eighth(s.channels), out_channels=_eighth(s.out_channels)) for s in ASPP
+    ]
+    full = [replace(s, quick=False) for s in ASPP]
+    kept = [kind for kind in kinds(cuda) if not kind.batched][:3]
+    return tuple(
+        replace(s, batch=1, kind=kind, quick=s.quick and kind.quick)
+        for s in (*narrow, *full)
+        for kind in kept
+    )
+
+
+@dataclass(frozen=True)
+class ContextShape:
+    """DilatedNet's context module on scores of H x W."""
+
+    batch: int
+    classes: int
+    height: int
+    width: int
+    source: str
+    quick: bool = True
+    kind: Kind = _MAIN
+
+    @property
+    def name(self) -> str:
+        size = f"N{self.batch}C{self.classes}-{self.height}x{self.width}"
+        return f"{size}-{self.kind.name}"
+
+
+_SCORES = "DilatedNet's context module, Basic, on scores of an eighth of"
+CONTEXT = (
+    ContextShape(8, 21, 64, 64, f"{_SCORES} crops of 512, PASCAL VOC"),
+    ContextShape(4, 19, 128, 256, f"{_SCORES} Cityscapes' pictures", quick=False),
+)

@@ -6,6 +6,7 @@ from segkernels.crf import DenseCRF as DenseCRF
 from segkernels.crf import PairwiseTerm as PairwiseTerm
 from segkernels.crf import dense_crf as dense_crf
 from segkernels.labels import probs_from_labels as probs_from_labels
+from segkernels.nn import ASPP as ASPP
 from segkernels.nn import ContextModule as ContextModule
 from segkernels.nn import ConvBNAct as ConvBNAct
 from segkernels.nn import DilatedConv2d as DilatedConv2d
@@ -16,6 +17,7 @@ from segkernels.nn import Upsample as Upsample
 from segkernels.nn import bilinear_kernel_ as bilinear_kernel_
 from segkernels.nn import conv_bn_act as conv_bn_act
 from segkernels.nn import fold_batch_norm as fold_batch_norm
+from segkernels.ops.aspp import aspp as aspp
 from segkernels.ops.dilated_conv2d import dilated_conv2d as dilated_conv2d
 from segkernels.ops.gaussian_filter import gaussian_filter as gaussian_filter
 from segkernels.ops.interpolate import interpolate as interpolate

@@ -1,5 +1,6 @@
 """Modules over the operators, with the arguments of torch.nn's."""
 
+from segkernels.nn.aspp import ASPP as ASPP
 from segkernels.nn.context import ContextModule as ContextModule
 from segkernels.nn.convolution import ConvBNAct as ConvBNAct
 from segkernels.nn.convolution import DilatedConv2d as DilatedConv2d

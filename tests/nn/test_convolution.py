@@ -304,6 +304,13 @@ def test_modules_with_hooks_or_of_other_types_are_called() -> None:
         torch.testing.assert_close(layer(x), plain(x, layer), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_meta_device_gives_shapes(training: bool) -> None:
+    with torch.device("meta"):
+        layer = segkernels.ConvBNAct(4, 6, 3, stride=2).train(training)
+        assert layer(torch.zeros(2, 4, 7, 9)).shape == (2, 6, 4, 5)
+
+
 def test_one_norm_for_two_convolutions() -> None:
     first, second, x = built("dilated").eval(), built("bias").eval(), image()
     second.bn = first.bn

@@ -521,6 +521,8 @@ def _all_contiguous(call: Call) -> bool:
 
 
 def _leaf(value: Any, grad: bool) -> Any:
+    if isinstance(value, list):
+        return [_leaf(element, grad) for element in value]
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         leaf = value.detach().clone(memory_format=torch.preserve_format)
         return leaf.requires_grad_(grad)

@@ -123,9 +123,10 @@ def _check_options(activation: str | None, backend: str) -> None:
 def _autocast(*tensors: Any) -> list[Any]:
     """What autocast hands to a convolution: floating tensors in its dtype, but for float64."""
     first = tensors[0]
-    if not isinstance(first, torch.Tensor) or not torch.is_autocast_enabled(first.device.type):
+    device = first.device.type if isinstance(first, torch.Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
-    dtype = torch.get_autocast_dtype(first.device.type)
+    dtype = torch.get_autocast_dtype(device)
     return [
         t.to(dtype)
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64

@@ -1,0 +1,123 @@
+"""ConvBNAct and ContextModule in evaluation against torch's layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import each
+from checks import WrongResultError
+from measure import measure
+from peers import Peer, eager
+from pytest_benchmark.fixture import BenchmarkFixture
+from shapes import CONTEXT, ContextShape, ConvShape, Kind, convs, of_kinds
+from timing import clock
+
+import segkernels
+
+pytestmark = pytest.mark.benchmark(timer=clock)
+CUDA = clock.device.type == "cuda"
+# float32 may be tf32
+_ACCURACY = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
+_BAND = 32  # rows
+
+
+def laid(what: Any, kind: Kind, device: torch.device) -> Any:
+    """A module or tensor in the dtype and layout of `kind`."""
+    return what.to(device, kind.torch_dtype).to(memory_format=kind.memory_format)
+
+
+def plain(module: Any) -> Any:
+    """The same from torch's layers."""
+    other = copy.deepcopy(module)
+    other.backend = "torch"
+    return other
+
+
+def no_grad(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], Any]:
+    return torch.no_grad()(lambda: run(x))
+
+
+def as_close(ours: torch.Tensor, exact: torch.Tensor, name: str) -> str:
+    """Holds `ours` against torch's layers in float64."""
+    off = float((ours.double() - exact).norm() / exact.norm())
+    if not off <= _ACCURACY[ours.dtype]:
+        raise WrongResultError(f"{name}: off torch in float64 by {off:g}")
+    return "torch in float64"
+
+
+@each(convs(CUDA))
+def test_conv_bn_act(benchmark: BenchmarkFixture, shape: ConvShape, device: torch.device) -> None:
+    torch.manual_seed(0)
+    sizes = (shape.channels, shape.out_channels, shape.kernel)
+    module = segkernels.ConvBNAct(*sizes, dilation=shape.dilation).eval()
+    assert module.bn is not None
+    torch.nn.init.uniform_(module.bn.running_var, 0.5, 2)
+    x = torch.randn(shape.batch, shape.channels, shape.height, shape.width)
+    module, x = laid(module, shape.kind, device), laid(x, shape.kind, device)
+    exact = no_grad(plain(module).double(), x[:1].double())()
+    measure(
+        benchmark,
+        f"ConvBNAct {shape.name}",
+        no_grad(module, x),
+        checked=as_close(no_grad(module, x)()[:1], exact, shape.name),
+        peers=[eager(no_grad(plain(module), x))],
+        flops=shape.useful_flops(),
+        flops_dtype="tf32" if CUDA and x.dtype == torch.float32 else shape.kind.dtype,
+        source=shape.source,
+    )
+
+
+@each(of_kinds(CONTEXT, CUDA))
+def test_context_module(
+    benchmark: BenchmarkFixture, shape: ContextShape, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    module = segkernels.ContextModule(shape.classes).eval()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(shape.batch, shape.classes, shape.height, shape.width)
+    module, x = laid(module, shape.kind, device), laid(x, shape.kind, device)
+    exact = no_grad(plain(module).double(), x.double())()
+    banded = no_grad(lambda x: in_bands(module, x), x)
+    as_close(banded(), exact, f"{shape.name} in bands")
+    measure(
+        benchmark,
+        f"ContextModule {shape.name}",
+        no_grad(module, x),
+        checked=as_close(no_grad(module, x)(), exact, shape.name),
+        peers=[
+            eager(no_grad(plain(module), x)),
+            Peer(f"{_BAND} rows at a time", str(device), banded, on_device=True),
+        ],
+        source=shape.source,
+    )
+
+
+def in_bands(module: segkernels.ContextModule, x: torch.Tensor) -> torch.Tensor:
+    """The module's chain for a band of rows at a time, whose maps stay in the cache.
+
+    Each band computes its halo anew: 33 rows more on each side at first, fewer layer by layer.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    out, height = torch.empty_like(x), x.size(2)
+    *dilated, last = module.convs
+    for top in range(0, height, _BAND):
+        bottom = min(top + _BAND, height)
+        halo = sum(module.DILATIONS)
+        start = max(top - halo, 0)
+        band = x[:, :, start : min(bottom + halo, height)]
+        for conv, reach in zip(dilated, module.DILATIONS, strict=True):
+            halo -= reach
+            first, end = max(top - halo, 0), min(bottom + halo, height)
+            given = band[:, :, max(first - reach, 0) - start : min(end + reach, height) - start]
+            zeros = (0, 0, max(reach - first, 0), max(end + reach - height, 0))
+            padded = F.pad(given, zeros) if any(zeros) else given
+            band = F.conv2d(padded, conv.weight, conv.bias, 1, (0, reach), reach).relu_()  # type: ignore[arg-type]
+            start = first
+        out[:, :, top:bottom] = last(band)
+    return out

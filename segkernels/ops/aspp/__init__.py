@@ -1,0 +1,202 @@
+"""aspp: several dilated convolutions of one input, side by side or added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from segkernels import _dtypes, _registry
+from segkernels.ops import _op
+from segkernels.ops.aspp import autograd
+from segkernels.ops.aspp.spec import Spec
+from segkernels.ops.dilated_conv2d import backends
+
+_registry.register(
+    _registry.Op(
+        name="aspp",
+        functions=("aspp", "ASPP"),
+        backends=(("cpu", "torch"), ("cuda", "torch")),
+        dtypes=_dtypes.names(),
+        layouts=("contiguous", "channels_last"),
+        deterministic=True,
+        differentiable=("input", "weights", "scale", "shift", "pooled"),
+        library_ops=("segkernels::aspp",),
+        note="differentiable any number of times; where cuDNN runs, its algorithms are "
+        "deterministic under torch's deterministic mode",
+    )
+)
+
+
+def aspp(
+    input: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    rates: Sequence[int],
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    pooled: torch.Tensor | None = None,
+    activation: str | None = None,
+    form: str = "v3",
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Atrous spatial pyramid pooling: dilated convolutions of one input at several rates.
+
+    With b_i the convolution of `input` with ``weights[i]`` dilated by ``rates[i]``, stride 1, zeros
+    around it so that the size stays:
+
+        v2:  activation((b_0 + b_1 + ...) * scale + shift)
+        v3:  activation(concat(concat(b_0, b_1, ...) * scale + shift, pooled))
+
+    v2 is the sum of Chen et al. 2018, "DeepLab: semantic image segmentation with deep
+    convolutional nets, atrous convolution, and fully connected CRFs", section 3.2 (`shift` is the
+    sum of the branches' biases). v3 is the concatenation of Chen et al. 2017, "Rethinking atrous
+    convolution for semantic image segmentation", section 3.3: a 1x1 convolution, 3x3 ones, each
+    with batch normalisation (`scale` and `shift`: `segkernels.fold_batch_norm`), and the image
+    pooling, one vector an image.
+
+    The branches run one by one through `segkernels.dilated_conv2d`, each result moved to its place
+    of the output, or added, before the next; nothing is kept for the backward pass but the inputs
+    and, with an activation, the output.
+
+    Under autocast the tensors are cast as for `torch.nn.functional.conv2d`, but `scale` and
+    `shift`, which are left.
+
+    Args:
+        input: [N, C, H, W]; float16, bfloat16, float32 or float64. Contiguous and channels_last are
+            taken as they are.
+        weights: one [C_i, C, kh, kw] a branch, kh and kw odd, in `input`'s dtype; for v2 all C_i
+            are the same.
+        rates: pixels from one tap to the next, one int a branch.
+        scale: one factor an output channel of the branches: [sum of C_i] for v3, [C_0] for v2; in
+            `input`'s dtype or float32. None: 1.
+        shift: the same; None: 0.
+        pooled: v3 only: [N, C_p, 1, 1], in `input`'s dtype, the same for all pixels.
+        activation: None or "relu".
+        form: "v2" or "v3".
+        backend: as in `segkernels.dilated_conv2d`.
+
+    Returns:
+        [N, C_0, H, W] for v2 and [N, sum of C_i + C_p, H, W] for v3, in `input`'s dtype;
+        channels_last where `input` or a weight is.
+
+    Raises:
+        ValueError: no branch, other numbers of `weights` and `rates`; shapes, dtypes or devices
+            that do not fit; an even kernel; a rate below 1; `pooled` with v2; an unknown
+            `activation`, `form` or `backend`; a `backend` that cannot take this call.
+        TypeError: arguments of another type.
+    """
+    if form not in ("v2", "v3"):
+        raise ValueError(f"aspp: form must be 'v2' or 'v3', got {form!r}")
+    if activation not in (None, "relu"):
+        raise ValueError(f"aspp: activation must be None or 'relu', got {activation!r}")
+    if backend not in backends.BACKENDS:
+        names = ", ".join(repr(name) for name in backends.BACKENDS)
+        raise ValueError(f"aspp: backend must be one of {names}, got {backend!r}")
+    weights, rates = list(weights), [*rates]
+    _check_types(input, weights, rates, scale, shift, pooled)
+    input, pooled, *weights = _autocast(input, pooled, *weights)
+    _check_input_and_weights(input, weights, rates, form)
+    channels_last = any(map(_op.is_channels_last, (input, *weights)))
+    spec = Spec(tuple(rates), activation, form == "v2", channels_last, backend)
+    _check_others(input, spec.channels(weights, None), scale, shift, pooled, form)
+    for weight, call in zip(weights, spec.calls(input, weights), strict=True):
+        backends.check(input, weight, call)
+    return autograd.join(input, weights, scale, shift, pooled, spec)
+
+
+def _check_types(
+    input: Any, weights: list[Any], rates: list[Any], scale: Any, shift: Any, pooled: Any
+) -> None:
+    tensors = [("input", input), *((f"weights[{i}]", w) for i, w in enumerate(weights))]
+    optional = (("scale", scale), ("shift", shift), ("pooled", pooled))
+    for name, value in [*tensors, *(pair for pair in optional if pair[1] is not None)]:
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"aspp(): argument '{name}' must be Tensor, not {type(value)}")
+    if not weights or len(rates) != len(weights):
+        raise ValueError(
+            "aspp: weights and rates must have one element a branch, and a branch at least, got "
+            f"{len(weights)} and {len(rates)}"
+        )
+    for i, rate in enumerate(rates):
+        if not isinstance(rate, int) or isinstance(rate, bool):
+            raise TypeError(f"aspp(): argument 'rates[{i}]' must be int, not {type(rate)}")
+        if rate < 1:
+            raise ValueError(f"aspp: rates must be at least 1, got rates[{i}] = {rate}")
+
+
+def _autocast(*tensors: Any) -> list[Any]:
+    """What autocast hands to a convolution: floating tensors in its dtype, but for float64."""
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _check_input_and_weights(
+    input: torch.Tensor, weights: list[torch.Tensor], rates: list[int], form: str
+) -> None:
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise ValueError(
+            f"aspp: input must be [N, C, H, W] with C, H and W at least 1, got {list(input.shape)}"
+        )
+    if input.dtype not in _dtypes.FLOATING:
+        names = ", ".join(_dtypes.names())
+        raise ValueError(f"aspp: input must be one of {names}, got {input.dtype}")
+    if input.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"aspp: input must be on CPU or CUDA, got {input.device}")
+    for i, weight in enumerate(weights):
+        name, shape = f"weights[{i}]", list(weight.shape)
+        if weight.dim() != 4 or shape[1] != input.size(1) or not shape[0]:
+            raise ValueError(
+                f"aspp: {name} must be [C_out, {input.size(1)}, kh, kw] for an input of "
+                f"{input.size(1)} channels, got {shape}"
+            )
+        if shape[2] % 2 == 0 or shape[3] % 2 == 0:
+            raise ValueError(f"aspp: {name} must have odd kernel sizes, got {shape}")
+        if form == "v2" and shape[0] != weights[0].size(0):
+            raise ValueError(
+                f"aspp: {name} must have as many output channels as weights[0], which is "
+                f"{list(weights[0].shape)}, got {shape}"
+            )
+        _check_like(name, weight, input, {input.dtype})
+
+
+def _check_others(
+    input: torch.Tensor,
+    channels: int,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    form: str,
+) -> None:
+    for name, vector in (("scale", scale), ("shift", shift)):
+        if vector is None:
+            continue
+        if tuple(vector.shape) != (channels,):
+            raise ValueError(f"aspp: {name} must be [{channels}], got {list(vector.shape)}")
+        _check_like(name, vector, input, {input.dtype, _dtypes.compute_dtype(input.dtype)})
+    if pooled is None:
+        return
+    if form == "v2":
+        raise ValueError("aspp: pooled must be None for form='v2', which has no image pooling")
+    if pooled.dim() != 4 or pooled.size(0) != input.size(0) or pooled.shape[2:] != (1, 1):
+        raise ValueError(
+            f"aspp: pooled must be [{input.size(0)}, C, 1, 1], got {list(pooled.shape)}"
+        )
+    _check_like("pooled", pooled, input, {input.dtype})
+
+
+def _check_like(
+    name: str, value: torch.Tensor, input: torch.Tensor, dtypes: set[torch.dtype]
+) -> None:
+    if value.dtype not in dtypes:
+        wanted = " or ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"aspp: {name} must be {wanted}, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(f"aspp: {name} must be on {input.device} as input is, got {value.device}")
