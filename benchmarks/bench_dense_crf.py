@@ -39,6 +39,8 @@ def test_dense_crf(benchmark: BenchmarkFixture, shape: CrfShape, device: torch.d
         peers=others,
         moved=cases.crf_bytes(shape),
         peak=functools.partial(peak_bytes, cases.crf, shape, device, device=device),
+        weight=20.0,  # README's table
+        crf=[shape.height, shape.width, shape.classes, shape.iterations],
         source=shape.source,
         vertices=cases.crf_vertices(shape, device),
     )

@@ -56,6 +56,36 @@ def crf(
     return f"plain torch on a crop of {width} x {height}"
 
 
+def term(
+    refine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    features: torch.Tensor,
+    probs: torch.Tensor,
+    iterations: int,
+) -> str:
+    """Holds `refine(features, probs)`, a CRF of one term of weight 4, on a crop.
+
+    Args:
+        refine: the CRF.
+        features: (d, H, W) float32.
+        probs: (C, H, W) float32.
+        iterations: of mean field.
+    """
+    crop = (slice(None), slice(0, _CROP), slice(0, _CROP))
+    planes, scores = features[crop].contiguous(), probs[crop].contiguous()
+    found = refine(planes, scores).cpu()
+    expected = crf_reference.mean_field(
+        scores.cpu().flatten(1)[None],
+        [planes.cpu().flatten(1)[None]],
+        [torch.tensor(4.0)],
+        "probs",
+        ("symmetric",),
+        iterations,
+        False,
+    )
+    close(found.flatten(1), expected[0], 1.0, f"{len(features)} features, a crop")
+    return f"plain torch on a crop of {_CROP} x {_CROP}"
+
+
 def same(result: torch.Tensor, expected: torch.Tensor, what: str) -> None:
     """Two results of the same kernels: the same bits."""
     if not torch.equal(result, expected):

@@ -66,3 +66,14 @@ def filter_inputs(shape: FilterShape, device: torch.device) -> tuple[torch.Tenso
     features = torch.from_numpy(np.stack(planes).astype(np.float32)).unsqueeze(0)
     values = torch.from_numpy(probabilities(shape.height, shape.width, shape.channels)).unsqueeze(0)
     return values.to(device), features.to(device)
+
+
+def feature_planes(height: int, width: int, dims: int) -> npt.NDArray[np.float32]:
+    """(d, H, W) float32: place over 80, colours over 13, and beyond these five smooth fields."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    colours = np.moveaxis(picture(height, width).astype(np.float32) / 13, 2, 0)
+    planes: list[npt.NDArray[Any]] = [x / 80, y / 80, *colours]
+    if dims > len(planes):
+        more = probabilities(height, width, dims - len(planes), seed=2)
+        planes += list(np.log(more + 0.1))
+    return np.stack(planes[:dims]).astype(np.float32)

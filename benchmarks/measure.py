@@ -58,6 +58,7 @@ def measure(
     flops: int = 0,
     flops_dtype: str = "float32",
     peak: Callable[[], int | None] | None = None,
+    weight: float = 1.0,
     **facts: Any,
 ) -> None:
     """Times `call` and its peers, each once a round.
@@ -75,6 +76,7 @@ def measure(
         flops: FLOPs that must be done; over the matmul rate of `flops_dtype` measured in this run.
         flops_dtype: "float32", "tf32", "bfloat16" or "float16".
         peak: tells the peak memory beyond the inputs; on CUDA it is taken from `call` without.
+        weight: by how much more time than others the rounds of this case may take.
         facts: more for `extra_info`.
     """
     there = {peer.name: peer for peer in peers if peer.run is not None}
@@ -96,7 +98,7 @@ def measure(
 
     rounds, budget.patience = interleave(
         {name: timed(name) for name in every_round},
-        budget.count(sum(cost(about[name]) for name in every_round)),
+        budget.count(sum(cost(about[name]) for name in every_round) / weight),
         budget.patience,
     )
     rounds.times |= {name: [about[name]] for name in slow}

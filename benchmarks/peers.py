@@ -142,6 +142,32 @@ def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> 
     return Peer(name, where, run)
 
 
+def pydensecrf_term(features: Result, probs: Result, iterations: int) -> Peer:
+    """pydensecrf2 with one term over `features`, of weight 4, normalised symmetrically.
+
+    Args:
+        features: (d, H, W) float32.
+        probs: (C, H, W) float32.
+        iterations: of mean field.
+    """
+    name, where = "pydensecrf2", "CPU, one thread"
+    try:
+        crf: Any = importlib.import_module("pydensecrf.densecrf")
+    except ImportError as error:
+        return Peer(name, where, missing=f"{error}; pip install pydensecrf2")
+    classes = len(probs)
+    energy = np.ascontiguousarray(-np.log(np.clip(probs, 1e-5, 1)).reshape(classes, -1))
+    planes = np.ascontiguousarray(features.reshape(len(features), -1))
+
+    def run() -> Result:
+        field_ = crf.DenseCRF(energy.shape[1], classes)
+        field_.setUnaryEnergy(energy)
+        field_.addPairwiseEnergy(planes, compat=4)
+        return np.array(field_.inference(iterations), np.float32).reshape(probs.shape)
+
+    return Peer(name, where, run)
+
+
 def monai(shape: CrfShape, images: torch.Tensor, probs: torch.Tensor) -> Peer:
     """MONAI's CRF block on its own permutohedral lattice, which is built anew every iteration.
 

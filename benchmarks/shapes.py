@@ -84,7 +84,7 @@ class CrfShape:
 CRF = (
     CrfShape(240, 320, 2, 5, "pydensecrf's example: its picture's size, 5 iterations, two labels"),
     CrfShape(512, 512, 21, 10, "PASCAL VOC: 20 classes and background; DeepLab's 10 iterations"),
-    CrfShape(1024, 1024, 21, 10, "the same at four times the pixels, for scaling", quick=False),
+    CrfShape(1024, 1024, 21, 10, "the same at four times the pixels, for scaling"),
 )
 
 # Only where there is a GPU: on the CPU a batch is the images one after the other.
@@ -284,6 +284,17 @@ def convs(cuda: bool) -> tuple[ConvShape, ...]:
     quick = [replace(s, kind=kind, quick=kind.quick) for s in narrow[::3] for kind in kept]
     found = {shape.name: shape for shape in (*full, *quick)}
     return tuple(found.values())
+
+
+def dilations(cuda: bool) -> tuple[ConvShape, ...]:
+    """DeepLabv3's branch over its dilation; on the CPU one picture, an eighth of the channels."""
+    batch, channels, out = (8, 2048, 256) if cuda else (1, 256, 32)
+    kind = _MAIN if cuda else Kind(False, "float32", "NHWC")
+    source = f"{batch} x {channels} x 65 x 65 to {out}, {kind.name}"
+    return tuple(
+        ConvShape(batch, channels, out, 65, 65, d, source, quick=d in (1, 4, 12, 36), kind=kind)
+        for d in (1, 2, 4, 6, 9, 12, 18, 24, 36)
+    )
 
 
 def _eighth(channels: int) -> int:
