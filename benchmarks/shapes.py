@@ -396,3 +396,56 @@ CONTEXT = (
     ContextShape(8, 21, 64, 64, f"{_SCORES} crops of 512, PASCAL VOC"),
     ContextShape(4, 19, 128, 256, f"{_SCORES} Cityscapes' pictures", quick=False),
 )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model of `segkernels.models` on images of H x W."""
+
+    model: str
+    batch: int
+    classes: int
+    height: int
+    columns: int
+    source: str
+    channels: int = 3
+    width: float = 1.0
+    quick: bool = False
+    kind: Kind = _MAIN
+
+    @property
+    def name(self) -> str:
+        narrow = f"-width{self.width:g}" if self.width != 1 else ""
+        size = f"N{self.batch}-{self.height}x{self.columns}"
+        return f"{self.model}{narrow}-{size}-{self.kind.name}"
+
+
+_CAMVID = "the paper's size, CamVid's 11 classes"
+MODELS = (
+    ModelShape("deeplab_v3_resnet50", 8, 21, 513, 513, "the paper's crop, VOC", quick=True),
+    ModelShape("deeplab_v2_resnet101", 8, 21, 321, 321, "the paper's crop, VOC"),
+    ModelShape("deeplab_v1", 8, 21, 321, 321, "the paper's crop, VOC"),
+    ModelShape("pspnet50", 8, 21, 473, 473, "the paper's crop, VOC"),
+    ModelShape("segnet", 8, 11, 360, 480, _CAMVID, quick=True),
+    ModelShape("fc_densenet56", 8, 11, 224, 224, "the paper's crop, CamVid's 11 classes"),
+    ModelShape("unet", 8, 2, 572, 572, "the paper's tile, one channel", channels=1),
+)
+
+
+def model_shapes(cuda: bool) -> tuple[ModelShape, ...]:
+    """The models of a run: on CUDA in bfloat16, whole batches and, of two, single images.
+
+    On the CPU narrow ones on small images, in float32.
+    """
+    if cuda:
+        return (*MODELS, *(replace(shape, batch=1) for shape in MODELS if shape.quick))
+    kind = Kind(False, "float32", "NHWC")
+    source = "a quarter of the paper's channels, for a CPU"
+    return (
+        ModelShape("segnet", 2, 11, 96, 128, source, width=0.25, quick=True, kind=kind),
+        ModelShape(
+            "deeplab_v3_resnet50", 2, 21, 129, 129, source, width=0.25, quick=True, kind=kind
+        ),
+        ModelShape("deeplab_v1", 2, 21, 129, 129, source, width=0.25, kind=kind),
+        ModelShape("fc_densenet56", 2, 11, 96, 96, source, width=0.25, kind=kind),
+    )

@@ -17,6 +17,7 @@ Call = Callable[[], Any]
 _QUEUED = 10  # calls between two synchronisations, so that launches are not waited for
 _QUEUE_SECONDS = 0.02  # unless they take longer than this together
 _WARM_UP = 3
+_SLOW = 1.0  # seconds: a call that takes longer is warm after one
 _STAT = Path("/proc/stat")
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 _FLUSH_SECONDS = 2e-4  # about what overwriting that takes, and queueing it
@@ -199,7 +200,8 @@ def others_share() -> Callable[[], float]:
 def warm_up(call: Call) -> float:
     """Run `call` until nothing is done for the first time; about how long it takes then."""
     for _ in range(_WARM_UP - 1):
-        call()
+        if _finished(call) > _SLOW:
+            break
     return _finished(call)
 
 

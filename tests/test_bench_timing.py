@@ -134,8 +134,27 @@ def test_the_budget_gives_rounds() -> None:
     limits.choose(quick=True, cuda=False, patience=0)
     least, most = limits.rounds
     assert limits.count(1e-6) == most
-    assert limits.count(1e6) == least
+    assert limits.count(limits.seconds) == least
     assert limits.count(limits.seconds / (least + 2)) == least + 2
+
+
+def test_a_late_run_takes_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    limits = budget.Budget()
+    limits.choose(quick=False, cuda=True, patience=0)
+    assert limits.limit < 8 * 60
+    limits.start()
+    usual = limits.count(1e-3)
+    now[0] = 0.5 * limits.limit
+    limits.reached(0.5)
+    assert limits.count(1e-3) == usual
+    now[0] += 60
+    limits.reached(0.5)
+    assert limits.count(1e-3) == 3 < usual
+    limits.reached(0.9)
+    assert limits.count(1e-3) == usual
+    assert limits.count(10.0) == 3  # long rounds are few anyway
 
 
 def test_a_floor_is_the_larger_of_bytes_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
