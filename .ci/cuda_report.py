@@ -32,7 +32,7 @@ BUDGET = {
 
 # Instructions that the machine code of a kernel for one architecture must have, by a part of its
 # mangled name: wgmma, and the copy engine's load of a box.
-INSTRUCTIONS = {"conv_kernel": ("HGMMA", "UTMALDG")}
+INSTRUCTIONS = {"conv_kernel": ("HGMMA", "UTMALDG"), "weight_kernel": ("HGMMA", "UTMALDG")}
 
 
 def allowed(kernel: Kernel) -> int:
@@ -166,7 +166,8 @@ def lacking_instructions(config: ninja_build.Config) -> list[str]:
             lacking.append(f"{source} has none of the kernels {', '.join(INSTRUCTIONS)}")
         for symbol, found in counts.items():
             lacking += [f"{demangle([symbol])[0]}: no {name}" for name, n in found.items() if not n]
-        print(f"{source}: {len(counts)} kernels with " + " and ".join(INSTRUCTIONS["conv_kernel"]))
+        shown = {name for found in counts.values() for name in found}
+        print(f"{source}: {len(counts)} kernels, looked for {' and '.join(sorted(shown))}")
     return lacking
 
 

@@ -16,7 +16,7 @@
 #include "build_config.h"
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
-#include "dilated_conv2d/dilated_conv2d.h"
+#include "dilated_conv2d/weight_gradient.h"
 #include "interpolate/interpolate.h"
 #include "max_pool2d/max_pool2d.h"
 #include "max_unpool2d/max_unpool2d.h"
@@ -585,21 +585,15 @@ void bind_pooling(py::module_& m) {
       Release());
 }
 
+[[noreturn]] [[maybe_unused]] void without_sm90a() {
+  throw std::runtime_error("segkernels was built without sm_90a");
+}
+
 // (kernel, dilation, padding, output channels)
 using BranchTuple = std::tuple<std::array<int, 2>, std::array<int, 2>, std::array<int, 2>, int64_t>;
 
 // Everything of a schedule; the kernel reads "table": starts, segments and fix-ups, int32 words.
-py::dict dilated_conv2d_schedule(int64_t batch, std::array<int64_t, 2> in,
-                                 std::array<int64_t, 2> out, int64_t channel_steps,
-                                 const std::vector<BranchTuple>& branches, int multiprocessors,
-                                 int tile_channels, int cluster, std::array<int, 3> box) {
-  namespace dilated = segkernels::dilated;
-  dilated::Shape shape{batch, in, out, channel_steps, {}};
-  for (const auto& [kernel, dilation, padding, out_channels] : branches) {
-    shape.branches.push_back({kernel, dilation, padding, out_channels});
-  }
-  const dilated::Schedule s =
-      dilated::make_schedule(shape, multiprocessors, tile_channels, cluster, box);
+py::dict found_schedule(const segkernels::dilated::Schedule& s) {
   std::string table;
   const auto append = [&table](const auto& items) {
     table.append(reinterpret_cast<const char*>(items.data()), items.size() * sizeof(items[0]));
@@ -622,44 +616,84 @@ py::dict dilated_conv2d_schedule(int64_t batch, std::array<int64_t, 2> in,
   return found;
 }
 
+py::dict dilated_conv2d_schedule(int64_t batch, std::array<int64_t, 2> in,
+                                 std::array<int64_t, 2> out, int64_t channel_steps,
+                                 const std::vector<BranchTuple>& branches, int multiprocessors,
+                                 int tile_channels, int cluster, std::array<int, 3> box) {
+  namespace dilated = segkernels::dilated;
+  dilated::Shape shape{batch, in, out, channel_steps, {}};
+  for (const auto& [kernel, dilation, padding, out_channels] : branches) {
+    shape.branches.push_back({kernel, dilation, padding, out_channels});
+  }
+  return found_schedule(
+      dilated::make_schedule(shape, multiprocessors, tile_channels, cluster, box));
+}
+
+py::dict dilated_conv2d_weight_schedule(int64_t batch, std::array<int64_t, 2> in,
+                                        std::array<int64_t, 2> out, int64_t channels,
+                                        const BranchTuple& branch, int multiprocessors) {
+  namespace dilated = segkernels::dilated;
+  const auto& [kernel, dilation, padding, out_channels] = branch;
+  const dilated::Shape shape{batch, in, out, 1, {{kernel, dilation, padding, out_channels}}};
+  return found_schedule(dilated::make_weight_schedule(shape, channels, multiprocessors));
+}
+
+// Named numbers, addresses and sizes of a call.
+struct Arguments {
+  const py::dict& all;
+
+  int64_t number(const char* name) const { return all[name].cast<int64_t>(); }
+  template <class T = void>
+  T* address(const char* name) const {
+    return as<T>(all[name].cast<Pointer>());
+  }
+  template <class T, size_t kCount>
+  void sizes(const char* name, T (&to)[kCount]) const {
+    const auto values = all[name].cast<std::array<int64_t, kCount>>();
+    for (size_t i = 0; i < kCount; ++i) to[i] = T(values[i]);
+  }
+  template <class Call>
+  void schedule(Call& c) const {
+    sizes("box", c.box);
+    c.tile_channels = int32_t(number("tile_channels"));
+    c.workers = int32_t(number("workers"));
+    c.segment_count = number("segments");
+    c.fixup_count = number("fixups");
+    c.start = address<int32_t>("table");
+    c.segments = reinterpret_cast<const segkernels::dilated::Segment*>(c.start + c.workers + 1);
+    c.fixups = reinterpret_cast<const segkernels::dilated::Fixup*>(c.segments + c.segment_count);
+    c.workspace = address<float>("workspace");
+  }
+};
+
 // Branch: (weight, kernel, dilation, padding, out_channels, offset).
 using ConvBranchTuple = std::tuple<Pointer, std::array<int, 2>, std::array<int, 2>,
                                    std::array<int, 2>, int64_t, int64_t>;
 
 void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
   namespace dilated = segkernels::dilated;
+  const Arguments a{arguments};
   dilated::ConvCall c{};
-  const auto number = [&](const char* name) { return arguments[name].cast<int64_t>(); };
-  const auto address = [&](const char* name) { return as(arguments[name].cast<Pointer>()); };
-  c.type = ScalarType(number("type"));
-  c.input = address("input");
-  c.batch = number("batch");
-  c.channels = number("channels");
-  c.out_channels = number("out_channels");
-  std::tie(c.in[0], c.in[1]) = arguments["in_size"].cast<std::pair<int64_t, int64_t>>();
-  std::tie(c.out[0], c.out[1]) = arguments["out_size"].cast<std::pair<int64_t, int64_t>>();
-  c.output = address("output");
-  c.residual = address("residual");
-  c.scale = static_cast<const float*>(address("scale"));
-  c.shift = static_cast<const float*>(address("shift"));
-  c.relu = arguments["relu"].cast<bool>();
-  c.pairs = arguments["pairs"].cast<bool>();
-  const auto box = arguments["box"].cast<std::array<int, 3>>();
-  const auto boxes = arguments["boxes"].cast<std::array<int, 3>>();
-  for (int i = 0; i < 3; ++i) c.box[i] = box[i], c.boxes[i] = boxes[i];
-  c.tile_channels = int32_t(number("tile_channels"));
-  c.cluster = int32_t(number("cluster"));
-  c.workers = int32_t(number("workers"));
-  c.segment_count = number("segments");
-  c.fixup_count = number("fixups");
-  c.start = static_cast<const int32_t*>(address("table"));
-  c.segments = reinterpret_cast<const dilated::Segment*>(c.start + c.workers + 1);
-  c.fixups = reinterpret_cast<const dilated::Fixup*>(c.segments + c.segment_count);
-  c.workspace = static_cast<float*>(address("workspace"));
-  for (const ConvBranchTuple& branch : arguments["branches"].cast<std::vector<ConvBranchTuple>>()) {
+  c.type = ScalarType(a.number("type"));
+  c.input = a.address("input");
+  c.batch = a.number("batch");
+  a.sizes("in_size", c.in);
+  c.channels = a.number("channels");
+  a.sizes("out_size", c.out);
+  c.out_channels = a.number("out_channels");
+  c.output = a.address("output");
+  c.residual = a.address("residual");
+  c.scale = a.address<float>("scale");
+  c.shift = a.address<float>("shift");
+  c.relu = a.number("relu") != 0;
+  c.pairs = a.number("pairs") != 0;
+  a.schedule(c);
+  a.sizes("boxes", c.boxes);
+  c.cluster = int32_t(a.number("cluster"));
+  for (const auto& [weight, kernel, dilation, padding, out_channels, offset] :
+       arguments["branches"].cast<std::vector<ConvBranchTuple>>()) {
     if (c.branches == dilated::kMaxBranches) throw std::invalid_argument("too many branches");
     dilated::ConvBranch& b = c.branch[c.branches++];
-    const auto& [weight, kernel, dilation, padding, out_channels, offset] = branch;
     b.weight = as(weight);
     for (int i = 0; i < 2; ++i) {
       b.kernel[i] = kernel[i], b.dilation[i] = dilation[i], b.padding[i] = padding[i];
@@ -672,7 +706,36 @@ void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
 #if defined(SK_HAVE_SM90A)
   dilated::dilated_conv2d_sm90(where_of(w), c);
 #else
-  throw std::runtime_error("segkernels was built without sm_90a");
+  without_sm90a();
+#endif
+}
+
+void dilated_conv2d_weight(const WhereTuple& w, const py::dict& arguments) {
+  namespace dilated = segkernels::dilated;
+  const Arguments a{arguments};
+  dilated::WeightCall c{};
+  c.type = ScalarType(a.number("type"));
+  c.grad = a.address("grad");
+  c.input = a.address("input");
+  c.batch = a.number("batch");
+  a.sizes("in_size", c.in);
+  c.channels = a.number("channels");
+  a.sizes("out_size", c.out);
+  c.out_channels = a.number("out_channels");
+  c.output = a.address("output");
+  a.sizes("kernel", c.kernel);
+  a.sizes("dilation", c.dilation);
+  a.sizes("padding", c.padding);
+  a.schedule(c);
+  int32_t boxes[3];
+  a.sizes("boxes", boxes);
+  c.image_boxes = boxes[0];
+  const py::gil_scoped_release release;
+  if (std::get<0>(w) == -2) return dilated::weight_gradient_emulated(where_of(w), c);
+#if defined(SK_HAVE_SM90A)
+  dilated::weight_gradient_sm90(where_of(w), c);
+#else
+  without_sm90a();
 #endif
 }
 
@@ -683,6 +746,8 @@ void bind_dilated_conv2d(py::module_& m) {
   m.attr("has_sm90a") = false;
 #endif
   m.def("dilated_conv2d", &dilated_conv2d);
+  m.def("dilated_conv2d_weight", &dilated_conv2d_weight);
+  m.def("dilated_conv2d_weight_schedule", &dilated_conv2d_weight_schedule);
   m.def("dilated_conv2d_schedule", &dilated_conv2d_schedule, py::arg("batch"), py::arg("in_size"),
         py::arg("out_size"), py::arg("channel_steps"), py::arg("branches"),
         py::arg("multiprocessors"), py::arg("tile_channels") = 0, py::arg("cluster") = 0,

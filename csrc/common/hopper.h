@@ -5,6 +5,8 @@
 
 #include <cuda.h>
 
+#include <type_traits>
+
 #include "common/hopper_layout.h"
 #include "common/scalar.h"
 
@@ -171,19 +173,24 @@ __device__ __forceinline__ void sums_ready(float (&sums)[kCount]) {
       : SK_SUMS_##count(0)                                                          \
       : "l"(a), "l"(b), "r"(accumulate))
 #define SK_PRODUCT_OF(n, count, a_register, b_register, p_register)                               \
-  if constexpr (std::is_same_v<T, Half>) {                                                        \
+  if constexpr (std::is_same_v<T, float>) {                                                       \
+    SK_PRODUCT("m64n" n "k8", "tf32.tf32", count, a_register, b_register, p_register, "");        \
+  } else if constexpr (std::is_same_v<T, Half> && !kAcross) {                                     \
     SK_PRODUCT("m64n" n "k16", "f16.f16", count, a_register, b_register, p_register, ", 0, 0");   \
-  } else if constexpr (std::is_same_v<T, BFloat16>) {                                             \
+  } else if constexpr (std::is_same_v<T, Half>) {                                                 \
+    SK_PRODUCT("m64n" n "k16", "f16.f16", count, a_register, b_register, p_register, ", 1, 1");   \
+  } else if constexpr (!kAcross) {                                                                \
     SK_PRODUCT("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 0, 0"); \
   } else {                                                                                        \
-    SK_PRODUCT("m64n" n "k8", "tf32.tf32", count, a_register, b_register, p_register, "");        \
+    SK_PRODUCT("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 1, 1"); \
   }
 
-// T: Half, BFloat16, or float for tf32.
-template <class T, int kColumns>
+// T: Half, BFloat16, or float for tf32. kAcross: both operands by column_descriptor, not for float.
+template <class T, int kColumns, bool kAcross = false>
 __device__ __forceinline__ void multiply(float (&sums)[kColumns / 2], uint64_t a, uint64_t b,
                                          int accumulate) {
   static_assert(kColumns == 256 || kColumns == 128 || kColumns == 64 || kColumns == 32);
+  static_assert(!kAcross || !std::is_same_v<T, float>);
   if constexpr (kColumns == 256) {
     SK_PRODUCT_OF("256", 128, "%128", "%129", "%130")
   } else if constexpr (kColumns == 128) {

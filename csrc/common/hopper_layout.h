@@ -23,6 +23,14 @@ SK_HD uint64_t row_descriptor(uint32_t address) {
          uint64_t(kSwizzleBytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
+// An operand whose rows run across it (MN-major), 16-bit values: a row of 128 bytes holds 64
+// neighbours for one summed value; the next 64 neighbours lie `block` bytes further. The next 16
+// values to sum start 16 rows later.
+SK_HD uint64_t column_descriptor(uint32_t address, uint32_t block) {
+  return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(block >> 4) << 16 |
+         uint64_t(kSwizzleBytes >> 4) << 32 | uint64_t(1) << 62;
+}
+
 // Row and column, in the 64 rows of a warpgroup, of sum i of thread t.
 SK_HD int sum_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
 SK_HD int sum_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }

@@ -2,53 +2,21 @@
 //
 // A multiprocessor runs one block of 384 threads for the whole launch: a producer warpgroup, of
 // which one thread asks the copy engine for the next stages of a ring (the input's box, with zeros
-// around the image, and the weights), and two consumer warpgroups that multiply 64 pixels each. Two
-// barriers guard a stage: "full" counts the bytes that arrived, "empty" the consumers that are
-// through. In a cluster of two both blocks run the same loop on tiles of their own; each loads half
-// of the weights for both, so a stage is empty when the consumers of both blocks say so.
-#include <type_traits>
-
+// around the image, and the weights), and two consumer warpgroups that multiply 64 pixels each. In
+// a cluster of two both blocks run the same loop on tiles of their own; each loads half of the
+// weights for both, so a stage is empty when the consumers of both blocks say so.
 #include "common/cuda_check.h"
-#include "common/hopper.h"
-#include "dilated_conv2d/dilated_conv2d.h"
+#include "common/tensor_map.h"
+#include "dilated_conv2d/ring.h"
 
 namespace segkernels::dilated {
 namespace {
 
-constexpr int kGroupThreads = 128;
-constexpr int kBlockThreads = kGroupThreads * (1 + kGroups);
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kFixupThreads = 256, kFixupRows = 16;
 
 struct TensorMaps {
   CUtensorMap input;
   CUtensorMap weight[kMaxBranches];
-};
-
-template <int kChannels>
-struct Ring {
-  static constexpr int kStages = kChannels == 256 ? 4 : kChannels == 128 ? 6 : 8;
-  static constexpr int kStageBytes = kPixelBytes + kChannels * kStepBytes;
-  static constexpr int kBytes = kStages * kStageBytes + 2 * kStages * 8 + hopper::kSwizzleBytes;
-
-  uint32_t stages, full, empty;
-  int at = 0;
-  uint32_t parity = 0;
-
-  __device__ explicit Ring(void* shared) {
-    stages = hopper::shared_address(shared) + hopper::kSwizzleBytes - 1;
-    stages &= ~uint32_t(hopper::kSwizzleBytes - 1);
-    full = stages + kStages * kStageBytes;
-    empty = full + 8 * kStages;
-  }
-  __device__ uint32_t stage() const { return stages + at * kStageBytes; }
-  __device__ uint32_t full_barrier() const { return full + 8 * at; }
-  __device__ uint32_t empty_barrier() const { return empty + 8 * at; }
-  __device__ void next() {
-    if (++at < kStages) return;
-    at = 0;
-    parity ^= 1;
-  }
 };
 
 // One thread: every step of every segment of its worker.
@@ -129,13 +97,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
   const Ring<kChannels> ring(shared);
   const int rank = kCluster == 1 ? 0 : hopper::cluster_rank();
   const int worker = blockIdx.x / kCluster;
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < ring.kStages; ++i) {
-      hopper::barrier_init(ring.full + 8 * i, 1);
-      hopper::barrier_init(ring.empty + 8 * i, kGroups * kCluster);
-    }
-    hopper::barrier_init_fence();
-  }
+  if (threadIdx.x == 0) ring.init(kGroups * kCluster);
   hopper::cluster_sync();
   if (threadIdx.x < kGroupThreads) {
     hopper::fewer_registers<kProducerRegisters>();
@@ -151,7 +113,7 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
 
 // A block: kFixupRows pixels of a cut tile; a thread: two channels of some of them.
 template <class T>
-__global__ void __launch_bounds__(kFixupThreads)
+__global__ void __launch_bounds__(kFixupThreads, 1)
     fixup_kernel(const __grid_constant__ ConvCall call) {
   const int pairs = call.tile_channels / 2;
   const int pair = threadIdx.x % pairs;
@@ -162,68 +124,17 @@ __global__ void __launch_bounds__(kFixupThreads)
   }
 }
 
-// The driver's function that writes a tensor map, had through the runtime: nothing links libcuda.
-decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
-  static const auto encoder = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-    check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                cudaEnableDefault, &result),
-               "cuTensorMapEncodeTiled");
-#else
-    check_cuda(
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result),
-        "cuTensorMapEncodeTiled");
-#endif
-    if (found == nullptr || result != cudaDriverEntryPointSuccess) {
-      throw std::runtime_error("segkernels: this driver has no cuTensorMapEncodeTiled");
-    }
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  return encoder;
-}
-
-// A dense tensor, its last axis first in `sizes`, read in boxes with the 128-byte swizzle.
-template <class T, size_t kAxes>
-CUtensorMap tensor_map(const void* data, const std::array<int64_t, kAxes>& sizes,
-                       const std::array<int, kAxes>& box) {
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<T, Half>       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-      : std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                    : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;  // rounded on the way
-  cuuint64_t dims[kAxes], strides[kAxes];
-  cuuint32_t extents[kAxes], every[kAxes];
-  cuuint64_t bytes = sizeof(T);
-  for (size_t i = 0; i < kAxes; ++i) {
-    dims[i] = cuuint64_t(sizes[i]);
-    strides[i] = bytes *= dims[i];  // from one index of axis i + 1 to the next
-    extents[i] = cuuint32_t(box[i]);
-    every[i] = 1;
-  }
-  CUtensorMap map;
-  const CUresult result =
-      tensor_map_encoder()(&map, kType, kAxes, const_cast<void*>(data), dims, strides, extents,
-                           every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("segkernels: dilated_conv2d: cuTensorMapEncodeTiled: error " +
-                             std::to_string(int(result)));
-  }
-  return map;
-}
-
 template <class T, int kChannels, int kCluster>
 void launch(const Where& where, const ConvCall& c) {
   constexpr int kStepChannels = kStepBytes / sizeof(T);
   constexpr int kBytes = Ring<kChannels>::kBytes;
   if (c.segment_count > 0) {
     TensorMaps maps{};
-    maps.input = tensor_map<T, 4>(c.input, {c.channels, c.in[1], c.in[0], c.batch},
-                                  {kStepChannels, c.box[2], c.box[1], c.box[0]});
+    maps.input = hopper::tensor_map<T, 4>(c.input, {c.channels, c.in[1], c.in[0], c.batch},
+                                          {kStepChannels, c.box[2], c.box[1], c.box[0]});
     for (int i = 0; i < c.branches; ++i) {
       const ConvBranch& b = c.branch[i];
-      maps.weight[i] = tensor_map<T, 3>(
+      maps.weight[i] = hopper::tensor_map<T, 3>(
           b.weight, {c.channels, int64_t(b.kernel[0]) * b.kernel[1], b.out_channels},
           {kStepChannels, 1, kChannels / kCluster});
     }

@@ -204,16 +204,8 @@ double cost_of(const Schedule& s, int64_t max_load, int64_t slots) {
          slot_steps * double(slots) / s.workers;
 }
 
-Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, int cluster,
-                      std::array<int, 3> box) {
-  Schedule out{};
-  out.box = box;
-  out.boxes = {count_of(s.batch, box[0]), count_of(s.out[0], box[1]), count_of(s.out[1], box[2])};
-  out.tile_channels = tile_channels;
-  out.cluster = cluster;
-  out.workers = std::max(1, multiprocessors / cluster);
-  check_tiles(s, out);
-  const std::vector<Unit> units = make_units(s, out);
+// Gives the units to the workers and fills in what `out` lacks.
+void distribute(const std::vector<Unit>& units, Schedule& out) {
   int64_t total = 0;
   for (const Unit& unit : units) total += unit.steps;
   // A looser limit leaves fewer tiles to cut.
@@ -222,7 +214,7 @@ Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, in
   for (int64_t limit = std::max<int64_t>(1, ceil_div(total, out.workers));
        best.of_worker.empty() || (best.slots > 0 && double(limit) < out.cost);
        limit += 1 + limit / 128) {
-    if (!assign(units, out.workers, cluster, limit, tried)) continue;
+    if (!assign(units, out.workers, out.cluster, limit, tried)) continue;
     const double cost = cost_of(out, tried.max_load, tried.slots);
     if (cost < out.cost) {
       out.cost = cost;
@@ -235,9 +227,73 @@ Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, in
     out.start.push_back(int32_t(out.segments.size()));
   }
   out.fixups.insert(out.fixups.end(), best.fixups.begin(), best.fixups.end());
-  out.workspace_tiles = best.slots * cluster;
+  out.workspace_tiles = best.slots * out.cluster;
   out.max_load = best.max_load;
+}
+
+Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, int cluster,
+                      std::array<int, 3> box) {
+  Schedule out{};
+  out.box = box;
+  out.boxes = {count_of(s.batch, box[0]), count_of(s.out[0], box[1]), count_of(s.out[1], box[2])};
+  out.tile_channels = tile_channels;
+  out.cluster = cluster;
+  out.workers = std::max(1, multiprocessors / cluster);
+  check_tiles(s, out);
+  distribute(make_units(s, out), out);
   return out;
+}
+
+// For every tap of an axis the boxes (first, last) that it reads inside the image.
+std::vector<TapRange> boxes_of_taps(const Shape& s, int axis, int extent) {
+  const Branch& b = s.branches[0];
+  std::vector<TapRange> found(b.kernel[axis], {0, -1});
+  const std::vector<TapRange> taps = ranges(s, b, axis, extent);
+  for (int box = 0; box < int(taps.size()); ++box) {
+    for (int tap = taps[box].first; tap <= taps[box].last; ++tap) {
+      if (found[tap].last < 0) found[tap].first = box;
+      found[tap].last = box;
+    }
+  }
+  return found;
+}
+
+// Tiles of the weight's gradient: for each tap every block of output and of input channels.
+std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& out) {
+  std::vector<Unit> units;
+  const Branch& b = s.branches[0];
+  const std::vector<TapRange> down = boxes_of_taps(s, 0, out.box[1]);
+  const std::vector<TapRange> across = boxes_of_taps(s, 1, out.box[2]);
+  const int32_t rows = int32_t(count_of(b.out_channels, kTileRows));
+  const int32_t columns = int32_t(count_of(channels, out.tile_channels));
+  for (int32_t tap = 0; tap < b.kernel[0] * b.kernel[1]; ++tap) {
+    const TapRange y = down[tap / b.kernel[1]], x = across[tap % b.kernel[1]];
+    const int64_t steps = taps_in(y) * taps_in(x) * out.boxes[0];
+    if (steps > std::numeric_limits<int32_t>::max()) {
+      throw std::invalid_argument("dilated_conv2d: too many pixels; split the batch");
+    }
+    out.tile_steps += steps * rows * columns;
+    for (int32_t row = 0; row < rows; ++row) {
+      for (int32_t column = 0; column < columns; ++column) {
+        if (steps == 0) {
+          out.fixups.push_back({row, tap, column, 0, 1, 0});
+          continue;
+        }
+        units.push_back({{{row, -1},
+                          tap,
+                          column,
+                          0,
+                          int32_t(steps),
+                          -1,
+                          {y.first, x.first},
+                          int32_t(taps_in(x))},
+                         steps});
+      }
+    }
+  }
+  std::stable_sort(units.begin(), units.end(),
+                   [](const Unit& a, const Unit& b) { return a.steps > b.steps; });
+  return units;
 }
 
 }  // namespace
@@ -258,33 +314,38 @@ int choose_tile_channels(const Shape& shape) {
   return best;
 }
 
-std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count) {
+std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count, int pixels,
+                                           int multiple) {
   // Taps of all boxes along an axis, by the boxes' extent.
   const auto taps_by_extent = [&](const Branch& b, int axis) {
-    std::array<int64_t, kTilePixels + 1> taps{};
-    for (int extent = 1; extent <= kTilePixels; ++extent) {
+    std::vector<int64_t> taps(pixels + 1);
+    for (int extent = 1; extent <= pixels; ++extent) {
       taps[extent] = taps_in(ranges(shape, b, axis, extent));
     }
     return taps;
   };
-  std::vector<std::array<std::array<int64_t, kTilePixels + 1>, 2>> taps;
+  std::vector<std::array<std::vector<int64_t>, 2>> taps;
   for (const Branch& b : shape.branches) {
     taps.push_back({taps_by_extent(b, 0), taps_by_extent(b, 1)});
   }
   using Ranked = std::pair<std::array<int64_t, 4>, std::array<int, 3>>;
   std::vector<Ranked> ranked;
-  for (int images = 1; images <= std::min<int64_t>(kTilePixels, shape.batch); ++images) {
+  const auto rank = [&](int images, int rows, int columns) {
     const int64_t layers = count_of(shape.batch, images);
-    for (int rows = 1; images * rows <= kTilePixels; ++rows) {
-      for (int columns = 1; images * rows * columns <= kTilePixels; ++columns) {
-        int64_t steps = 0;
-        for (size_t i = 0; i < taps.size(); ++i) {
-          steps += layers * taps[i][0][rows] * taps[i][1][columns] * shape.branches[i].out_channels;
-        }
-        const int64_t tiles =
-            layers * count_of(shape.out[0], rows) * count_of(shape.out[1], columns);
-        // Among equals the fewest tiles, then the longest runs of memory.
-        ranked.push_back({{steps, tiles, -columns, -rows}, {images, rows, columns}});
+    int64_t steps = 0;
+    for (size_t i = 0; i < taps.size(); ++i) {
+      steps += layers * taps[i][0][rows] * taps[i][1][columns] * shape.branches[i].out_channels;
+    }
+    const int64_t boxes = layers * count_of(shape.out[0], rows) * count_of(shape.out[1], columns);
+    // Among equals the fewest boxes, then the longest runs of memory.
+    ranked.push_back({{steps, boxes, -columns, -rows}, {images, rows, columns}});
+  };
+  // Where boxes must be full more images than there are may be needed to fill them.
+  const int64_t most = multiple > 1 ? pixels : std::min<int64_t>(pixels, shape.batch);
+  for (int images = 1; images <= most; ++images) {
+    for (int rows = 1; images * rows <= pixels; ++rows) {
+      for (int columns = 1; images * rows * columns <= pixels; ++columns) {
+        if (images * rows * columns % multiple == 0) rank(images, rows, columns);
       }
     }
   }
@@ -300,7 +361,7 @@ Schedule make_schedule(const Shape& shape, int multiprocessors, int tile_channel
   check(shape, multiprocessors);
   if (tile_channels == 0) tile_channels = choose_tile_channels(shape);
   std::vector<std::array<int, 3>> boxes{box};
-  if (box[0] == 0) boxes = best_boxes(shape, kBoxesTried);
+  if (box[0] == 0) boxes = best_boxes(shape, kBoxesTried, kTilePixels, 1);
   for (const std::array<int, 3>& b : boxes) {
     if (*std::min_element(b.begin(), b.end()) < 1 || int64_t(b[0]) * b[1] * b[2] > kTilePixels) {
       throw std::invalid_argument("dilated_conv2d: a box must hold 1 to 128 pixels");
@@ -320,6 +381,22 @@ Schedule make_schedule(const Shape& shape, int multiprocessors, int tile_channel
     }
   }
   return best;
+}
+
+Schedule make_weight_schedule(const Shape& shape, int64_t channels, int multiprocessors) {
+  check(shape, multiprocessors);
+  if (shape.branches.size() != 1 || channels < 1) {
+    throw std::invalid_argument("dilated_conv2d: the weight's gradient is of one branch");
+  }
+  Schedule out{};
+  out.box = best_boxes(shape, 1, kStepPixels, kStepPixels)[0];
+  out.boxes = {count_of(shape.batch, out.box[0]), count_of(shape.out[0], out.box[1]),
+               count_of(shape.out[1], out.box[2])};
+  out.tile_channels = channels <= 64 ? 64 : channels <= 128 ? 128 : 256;
+  out.cluster = 1;
+  out.workers = multiprocessors;
+  distribute(make_weight_units(shape, channels, out), out);
+  return out;
 }
 
 }  // namespace segkernels::dilated

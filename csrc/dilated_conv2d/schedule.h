@@ -69,12 +69,23 @@ struct Schedule {
 // Output channels of a tile, 256, 128, 64 or 32: the least work, with what narrow tiles cost more.
 int choose_tile_channels(const Shape& shape);
 
-// The boxes with the fewest loop steps over all tiles, best first.
-std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count);
+// The boxes of at most `pixels` pixels, a multiple of `multiple`, with the fewest loop steps over
+// all tiles, best first.
+std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count, int pixels,
+                                           int multiple);
 
 // `tile_channels` 0, `cluster` 0 and a `box` of zeros are chosen here. Throws
 // std::invalid_argument for shapes that int32 tile numbers do not hold.
 Schedule make_schedule(const Shape& shape, int multiprocessors, int tile_channels, int cluster,
                        std::array<int, 3> box);
+
+// The weight's gradient in the same terms. A tile is 128 output channels (`place`) times
+// `tile_channels` input channels (`column`) of one tap (`branch`); its loop runs over the boxes of
+// 64 pixels that the tap reads inside the image: `first_tap` and `taps_across` are the rectangle of
+// boxes, and images take the place of channel steps.
+constexpr int kTileRows = 128;
+constexpr int kStepPixels = 64;
+
+Schedule make_weight_schedule(const Shape& shape, int64_t channels, int multiprocessors);
 
 }  // namespace segkernels::dilated

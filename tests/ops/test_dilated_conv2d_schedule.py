@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from segkernels import _native
+from segkernels.ops.dilated_conv2d.geometry import Geometry
 
 SEGMENT_WORDS, FIXUP_WORDS = 10, 6
 MULTIPROCESSORS = 132  # of an H100
@@ -304,6 +305,94 @@ def test_negative_padding_leaves_the_border_out() -> None:
     assert sum(segment.end - segment.begin for segment in s.segments) == s.tile_steps > 0
 
 
+@settings(max_examples=30)
+@given(data=st.data())
+def test_taps_are_those_of_the_geometry(data: st.DataObject) -> None:
+    def draw(name: str, low: int, high: int) -> int:
+        return data.draw(st.integers(low, high), label=name)
+
+    size = (draw("H", 1, 40), draw("W", 1, 40))
+    b = Branch(
+        (draw("kh", 1, 7), draw("kw", 1, 7)), (draw("dh", 1, 12), draw("dw", 1, 12)),
+        (draw("ph", -3, 30), draw("pw", -3, 30)), 8,
+    )  # fmt: skip
+    out = (draw("OH", 1, 40), draw("OW", 1, 40))
+    g = Geometry(*size, *out, b.kernel, b.padding, b.dilation)
+    s = Schedule(_native.C().dilated_conv2d_schedule(2, size, out, 1, [b], 4))
+    steps: dict[int, tuple[Any, ...]] = {
+        segment.places[0]: (*segment.first_tap, segment.taps_across) for segment in s.segments
+    }
+    total = 0
+    for place in range(s.boxes[0] * s.boxes[1] * s.boxes[2]):
+        _, y, x = s.origin(place)
+        (y0, y1), (x0, x1) = g.tap_rectangle(y, x, *s.box[1:])
+        taps = max(0, y1 - y0 + 1) * max(0, x1 - x0 + 1)
+        assert steps.get(place) == ((y0, x0, x1 - x0 + 1) if taps else None)
+        total += taps
+    assert total == s.tile_steps
+
+
+def weight_schedule(
+    batch: int,
+    channels: int,
+    size: tuple[int, int],
+    branch: Branch,
+    multiprocessors: int = MULTIPROCESSORS,
+) -> Schedule:
+    out = out_sizes(size, branch)
+    return Schedule(
+        _native.C().dilated_conv2d_weight_schedule(
+            batch, size, out, channels, branch, multiprocessors
+        )
+    )
+
+
+@settings(max_examples=30)
+@given(data=st.data())
+def test_weight_gradient_takes_every_box_once(data: st.DataObject) -> None:
+    def draw(name: str, low: int, high: int) -> int:
+        return data.draw(st.integers(low, high), label=name)
+
+    kernel, dilation = draw("k", 1, 4), draw("d", 1, 9)
+    padding = draw("p", 0, 12)
+    size = tuple(max(draw(name, 1, 40), dilation * (kernel - 1) - 2 * padding + 1) for name in "HW")
+    b = Branch((kernel,) * 2, (dilation,) * 2, (padding,) * 2, draw("CO", 1, 300))
+    channels = draw("C", 1, 600)
+    s = weight_schedule(draw("N", 1, 9), channels, size, b, draw("multiprocessors", 1, 20))
+    out = out_sizes(size, b)
+    g = Geometry(*size, *out, b.kernel, b.padding, b.dilation)
+    tiles = (-(-b.out_channels // 128), kernel**2, -(-channels // s.tile_channels))
+    seen = torch.zeros(*tiles, *s.boxes, dtype=torch.int32)
+    for segment in s.segments:
+        for i in range(segment.begin, segment.end):
+            box, image = divmod(i, s.boxes[0])
+            row = segment.first_tap[0] + box // segment.taps_across
+            column = segment.first_tap[1] + box % segment.taps_across
+            seen[segment.places[0], segment.branch, segment.column, image, row, column] += 1
+    for row, column in itertools.product(range(s.boxes[1]), range(s.boxes[2])):
+        (y0, y1), (x0, x1) = g.tap_rectangle(row * s.box[1], column * s.box[2], *s.box[1:])
+        for y, x in itertools.product(range(kernel), repeat=2):
+            wanted = int(y0 <= y <= y1 and x0 <= x <= x1)
+            assert bool((seen[:, y * kernel + x, :, :, row, column] == wanted).all())
+    # Every tile is written by one whole segment or one fix-up, which adds its slots in order.
+    writers = torch.zeros(tiles, dtype=torch.int32)
+    slots = {segment.slot: segment for segment in s.segments if segment.slot >= 0}
+    for segment in s.segments:
+        if segment.slot < 0:
+            writers[segment.places[0], segment.branch, segment.column] += 1
+    for fixup in s.fixups:
+        writers[fixup.place, fixup.branch, fixup.column] += 1
+        pieces = [slots.pop(fixup.first + i) for i in range(fixup.count)]
+        assert all(
+            (p.places[0], p.branch, p.column) == (fixup.place, fixup.branch, fixup.column)
+            for p in pieces
+        )
+        ends = [0] + [p.end for p in pieces]
+        assert [p.begin for p in pieces] == ends[:-1]
+    assert bool((writers == 1).all())
+    assert not slots
+
+
 def test_one_shape_has_one_schedule() -> None:
     first, second = (schedule(8, 2048, (65, 65), [same(3, 12, 256)]).table for _ in range(2))
     assert first == second
@@ -363,6 +452,10 @@ def test_work_is_even(
     # At most a tenth more than one tile a multiprocessor is cut.
     assert len(s.fixups) <= 1.1 * MULTIPROCESSORS
 
+    of_weight = weight_schedule(batch, channels, size, same(3, dilation, out_channels))
+    assert max(of_weight.loads()) == of_weight.max_load
+    assert 1 <= of_weight.unevenness() <= 1.06
+
 
 def test_aspp_in_one_launch_is_even() -> None:
     branches = [same(1, 1, 256), *(same(3, d, 256) for d in (12, 24, 36))]
@@ -406,6 +499,8 @@ def main() -> None:
             f"{batch} {channels} {size[0]}x{size[1]} d={dilation} -> {out_channels}: "
             f"{s.unevenness():.3f} {share:.3f} {s.box} {s.cluster} {len(s.fixups)}"
         )
+        s = weight_schedule(batch, channels, size, branch)
+        print(f"    weight's gradient: {s.unevenness():.3f} {s.box} {len(s.fixups)}")
 
 
 if __name__ == "__main__":

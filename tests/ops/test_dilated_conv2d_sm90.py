@@ -125,6 +125,51 @@ def test_any_shape(data: st.DataObject) -> None:
     assert (dx.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
 
 
+def weight_reference(grad: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.Tensor:
+    shape = (grad.size(1), x.size(1), *g.kernel)
+    return torch.nn.grad.conv2d_weight(x.double(), shape, grad.double(), 1, g.padding, g.dilation)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_weight_gradient(data: st.DataObject) -> None:
+    def draw(name: str, low: int, high: int) -> int:
+        return data.draw(st.integers(low, high), label=name)
+
+    torch.manual_seed(0)
+    dtype = data.draw(st.sampled_from(DTYPES[:2]))
+    kernel = (draw("kh", 1, 3), draw("kw", 1, 4))
+    dilation = (draw("dh", 1, 5), draw("dw", 1, 5))
+    padding = (draw("ph", 0, 9), draw("pw", 0, 9))
+    size = [
+        max(draw(name, 1, 17), d * (k - 1) - 2 * p + 1)
+        for name, d, k, p in zip("HW", dilation, kernel, padding, strict=True)
+    ]
+    g = geometry_of((size[0], size[1]), kernel, dilation, padding)
+    x = torch.randn(draw("N", 1, 3), draw("C", 1, 140), g.height, g.width).to(dtype)
+    grad = torch.randn(x.size(0), draw("CO", 1, 140), g.out_height, g.out_width).to(dtype)
+    dw = sm90.weight_gradient(grad, x, g)
+    assert dw.is_contiguous(memory_format=torch.channels_last)
+    expected = weight_reference(grad, x, g)
+    assert (dw.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
+
+
+@pytest.mark.parametrize("channels", [64, 128, 264])
+def test_weight_gradient_of_every_tile(channels: int) -> None:
+    g = same((17, 17), 3, 6)
+    x = torch.randn(3, channels, 17, 17).half()
+    grad = torch.randn(3, 136, 17, 17).half()
+    dw = sm90.weight_gradient(grad, x, g)
+    assert error(dw, weight_reference(grad, x, g)) <= BOUND[torch.float16]
+
+
+def test_weight_gradient_of_an_empty_batch() -> None:
+    dw = sm90.weight_gradient(
+        torch.ones(0, 3, 5, 5).half(), torch.ones(0, 9, 5, 5).half(), same((5, 5), 3, 1)
+    )
+    assert torch.equal(dw, torch.zeros(3, 9, 3, 3).half())
+
+
 @pytest.mark.parametrize("out_channels", [24, 21, 1])
 @pytest.mark.parametrize("part", ["scale", "shift", "residual", "relu", "all"])
 def test_epilogue(out_channels: int, part: str) -> None:
@@ -241,12 +286,18 @@ def test_what_is_supported(
         has_sm90a = True
 
     monkeypatch.setattr(_native, "C", Module)
-    found = sm90.supported(PROBLEM._replace(**change))
+    problem = PROBLEM._replace(**change)
+    found = sm90.supported(problem)
     if reason:
         assert re.search(reason, found), found
     else:
         assert found == ""
-    assert sm90.weight_gradient_supported(PROBLEM) != ""
+    assert sm90.weight_gradient_supported(problem) != ""
+    monkeypatch.setattr(sm90, "_WEIGHT_GRADIENT_RAN_ON_A_GPU", True)
+    if problem.dtype == torch.float32:
+        assert "no float32" in sm90.weight_gradient_supported(problem)
+    else:
+        assert sm90.weight_gradient_supported(problem) == found
 
 
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +378,11 @@ def test_shapes_on_hopper(
     )
     assert error(dx, expected) <= BOUND[dtype]
     assert torch.equal(sm90.input_gradient(grad, w, g), dx)
+
+    if dtype != torch.float32:
+        dw = sm90.weight_gradient(grad, x, g)
+        assert error(dw, weight_reference(grad, x, g)) <= BOUND[dtype]
+        assert torch.equal(sm90.weight_gradient(grad, x, g), dw)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,130 @@
+// Plain models of what Hopper's hardware does, for the emulations on the CPU: the copy engine,
+// shared memory with its swizzle, a warpgroup's product and its registers.
+#pragma once
+
+#include <string.h>
+
+#include <stdexcept>
+#include <vector>
+
+#include "dilated_conv2d/dilated_conv2d.h"
+
+namespace segkernels::dilated::model {
+
+constexpr uint32_t kShared = 1024;  // where shared memory starts
+constexpr int kGroupThreads = 128;
+
+// What PTX says of wgmma's operands in shared memory, with the 128-byte swizzle: a descriptor's
+// fields, and where the value of (row of the tile, summed index) lies.
+struct Operand {
+  uint32_t start, block_stride, group_stride;
+
+  explicit Operand(uint64_t descriptor)
+      : start(uint32_t(descriptor & 0x3FFF) << 4),
+        block_stride(uint32_t(descriptor >> 16 & 0x3FFF) << 4),
+        group_stride(uint32_t(descriptor >> 32 & 0x3FFF) << 4) {
+    if (descriptor >> 62 != 1) throw std::runtime_error("not the 128-byte swizzle");
+  }
+
+  // K-major: lines of 128 bytes run along the sum, groups of 8 lines are 8 rows of the tile.
+  uint32_t along(int row, int summed, int size) const {
+    return swizzled(start + uint32_t(row / 8) * group_stride + uint32_t(row % 8) * 128 +
+                    uint32_t(summed * size));
+  }
+
+  // MN-major: lines of 128 bytes run along the tile, groups of 8 lines are 8 summed values.
+  uint32_t across(int row, int summed, int size) const {
+    const int line = 128 / size;
+    return swizzled(start + uint32_t(row / line) * block_stride +
+                    uint32_t(summed / 8) * group_stride + uint32_t(summed % 8) * 128 +
+                    uint32_t(row % line * size));
+  }
+
+  static uint32_t swizzled(uint32_t plain) {
+    const uint32_t piece = plain / 16 % 8, line = plain / 128 % 8;
+    return plain - 16 * piece + 16 * (piece ^ line);
+  }
+};
+
+// Shared memory of one multiprocessor: one stage. Rows that no copy writes hold NaN.
+template <class T>
+struct Stage {
+  std::vector<uint8_t> bytes;
+
+  explicit Stage(int channels) : bytes(kPixelBytes + channels * kStepBytes, 0xFF) {}
+
+  T at(uint32_t address) const {
+    T value;
+    memcpy(&value, bytes.data() + (address - kShared), sizeof(T));
+    return value;
+  }
+
+  // The copy engine's box of `sizes` (last axis first), from `from` on: zeros outside the tensor.
+  void copy_box(uint32_t to, const T* tensor, const std::vector<int64_t>& sizes,
+                const std::vector<int64_t>& from, const std::vector<int>& box) {
+    int64_t count = 1;
+    for (const int extent : box) count *= extent;
+    for (int64_t i = 0; i < count; ++i) {
+      int64_t offset = 0, stride = 1, rest = i;
+      bool inside = true;
+      for (size_t axis = 0; axis < sizes.size(); ++axis) {
+        const int64_t index = from[axis] + rest % box[axis];
+        rest /= box[axis];
+        inside = inside && index >= 0 && index < sizes[axis];
+        offset += index * stride;
+        stride *= sizes[axis];
+      }
+      const T value = inside ? tensor[offset] : T{};
+      const uint32_t address = hopper::swizzled(to + uint32_t(i) * sizeof(T));
+      memcpy(bytes.data() + (address - kShared), &value, sizeof(T));
+    }
+  }
+};
+
+inline float as_tf32(float value) {
+  const uint32_t bits = uint32_t(bits_of<int32_t>(value));
+  const uint32_t rounded = (bits + 0xFFFu + ((bits >> 13) & 1u)) & ~0x1FFFu;
+  return (bits & 0x7F800000u) == 0x7F800000u ? value : bits_of<float>(int32_t(rounded));
+}
+
+inline float multiplied(float value) { return as_tf32(value); }
+inline float multiplied(Half value) { return widen(value); }
+inline float multiplied(BFloat16 value) { return widen(value); }
+
+// One warpgroup's product of a stage, added to sums[row][column].
+template <class T, bool kAcross>
+void multiply(const Stage<T>& stage, uint64_t a, uint64_t b, int columns, float* sums) {
+  constexpr int kSize = int(sizeof(T)), kDepth = 32 / kSize;
+  const auto values = [&stage](const Operand& operand, int rows) {
+    std::vector<float> found(size_t(rows) * kDepth);
+    for (int i = 0; i < rows * kDepth; ++i) {
+      const int row = i / kDepth, k = i % kDepth;
+      found[i] = multiplied(
+          stage.at(kAcross ? operand.across(row, k, kSize) : operand.along(row, k, kSize)));
+    }
+    return found;
+  };
+  const std::vector<float> left = values(Operand(a), kGroupPixels);
+  const std::vector<float> right = values(Operand(b), columns);
+  for (int row = 0; row < kGroupPixels; ++row) {
+    for (int column = 0; column < columns; ++column) {
+      float sum = sums[row * columns + column];
+      for (int k = 0; k < kDepth; ++k) sum += left[row * kDepth + k] * right[column * kDepth + k];
+      sums[row * columns + column] = sum;
+    }
+  }
+}
+
+// Which thread and register of a warpgroup holds a sum: PTX's figure of wgmma's accumulator.
+template <int kChannels>
+void to_registers(const float* sums, float (*registers)[kChannels / 2]) {
+  for (int row = 0; row < kGroupPixels; ++row) {
+    for (int column = 0; column < kChannels; ++column) {
+      const int thread = row / 16 * 32 + row % 8 * 4 + column % 8 / 2;
+      const int at = column / 8 * 4 + row % 16 / 8 * 2 + column % 2;
+      registers[thread][at] = sums[row * kChannels + column];
+    }
+  }
+}
+
+}  // namespace segkernels::dilated::model
