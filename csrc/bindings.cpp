@@ -682,6 +682,7 @@ void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
   a.sizes("out_size", c.out);
   c.out_channels = a.number("out_channels");
   c.output = a.address("output");
+  c.out_pitch = a.number("out_pitch");
   c.residual = a.address("residual");
   c.scale = a.address<float>("scale");
   c.shift = a.address<float>("shift");

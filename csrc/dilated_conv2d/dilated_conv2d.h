@@ -33,7 +33,8 @@ struct ConvCall {
   int64_t batch, in[2], channels;
   int64_t out[2], out_channels;  // of all branches together
   void* output;
-  const void* residual;  // like output, or null
+  int64_t out_pitch;     // channels from a pixel of the output to the next
+  const void* residual;  // [batch][out[0]][out[1]][out_channels] or null
   const float* scale;    // [out_channels] or null: 1
   const float* shift;    // [out_channels] or null: 0
   bool relu;
@@ -173,9 +174,8 @@ SK_HD void finish(const ConvCall& c, const ConvBranch& branch, int64_t channel,
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
     if (pixels[row] < 0) continue;
-    const int64_t start = pixels[row] * c.out_channels + first;
     if (c.residual != nullptr) {
-      const T* residual = static_cast<const T*>(c.residual) + start;
+      const T* residual = static_cast<const T*>(c.residual) + pixels[row] * c.out_channels + first;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
         const int at = kPairStride * j;
@@ -192,7 +192,7 @@ SK_HD void finish(const ConvCall& c, const ConvBranch& branch, int64_t channel,
         sum = sum < 0 ? 0.0f : sum;  // NaN stays
       }
     }
-    T* output = static_cast<T*>(c.output) + start;
+    T* output = static_cast<T*>(c.output) + pixels[row] * c.out_pitch + first;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const int at = kPairStride * j;

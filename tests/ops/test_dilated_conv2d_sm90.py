@@ -221,6 +221,35 @@ def test_branches_are_concatenated(out_channels: tuple[int, ...]) -> None:
     assert error(y, expected) <= BOUND[torch.float16]
 
 
+@pytest.mark.parametrize("first", [0, 8, 3])
+def test_branches_go_into_channels_of_a_larger_tensor(first: int) -> None:
+    geometries = [same((9, 7), 1, 1), same((9, 7), 3, 4)]
+    x, w = operands(2, 64, 24, geometries[0], torch.float16)
+    weights = [w, operands(2, 64, 24, geometries[1], torch.float16)[1]]
+    residual = torch.randn(2, 48, 9, 7).half()
+    larger = torch.full((2, 64, 9, 7), 7.0).half().to(memory_format=torch.channels_last)
+    into = larger[:, first : first + 48]
+    out = sm90.forward_branches(x, weights, geometries, residual=residual, into=into)
+    assert out is into
+    assert torch.equal(out, sm90.forward_branches(x, weights, geometries, residual=residual))
+    assert bool((larger[:, :first] == 7).all())
+    assert bool((larger[:, first + 48 :] == 7).all())
+
+
+def test_into_must_fit() -> None:
+    g = same((9, 7), 3, 4)
+    x, w = operands(2, 64, 24, g, torch.float16)
+    wide = torch.zeros(2, 24, 9, 14).half().to(memory_format=torch.channels_last)
+    for into in (
+        torch.zeros(2, 24, 9, 7).half(),  # not channels_last
+        wide[..., :7],  # rows apart
+        torch.zeros(2, 25, 9, 7).half(),
+        torch.zeros(2, 24, 9, 7).to(memory_format=torch.channels_last),
+    ):
+        with pytest.raises(ValueError, match=r"into must be channels_last.* \[2, 24, 9, 7\]"):
+            sm90.forward_branches(x, [w], [g], into=into)
+
+
 def test_layouts_and_strided_views() -> None:
     g = same((9, 9), 3, 2)
     x, w = operands(2, 72, 24, g, torch.float16)

@@ -115,11 +115,13 @@ def forward_branches(
     shift: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     activation: str | None = None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`forward` of several convolutions of `x` in one launch, concatenated in the channels.
 
     The geometries differ in kernel, dilation and padding alone. `scale`, `shift` and `residual`
-    have the channels of the concatenation.
+    have the channels of the concatenation. `into` is written and returned, where given: a
+    channels_last tensor, or some channels of one.
     """
     sizes = {(g.height, g.width, g.out_height, g.out_width) for g in geometries}
     if len(sizes) != 1 or not 1 <= len(weights) == len(geometries) <= _MAX_BRANCHES:
@@ -128,19 +130,18 @@ def forward_branches(
             f"planes, got {len(weights)} and {len(geometries)} of {len(sizes)} sizes"
         )
     out_channels = sum(w.size(0) for w in weights)
-    out = torch.empty(
-        (x.size(0), out_channels, geometries[0].out_height, geometries[0].out_width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    g = geometries[0]
+    size = (x.size(0), out_channels, g.out_height, g.out_width)
+    if into is None:
+        out, pitch = _empty(size, x), out_channels
+    else:
+        out, pitch = into, _pitch(into, size, x)
     if out.numel() == 0:
         return out
     aligned = 16 // x.element_size()
     x, weights = _rows(x, aligned), [_rows(w, aligned) for w in weights]
     residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     scale, shift = _vector(scale), _vector(shift)
-    g = geometries[0]
     shape = (
         x.size(0),
         (g.height, g.width),
@@ -173,8 +174,9 @@ def forward_branches(
         "in_size": (g.height, g.width),
         "out_size": (g.out_height, g.out_width),
         "out_channels": out_channels,
+        "out_pitch": pitch,
         "relu": activation == "relu",
-        "pairs": not any(w.size(0) % 2 for w in weights)
+        "pairs": not any(count % 2 for count in (pitch, *(w.size(0) for w in weights)))
         and not any(address % 8 for address in addresses.values()),
         "table": table.words.data_ptr(),
         "workspace": workspace.data_ptr(),
@@ -206,12 +208,7 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> 
     """
     out_channels, channels, g = grad.size(1), x.size(1), geometry
     grad, x = _rows(grad, 8), _rows(x, 8)
-    out = torch.empty(
-        (grad.size(1), x.size(1), *g.kernel),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
+    out = _empty((grad.size(1), x.size(1), *g.kernel), x)
     if x.size(0) == 0:
         return out.zero_()[:out_channels, :channels]
     sizes = ((g.height, g.width), (g.out_height, g.out_width))
@@ -240,6 +237,28 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> 
         return out
     narrow = out[:out_channels, :channels]
     return narrow.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(size: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    layout = torch.channels_last
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
+def _pitch(into: torch.Tensor, size: tuple[int, ...], like: torch.Tensor) -> int:
+    """Elements from a pixel of `into` to the next."""
+    _, channels, height, width = size
+    right = (into.shape, into.dtype, into.device) == (size, like.dtype, like.device)
+    # Only strides of axes with more than one index say anything.
+    steps = {0: height * width, 2: width, 3: 1}
+    told = [into.stride(i) / step for i, step in steps.items() if right and size[i] > 1]
+    pitch = told[0] if told else channels
+    if not right or any(t != pitch for t in told) or (channels > 1 and into.stride(1) != 1):
+        raise ValueError(
+            f"forward_branches: into must be channels_last, or channels of such a tensor, of shape "
+            f"{list(size)}, {like.dtype}, on {like.device}; got {list(into.shape)} with strides "
+            f"{list(into.stride())}, {into.dtype}, on {into.device}"
+        )
+    return int(pitch)
 
 
 def _rows(t: torch.Tensor, aligned: int) -> torch.Tensor:
