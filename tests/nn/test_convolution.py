@@ -15,7 +15,12 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations, prune
 
 import segkernels
-from segkernels.nn import folding
+from segkernels.nn import convolution, folding
+
+
+@pytest.fixture(autouse=True)
+def _fold_small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "_FOLDED_FROM", -(10**9))
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> Any:
@@ -86,6 +91,16 @@ def test_evaluation_equals_the_modules_one_after_the_other(
                     out = layer(x, residual)
                 torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
         assert all(torch.equal(layer.state_dict()[k], v) for k, v in before.items())
+
+
+@variants
+def test_layers_too_small_to_fold(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
+        layer, x = built(variant, dtype).eval(), image(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), plain(x, layer), rtol=tolerance, atol=tolerance)
+        assert layer.bn is None or layer.bn not in folding._kept
 
 
 @pytest.mark.parametrize(
@@ -356,6 +371,12 @@ def test_dilated_conv2d_module_is_torchs(padding_mode: Any) -> None:
         (
             lambda: segkernels.ConvBNAct(4, 6).eval()(image(torch.float32), torch.ones(6, 1, 1)),
             r"residual must have shape \[2, 6, 7, 9\], got \[6, 1, 1\]",
+        ),
+        (
+            lambda: segkernels.ConvBNAct(4, 6).train()(
+                image(torch.float32), torch.ones(2, 6, 7, 9).half()
+            ),
+            "residual must be torch.float32, got torch.float16",
         ),
         (
             lambda: segkernels.fold_batch_norm(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(2)),
