@@ -14,13 +14,15 @@ from torch import nn
 
 from segkernels import _native
 from segkernels.ops._op import laid_out_like, through_dispatcher
-from segkernels.ops.dense_crf import MAX_TERMS, mean_field
+from segkernels.ops.dense_crf import MAX_TERMS, exact, mean_field
 from segkernels.ops.dense_crf.config import Config
 from segkernels.ops.permutohedral import check_bound
 from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS, Normalization
 
 Array = npt.NDArray[Any]
 Numbers = float | Sequence[float] | torch.Tensor
+Method = Literal["lattice", "exact"]
+METHODS = ("lattice", "exact")
 Compat = float | Sequence[float] | Sequence[Sequence[float]] | Array | torch.Tensor
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Scores = TypeVar("_Scores", torch.Tensor, Array)
@@ -60,13 +62,14 @@ def dense_crf(
     normalization: Normalization = "symmetric",
     pairwise: Sequence[PairwiseTerm] = (),
     log: bool = False,
+    method: Method = "lattice",
     max_vertices: int | None = None,
 ) -> _Scores:
     """Refine per-pixel class probabilities with a fully connected CRF on the image.
 
     Mean-field inference with a spatial Gaussian term (points that are near) and a bilateral one
-    (near, and alike in colour), both filtered on the permutohedral lattice. With the same
-    parameters the result is pydensecrf's.
+    (near, and alike in colour), both filtered on the permutohedral lattice: with the same
+    parameters the result is pydensecrf's. Or exactly, with `method="exact"`.
 
     Args:
         img: the image. A torch tensor with channels first, `(B, n, H, W)`, `(n, H, W)` or
@@ -91,22 +94,29 @@ def dense_crf(
             "none" K, with D = diag(K 1).
         pairwise: further terms.
         log: return log-probabilities (for a loss such as NLL).
+        method: how the filters are computed. "lattice": approximately, in time linear in the
+            pixels. "exact": by `gaussian_filter`, in time quadratic in them (the Gaussian term
+            along one axis after the other, in linear time). An image of more than 131,072 pixels on
+            the CPU, or 1,048,576 on CUDA, is refused unless SEGKERNELS_EXACT_POINTS in the
+            environment is a larger number.
         max_vertices: an upper bound for the lattice vertices of a term, the whole batch together.
             With it, or while a CUDA graph is captured (the worst case is then allowed for), nothing
-            synchronises with a CUDA device; without it one read does. Not used under torch.compile.
+            synchronises with a CUDA device; without it one read does. Not used under torch.compile,
+            nor with `method="exact"`, which never synchronises.
 
     Returns:
         Probabilities (or their logs) of the type, shape, dtype, device and layout of what was given
         as `probs`, `logits` or `unary`. One class gives ones. Gradients reach these three, `img`,
-        the sigmas and the compatibilities where they are tensors that require them (the lattice's
-        topology held fixed, as everywhere in this method).
+        the sigmas and the compatibilities where they are tensors that require them (those of image
+        and sigmas with the lattice's topology held fixed; with `method="exact"` they are exact).
 
         float64 scores are computed in float64, all others in float32.
 
     Raises:
         ValueError: shapes or devices that disagree, empty inputs, sigmas that are not positive; on
             the CPU also values at fault: NaN or infinities, probabilities outside [0, 1], a sigma
-            so small that lattice coordinates leave the exact integers of the dtype. On CUDA
+            so small that lattice coordinates leave the exact integers of the dtype; with
+            `method="exact"` too many pixels, with the time and memory they would take. On CUDA
             `segkernels.check` tells of these; the pixels in question then give NaN and take no
             part.
         TypeError: an unsupported type or dtype.
@@ -123,6 +133,7 @@ def dense_crf(
     (kind,) = kinds
     iterations = _iterations(iterations, "dense_crf")
     _check_normalization(normalization)
+    _check_method(method, "dense_crf")
     scores = _scores(given[kind], kind)
     batched, channels, spatial = scores.shape[0], scores.shape[1], scores.shape[2:]
     dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
@@ -153,6 +164,11 @@ def dense_crf(
             )
     check_bound(max_vertices, "dense_crf")
 
+    if method == "exact":
+        spatial_sigma = sxy_gaussian if compat_gaussian is not None else None
+        out = _exact(scores, terms, spatial_sigma, kind, iterations, log)
+        exactly: _Scores = _as_given(out, given[kind])
+        return exactly
     config = Config(
         kind=kind,
         normalization=tuple(n for _, _, n in terms),
@@ -169,6 +185,49 @@ def dense_crf(
     )
     refined: _Scores = _as_given(out.view(scores.shape), given[kind])
     return refined
+
+
+def _exact(
+    scores: torch.Tensor,
+    terms: Sequence[tuple[torch.Tensor, torch.Tensor, Normalization]],
+    spatial_sigma: Numbers | None,
+    kind: str,
+    iterations: int,
+    log: bool,
+) -> torch.Tensor:
+    """Mean field with exact filters; the first term is the spatial one if it has a sigma."""
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    spatial = scores.shape[2:]
+    filters: list[exact.PointFilter | exact.SpatialFilter] = []
+    if spatial_sigma is not None:
+        count = len(spatial)
+        sigmas = _sigmas(spatial_sigma, count, "sxy_gaussian", dtype, scores.device)
+        known = None
+        if not isinstance(spatial_sigma, torch.Tensor):
+            known = _numbers(spatial_sigma)
+        elif sigmas.device.type == "cpu" and not through_dispatcher(sigmas):
+            known = sigmas.tolist()
+        if known is not None and len(known) == 1:
+            known = known * count
+        filters.append(exact.SpatialFilter(spatial, sigmas, known))
+    rest = [features for features, _, _ in terms[len(filters) :]]
+    exact.check_size(scores, [features.shape[1] for features in rest], iterations)
+    filters += [exact.PointFilter(features.contiguous()) for features in rest]
+    out = exact.mean_field(
+        scores.flatten(2).to(dtype),
+        filters,
+        [compat for _, compat, _ in terms],
+        [normalization for _, _, normalization in terms],
+        kind,
+        iterations,
+        log,
+    )
+    return out.view(scores.shape)
+
+
+def _check_method(method: str, what: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"{what}: method must be one of {', '.join(METHODS)}, got {method!r}")
 
 
 def _scores(given: Any, kind: str) -> torch.Tensor:
@@ -404,7 +463,7 @@ class DenseCRF(nn.Module):
 
     Args:
         num_classes: C.
-        iterations, normalization: as in `dense_crf`.
+        iterations, normalization, method: as in `dense_crf`.
         sxy_gaussian, sxy_bilateral, srgb: as in `dense_crf`; the start, where they are learned.
         compat_gaussian, compat_bilateral: as in `dense_crf`: a number starts a learned Potts
             weight, a vector a learned diagonal, a matrix a learned matrix. None leaves the term
@@ -430,6 +489,7 @@ class DenseCRF(nn.Module):
         srgb: float | Sequence[float] = 13,
         compat_bilateral: Compat | None = 10,
         normalization: Normalization = "symmetric",
+        method: Method = "lattice",
         learn_compat: bool = True,
         learn_sigmas: bool = False,
     ) -> None:
@@ -440,6 +500,8 @@ class DenseCRF(nn.Module):
         self.num_classes = num_classes
         self.iterations = _iterations(iterations, "DenseCRF")
         self.normalization: Normalization = normalization
+        _check_method(method, "DenseCRF")
+        self.method: Method = method
         for name, compat in (
             ("compat_gaussian", compat_gaussian),
             ("compat_bilateral", compat_bilateral),
@@ -505,6 +567,7 @@ class DenseCRF(nn.Module):
             normalization=self.normalization,
             pairwise=pairwise,
             log=log,
+            method=self.method,
             max_vertices=max_vertices,
         )
 
@@ -512,5 +575,5 @@ class DenseCRF(nn.Module):
         """The number of classes and what is not in the state."""
         return (
             f"{self.num_classes}, iterations={self.iterations}, "
-            f"normalization={self.normalization!r}"
+            f"normalization={self.normalization!r}, method={self.method!r}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ class Options:
     srgb: Sigma = 13.0
     compat_bilateral: float = 10.0
     normalization: Normalization = "symmetric"
+    method: Literal["lattice", "exact"] = "lattice"
     gt_prob: float = 0.7
     meaning: Meaning = field(default_factory=Meaning)
 
@@ -121,6 +122,7 @@ def _crf(
             srgb=options.srgb,
             compat_bilateral=options.compat_bilateral,
             normalization=options.normalization,
+            method=options.method,
         )
         if device.type == "cuda":
             _status.check(device)

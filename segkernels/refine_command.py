@@ -51,6 +51,13 @@ class Normalization(str, Enum):
     none = "none"
 
 
+class Method(str, Enum):
+    """How the kernels are filtered."""
+
+    lattice = "lattice"
+    exact = "exact"
+
+
 _error = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -195,6 +202,13 @@ def refine(
         Normalization,
         typer.Option(help="Normalisation of both kernels.", rich_help_panel=_CRF_PANEL),
     ] = Normalization.symmetric,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="exact: not approximated on a lattice, in time quadratic in the pixels.",
+            rich_help_panel=_CRF_PANEL,
+        ),
+    ] = Method.lattice,
 ) -> None:
     """Refine rough labels of a photograph with a dense CRF.
 
@@ -208,6 +222,7 @@ def refine(
         srgb=_sigma(srgb, "--srgb"),
         compat_bilateral=_weight(compat_bilateral, "--compat-bilateral"),
         normalization=normalization.value,
+        method=method.value,
         gt_prob=_probability(gt_prob, "--gt-prob"),
         meaning=Meaning(tuple(unknown or ("auto",)), num_classes, alone=not labels.is_dir()),
     )
