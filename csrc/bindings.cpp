@@ -17,6 +17,7 @@
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
 #include "dilated_conv2d/weight_gradient.h"
+#include "gaussian_filter/gaussian_filter.h"
 #include "interpolate/interpolate.h"
 #include "max_pool2d/max_pool2d.h"
 #include "max_unpool2d/max_unpool2d.h"
@@ -75,6 +76,21 @@ void run_mean_field(const WhereTuple& w, const MeanField& m, bool is_double) {
 #else
   without_cuda();
 #endif
+}
+
+// (features, low, high, points) of the queries and of the keys; `a` is 0 for the filter itself.
+using PointsTuple = std::tuple<Pointer, Pointer, Pointer, int64_t>;
+
+segkernels::GaussianPoints points_of(const PointsTuple& p) {
+  return {as(std::get<0>(p)), as(std::get<1>(p)), as(std::get<2>(p)), std::get<3>(p)};
+}
+
+void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const PointsTuple& keys,
+                         int64_t batch, int dims, int channels, double reach, Pointer a, Pointer b,
+                         Pointer out, bool is_double) {
+  const segkernels::GaussianFilter f{
+      points_of(queries), points_of(keys), batch, dims, channels, reach, as(a), as(b), as(out)};
+  segkernels::gaussian_filter_cpu(where_of(w), f, is_double);
 }
 
 int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs) {
@@ -251,6 +267,7 @@ void bind_dense_crf(py::module_& m) {
   pointer(field, "status", &MeanField::status);
 
   m.def("mean_field", &run_mean_field, py::call_guard<py::gil_scoped_release>());
+  m.def("gaussian_filter", &run_gaussian_filter, py::call_guard<py::gil_scoped_release>());
 }
 
 std::vector<std::string> words(const std::string& text) {

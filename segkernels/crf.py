@@ -573,7 +573,8 @@ class DenseCRF(nn.Module):
 
     def extra_repr(self) -> str:
         """The number of classes and what is not in the state."""
+        method = "" if self.method == "lattice" else f", method={self.method!r}"
         return (
             f"{self.num_classes}, iterations={self.iterations}, "
-            f"normalization={self.normalization!r}, method={self.method!r}"
+            f"normalization={self.normalization!r}{method}"
         )

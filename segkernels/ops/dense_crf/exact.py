@@ -25,7 +25,7 @@ _BLOCK = 64  # outputs along an axis that share a product
 # Points above which a term over features is refused, and pairs of points a second that the message
 # reckons with: measured for a CPU of two cores; for CUDA an H100's, with a kernel like ours.
 LIMITS = {"cpu": 2**17, "cuda": 2**20}
-RATES = {"cpu": 2e8, "cuda": 1.3e12}
+RATES = {"cpu": 2e9, "cuda": 1.3e12}
 LIMIT_VARIABLE = "SEGKERNELS_EXACT_POINTS"
 
 

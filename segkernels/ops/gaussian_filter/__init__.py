@@ -20,7 +20,7 @@ register(
     Op(
         name="gaussian_filter",
         functions=("gaussian_filter",),
-        backends=(("cpu", "torch"), ("cuda", "triton")),
+        backends=(("cpu", "c++ simd"), ("cuda", "triton")),
         dtypes=("float16", "bfloat16", "float32", "float64"),
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,

@@ -1,5 +1,5 @@
-"""The filter in blocks of torch operators that never hold the N x N weights: on the CPU, and in
-float64 on CUDA.
+"""The filter in blocks of torch operators that never hold the N x N weights: float64 on CUDA, and
+what the tests hold the native and the Triton kernels against.
 
 Distances are sums of squared differences: the expansion |x|^2 + |y|^2 - 2 x y loses digits where
 features are large beside their differences.
@@ -27,7 +27,7 @@ def apply(queries: Points, keys: Points, rows: torch.Tensor, reach: float) -> to
         reach: squared distances above this have no weight.
     """
     out = rows.new_zeros(rows.shape[0], queries.features.shape[2], rows.shape[2])
-    for image, at, near in blocks(queries, keys, reach):
+    for image, at, near in _blocks(queries, keys, reach):
         x = queries.features[image, :, at]
         into = out[image, at]
         for part in near.split(KEYS if near.device.type == "cpu" else _LARGE):
@@ -45,7 +45,7 @@ def pull(
     """sum_j k_ij <a_i, b_j> (y_j - x_i) for queries x and keys y: rows (B, P_queries, d)."""
     dims = queries.features.shape[1]
     out = a.new_zeros(a.shape[0], a.shape[1], dims)
-    for image, at, near in blocks(queries, keys, reach):
+    for image, at, near in _blocks(queries, keys, reach):
         x = queries.features[image, :, at]
         for part in near.split(KEYS if near.device.type == "cpu" else _LARGE):
             y = keys.features[image, :, part]
@@ -56,32 +56,33 @@ def pull(
     return out
 
 
-def blocks(
+def _blocks(
     queries: Points, keys: Points, reach: float
 ) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """(image, some neighbouring queries, the positions of the keys that have weight there)."""
     device, count = keys.features.device, queries.features.shape[2]
     skips = device.type == "cpu"  # elsewhere to look at distances would be to wait for them
     size = QUERIES if skips else _LARGE
-    low, high = keys.boxes(TILE)
-    first, last = queries.boxes(size)
     within = torch.arange(TILE, device=device)
     tiles = torch.arange(keys.tiles, device=device).unsqueeze(1)
-    for image in range(low.shape[0]):
-        for block in range(first.shape[2]):
+    for image in range(keys.features.shape[0]):
+        for block, near in enumerate(tiles_within(queries, keys, reach, size, image)):
             if skips:
-                gap = _gap(first[image, :, block], last[image, :, block], low[image], high[image])
-                tiles = (gap <= reach).nonzero()
+                tiles = near.nonzero()
             at = slice(block * size, min((block + 1) * size, count))
             yield image, at, (tiles * TILE + within).view(-1)
 
 
-def _gap(
-    first: torch.Tensor, last: torch.Tensor, low: torch.Tensor, high: torch.Tensor
-) -> torch.Tensor:
-    """Squared distances from one box to others, (d,) and (d, T)."""
-    apart = torch.maximum(low - last.unsqueeze(1), first.unsqueeze(1) - high)
-    return apart.clamp_(min=0).square_().sum(dim=0)
+def tiles_within(
+    queries: Points, keys: Points, reach: float, size: int, image: int
+) -> Iterator[torch.Tensor]:
+    """For every `size` queries of an image: which tiles of keys are within reach, (T,) bool."""
+    low, high = (box[image] for box in keys.boxes(TILE))
+    first, last = (box[image] for box in queries.boxes(size))
+    for block in range(first.shape[1]):
+        at = slice(block, block + 1)
+        gap = torch.maximum(low - last[:, at], first[:, at] - high)
+        yield gap.clamp_(min=0).square_().sum(dim=0) <= reach
 
 
 def _weights(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from segkernels import _status
-from segkernels.ops.gaussian_filter import blocked
-from segkernels.ops.gaussian_filter.points import Points
+from segkernels.ops.gaussian_filter import blocked, native
+from segkernels.ops.gaussian_filter.points import TILE, Points
 
 Precision = Literal["default", "high"]
 PRECISIONS = ("default", "high")
@@ -65,26 +65,36 @@ class Plan:
         other.precision, other.reach = self.precision, self.reach
         return other
 
+    def _native(self) -> bool:
+        return self.keys.features.device.type == "cpu"
+
     def _triton(self) -> bool:
         features = self.keys.features
         return features.device.type == "cuda" and features.dtype == torch.float32
 
-    def share(self) -> float:
-        """The share of pairs of tiles that are not skipped; reads it from the device."""
-        found = [near.numel() for _, _, near in blocked.blocks(self.queries, self.keys, self.reach)]
-        return sum(found) / (len(found) * self.keys.features.shape[2])
+    def share(self, size: int = TILE) -> float:
+        """The share of pairs of `size` queries and `TILE` keys that are not skipped."""
+        found = [
+            near.double().mean()
+            for image in range(self.keys.features.shape[0])
+            for near in blocked.tiles_within(self.queries, self.keys, self.reach, size, image)
+        ]
+        return float(torch.stack(found).mean())
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """K values, (B, C, N) to (B, C, M)."""
         values, bad = _finite(values, self.keys)
         points, rows = (self.queries, self.keys), self.keys.rows(values)
-        if self._triton():
+        if self._native():
+            found = native.apply(*points, rows, self.reach)
+        elif self._triton():
             from segkernels.ops.gaussian_filter import triton_kernels
 
-            rows = triton_kernels.apply(*points, rows, self.reach, self.precision == "high")
+            high = self.precision == "high"
+            found = triton_kernels.apply(*points, rows, self.reach, high).transpose(1, 2)
         else:
-            rows = blocked.apply(*points, rows, self.reach)
-        out = self.queries.unsorted(rows)
+            found = blocked.apply(*points, rows, self.reach).transpose(1, 2)
+        out = self.queries.unsorted(found)
         return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))
 
     def pull(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -93,14 +103,18 @@ class Plan:
         b, bad_b = _finite(b, self.keys)
         bad = bad_a.any(dim=1, keepdim=True) | bad_b.any(dim=1, keepdim=True)
         points = self.queries, self.keys
+        if self._native():
+            pair = self.queries.sorted(a), self.keys.rows(b)
+            out = self.queries.unsorted(native.pull(*points, *pair, self.reach))
+            return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))
         pair = self.queries.rows(a), self.keys.rows(b)
         if self._triton():
             from segkernels.ops.gaussian_filter import triton_kernels
 
-            rows = triton_kernels.pull(*points, *pair, self.reach, self.precision == "high")
+            found = triton_kernels.pull(*points, *pair, self.reach, self.precision == "high")
         else:
-            rows = blocked.pull(*points, *pair, self.reach)
-        out = self.queries.unsorted(rows)
+            found = blocked.pull(*points, *pair, self.reach)
+        out = self.queries.unsorted(found.transpose(1, 2))
         return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))
 
 

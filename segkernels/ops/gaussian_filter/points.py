@@ -44,16 +44,17 @@ class Points:
         parts = whole.view(batch, dims, -1, size)
         return parts.amin(dim=3), parts.amax(dim=3)
 
+    def sorted(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, C, N) values in order, 0 at the end: (B, C, P)."""
+        return _padded(values.gather(2, self.order.unsqueeze(1).expand_as(values)), 0)
+
     def rows(self, values: torch.Tensor) -> torch.Tensor:
         """(B, C, N) values as rows (B, P, C) in order, 0 at the end."""
-        index = self.order.unsqueeze(2).expand(-1, -1, values.shape[1])
-        rows = values.transpose(1, 2).gather(1, index)
-        return _padded(rows.transpose(1, 2), 0).transpose(1, 2).contiguous()
+        return self.sorted(values).transpose(1, 2).contiguous()
 
-    def unsorted(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (B, P, C) as (B, C, N) values in the points' own order."""
-        index = self.place.unsqueeze(2).expand(-1, -1, rows.shape[2])
-        return rows.gather(1, index).transpose(1, 2).contiguous()
+    def unsorted(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, C, P) values in order as (B, C, N) values in the points' own order."""
+        return values.gather(2, self.place.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 def _padded(x: torch.Tensor, end: torch.Tensor | float, size: int = TILE) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""The filter on the CPU, by the native kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from segkernels import _native
+from segkernels.ops.gaussian_filter.points import TILE, Points
+
+
+def apply(queries: Points, keys: Points, rows: torch.Tensor, reach: float) -> torch.Tensor:
+    """K rows: (B, P_keys, C) to (B, C, P_queries)."""
+    out = rows.new_empty(rows.shape[0], rows.shape[2], queries.features.shape[2])
+    return _run(queries, keys, None, rows, reach, out)
+
+
+def pull(
+    queries: Points, keys: Points, a: torch.Tensor, b: torch.Tensor, reach: float
+) -> torch.Tensor:
+    """sum_j k_ij <a_i, b_j> (y_j - x_i) of a (B, C, P_queries) and rows b: (B, d, P_queries)."""
+    return _run(queries, keys, a.contiguous(), b, reach, torch.empty_like(queries.features))
+
+
+def _run(
+    queries: Points,
+    keys: Points,
+    a: torch.Tensor | None,
+    b: torch.Tensor,
+    reach: float,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    boxes = queries.boxes(TILE), keys.boxes(TILE)
+    sides = [
+        (p.features.data_ptr(), low.data_ptr(), high.data_ptr(), p.features.shape[2])
+        for p, (low, high) in zip((queries, keys), boxes, strict=True)
+    ]
+    _native.C().gaussian_filter(
+        _native.where(b),
+        *sides,
+        b.shape[0],
+        queries.features.shape[1],
+        b.shape[2],
+        reach,
+        0 if a is None else a.data_ptr(),
+        b.data_ptr(),
+        out.data_ptr(),
+        b.dtype == torch.float64,
+    )
+    return out
