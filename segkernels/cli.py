@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -45,6 +46,20 @@ def info(
         typer.echo(json.dumps(collected, indent=2))
     else:
         info_module.render(collected, Console(highlight=False))
+
+
+@app.command()
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """The reference models: papers, parameters, operations at 513 x 513, operators."""
+    from segkernels.models import _summary  # they take a moment to import
+
+    rows = _summary.rows()
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        _summary.render(rows, Console(highlight=False))
 
 
 app.command()(refine)

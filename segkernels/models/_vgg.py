@@ -1,0 +1,156 @@
+"""VGG16's convolutions, and what torchvision's weights become in them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from segkernels.models._blocks import Backend, load_parts, op_backend, scaled
+from segkernels.nn import ConvBNAct
+
+STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
+
+
+class VGG16(nn.Sequential):
+    """The five stages of configuration D, without the poolings after them: iterate over it.
+
+    Args:
+        in_channels: of the images.
+        width: times the paper's channels.
+        norm: BatchNorm after each convolution.
+        dilation: of each stage's convolutions.
+        padding: "same", or "valid" for none.
+        first_padding: of the first convolution, where it differs (FCN: 100).
+        backend: of the convolutions.
+
+    Source: Simonyan and Zisserman: Very Deep Convolutional Networks, ICLR 2015, table 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        width: float = 1.0,
+        norm: bool = False,
+        dilation: Sequence[int] = (1, 1, 1, 1, 1),
+        padding: Literal["same", "valid"] = "same",
+        first_padding: int | None = None,
+        backend: Backend,
+    ) -> None:
+        stages: OrderedDict[str, nn.Module] = OrderedDict()
+        self.channels = [scaled(channels, width) for channels, _ in STAGES]
+        before = in_channels
+        for i, (_, depth) in enumerate(STAGES):
+            layers: OrderedDict[str, nn.Module] = OrderedDict()
+            for j in range(depth):
+                pad = 0 if padding == "valid" else dilation[i]
+                if i == j == 0 and first_padding is not None:
+                    pad = first_padding
+                layers[f"conv{i + 1}_{j + 1}"] = ConvBNAct(
+                    before,
+                    self.channels[i],
+                    padding=pad,
+                    dilation=dilation[i],
+                    bias=True,
+                    norm=norm,
+                    backend=op_backend(backend),
+                )
+                before = self.channels[i]
+            stages[f"stage{i + 1}"] = nn.Sequential(layers)
+        super().__init__(stages)
+
+    def from_torchvision(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``features.*`` of torchvision's vgg16 or, with `norm`, vgg16_bn, under the names here.
+
+        What has no place here keeps its name.
+        """
+        layers = [
+            f"{s}.{c}" for s, stage in self.named_children() for c, _ in stage.named_children()
+        ]
+        theirs: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in state_dict.items():
+            if key.startswith("features."):
+                _, number, kind = key.split(".")
+                theirs.setdefault(int(number), {})[kind] = value
+        found: dict[str, torch.Tensor] = {}
+        for part, dim in (("conv", 4), ("bn", 1)):
+            indices = [n for n in sorted(theirs) if theirs[n]["weight"].dim() == dim]
+            for i, index in enumerate(indices):
+                name = f"{layers[i]}.{part}" if i < len(layers) else f"features.{index}"
+                found |= {f"{name}.{kind}": value for kind, value in theirs[index].items()}
+        return found
+
+
+def convolutionalise(
+    state_dict: Mapping[str, torch.Tensor], kernel: int, channels: int
+) -> dict[str, torch.Tensor]:
+    """The first two fully connected layers of torchvision's VGG16 as convolutions fc6 and fc7.
+
+    Kernel 7 and 4096 channels are the layers themselves (FCN, section 3.1). Fewer are subsampled by
+    decimation: rows and columns spread evenly over the 7, and of the 4096 filters as many, evenly
+    (Chen et al. 2015, section 3.1: 4x4 or 3x3, and 1024 channels).
+
+    Args:
+        state_dict: torchvision's, of vgg16 or vgg16_bn.
+        kernel: of fc6: 1 to 7.
+        channels: of fc6 and fc7: a divisor of 4096.
+
+    Returns:
+        fc6.conv.weight [channels, 512, kernel, kernel], fc7.conv.weight [channels, channels, 1, 1],
+        fc6.conv.bias and fc7.conv.bias [channels].
+
+    Raises:
+        ValueError: the state dict has no such layers; channels that do not divide them.
+    """
+    missing = [
+        key
+        for n in (0, 3)
+        for kind in ("weight", "bias")
+        if (key := f"classifier.{n}.{kind}") not in state_dict
+    ]
+    if missing:
+        raise ValueError(f"convolutionalise: the state dict lacks {', '.join(missing)}")
+    first, second = state_dict["classifier.0.weight"], state_dict["classifier.3.weight"]
+    filters = first.size(0)
+    if first.size(1) % 49 or filters % channels:
+        raise ValueError(
+            f"convolutionalise: classifier.0.weight {tuple(first.shape)} must be [filters, "
+            f"channels * 7 * 7] with filters a multiple of {channels}"
+        )
+    every = filters // channels
+    cells = torch.linspace(0, 6, kernel).round().long() if kernel > 1 else torch.tensor([3])
+    fc6 = first.view(filters, -1, 7, 7)[::every][..., cells, :][..., cells]
+    return {
+        "fc6.conv.weight": fc6,
+        "fc6.conv.bias": state_dict["classifier.0.bias"][::every],
+        "fc7.conv.weight": second[::every, ::every, None, None],
+        "fc7.conv.bias": state_dict["classifier.3.bias"][::every],
+    }
+
+
+def load_vgg16(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str, fc: Sequence[str] = ("",)
+) -> None:
+    """Load torchvision's vgg16 or vgg16_bn into ``model.vgg``, ``model.fc6`` and ``model.fc7``.
+
+    Args:
+        model: what to load into.
+        state_dict: torchvision's.
+        what: the model's name, for errors.
+        fc: the modules that have fc6 and fc7: "" is `model` itself; none leaves them out.
+    """
+    vgg = model.vgg
+    assert isinstance(vgg, VGG16)
+    state = {f"vgg.{key}": value for key, value in vgg.from_torchvision(state_dict).items()}
+    parts = ["vgg"]
+    for name in fc:
+        holder, prefix = model.get_submodule(name), f"{name}." if name else ""
+        out, _, kernel, _ = holder.get_parameter("fc6.conv.weight").shape
+        layers = convolutionalise(state_dict, kernel, out)
+        state |= {prefix + key: value for key, value in layers.items()}
+        parts += [f"{prefix}fc6", f"{prefix}fc7"]
+    load_parts(model, state, parts, what)

@@ -1,0 +1,392 @@
+"""Every model: size, gradients, both backends, compilers, layouts, autocast, folders, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.cases import CASES, CLASSES, PARAMETERS, Case, as_if_trained, outputs
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from segkernels import DenseCRF, models
+from segkernels.models import _registry
+
+every = pytest.mark.parametrize("case", CASES, ids=str)
+# For what takes seconds: those whose layers are not all in another one.
+PARTS = ("fcn32s", "fcn16s", "unet-valid", "dilatednet_frontend", "pspnet50")
+once = pytest.mark.parametrize("case", [c for c in CASES if str(c) not in PARTS], ids=str)
+
+
+def spec_of(case: Case) -> _registry.Spec:
+    (spec,) = [spec for spec in _registry.specs() if spec.name == case.name]
+    return spec
+
+
+def target_for(model: models.SegmentationModel, images: torch.Tensor) -> torch.Tensor:
+    size = outputs(model(images))["out"].shape[-2:]
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, CLASSES, (len(images), *size), generator=generator)
+
+
+def gradients(model: models.SegmentationModel, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = dict(model.named_parameters())
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    assert not [key for key, g in zip(named, found, strict=True) if g is None]
+    return dict(zip(named, found, strict=True))
+
+
+def test_the_list_of_models() -> None:
+    assert models.list_models() == [
+        *("fcn32s", "fcn16s", "fcn8s", "fcn_resnet50", "fcn_resnet101", "unet"),
+        *("dilatednet_frontend", "dilatednet", "dilatednet_large", "deeplab_v1"),
+        *("deeplab_v2_vgg16", "deeplab_v2_resnet101", "deconvnet", "segnet", "fc_densenet56"),
+        *("fc_densenet67", "fc_densenet103", "pspnet50", "pspnet101", "deeplab_v3_resnet50"),
+        *("deeplab_v3_resnet101", "deeplab_v3plus_resnet101"),
+    ]
+    assert {name for name, _, _ in PARAMETERS} == set(models.list_models())
+    same = {"fcn_resnet101", "deeplab_v3_resnet101", "fc_densenet67", "fc_densenet103"}
+    assert {case.name for case in CASES} | same == set(models.list_models())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "count"), PARAMETERS, ids=[f"{n}-{c}" for n, _, c in PARAMETERS]
+)
+def test_parameters_are_those_of_the_paper(
+    name: str, arguments: dict[str, Any], count: int
+) -> None:
+    found = []
+    for backend in ("segkernels", "torch"):
+        with torch.device("meta"):
+            model = models.create_model(name, backend=backend, **arguments)
+        assert sum(p.numel() for p in model.parameters()) == count
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        found.append({key: value.shape for key, value in model.state_dict().items()})
+    assert found[0] == found[1]
+    channels, classes = arguments.get("in_channels", 3), arguments.get("num_classes", 21)
+    size = 188 if arguments.get("padding") == "valid" else 224
+    out = model.eval()(torch.empty(1, channels, size, size, device="meta"))
+    assert outputs(out)["out"].shape[:2] == (1, classes)
+    assert set(outputs(out)) == ({"out", "aux"} if "aux_loss" in arguments else {"out"})
+
+
+@every
+def test_output_labels_loss_and_gradients(case: Case) -> None:
+    model, images = as_if_trained(case.build()), case.images()
+    target = target_for(model, images)
+    target[:, :3] = 255
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    loss = model.loss(images, target, weight=weight, ignore_index=255)
+    assert all(g.isfinite().all() for g in gradients(model, loss).values())
+    model.eval()
+    out = outputs(model(images))
+    for scores in out.values():
+        assert scores.shape[:2] == (2, CLASSES)
+        assert case.label == "unet-valid" or scores.shape[2:] == images.shape[2:]
+    expected = sum(
+        (1.0 if key == "out" else model.aux_weight)
+        * F.cross_entropy(scores, target, weight, ignore_index=255, label_smoothing=0.1)
+        for key, scores in out.items()
+    )
+    loss = model.loss(images, target, weight=weight, ignore_index=255, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    labels = model.predict(images)
+    assert labels.dtype == torch.int64
+    assert not labels.requires_grad
+    scores = out["out"]
+    chosen = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
+    assert (scores.amax(1) - chosen).max() <= 1e-5 * scores.abs().max()
+    # In eval mode: what BatchNorm subtracts has no gradient in training.
+    assert [key for key, g in gradients(model, loss).items() if not g.any()] == []
+
+
+@every
+def test_both_backends_are_the_same_model(case: Case) -> None:
+    ours, theirs = as_if_trained(case.build("segkernels")), case.build("torch")
+    theirs.load_state_dict(ours.state_dict())
+    images = case.images()
+    target = target_for(theirs, images)
+    theirs.load_state_dict(ours.state_dict())
+    # Folded BatchNorm and fused steps, in float32.
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        found, expected = outputs(ours(images)), outputs(theirs(images))
+        close(ours.loss(images, target), theirs.loss(images, target), 1e-4)
+    assert found.keys() == expected.keys()
+    for key in found:
+        close(found[key], expected[key], 1e-4)
+    assert (ours.predict(images) == theirs.predict(images)).double().mean() > 0.999
+    # Training, with the same dropout, in float64: gradients of deep nets show every difference.
+    ours.double().train(), theirs.double().train()
+    results = []
+    for model in (ours, theirs):
+        torch.manual_seed(4)
+        found = outputs(model(images.double()))
+        torch.manual_seed(4)
+        grads = gradients(model, model.loss(images.double(), target))
+        results.append(({**found, **dict(model.named_buffers())}, grads))
+    for mine, other in zip(*results, strict=True):
+        assert mine.keys() == other.keys()
+    largest = max(float(g.abs().max()) for g in results[1][1].values())
+    for key, value in results[1][0].items():
+        close(results[0][0][key], value, 1e-7)
+    for key, grad in results[1][1].items():
+        close(results[0][1][key], grad, 1e-7, at_least=1e-6 * largest)
+
+
+def close(
+    found: torch.Tensor, expected: torch.Tensor, share: float, at_least: float = 1e-30
+) -> None:
+    """To `share` of the largest value, or of `at_least`."""
+    scale = max(float(expected.detach().abs().max()), at_least)
+    torch.testing.assert_close(found, expected, rtol=0, atol=share * scale)
+
+
+@every
+def test_one_image_trains_or_is_refused(case: Case) -> None:
+    model = case.build()
+    if case.one_image:
+        model.loss(case.images(1), target_for(model, case.images(1))).backward()
+    else:
+        with pytest.raises(ValueError, match="training needs two images or more, got 1"):
+            model(case.images(1))
+    assert outputs(model.eval()(case.images(1)))["out"].shape[:2] == (1, CLASSES)
+
+
+@every
+def test_layouts_and_autocast(case: Case) -> None:
+    model, images = as_if_trained(case.build()).eval(), case.images()
+    with torch.no_grad():
+        expected = outputs(model(images))["out"]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half = outputs(model(images))["out"]
+        model = model.to(memory_format=torch.channels_last)
+        last = outputs(model(images.contiguous(memory_format=torch.channels_last)))["out"]
+    close(last, expected, 1e-4)
+    # Unpooling puts a value elsewhere where rounding makes another one the maximum.
+    switches = "max_unpool2d" in spec_of(case).ops
+    assert (half.float() - expected).norm() < (0.35 if switches else 0.1) * expected.norm()
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.loss(images, target_for(model, images))
+    assert loss.dtype == torch.float32
+    assert all(g.isfinite().all() for g in gradients(model, loss).values())
+
+
+@once
+@pytest.mark.parametrize("backend", ["segkernels", "torch"])
+def test_compiles(case: Case, backend: str) -> None:
+    model, images = as_if_trained(case.build(backend)).eval(), case.images(1)
+    torch.compiler.reset()
+    # In one graph; with ours also through its operators' fake kernels.
+    tracer = "aot_eager" if backend == "segkernels" else "eager"
+    compiled = torch.compile(model, fullgraph=True, backend=tracer)
+    with torch.no_grad():
+        expected, found = outputs(model(images)), outputs(compiled(images))
+    for key in expected:
+        close(found[key], expected[key], 1e-4)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("fcn8s", "unet", "deeplab_v3_resnet50") and not c.label],
+    ids=str,
+)
+def test_compiles_for_training(case: Case) -> None:
+    model, images = as_if_trained(case.build()).train(), case.images()
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    expected = outputs(model(images))
+    grads = gradients(model, squares(expected))
+    largest = max(float(g.abs().max()) for g in grads.values())
+    torch.compiler.reset()
+    found = outputs(torch.compile(model, fullgraph=True, backend="aot_eager")(images))
+    for key in expected:
+        close(found[key], expected[key], 1e-4)
+    for key, grad in gradients(model, squares(found)).items():
+        close(grad, grads[key], 1e-3, at_least=1e-3 * largest)
+
+
+def squares(out: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.stack([scores.square().mean() for scores in out.values()]).sum()
+
+
+@once
+def test_exports(case: Case) -> None:
+    model, images = as_if_trained(case.build()).eval(), case.images()
+    program = torch.export.export(model, (images,))
+    with torch.no_grad():
+        found, expected = outputs(program.module()(images)), outputs(model(images))
+    for key in expected:
+        close(found[key], expected[key], 1e-5)
+
+
+class Seen(TorchDispatchMode):
+    """The names of segkernels' operators that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace == "segkernels":
+            self.ops.add(func._schema.name.split("::")[1].removesuffix("_backward"))
+        return func(*args, **(kwargs or {}))
+
+
+@every
+def test_goes_through_the_operators_that_are_listed(case: Case) -> None:
+    ops = set(spec_of(case).ops)
+    has_crf = "dense_crf" in ops
+    more = {"crf": DenseCRF(CLASSES, iterations=1)} if has_crf else {}
+    model, images = case.build(**more), case.images()
+    target = target_for(model, images)
+    with Seen() as seen:
+        model.loss(images, target)
+        model.eval().predict(images)
+        model(images)
+        if has_crf:
+            model.crf = None
+            model.predict(images)
+    assert seen.ops - {"permutohedral"} == ops
+
+
+@every
+def test_folder_round_trip(case: Case, tmp_path: Path) -> None:
+    model, images = as_if_trained(case.build()).eval(), case.images(1)
+    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["model"] == case.name
+    again = models.from_pretrained(tmp_path / "model")
+    assert again.name == case.name
+    assert not again.training
+    assert type(again) is type(model)
+    assert list(again.state_dict()) == list(model.state_dict())
+    for key, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    with torch.no_grad():
+        close(outputs(again(images))["out"], outputs(model(images))["out"], 1e-5)
+
+
+@every
+def test_refuses_what_does_not_fit(case: Case) -> None:
+    model = case.build().eval()
+    height, width = case.size
+    for shape in [(3, height, width), (1, 4, height, width), (1, 3, 2, height, width)]:
+        with pytest.raises(ValueError, match=rf"{case.name}: input must be \[N, 3, H, W\], got"):
+            model(torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"input must hold floats, got torch\.uint8"):
+        model(torch.zeros(1, 3, height, width, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="target must be"):
+        model.loss(torch.zeros(1, 3, height, width), torch.zeros(1, 7, 7, dtype=torch.int64))
+    if case.too_small is None:
+        assert outputs(model(torch.zeros(1, 3, 1, 2)))["out"].shape == (1, CLASSES, 1, 2)
+        return
+    for call in (model, model.predict):
+        with pytest.raises(ValueError, match=rf"{case.name}: height and width must be at least"):
+            call(torch.zeros(1, 3, *case.too_small))
+
+
+def test_sizes_that_do_not_fit_name_the_nearest() -> None:
+    same, valid = (models.unet(width=1 / 64, padding=p) for p in ("same", "valid"))
+    with pytest.raises(
+        ValueError,
+        match=r"at least 16 and a multiple of 16 more, got width 100 \(nearest: 96 or 112\)",
+    ):
+        same(torch.zeros(1, 3, 32, 100))
+    with pytest.raises(ValueError, match=r"15 \(nearest: 16\), width 17 \(nearest: 16 or 32"):
+        same(torch.zeros(1, 3, 15, 17))
+    with pytest.raises(ValueError, match=r"height 570 \(nearest: 556 or 572\)"):
+        valid(torch.zeros(1, 3, 570, 188))
+    with pytest.raises(ValueError, match=r"height 223 \(nearest: 224\)"):
+        models.deconvnet(width=1 / 64)(torch.zeros(1, 3, 223, 300))
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(ValueError, match="'deeplabv3_resnet50'; did you mean deeplab_v3_resnet50"):
+        models.create_model("deeplabv3_resnet50")
+    with pytest.raises(ValueError, match="did you mean segnet"):
+        models.create_model("SegNet")
+    with pytest.raises(ValueError, match="known: fcn32s, fcn16s"):
+        models.create_model("x")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("fcn8s", {"num_classes": 0}, "num_classes must be a positive int, got 0"),
+        ("fcn8s", {"in_channels": 1.5}, "in_channels must be a positive int, got 1.5"),
+        ("unet", {"backend": "cuda"}, "backend must be one of"),
+        ("unet", {"padding": "full"}, 'padding must be "same" or "valid"'),
+        ("dilatednet", {"padding": "same"}, 'padding must be "reflect" or "zeros"'),
+        ("deeplab_v1", {"field": "5x5"}, "field must be one of large_fov, 4x4, 7x7"),
+        ("deeplab_v1", {"crf": DenseCRF(3)}, "crf must be a DenseCRF of 21 classes, got 3 classes"),
+        ("deeplab_v2_resnet101", {"crf": 1}, "crf must be a DenseCRF of 21 classes, got int"),
+        ("deeplab_v3_resnet50", {"output_stride": 4}, "output_stride must be 8 or 16, got 4"),
+        ("deeplab_v3plus_resnet101", {"output_stride": 4}, "output_stride must be 8 or 16"),
+        ("pspnet50", {"stem": "5x5"}, 'stem must be "7x7" or "deep"'),
+        ("fc_densenet56", {"depths": (4, 4)}, "depths must be 11 positive ints"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else str(value)[:20],
+)
+def test_bad_arguments(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        models.create_model(name, **arguments)
+
+
+def test_folders_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json; it must be"):
+        models.from_pretrained(tmp_path)
+    model = models.segnet(3, width=1 / 64)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch for decoder\.4\.1\.weight"):
+        models.from_pretrained(tmp_path, num_classes=5)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="must hold a model and its arguments"):
+        models.from_pretrained(tmp_path)
+
+
+def test_folders_need_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.segnet(3, width=1 / 64)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'segkernels\[models\]'"):
+        models.from_pretrained(tmp_path)
+    with pytest.raises(ImportError, match=r"pip install 'segkernels\[models\]'"):
+        model.save_pretrained(tmp_path)
+
+
+def test_folders_keep_the_crf(tmp_path: Path) -> None:
+    crf = DenseCRF(
+        3,
+        iterations=2,
+        compat_gaussian=None,
+        compat_bilateral=torch.tensor([-1.0, -2.0, -3.0]),
+        srgb=(9, 8, 7),
+        learn_sigmas=True,
+        normalization="after",
+    )
+    model = models.deeplab_v1(3, width=1 / 32, crf=crf, train_crf=True).eval()
+    model.save_pretrained(tmp_path)
+    again = models.from_pretrained(tmp_path)
+    image = torch.rand(1, 3, 17, 25) * 255
+    with torch.no_grad():
+        assert torch.equal(again(image), model(image))
+    assert repr(again) == repr(model)
+    assert isinstance(again.crf, DenseCRF)
+    assert again.crf.compat_gaussian is None
+    assert torch.equal(again.crf.sigma("srgb"), torch.tensor([9.0, 8.0, 7.0]))
+
+
+def test_copies_and_pickles_keep_their_name() -> None:
+    model = copy.deepcopy(models.segnet(3, width=1 / 64))
+    assert model.name == "segnet"
+    assert model.arguments["width"] == 1 / 64
