@@ -326,18 +326,12 @@ segkernels::Resampling resampling_of(const ResamplingArgs& args) {
       args);
 }
 
-int64_t interpolate_workspace(const WhereTuple& where, const ResamplingArgs& r, int type,
-                              bool backward) {
-  return segkernels::interpolate_workspace(where_of(where), resampling_of(r), ScalarType(type),
-                                           backward);
-}
-
 void interpolate(const WhereTuple& args, const ResamplingArgs& r, int type, Pointer from,
-                 Pointer to, Pointer workspace, bool backward) {
+                 Pointer to, bool backward) {
   const Where where = where_of(args);
   if (where.device < 0) {
     const auto run = backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
-    return run(where, resampling_of(r), ScalarType(type), as(from), as(to), as(workspace));
+    return run(where, resampling_of(r), ScalarType(type), as(from), as(to));
   }
 #if defined(SK_WITH_CUDA)
   const auto run = backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
@@ -452,8 +446,6 @@ void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& 
 
 void bind_interpolate(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  m.def("interpolate_workspace", &interpolate_workspace,
-        "Bytes that interpolate needs on the CPU.");
   m.def("interpolate", &interpolate, nogil,
         "Forward, or backward with the gradients in the two places.");
   m.def("interpolate_plain", &interpolate_plain, nogil,
@@ -510,21 +502,19 @@ pooling::Unpool2dApi unpool2d(const WhereTuple& w) {
 #endif
 }
 
-// segkernels.ops._windows.Windows: planes, channels, then pairs: full, pooled, kernel, stride,
-// padding, dilation.
-using WindowsTuple = std::array<int64_t, 14>;
+// Rows, columns.
+using Pair = std::array<int32_t, 2>;
 
-pooling::Windows windows_of(const WindowsTuple& t) {
-  pooling::Windows w{t[0], t[1], {}, {}, {}, {}, {}, {}};
-  for (int axis = 0; axis < 2; ++axis) {
-    w.full[axis] = int32_t(t[2 + axis]);
-    w.pooled[axis] = int32_t(t[4 + axis]);
-    w.kernel[axis] = int32_t(t[6 + axis]);
-    w.stride[axis] = int32_t(t[8 + axis]);
-    w.padding[axis] = int32_t(t[10 + axis]);
-    w.dilation[axis] = int32_t(t[12 + axis]);
-  }
-  return w;
+pooling::Windows make_windows(int64_t planes, int64_t channels, Pair full, Pair pooled, Pair kernel,
+                              Pair stride, Pair padding, Pair dilation) {
+  return {planes,
+          channels,
+          {full[0], full[1]},
+          {pooled[0], pooled[1]},
+          {kernel[0], kernel[1]},
+          {stride[0], stride[1]},
+          {padding[0], padding[1]},
+          {dilation[0], dilation[1]}};
 }
 
 pooling::UnpoolBuffers unpool_buffers(int type, Pointer input, Pointer positions, bool wide,
@@ -538,66 +528,70 @@ pooling::UnpoolBuffers unpool_buffers(int type, Pointer input, Pointer positions
           segkernels::ScalarType(type)};
 }
 
+// The status words if one is set, on the CPU; on CUDA they stay where `status` points.
+std::vector<int32_t> unpool(const WhereTuple& w, const pooling::Windows& windows, int type,
+                            Pointer input, Pointer positions, bool wide, Pointer output,
+                            Pointer winners, Pointer status) {
+  std::array<int32_t, segkernels::kStatusCodes> words{};
+  auto buffers = unpool_buffers(type, input, positions, wide, output, winners, status);
+  if (std::get<0>(w) < 0) buffers.status = words.data();
+  max_unpool2d(w).forward(where_of(w), windows, buffers);
+  bool any = false;
+  for (const int32_t word : words) any |= word != 0;
+  return any ? std::vector<int32_t>(words.begin(), words.end()) : std::vector<int32_t>();
+}
+
 void bind_pooling(py::module_& m) {
+  using pooling::Windows;
   using Release = py::call_guard<py::gil_scoped_release>;
+  py::class_<Windows>(m, "Windows").def(py::init(&make_windows));
   m.def(
       "max_pool2d",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input, Pointer values,
+      [](const WhereTuple& w, const Windows& windows, int type, Pointer input, Pointer values,
          Pointer codes, Pointer indices) {
         max_pool2d(w).forward(
-            where_of(w), windows_of(windows),
+            where_of(w), windows,
             {as(input), as(values), as<uint8_t>(codes), as<int64_t>(indices), ScalarType(type)});
       },
       Release());
   m.def(
       "max_pool2d_backward",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer grad,
-         Pointer positions, bool wide, Pointer grad_input, Pointer sums) {
+      [](const WhereTuple& w, const Windows& windows, int type, Pointer grad, Pointer positions,
+         bool wide, Pointer grad_input, Pointer sums) {
         max_pool2d(w).backward(
-            where_of(w), windows_of(windows),
+            where_of(w), windows,
             {as(grad), as(positions), as(grad_input), as<float>(sums), wide, ScalarType(type)});
       },
       Release());
-  m.def(
-      "max_unpool2d",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input,
-         Pointer positions, bool wide, Pointer output, Pointer winners, Pointer status) {
-        max_unpool2d(w).forward(
-            where_of(w), windows_of(windows),
-            unpool_buffers(type, input, positions, wide, output, winners, status));
-      },
-      Release());
+  m.def("max_unpool2d", &unpool, Release());
   m.def(
       "max_unpool2d_backward",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer grad,
-         Pointer positions, bool wide, Pointer grad_input, Pointer status) {
+      [](const WhereTuple& w, const Windows& windows, int type, Pointer grad, Pointer positions,
+         bool wide, Pointer grad_input, Pointer status) {
         max_unpool2d(w).backward(
-            where_of(w), windows_of(windows),
+            where_of(w), windows,
             unpool_buffers(type, grad, positions, wide, grad_input, 0, status));
       },
       Release());
   m.def(
       "unpool_nearest",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input,
-         Pointer output) {
-        unpool2d(w).nearest(where_of(w), windows_of(windows),
-                            {as(input), as(output), ScalarType(type)});
+      [](const WhereTuple& w, const Windows& windows, int type, Pointer input, Pointer output) {
+        unpool2d(w).nearest(where_of(w), windows, {as(input), as(output), ScalarType(type)});
       },
       Release());
   m.def(
       "unpool_nearest_backward",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer grad,
-         Pointer grad_input) {
-        unpool2d(w).nearest_backward(where_of(w), windows_of(windows),
+      [](const WhereTuple& w, const Windows& windows, int type, Pointer grad, Pointer grad_input) {
+        unpool2d(w).nearest_backward(where_of(w), windows,
                                      {as(grad), as(grad_input), ScalarType(type)});
       },
       Release());
   m.def(
       "unpool_bed_of_nails",
-      [](const WhereTuple& w, const WindowsTuple& windows, int type, Pointer input, Pointer output,
+      [](const WhereTuple& w, const Windows& windows, int type, Pointer input, Pointer output,
          int cell) {
-        unpool2d(w).bed_of_nails(where_of(w), windows_of(windows),
-                                 {as(input), as(output), ScalarType(type)}, cell);
+        unpool2d(w).bed_of_nails(where_of(w), windows, {as(input), as(output), ScalarType(type)},
+                                 cell);
       },
       Release());
 }

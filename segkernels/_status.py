@@ -69,6 +69,12 @@ def watch(
         _raise(index, op, dtype)
 
 
+def raise_found(words: list[int], op: str) -> None:
+    """Raise what a native call on the CPU returned as its status words; none if all is well."""
+    if words:
+        raise StatusError(_text(words, op, None))
+
+
 def _raise(index: int, op: str, dtype: torch.dtype | None = None) -> None:
     words = _words[index]
     found = words.tolist()

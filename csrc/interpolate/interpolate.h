@@ -42,13 +42,9 @@ void with_taps(Mode mode, const F& f) {
   }
 }
 
-// Bytes of workspace that the CPU's functions take.
-int64_t interpolate_workspace(const Where&, const Resampling&, ScalarType, bool backward);
-
-void interpolate_cpu(const Where&, const Resampling&, ScalarType, const void* input, void* output,
-                     void* workspace);
+void interpolate_cpu(const Where&, const Resampling&, ScalarType, const void* input, void* output);
 void interpolate_backward_cpu(const Where&, const Resampling&, ScalarType, const void* grad_output,
-                              void* grad_input, void* workspace);
+                              void* grad_input);
 
 // The CUDA kernels' functors on the CPU, for tests: `workspace` holds kTileBytes.
 void interpolate_plain(const Where&, const Resampling&, ScalarType, const void* input, void* output,

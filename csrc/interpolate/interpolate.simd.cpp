@@ -4,6 +4,7 @@
 // value depends on the cut.
 #include <string.h>
 
+#include "common/lanes.h"
 #include "interpolate/chunks.h"
 #include "interpolate/rows.h"
 
@@ -11,11 +12,14 @@ namespace segkernels {
 inline namespace SK_ISA {
 
 template <class T>
+constexpr int kWidth = kVectorBytes / int(sizeof(Acc<T>));  // lanes of a vector
+
+template <class T>
 const Acc<T>* widen_row(const T* row, int64_t n, Acc<T>* buffer) {
   if constexpr (sizeof(T) == sizeof(Acc<T>)) {
     return row;
   } else {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(row[i]);
+    widen_line(row, buffer, n);
     return buffer;
   }
 }
@@ -57,12 +61,69 @@ void blend(const Acc<T>* const* rows, const Acc<T>* weight, T* out, int64_t n) {
     r[k] = rows[k];
     w[k] = weight[k];
   }
+  if (sizeof(T) == 2 && n >= kWidth<T>) {
+    each_block<kWidth<T>>(n, [&](auto count, int64_t first) {
+      for (int64_t i = first; i < first + count * kWidth<T>; i += kWidth<T>) {
+        auto sum = w[0] * load_lanes<kWidth<T>>(r[0] + i);
+        for (int k = 1; k < K; ++k) sum = sum + w[k] * load_lanes<kWidth<T>>(r[k] + i);
+        store_narrow<kWidth<T>>(out + i, sum);
+      }
+    });
+    return;
+  }
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     Acc<T> sum = w[0] * r[0][i];
     for (int k = 1; k < K; ++k) sum = sum + w[k] * r[k][i];
     narrow(sum, out[i]);
   }
+}
+
+// Channels of a pixel between two rows: four pixels are read, and nothing is kept.
+template <class T>
+void blend_pixels(const ForwardRows<Acc<T>>& p, const T* upper, const T* lower, Acc<T> above,
+                  Acc<T> below, T* out) {
+  using A = Acc<T>;
+  constexpr int W = kWidth<T>;
+  const int64_t width = p.g.x.out, inner = p.g.inner;
+  for (int64_t x = 0; x < width; ++x, out += inner) {
+    const int64_t left = p.x.position[x] * inner, right = p.x.position[width + x] * inner;
+    const A w0 = p.x.weight[x], w1 = p.x.weight[width + x];
+    each_block<W>(inner, [&](auto count, int64_t first) {
+      for (int64_t c = first; c < first + count * W; c += W) {
+        auto top = w0 * load_wide<W>(upper + left + c);
+        top = top + w1 * load_wide<W>(upper + right + c);
+        auto bottom = w0 * load_wide<W>(lower + left + c);
+        bottom = bottom + w1 * load_wide<W>(lower + right + c);
+        auto sum = above * top;
+        sum = sum + below * bottom;
+        store_narrow<W>(out + c, sum);
+      }
+    });
+  }
+}
+
+template <class T>
+void forward_pixels(const Where& where, const ForwardRows<Acc<T>>& p, const T* input, T* output) {
+  const int64_t in_row = int64_t(p.g.x.in) * p.g.inner, out_row = int64_t(p.g.x.out) * p.g.inner;
+  const int64_t height = p.g.y.out;
+  parallel_chunks(where, p.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y = i % height;
+      const T* plane = input + i / height * p.g.y.in * in_row;
+      blend_pixels<T>(p, plane + p.y.position[y] * in_row,
+                      plane + p.y.position[height + y] * in_row, p.y.weight[y],
+                      p.y.weight[height + y], output + i * out_row);
+    }
+  });
+}
+
+// Rows interpolated along the width are worth keeping where outputs share them and they stay in the
+// cache.
+template <class T>
+bool rows_are_shared(const ForwardRows<Acc<T>>& p) {
+  constexpr int64_t kMost = 128 * 1024;
+  return p.g.y.out > p.g.y.in && 2 * p.row_stride() * int64_t(sizeof(Acc<T>)) <= kMost;
 }
 
 template <class T, int K>
@@ -134,8 +195,18 @@ void add_rows(const T* const* rows, const Acc<T>* weight, Acc<T>* sum, int64_t n
     r[k] = rows[k];
     w[k] = weight[k];
   }
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 2) {
+    constexpr int W = kWidth<T>;
+    for (; i + W <= n; i += W) {
+      auto total = w[0] * load_wide<W>(r[0] + i);
+      if (!first) total = load_lanes<W>(sum + i) + total;
+      for (int k = 1; k < N; ++k) total = total + w[k] * load_wide<W>(r[k] + i);
+      store_lanes(sum + i, total);
+    }
+  }
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
+  for (; i < n; ++i) {
     Acc<T> total = first ? w[0] * widen(r[0][i]) : sum[i] + w[0] * widen(r[0][i]);
     for (int k = 1; k < N; ++k) total = total + w[k] * widen(r[k][i]);
     sum[i] = total;
@@ -186,15 +257,46 @@ A dot(const A* a, const A* b, int64_t n) {
   return sum;
 }
 
-// sum[i] of n <= N channels over neighbouring readers.
-template <class T, int N>
+// A pixel's channels over its neighbouring readers.
+template <class T>
 void gather_channels(const Acc<T>* weight, const Acc<T>* from, int64_t count, int64_t inner,
                      T* out) {
-  Acc<T> sum[N] = {};
-  for (int64_t q = 0; q < count; ++q, from += inner) {
-    for (int i = 0; i < N; ++i) sum[i] += weight[q] * from[i];
+  constexpr int W = kWidth<T>;
+  if (inner < W) {
+    for (int64_t c = 0; c < inner; ++c) {
+      Acc<T> sum = 0;
+      for (int64_t q = 0; q < count; ++q) sum += weight[q] * from[q * inner + c];
+      narrow(sum, out[c]);
+    }
+    return;
   }
-  for (int i = 0; i < N; ++i) narrow(sum[i], out[i]);
+  each_block<W>(inner, [&](auto vectors, int64_t c) {
+    Vec<Acc<T>, W> sum[vectors] = {};
+    for (int64_t q = 0; q < count; ++q) {
+      for (int i = 0; i < vectors; ++i) {
+        sum[i] += weight[q] * load_lanes<W>(from + q * inner + c + i * W);
+      }
+    }
+    for (int i = 0; i < vectors; ++i) store_narrow<W>(out + c + i * W, sum[i]);
+  });
+}
+
+// out[j] = value(j), narrowed in blocks.
+template <class T, class F>
+void write_row(T* out, int64_t n, const F& value) {
+  if constexpr (sizeof(T) == 2) {
+    constexpr int64_t kBlock = 64;
+    float block[kBlock];
+    for (int64_t first = 0; first < n; first += kBlock) {
+      const int64_t count = n - first < kBlock ? n - first : kBlock;
+#pragma GCC ivdep
+      for (int64_t j = 0; j < count; ++j) block[j] = value(first + j);
+      narrow_line(block, out + first, count);
+    }
+  } else {
+#pragma GCC ivdep
+    for (int64_t j = 0; j < n; ++j) out[j] = value(j);
+  }
 }
 
 template <class T>
@@ -202,16 +304,15 @@ void gather_width(const BackwardRows<Acc<T>>& p, const Acc<T>* sums, T* out) {
   using A = Acc<T>;
   const int64_t inner = p.g.inner, width = p.g.x.in;
   if (p.most > 0) {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < width; ++j) {
+    write_row(out, width, [&](int64_t j) {
       A sum = A(0);
       for (int q = 0; q < p.most; ++q) {
         // The place of a reader that is not there may hold a NaN.
         const A w = p.weight[q * width + j], v = sums[p.reader[q * width + j]];
         sum += w == A(0) ? A(0) : w * v;
       }
-      narrow(sum, out[j]);
-    }
+      return sum;
+    });
     return;
   }
   for (int64_t j = 0; j < width; ++j) {
@@ -220,51 +321,69 @@ void gather_width(const BackwardRows<Acc<T>>& p, const Acc<T>* sums, T* out) {
     const A* from = sums + p.x.begin[j] * inner;
     if (inner == 1) {
       narrow(dot(weight, from, count), out[j]);
-      continue;
+    } else {
+      gather_channels<T>(weight, from, count, inner, out + j * inner);
     }
-    int64_t c = 0;
-    T* to = out + j * inner;
-    for (; c + 32 <= inner; c += 32) gather_channels<T, 32>(weight, from + c, count, inner, to + c);
-    for (; c + 8 <= inner; c += 8) gather_channels<T, 8>(weight, from + c, count, inner, to + c);
-    for (; c < inner; ++c) gather_channels<T, 1>(weight, from + c, count, inner, to + c);
   }
 }
 
 // One tap and a whole ratio: neighbouring runs of N.
 template <class T, int N>
 void sum_runs(const Acc<T>* sums, T* out, int64_t n) {
-#pragma GCC ivdep
-  for (int64_t j = 0; j < n; ++j) {
+  write_row(out, n, [&](int64_t j) {
     Acc<T> sum = sums[j * N];
     for (int q = 1; q < N; ++q) sum += sums[j * N + q];
-    narrow(sum, out[j]);
-  }
+    return sum;
+  });
 }
 
-// One tap: each pixel's channels summed over its readers where they lie.
+// One tap: a pixel's channels summed over its readers where they lie.
+template <class T>
+void sum_pixels(const T* from, int64_t rows, int64_t row, int64_t columns, int64_t inner, T* out) {
+  constexpr int W = kWidth<T>;
+  if (inner < W) {
+    for (int64_t c = 0; c < inner; ++c) {
+      Acc<T> sum = 0;
+      for (int64_t y = 0; y < rows; ++y) {
+        for (int64_t x = 0; x < columns; ++x) sum += widen(from[y * row + x * inner + c]);
+      }
+      narrow(sum, out[c]);
+    }
+    return;
+  }
+  each_block<W>(inner, [&](auto vectors, int64_t c) {
+    Vec<Acc<T>, W> sum[vectors] = {};
+    for (int64_t y = 0; y < rows; ++y) {
+      const T* pixel = from + y * row + c;
+      for (int64_t x = 0; x < columns; ++x, pixel += inner) {
+        for (int i = 0; i < vectors; ++i) sum[i] += load_wide<W>(pixel + i * W);
+      }
+    }
+    for (int i = 0; i < vectors; ++i) store_narrow<W>(out + c + i * W, sum[i]);
+  });
+}
+
 template <class T>
 void gather_pixels(const BackwardRows<Acc<T>>& p, const T* grad, int64_t row, T* out) {
   const int64_t inner = p.g.inner, out_row = int64_t(p.g.x.out) * inner;
   const int64_t rows = p.y.offset[row + 1] - p.y.offset[row];
   const T* from = grad + p.y.begin[row] * out_row;
-  constexpr int kChannels = 32;
   for (int64_t j = 0; j < p.g.x.in; ++j) {
     const int64_t columns = p.x.offset[j + 1] - p.x.offset[j];
-    const T* first = from + p.x.begin[j] * inner;
-    for (int64_t c = 0; c < inner; c += kChannels) {
-      const int64_t n = inner - c < kChannels ? inner - c : kChannels;
-      Acc<T> sum[kChannels] = {};
-      for (int64_t y = 0; y < rows; ++y) {
-        for (int64_t x = 0; x < columns; ++x) {
-          const T* values = first + y * out_row + x * inner + c;
-          if (n == kChannels) {
-            for (int i = 0; i < kChannels; ++i) sum[i] += widen(values[i]);
-          } else {
-            for (int64_t i = 0; i < n; ++i) sum[i] += widen(values[i]);
-          }
-        }
-      }
-      for (int64_t i = 0; i < n; ++i) narrow(sum[i], out[j * inner + c + i]);
+    sum_pixels<T>(from + p.x.begin[j] * inner, rows, out_row, columns, inner, out + j * inner);
+  }
+}
+
+// One tap, and no input has two readers: the outputs' values are put where they were read.
+template <class T>
+void put_back(const BackwardRows<Acc<T>>& p, const T* from, T* out) {
+  memset(static_cast<void*>(out), 0, size_t(p.g.x.in) * sizeof(T));
+  for (int32_t x = 0; x < p.g.x.out; ++x) {
+    if constexpr (sizeof(T) == 2) {
+      const uint16_t bits = from[x].bits;
+      out[p.source[x]].bits = bits == 0x8000 ? uint16_t(0) : bits;  // as 0 + -0
+    } else {
+      out[p.source[x]] = T(0) + from[x];
     }
   }
 }
@@ -306,6 +425,10 @@ void backward_rows(const Where& where, const BackwardRows<Acc<T>>& p, const T* g
         gather_pixels<T>(p, grad, j, grad_input + i * in_row);
         continue;
       }
+      if (p.sparse && p.y.offset[j + 1] - p.y.offset[j] == 1) {
+        put_back<T>(p, grad + p.y.begin[j] * out_row, grad_input + i * in_row);
+        continue;
+      }
       along_height<T>(p, grad, j, sums);
       gather_steps<T>(p, step, sums, grad_input + i * in_row);
     }
@@ -321,6 +444,8 @@ void forward(const Where& where, ScalarType type, const void* plan, const void* 
     T* out = static_cast<T*>(output);
     if (p.taps == 1) {
       copy_rows<T>(where, p, in, out);
+    } else if (p.taps == 2 && p.g.inner >= kWidth<T> && !rows_are_shared<T>(p)) {
+      forward_pixels<T>(where, p, in, out);
     } else if (p.taps == 2) {
       forward_rows<T, 2>(where, p, in, out);
     } else {

@@ -2,6 +2,9 @@
 // functors run by loops (for tests).
 #include "interpolate/interpolate.h"
 
+#include <memory>
+#include <new>
+
 #include "common/parallel_for.h"
 #include "interpolate/rows.h"
 
@@ -17,6 +20,8 @@ const InterpolateRows& rows_for_machine() {
   return isa_base::interpolate_rows();
 }
 
+constexpr std::align_val_t kAlignment{64};  // the pieces of an Arena's
+
 int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
 
 // f(A{}): what the type is computed in.
@@ -29,33 +34,30 @@ void with_acc(ScalarType type, const F& f) {
   }
 }
 
-}  // namespace
+struct Freed {
+  void operator()(void* data) const { ::operator delete(data, kAlignment); }
+};
+using Memory = std::unique_ptr<void, Freed>;
 
-int64_t interpolate_workspace(const Where& where, const Resampling& r, ScalarType type,
-                              bool backward) {
-  Arena arena(nullptr);
-  with_acc(type, [&](auto acc) {
-    using A = decltype(acc);
-    if (backward) {
-      BackwardRows<A> plan{};
-      plan.g = r.geometry<A>();
-      plan.taps = taps_of(r.mode);
-      plan.take(arena, threads_of(where));
-    } else {
-      ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, taps_of(r.mode)};
-      plan.take(arena, threads_of(where));
-    }
-  });
-  return arena.used();
+// What the plan's tables and rows lie in.
+template <class Plan>
+Memory memory_of(Plan& plan, int threads) {
+  Arena counting(nullptr);
+  plan.take(counting, threads);
+  Memory memory(::operator new(size_t(counting.used()), kAlignment));
+  Arena arena(memory.get());
+  plan.take(arena, threads);
+  return memory;
 }
 
+}  // namespace
+
 void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, const void* input,
-                     void* output, void* workspace) {
+                     void* output) {
   with_acc(type, [&](auto acc) {
     using A = decltype(acc);
     ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, taps_of(r.mode)};
-    Arena arena(workspace);
-    plan.take(arena, threads_of(where));
+    const Memory memory = memory_of(plan, threads_of(where));
     with_taps(r.mode, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);
@@ -65,14 +67,13 @@ void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, c
 }
 
 void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarType type,
-                              const void* grad_output, void* grad_input, void* workspace) {
+                              const void* grad_output, void* grad_input) {
   with_acc(type, [&](auto acc) {
     using A = decltype(acc);
     BackwardRows<A> plan{};
     plan.g = r.geometry<A>();
     plan.taps = taps_of(r.mode);
-    Arena arena(workspace);
-    plan.take(arena, threads_of(where));
+    const Memory memory = memory_of(plan, threads_of(where));
     with_taps(r.mode, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);

@@ -36,6 +36,9 @@ struct BackwardRows {
   // then vectorise. Reader q of input j is reader[q * in + j], of no weight beyond the last.
   int32_t* reader;
   A* weight;
+  // Of one tap, if no input has two readers: the input of each output.
+  int32_t* source;
+  bool sparse;
   A* sums;  // a row of the output's width a thread
   int taps;
 
@@ -47,6 +50,7 @@ struct BackwardRows {
     const bool few = g.inner == 1 && taps * double(g.x.inverse) + 2 <= kMost;
     reader = arena.take<int32_t>(few ? int64_t(g.x.in) * kMost : 0);
     weight = arena.take<A>(few ? int64_t(g.x.in) * kMost : 0);
+    source = arena.take<int32_t>(few && taps == 1 ? g.x.out : 0);
     sums = arena.take<A>(int64_t(threads) * row_stride());
     most = few ? kMost : 0;
   }
@@ -75,6 +79,10 @@ struct BackwardRows {
         reader[q * g.x.in + j] = there ? x.begin[j] + int32_t(q) : 0;
         weight[q * g.x.in + j] = there ? x.weight[x.offset[j] + q] : A(0);
       }
+    }
+    sparse = taps == 1 && most == 1;
+    for (int32_t j = 0; sparse && j < g.x.in; ++j) {
+      if (x.offset[j + 1] > x.offset[j]) source[x.begin[j]] = j;
     }
   }
 

@@ -135,7 +135,7 @@ struct Tops {
   SK_HD void write(T* values, uint8_t* codes) const {
     for (int i = 0; i < kCount; ++i) {
       store_lanes(values + i * kWidth, value[i]);
-      store_lanes(codes + i * kWidth, __builtin_convertvector(code[i], Vec<uint8_t, kWidth>));
+      store_lanes(codes + i * kWidth, bytes_of<kWidth>(code[i]));
     }
   }
 };

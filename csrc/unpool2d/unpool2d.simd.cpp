@@ -1,4 +1,6 @@
 // unpool_nearest and unpool_bed_of_nails on the CPU, compiled once per instruction set (SK_ISA).
+#include <string.h>
+
 #include "unpool2d/unpool2d.h"
 #include "window/rows.h"
 
@@ -24,23 +26,68 @@ void unpool_bed_of_nails(const Where& where, const Windows& w, const Unpool2dBuf
   expand_all(where, w, b, ByCell{cell}, "unpool_bed_of_nails");
 }
 
-template <class T>
-SK_HD void add_lanes(const T* __restrict from, int64_t step, Acc<T>* __restrict sum, int n) {
-  for (int i = 0; i < n; ++i) sum[i] += widen(from[i * step]);
+// To each sum its run of N (0: of `step`) neighbours.
+template <int N, class A>
+SK_HD void add_runs(const A* __restrict from, A* __restrict sums, int n, int step) {
+  for (int i = 0; i < n; ++i) {
+    A sum = sums[i];
+    for (int k = 0; k < (N > 0 ? N : step); ++k) sum += from[i * (N > 0 ? N : step) + k];
+    sums[i] = sum;
+  }
 }
 
-// n windows of a contiguous line, or n channels of one window of channels_last.
+// A contiguous line: n windows, whose rows of cells begin at `from`.
 template <class T>
-void sum_cells(const Windows& w, const Place& p, const T* input, T* output, int n) {
-  Acc<T> sum[kLanes] = {};
-  for (int32_t m = 0; m < w.kernel[0]; ++m) {
-    const T* from = input + full_offset(w, p, p.y * w.kernel[0] + m, p.x * w.kernel[1]);
-    for (int32_t k = 0; k < w.kernel[1]; ++k) {
-      add_lanes(from + k * w.channels, w.channels > 1 ? 1 : w.kernel[1], sum, n);
+void sum_columns(const Windows& w, const T* from, T* out, int n) {
+  using A = Acc<T>;
+  A sums[kLanes] = {}, wide[sizeof(T) < sizeof(A) ? 2 * kLanes : 1];
+  const int step = w.kernel[1];
+  for (int32_t m = 0; m < w.kernel[0]; ++m, from += w.full[1]) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      step == 2 ? add_runs<2>(from, sums, n, step) : add_runs<0>(from, sums, n, step);
+    } else if (step == 2) {
+      widen_line(from, wide, 2 * n);
+      add_runs<2>(wide, sums, n, step);
+    } else {
+      for (int i = 0; i < n; ++i) {
+        for (int k = 0; k < step; ++k) sums[i] += widen_one(from[i * step + k]);
+      }
     }
   }
-  T* out = output + pooled_offset(w, p, p.y, p.x);
-  for (int i = 0; i < n; ++i) out[i] = narrow_to<T>(sum[i]);
+  if constexpr (sizeof(T) == sizeof(A)) {
+    memcpy(static_cast<void*>(out), sums, sizeof(T) * n);
+  } else {
+    narrow_line(sums, out, n);
+  }
+}
+
+// channels_last: a window, whose first cell is at `from`.
+template <class T>
+void sum_channels(const Windows& w, const T* from, T* out) {
+  constexpr int kWidth = kVectorBytes / sizeof(Acc<T>);
+  const int64_t row = w.full[1] * w.channels;
+  if (w.channels < kWidth) {
+    for (int64_t c = 0; c < w.channels; ++c) {
+      Acc<T> sum = 0;
+      for (int32_t m = 0; m < w.kernel[0]; ++m) {
+        for (int32_t k = 0; k < w.kernel[1]; ++k) {
+          sum += widen_one(from[m * row + k * w.channels + c]);
+        }
+      }
+      out[c] = narrow_to<T>(sum);
+    }
+    return;
+  }
+  each_block<kWidth>(w.channels, [&](auto count, int64_t c) {
+    Vec<Acc<T>, kWidth> sum[count] = {};
+    for (int32_t m = 0; m < w.kernel[0]; ++m) {
+      const T* cell = from + m * row + c;
+      for (int32_t k = 0; k < w.kernel[1]; ++k, cell += w.channels) {
+        for (int i = 0; i < count; ++i) sum[i] += load_wide<kWidth>(cell + i * kWidth);
+      }
+    }
+    for (int i = 0; i < count; ++i) store_narrow<kWidth>(out + c + i * kWidth, sum[i]);
+  });
 }
 
 void unpool_nearest_backward(const Where& where, const Windows& w, const Unpool2dBuffers& b) {
@@ -51,15 +98,17 @@ void unpool_nearest_backward(const Where& where, const Windows& w, const Unpool2
     T* output = static_cast<T*>(b.output);
     const auto line = [&](int64_t i) {
       const Place p = line_of(i, by);
-      const int32_t step = w.channels > 1 ? 1 : kLanes;
-      for (int32_t x = 0; x < w.pooled[1]; x += step) {
-        if (w.channels == 1) {
-          sum_cells(w, {p.plane, p.y, x, 0}, input, output, lanes_left(x, w.pooled[1]));
-          continue;
+      const T* from = input + full_offset(w, p, p.y * w.kernel[0], 0);
+      T* out = output + pooled_offset(w, p, p.y, 0);
+      const int64_t step = w.kernel[1] * w.channels;
+      if (w.channels == 1) {
+        for (int32_t x = 0; x < w.pooled[1]; x += kLanes) {
+          sum_columns(w, from + x * step, out + x, lanes_left(x, w.pooled[1]));
         }
-        for (int64_t c = 0; c < w.channels; c += kLanes) {
-          sum_cells(w, {p.plane, p.y, x, c}, input, output, lanes_left(c, w.channels));
-        }
+        return;
+      }
+      for (int32_t x = 0; x < w.pooled[1]; ++x) {
+        sum_channels(w, from + x * step, out + x * w.channels);
       }
     };
     parallel_for(where, w.planes * w.pooled[0], line, "unpool_nearest_backward");

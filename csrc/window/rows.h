@@ -7,8 +7,9 @@
 
 #include <type_traits>
 
+#include "common/lanes.h"
 #include "window/moves.h"
-#include "window/vectors.h"
+#include "window/runs.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -160,19 +161,48 @@ SK_HD void expand_pairs(const Rule& rule, const uint8_t* __restrict codes,
   }
 }
 
+// Whether the rule picks the cell for every value (1), for none (0), or as codes say (-1).
+template <class Rule>
+SK_HD int picks_always(const Rule& rule, int32_t cell) {
+  if constexpr (std::is_same_v<Rule, ByCode>) {
+    return -1;
+  } else {
+    return picks(rule, nullptr, 0, cell);
+  }
+}
+
+// channels_last: one place, and the value of its window.
+template <class T, class Rule>
+SK_HD void expand_place(const Rule& rule, const uint8_t* codes, const T* values, T* out, int64_t n,
+                        int32_t cell) {
+  const int always = picks_always(rule, cell);
+  if (always == 0) {
+    memset(static_cast<void*>(out), 0, sizeof(T) * n);
+  } else if (always == 1) {
+    memcpy(static_cast<void*>(out), values, sizeof(T) * n);
+  } else {
+    expand_lanes<1>(rule, codes, values, out, 1, n, cell);
+  }
+}
+
 // One line of the plane under a line of windows, their cells of row m; the first `whole` windows
 // have all their columns.
 template <class T, class Rule>
 void expand_line(const Windows& w, const Rule& rule, const uint8_t* codes, const T* values, T* out,
                  int32_t m, int32_t whole) {
   const int32_t first = m * w.kernel[1];
+  if constexpr (std::is_same_v<Rule, ByCell>) {
+    if (rule.cell < first || rule.cell >= first + w.kernel[1]) {
+      memset(static_cast<void*>(out), 0, sizeof(T) * w.full[1] * w.channels);
+      return;
+    }
+  }
   if (w.channels > 1) {
     int32_t x = 0;
     for (int32_t window = 0; window < w.pooled[1]; ++window) {
       const int64_t at = window * w.channels;
       for (int32_t n = 0; n < w.kernel[1] && x < w.full[1]; ++n, ++x) {
-        expand_lanes<1>(rule, codes + at, values + at, out + x * w.channels, 1, w.channels,
-                        first + n);
+        expand_place(rule, codes + at, values + at, out + x * w.channels, w.channels, first + n);
       }
     }
     memset(static_cast<void*>(out + x * w.channels), 0, sizeof(T) * (w.full[1] - x) * w.channels);
@@ -288,51 +318,71 @@ struct GatherRows {
 
   void operator()(int64_t i) const {
     const Place line = line_of(i, lines);
-    const Covering ys = windows_over(w, 0, line.y);
+    const Rows rows(w, line);
+    T* out = output + full_offset(w, line, line.y, 0);
     Sweep xs(w, 1, 0);
-    for (int32_t x = 0; x < w.full[1]; ++x, xs.next()) {
+    for (int32_t x = 0; x < w.full[1]; ++x, xs.next(), out += w.channels) {
+      const int64_t place = int64_t(line.y) * w.full[1] + x;
       if (w.channels < kWidth) {
-        few(line, ys, xs, x);
+        few(rows, xs, place, out);
         continue;
       }
       each_block<kWidth>(w.channels, [&](auto count, int64_t c) {
-        vectors<decltype(count)::value>(line, ys, xs, x, c);
+        vectors<decltype(count)::value>(rows, xs, place, c, out + c);
       });
     }
   }
 
+  // The lines of windows that hold a line of places: where each begins, and the code of the first
+  // cell that is in the line.
+  struct Rows {
+    int64_t at[256];
+    int32_t code[256];
+    int32_t count = 0;
+
+    Rows(const Windows& w, const Place& line) {
+      const Covering ys = windows_over(w, 0, line.y);
+      for (int32_t y = ys.first; y <= ys.last; ++y) {
+        const int32_t row = cell_at(w, 0, y, line.y);
+        if (row < 0) continue;
+        at[count] = pooled_offset(w, line, y, 0);
+        code[count++] = row * w.kernel[1];
+      }
+    }
+  };
+
   // f(offset of the window, its position that is this place) for the windows that hold the place.
   template <class F>
-  SK_HD void each_window(const Place& line, const Covering& ys, const Sweep& xs, int32_t x,
-                         const F& f) const {
-    for (int32_t py = ys.first; py <= ys.last; ++py) {
-      const int32_t row = cell_at(w, 0, py, line.y);
-      for (int32_t px = xs.first; row >= 0 && px <= xs.last; ++px) {
-        const int32_t column = cell_at(w, 1, px, x);
-        if (column < 0) continue;
-        f(pooled_offset(w, line, py, px),
-          sizeof(P) == 1 ? P(row * w.kernel[1] + column) : P(int64_t(line.y) * w.full[1] + x));
+  SK_HD void each_window(const Rows& rows, const Sweep& xs, int64_t place, const F& f) const {
+    const int64_t first = xs.first * w.channels;
+    const int32_t column = xs.from_edge - xs.first * xs.step, gap = w.dilation[1];
+    for (int32_t r = 0; r < rows.count; ++r) {
+      int64_t at = rows.at[r] + first;
+      int32_t offset = column;
+      for (int32_t px = xs.first; px <= xs.last; ++px, at += w.channels, offset -= xs.step) {
+        if (gap > 1 && offset % gap != 0) continue;
+        const int32_t cell = gap > 1 ? offset / gap : offset;
+        f(at, sizeof(P) == 1 ? P(rows.code[r] + cell) : P(place));
       }
     }
   }
 
   template <int kCount>
-  void vectors(const Place& line, const Covering& ys, const Sweep& xs, int32_t x, int64_t c) const {
+  void vectors(const Rows& rows, const Sweep& xs, int64_t place, int64_t c, T* out) const {
     GatheredLanes<T, P, kSum, kCount> lanes;
-    each_window(line, ys, xs, x, [&](int64_t at, P wanted) {
+    each_window(rows, xs, place, [&](int64_t at, P wanted) {
       lanes.meet(input + at + c, positions + at + c, wanted);
     });
-    lanes.write(output + full_offset(w, line, line.y, x) + c);
+    lanes.write(out);
   }
 
   // Fewer channels than a vector has.
-  void few(const Place& line, const Covering& ys, const Sweep& xs, int32_t x) const {
+  void few(const Rows& rows, const Sweep& xs, int64_t place, T* out) const {
     A found[kWidth] = {};
     const int n = int(w.channels);
-    each_window(line, ys, xs, x, [&](int64_t at, P wanted) {
+    each_window(rows, xs, place, [&](int64_t at, P wanted) {
       gather_lanes<T, P, kSum>(input + at, positions + at, found, n, wanted);
     });
-    T* out = output + full_offset(w, line, line.y, x);
     for (int i = 0; i < n; ++i) {
       if constexpr (kSum) {
         out[i] = narrow_to<T>(found[i]);
@@ -346,82 +396,63 @@ struct GatherRows {
 template <class T, class P, bool kSum>
 void gather_rows(const Where& where, const Windows& w, const T* input, const P* positions,
                  T* output, const char* name) {
+  // Of indices windows may have more lines than GatherRows holds.
+  if (w.kernel[0] > 256)
+    return gather_windows<T, P, kSum>(where, w, input, positions, output, name);
   const Divisor lines = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
   const GatherRows<T, P, kSum> f{w, lines, input, positions, output};
   parallel_for(where, w.planes * w.full[0], f, name);
 }
 
-// A line of windows of a contiguous plane, one position at a time: f(window, its place in the
-// plane).
+// Lines [begin, end) of windows of a contiguous plane: f(window, its place in the plane) in order.
 template <class P, class F>
-SK_HD void each_place(const Plan& plan, const Place& line, const P* __restrict positions,
-                      int32_t* status, const F& f) {
-  const Windows& w = plan.w;
-  const int32_t count = w.pooled[1];
-  const int64_t places = int64_t(w.full[0]) * w.full[1];
+SK_HD void each_place(const Windows& w, const Runs& runs, int32_t begin, int32_t end,
+                      const P* __restrict positions, int32_t* status, const F& f) {
   bool bad = false;
   if constexpr (sizeof(P) == 1) {
-    const auto one = [&](int32_t x) {
-      const int64_t offset = offset_of_position(w, {line.plane, line.y, x, 0}, positions[x]);
-      offset < 0 ? void(bad = true) : f(x, offset);
-    };
-    // Between the plane's sides a code points into it if its row of cells does.
-    const int32_t begin = plan.xs.begin, end = plan.xs.end;
-    uint32_t least = 0, span = plan.cells;
-    if (!plan.ys.holds(line.y)) {
-      const Cells ys = cells_inside(w, 0, line.y);
-      least = ys.begin * w.kernel[1];
-      span = ys.end > ys.begin ? (ys.end - ys.begin) * w.kernel[1] : 0;
+    if (Runs::take(w)) {
+      runs.each(begin, end, positions, [&](const Runs::Run& run) {
+        for (int32_t i = 0; i < run.n && !run.bad; ++i) f(run.window + i, run.place[i]);
+        for (int32_t i = 0; i < run.n && run.bad; ++i) {
+          if (run.place[i] >= 0) f(run.window + i, run.place[i]);
+        }
+        bad |= run.bad;
+      });
+    } else {
+      for (int64_t i = int64_t(begin) * w.pooled[1]; i < int64_t(end) * w.pooled[1]; ++i) {
+        const int32_t y = int32_t(i / w.pooled[1]), x = int32_t(i % w.pooled[1]);
+        const int64_t place = offset_of_position(w, {0, y, x, 0}, positions[i]);
+        place < 0 ? void(bad = true) : f(i, place);
+      }
     }
-    const int64_t step = w.stride[1];
-    int64_t first = int64_t(line.y * w.stride[0] - w.padding[0]) * w.full[1] - w.padding[1];
-    first += begin * step;
-    for (int32_t x = 0; x < begin; ++x) one(x);
-    for (int32_t x = begin; x < end; ++x, first += step) {
-      positions[x] - least < span ? f(x, first + plan.offset_of[positions[x]]) : void(bad = true);
-    }
-    for (int32_t x = end; x < count; ++x) one(x);
   } else {
-    for (int32_t x = 0; x < count; ++x) {
-      const int64_t index = positions[x];
-      uint64_t(index) < uint64_t(places) ? f(x, index) : void(bad = true);
+    const int64_t places = int64_t(w.full[0]) * w.full[1];
+    const int64_t last = int64_t(end) * w.pooled[1];
+    for (int64_t i = int64_t(begin) * w.pooled[1]; i < last; ++i) {
+      const int64_t index = positions[i];
+      uint64_t(index) < uint64_t(places) ? f(i, index) : void(bad = true);
     }
   }
   if (bad) report(status, fault_of(P(0)));
 }
 
-// Contiguous planes: indices do not tell the lines of a plane apart, so that all are one.
-template <class P>
-SK_HD Windows longest_lines(const Windows& windows) {
-  Windows w = windows;
-  const int64_t count = int64_t(w.pooled[0]) * w.pooled[1];
-  if (sizeof(P) == 8 && w.channels == 1 && count <= INT32_MAX) {
-    w.pooled[0] = 1;
-    w.pooled[1] = int32_t(count);
-  }
-  return w;
-}
-
 // Contiguous planes, any windows: each plane is cleared, then written by its sources in row order.
 template <class T, class P, bool kSum>
-void scatter_planes(const Where& where, const Windows& windows, const T* input, const P* positions,
+void scatter_planes(const Where& where, const Windows& w, const T* input, const P* positions,
                     T* output, int32_t* status, const char* name) {
-  const Windows w = longest_lines<P>(windows);
-  const Plan plan(w);
+  const Runs runs(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
+  const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   parallel_for(
       where, w.planes,
       [&](int64_t i) {
         T* __restrict plane = output + i * places;
+        const T* __restrict values = input + i * sources;
         memset(static_cast<void*>(plane), 0, sizeof(T) * places);
-        for (int32_t y = 0; y < w.pooled[0]; ++y) {
-          const Place line{i, y, 0, 0};
-          const int64_t at = pooled_offset(w, line, y, 0);
-          const T* __restrict values = input + at;
-          each_place(plan, line, positions + at, status, [&](int32_t x, int64_t place) {
-            plane[place] = kSum ? T(plane[place] + values[x]) : values[x];
-          });
-        }
+        each_place(w, runs, 0, w.pooled[0], positions + i * sources, status,
+                   [&](int64_t from, int64_t place) {
+                     plane[place] = kSum ? T(plane[place] + values[from]) : values[from];
+                   });
       },
       name);
 }
@@ -430,22 +461,19 @@ void scatter_planes(const Where& where, const Windows& windows, const T* input, 
 template <class T, class P>
 void scatter_sums(const Where& where, const Windows& w, const T* input, const P* positions,
                   T* output, float* sums, const char* name) {
-  const Plan plan(w);
+  const Runs runs(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
+  const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   const int64_t threads = where.threads > 1 ? where.threads : 1;
   parallel_for(
       where, threads,
       [&](int64_t thread) {
         float* __restrict plane = sums + thread * places;
         for (int64_t i = thread; i < w.planes; i += threads) {
+          const T* __restrict values = input + i * sources;
           memset(plane, 0, sizeof(float) * places);
-          for (int32_t y = 0; y < w.pooled[0]; ++y) {
-            const Place line{i, y, 0, 0};
-            const int64_t at = pooled_offset(w, line, y, 0);
-            const T* __restrict values = input + at;
-            each_place(plan, line, positions + at, nullptr,
-                       [&](int32_t x, int64_t place) { plane[place] += widen_one(values[x]); });
-          }
+          each_place(w, runs, 0, w.pooled[0], positions + i * sources, nullptr,
+                     [&](int64_t from, int64_t place) { plane[place] += widen_one(values[from]); });
           narrow_line(plane, output + i * places, places);
         }
       },
@@ -534,20 +562,42 @@ void collect_cells(const Windows& w, const Place& p, const T* input, const uint8
   memcpy(static_cast<void*>(out), found, sizeof(T) * n);
 }
 
-// A line of windows, one position at a time.
+// Lines [begin, end) of windows of a contiguous plane, one position at a time.
 template <class T, class P>
-void collect_line(const Plan& plan, const Place& line, const T* input, const P* positions,
+void collect_places(const Windows& w, const Runs& runs, int64_t plane, int32_t begin, int32_t end,
+                    const T* input, const P* positions, T* output, int32_t* status) {
+  const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
+  const T* __restrict from = input + plane * w.full[0] * w.full[1];
+  const P* __restrict at = positions + plane * sources;
+  T* __restrict out = output + plane * sources;
+  if constexpr (sizeof(P) == 1) {
+    if (Runs::take(w)) {
+      bool bad = false;
+      runs.each(begin, end, at, [&](const Runs::Run& run) {
+        T* __restrict to = out + run.window;
+        if (run.bad) {
+          for (int32_t i = 0; i < run.n; ++i) to[i] = run.place[i] < 0 ? T(0) : from[run.place[i]];
+          bad = true;
+        } else {
+          for (int32_t i = 0; i < run.n; ++i) to[i] = from[run.place[i]];
+        }
+      });
+      if (bad) report(status, kCodeOutOfRange);
+      return;
+    }
+  }
+  memset(static_cast<void*>(out + int64_t(begin) * w.pooled[1]), 0,
+         sizeof(T) * (end - begin) * w.pooled[1]);
+  each_place(w, runs, begin, end, at, status,
+             [&](int64_t to, int64_t place) { out[to] = from[place]; });
+}
+
+// A line of windows of channels_last, one position at a time.
+template <class T, class P>
+void collect_line(const Windows& w, const Place& line, const T* input, const P* positions,
                   T* output, int32_t* status) {
-  const Windows& w = plan.w;
   const T* plane = input + full_offset(w, line, 0, 0);
   const int64_t at = pooled_offset(w, line, line.y, 0);
-  if (w.channels == 1) {
-    T* __restrict out = output + at;
-    memset(static_cast<void*>(out), 0, sizeof(T) * w.pooled[1]);
-    each_place(plan, line, positions + at, status,
-               [&](int32_t x, int64_t place) { out[x] = plane[place]; });
-    return;
-  }
   for (int32_t x = 0; x < w.pooled[1]; ++x) {
     for (int64_t c = 0; c < w.channels; ++c) {
       const int64_t i = at + x * w.channels + c;
@@ -571,31 +621,12 @@ SK_HD uint8_t collect_blocks(const T* upper, const T* lower, const uint8_t* code
   return largest;
 }
 
+// channels_last: a line of windows of few cells.
 template <class T>
-uint8_t collect_pairs_line(const T* upper, const T* lower, const uint8_t* codes, T* out,
-                           int64_t n) {
-  if (n >= 32) return collect_blocks<32>(upper, lower, codes, out, n);
-  if (n >= 8) return collect_blocks<8>(upper, lower, codes, out, n);
-  return collect_pairs(upper, lower, codes, out, n);
-}
-
-template <class T>
-void collect_codes_line(const Plan& plan, const Place& line, const T* input, const uint8_t* codes,
+void collect_cells_line(const Plan& plan, const Place& line, const T* input, const uint8_t* codes,
                         T* output, int32_t* status) {
   const Windows& w = plan.w;
   const int64_t at = pooled_offset(w, line, line.y, 0);
-  const bool pairs = tiles_plane(w) && w.kernel[0] == 2 && w.kernel[1] == 2;
-  if (w.channels == 1 && pairs && all_inside(w)) {
-    const T* from = input + full_offset(w, line, 2 * line.y, 0);
-    const uint8_t largest =
-        collect_pairs_line(from, from + w.full[1], codes + at, output + at, w.pooled[1]);
-    if (largest > 3) report(status, kCodeOutOfRange);
-    return;
-  }
-  if (w.channels == 1 || int64_t(w.kernel[0]) * w.kernel[1] > kFewCells) {
-    collect_line(plan, line, input, codes, output, status);
-    return;
-  }
   check_line(plan, line, codes, status);
   for (int32_t x = 0; x < w.pooled[1]; ++x) {
     for (int64_t c = 0; c < w.channels; c += kLanes) {
@@ -607,19 +638,50 @@ void collect_codes_line(const Plan& plan, const Place& line, const T* input, con
 }
 
 template <class T, class P>
-void collect_rows(const Where& where, const Windows& windows, const T* input, const P* positions,
+void collect_rows(const Where& where, const Windows& w, const T* input, const P* positions,
                   T* output, int32_t* status, const char* name) {
-  const Windows w = windows.planes >= where.threads ? longest_lines<P>(windows) : windows;
   const Plan plan(w);
+  const int64_t lines = w.planes * w.pooled[0];
+  const bool codes = sizeof(P) == 1, four = w.kernel[0] == 2 && w.kernel[1] == 2;
+  if (w.channels > 1) {
+    const bool few = codes && int64_t(w.kernel[0]) * w.kernel[1] <= kFewCells;
+    parallel_for(
+        where, lines,
+        [&](int64_t i) {
+          const Place line = line_of(i, plan.lines);
+          if constexpr (sizeof(P) == 1) {
+            if (few) return collect_cells_line(plan, line, input, positions, output, status);
+          }
+          collect_line(w, line, input, positions, output, status);
+        },
+        name);
+    return;
+  }
+  if constexpr (sizeof(P) == 1) {
+    if (four && tiles_plane(w) && all_inside(w) && w.pooled[1] >= kShortLine) {
+      parallel_for(
+          where, lines,
+          [&](int64_t i) {
+            const Place line = line_of(i, plan.lines);
+            const T* upper = input + full_offset(w, line, 2 * line.y, 0);
+            const int64_t at = i * w.pooled[1];
+            const uint8_t largest = collect_blocks<kShortLine>(
+                upper, upper + w.full[1], positions + at, output + at, w.pooled[1]);
+            if (largest > 3) report(status, kCodeOutOfRange);
+          },
+          name);
+      return;
+    }
+  }
+  const Runs runs(w);
+  // Whole planes, or lines where there are fewer planes than threads.
+  const int32_t step = w.planes >= where.threads ? w.pooled[0] : 1;
   parallel_for(
-      where, w.planes * w.pooled[0],
+      where, step == 1 ? lines : w.planes,
       [&](int64_t i) {
-        const Place line = line_of(i, plan.lines);
-        if constexpr (sizeof(P) == 1) {
-          collect_codes_line(plan, line, input, positions, output, status);
-        } else {
-          collect_line(plan, line, input, positions, output, status);
-        }
+        const Place line = step == 1 ? line_of(i, plan.lines) : Place{i, 0, 0, 0};
+        collect_places(w, runs, line.plane, line.y, line.y + step, input, positions, output,
+                       status);
       },
       name);
 }

@@ -26,14 +26,19 @@ def through_dispatcher(*tensors: Any) -> bool:
         return True
     if _get_current_dispatch_mode() is not None or torch._C._functorch.peek_interpreter_stack():
         return True
-    return any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in tensors)
+    for t in tensors:  # noqa: SIM110 - a generator would take longer than all the rest
+        if type(t) not in _PLAIN and isinstance(t, torch.Tensor):
+            return True
+    return False
 
 
 def wants_grad(*tensors: Any) -> bool:
     """Whether autograd must record a call on these tensors."""
-    return torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in tensors
-    )
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+from segkernels import _native
 
 Pair = tuple[int, int]
 
@@ -76,26 +79,25 @@ def from_schema(args: Sequence[Any]) -> Windows:
     )
 
 
-def native_args(w: Windows, x: torch.Tensor) -> tuple[int, ...]:
-    """`w` on the 4-D `x`'s batch and channels, in the order of csrc/bindings.cpp."""
-    batch, channels = x.size(0), x.size(1)
+@functools.lru_cache(maxsize=1024)
+def _native_windows(w: Windows, batch: int, channels: int) -> Any:
     planes, inner = (batch, channels) if w.channels_last else (batch * channels, 1)
-    return (
-        planes,
-        inner,
-        *w.full,
-        *w.pooled,
-        *w.kernel_size,
-        *w.stride,
-        *w.padding,
-        *w.dilation,
+    return _native.C().Windows(
+        planes, inner, w.full, w.pooled, w.kernel_size, w.stride, w.padding, w.dilation
     )
+
+
+def native(w: Windows, x: torch.Tensor) -> Any:
+    """`w` on the 4-D `x`'s batch and channels, as the native functions take it."""
+    return _native_windows(w, x.size(0), x.size(1))
 
 
 def empty(
     x: torch.Tensor, size: Pair, w: Windows, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """An uninitialised tensor with the 4-D `x`'s batch, channels and device."""
+    if not w.channels_last:  # this costs less
+        return x.new_empty((x.size(0), x.size(1), *size), dtype=dtype)
     return torch.empty(
         (x.size(0), x.size(1), *size),
         dtype=dtype or x.dtype,

@@ -291,6 +291,31 @@ def test_tiles_of_extreme_ratios(
         torch.testing.assert_close(_plain_backward(g, r, True), expected, rtol=1e-11, atol=1e-11)
 
 
+# Fewer and more channels than a vector has, rows that outputs share or not.
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [3, 19, 70])
+@pytest.mark.parametrize("sizes", [(33, 16), (40, 20), (16, 33), (16, 32)], ids=str)
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("dtype", suite.OpSuite.dtypes, ids=str)
+def test_layouts_and_ratios(
+    mode: str, sizes: tuple[int, int], channels: int, layout: str, dtype: torch.dtype
+) -> None:
+    before, after = sizes
+    x = suite.with_layout(torch.randn(2, channels, before, before + 3).to(dtype), layout)
+    wide = x.double() if dtype == torch.float64 else x.float()
+    ours, theirs = x.clone().requires_grad_(), wide.clone().requires_grad_()
+    out = segkernels.interpolate(ours, (after, after), mode=mode)
+    expected = F.interpolate(theirs, (after, after), mode=mode)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad.to(wide.dtype))
+    # The sums differ by their last bit, which may round a half to its neighbour.
+    half = dtype in (torch.float16, torch.bfloat16)
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps if half else 1e-5}
+    torch.testing.assert_close(out, expected.to(dtype), **close)
+    torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), **close)
+
+
 def test_a_nan_beside_an_unchanged_axis_stays_where_it_is() -> None:
     x = torch.zeros(1, 1, 3, 4)
     x[0, 0, 1, 2] = float("nan")

@@ -177,6 +177,45 @@ def test_gradients_equal_torchs(case: Any, layout: str) -> None:
     assert torch.equal(ours.grad, theirs.grad)
 
 
+# Lines of windows shorter and longer than the CPU's loops take at a time, channels fewer and more.
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 701), (1, 19, 40, 23), (2, 70, 9, 130)], ids=str)
+@pytest.mark.parametrize("case", [(2,), (3, 2), (3, 2, 1), (3, 1, 1), (2, 2, 0, 2)], ids=str)
+@pytest.mark.parametrize("dtype", suite.OpSuite.dtypes, ids=str)
+def test_long_lines_and_many_channels(
+    case: Any, shape: tuple[int, ...], layout: str, dtype: torch.dtype
+) -> None:
+    x = suite.with_layout(torch.randn(shape).to(dtype), layout)
+    ours = x.clone().requires_grad_()
+    wide = x.double() if dtype == torch.float64 else x.float()
+    theirs = wide.clone().requires_grad_()
+    values, codes = segkernels.max_pool2d(ours, *case, return_codes=True)
+    expected, indices = F.max_pool2d(theirs, *case, return_indices=True)
+    assert same_bits(values, expected.to(dtype))
+    grad = torch.randn_like(values)
+    values.backward(grad)
+    expected.backward(grad.to(wide.dtype))
+    assert same_bits(ours.grad, theirs.grad.to(dtype))
+    if len(case) < 4:
+        plain = values.detach()
+        restored = segkernels.max_unpool2d(plain, codes, *case, output_size=shape)
+        assert same_bits(
+            restored, F.max_unpool2d(plain, indices, *case, output_size=shape).to(dtype)
+        )
+        plane = torch.randn_like(x)
+        pooled = plain.requires_grad_()
+        segkernels.max_unpool2d(pooled, codes, *case, output_size=shape).backward(plane)
+        assert same_bits(pooled.grad, plane.flatten(2).gather(2, indices.flatten(2)).view_as(plain))
+
+
+def test_windows_of_many_lines_have_gradients() -> None:
+    x = torch.randn(1, 20, 400, 3).contiguous(memory_format=torch.channels_last)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    segkernels.max_pool2d(ours, (300, 1), 1).square().sum().backward()
+    F.max_pool2d(theirs, (300, 1), 1).square().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("return_kind", ["return_indices", "return_codes"])
 def test_gradients_of_half_types_are_summed_in_float(return_kind: str, device: str) -> None:

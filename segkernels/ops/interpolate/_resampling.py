@@ -74,35 +74,27 @@ def native_args(
 
 def empty_result(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """An uninitialised tensor of `x`'s batch, channels, dtype and layout, and another size."""
-    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    return _empty(x, size, is_channels_last(x))
+
+
+def _empty(x: torch.Tensor, size: tuple[int, int], channels_last: bool) -> torch.Tensor:
     shape = (x.size(0), x.size(1), *size)
+    if not channels_last:  # this costs less
+        return x.new_empty(shape)
+    layout = torch.channels_last
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def run(x: torch.Tensor, r: Resampling) -> torch.Tensor:
     """Resample `x` with the native kernels; copies it first when it is a strided view."""
-    out = empty_result(x, r.result_size())
+    channels_last = is_channels_last(x)
+    out = _empty(x, r.result_size(), channels_last)
     if out.numel() == 0:
         return out
-    channels_last = is_channels_last(x)
-    x = x.contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()
     native = _native.C()
     where = _native.where(x)
     args = native_args(r, x.size(0), x.size(1), channels_last)
     dtype = _dtypes.FLOATING[x.dtype]
-    workspace = None
-    if where[0] < 0:
-        bytes_needed = native.interpolate_workspace(where, args, dtype, r.transpose)
-        workspace = torch.empty(bytes_needed, dtype=torch.uint8)
-    native.interpolate(
-        where,
-        args,
-        dtype,
-        x.data_ptr(),
-        out.data_ptr(),
-        0 if workspace is None else workspace.data_ptr(),
-        r.transpose,
-    )
+    native.interpolate(where, args, dtype, x.data_ptr(), out.data_ptr(), r.transpose)
     return out

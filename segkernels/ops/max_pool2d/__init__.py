@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,50 +87,52 @@ def max_pool2d(
             )
         args: tuple[Any, ...] = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return F.max_pool2d(input, *args)
-    w = _plan(input, kernel_size, stride, padding, dilation, ceil_mode)
-    if return_codes and w.many_cells:
-        raise ValueError(
-            f"max_pool2d: return_codes needs a window of at most {_windows.MAX_CELLS} cells "
-            f"(16x16), got kernel_size={w.kernel_size}"
-        )
-    batched = input if input.dim() == 4 else input.unsqueeze(0)
-    if not (return_indices or return_codes):
-        values = autograd.pool_values(batched, w)
-        return values if input.dim() == 4 else values.squeeze(0)
-    values, codes, indices = autograd.pool(batched, w, return_indices)
-    positions = indices if return_indices else codes
-    return (values, positions) if input.dim() == 4 else (values.squeeze(0), positions.squeeze(0))
-
-
-def _plan(
-    input: torch.Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    dilation: int | Sequence[int],
-    ceil_mode: bool,
-) -> Windows:
-    """The windows, checked as torch checks them and in its order."""
     kernel = _windows.pair(kernel_size, "kernel_size", "max_pool2d")
     steps = kernel
     if stride is not None and not (isinstance(stride, (tuple, list)) and len(stride) == 0):
         steps = _windows.pair(stride, "stride", "max_pool2d")
     pads = _windows.pair(padding, "padding", "max_pool2d")
     gaps = _windows.pair(dilation, "dilation", "max_pool2d")
-    if input.dim() not in (3, 4):
+    batched = input.dim() == 4
+    plan = _plan if _op.through_dispatcher(input) else _known_plan
+    channels_last = batched and _op.is_channels_last(input)
+    w = plan(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode))
+    if return_codes and w.many_cells:
+        raise ValueError(
+            f"max_pool2d: return_codes needs a window of at most {_windows.MAX_CELLS} cells "
+            f"(16x16), got kernel_size={w.kernel_size}"
+        )
+    x = input if batched else input.unsqueeze(0)
+    if return_indices or return_codes:
+        values, positions = autograd.pool(x, w, return_indices)
+        return (values, positions) if batched else (values.squeeze(0), positions.squeeze(0))
+    values = autograd.pool_values(x, w)
+    return values if batched else values.squeeze(0)
+
+
+def _plan(
+    shape: torch.Size,
+    channels_last: bool,
+    kernel: Pair,
+    steps: Pair,
+    pads: Pair,
+    gaps: Pair,
+    ceil_mode: bool,
+) -> Windows:
+    """The windows, checked as torch checks them and in its order."""
+    if len(shape) not in (3, 4):
         raise RuntimeError(
             "max_pool2d: non-empty 3D or 4D (batch mode) tensor expected for input, got shape "
-            f"{list(input.shape)}"
+            f"{list(shape)}"
         )
     _check_padding(kernel, steps, pads, gaps)
-    full = (input.size(-2), input.size(-1))
-    channels_last = input.dim() == 4 and _op.is_channels_last(input)
+    full = (shape[-2], shape[-1])
     w = Windows(full, (0, 0), kernel, steps, pads, gaps, channels_last)
     _windows.check_positive(w, "max_pool2d")
-    if any(size == 0 for size in input.shape[-3:]):
+    if any(size == 0 for size in shape[-3:]):
         raise RuntimeError(
             "max_pool2d: Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for "
-            f"input, but got:{list(input.shape)}"
+            f"input, but got:{list(shape)}"
         )
     if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
         raise RuntimeError(
@@ -138,7 +141,7 @@ def _plan(
         )
     pooled = (_windows_along(w, 0, ceil_mode), _windows_along(w, 1, ceil_mode))
     if pooled[0] < 1 or pooled[1] < 1:
-        channels = input.size(-3)
+        channels = shape[-3]
         raise RuntimeError(
             f"max_pool2d: Given input size: ({channels}x{full[0]}x{full[1]}). Calculated output "
             f"size: ({channels}x{pooled[0]}x{pooled[1]}). Output size is too small"
@@ -146,6 +149,10 @@ def _plan(
     w = w._replace(pooled=pooled)
     _windows.check_range(w, "max_pool2d")
     return w
+
+
+# Of shapes that are known, that is all but those of tracing.
+_known_plan = functools.lru_cache(maxsize=1024)(_plan)
 
 
 def _check_padding(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:

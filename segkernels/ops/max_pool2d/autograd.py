@@ -24,29 +24,32 @@ _op.library.define(
     f"max_pool2d_backward(Tensor grad, Tensor positions, {_windows.SCHEMA}) -> Tensor"
 )
 
+Two = tuple[torch.Tensor, torch.Tensor]
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def pool(x: torch.Tensor, w: Windows, return_indices: bool) -> Three:
-    """Pool the 4-D `x`: values, codes, and indices if wanted or if codes cannot be."""
+def pool(x: torch.Tensor, w: Windows, return_indices: bool) -> Two:
+    """Pool the 4-D `x`: values, and indices or codes."""
     if x.is_meta or _op.through_dispatcher(x):
-        found: Three = torch.ops.segkernels.max_pool2d(x, *w, return_indices)
-        return found
+        values, codes, indices = torch.ops.segkernels.max_pool2d(x, *w, return_indices)
+        return values, indices if return_indices else codes
     if _op.wants_grad(x):
-        recorded: Three = MaxPool2d.apply(x, w, return_indices)
+        recorded: Two = MaxPool2d.apply(x, w, return_indices)
         return recorded
-    if return_indices:  # codes are for the backward
-        values = _windows.empty(x, w.pooled, w)
-        indices = _windows.empty(x, w.pooled, w, torch.int64)
-        _run(x, w, values, None, indices)
-        return values, _windows.empty(x, (0, 0), w, torch.uint8), indices
-    return run(x, w, return_indices)
+    values = _windows.empty(x, w.pooled, w)
+    positions = _windows.empty(x, w.pooled, w, torch.int64 if return_indices else torch.uint8)
+    _run(x, w, values, *((None, positions) if return_indices else (positions, None)))
+    return values, positions
 
 
 def pool_values(x: torch.Tensor, w: Windows) -> torch.Tensor:
     """Pool the 4-D `x`: values alone."""
-    if x.is_meta or _op.through_dispatcher(x) or _op.wants_grad(x):
-        return pool(x, w, return_indices=False)[0]
+    if x.is_meta or _op.through_dispatcher(x):
+        found: torch.Tensor = torch.ops.segkernels.max_pool2d(x, *w, False)[0]
+        return found
+    if _op.wants_grad(x):
+        recorded: torch.Tensor = MaxPool2d.apply(x, w, None)
+        return recorded
     values = _windows.empty(x, w.pooled, w)
     _run(x, w, values, None, None)
     return values
@@ -64,15 +67,23 @@ def send_back(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.
 
 
 class MaxPool2d(torch.autograd.Function):
-    """Values and positions; the gradient goes back to the positions."""
+    """Values, and positions unless `return_indices` is None; the gradient goes back to those."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: Windows, return_indices: bool) -> Any:
-        values, codes, indices = run(x, w, return_indices)
-        ctx.save_for_backward(indices if w.many_cells else codes)
+    def forward(ctx: Any, x: torch.Tensor, w: Windows, return_indices: bool | None) -> Any:
+        values = _windows.empty(x, w.pooled, w)
+        codes = None if w.many_cells else _windows.empty(x, w.pooled, w, torch.uint8)
+        indices = None
+        if w.many_cells or return_indices:
+            indices = _windows.empty(x, w.pooled, w, torch.int64)
+        _run(x, w, values, codes, indices)
+        ctx.save_for_backward(indices if codes is None else codes)
         ctx.windows = w
-        ctx.mark_non_differentiable(codes, indices)
-        return values, codes, indices
+        if return_indices is None:
+            return values
+        positions = indices if return_indices else codes
+        ctx.mark_non_differentiable(positions)
+        return values, positions
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -124,7 +135,7 @@ def _run(
     x = x.contiguous(memory_format=w.memory_format)
     _native.C().max_pool2d(
         _native.where(x),
-        _windows.native_args(w, x),
+        _windows.native(w, x),
         _dtypes.FLOATING[x.dtype],
         x.data_ptr(),
         values.data_ptr(),
@@ -146,7 +157,7 @@ def run_backward(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> tor
             sums = torch.empty((planes, *w.full), dtype=torch.float32, device="cpu")
         _native.C().max_pool2d_backward(
             where,
-            _windows.native_args(w, grad),
+            _windows.native(w, grad),
             _dtypes.FLOATING[grad.dtype],
             grad.data_ptr(),
             positions.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,40 +88,52 @@ def max_unpool2d(
             )
         args: tuple[Any, ...] = (kernel_size, stride, padding, output_size)
         return F.max_unpool2d(input, indices, *args)
-    w = _plan(input, indices, kernel_size, stride, padding, output_size, dilation)
-    if input.dim() == 4:
+    kernel = _windows.pair(kernel_size, "kernel_size", "max_unpool2d")
+    steps = kernel if stride is None else _windows.pair(stride, "stride", "max_unpool2d")
+    pads = _windows.pair(padding, "padding", "max_unpool2d")
+    gaps = _windows.pair(dilation, "dilation", "max_unpool2d")
+    batched = input.dim() == 4
+    size = None if output_size is None else tuple(output_size)
+    known = size is None or all(type(n) is int for n in size)
+    plan = _known_plan if known and not _op.through_dispatcher(input, indices) else _plan
+    channels_last = batched and _op.is_channels_last(input)
+    given = input.shape, indices.shape, indices.dtype, channels_last
+    w = plan(*given, kernel, steps, pads, gaps, size)
+    if input.device != indices.device:
+        raise RuntimeError(
+            "max_unpool2d: Expected all tensors to be on the same device, but input is on "
+            f"{input.device} and indices on {indices.device}"
+        )
+    if batched:
         return autograd.unpool(input, indices, w)
     return autograd.unpool(input.unsqueeze(0), indices.unsqueeze(0), w).squeeze(0)
 
 
 def _plan(
-    input: torch.Tensor,
-    indices: torch.Tensor,
-    kernel_size: int | Sequence[int],
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    output_size: Sequence[int] | None,
-    dilation: int | Sequence[int],
+    shape: torch.Size,
+    indices_shape: torch.Size,
+    indices_dtype: torch.dtype,
+    channels_last: bool,
+    kernel: Pair,
+    steps: Pair,
+    pads: Pair,
+    gaps: Pair,
+    output_size: tuple[Any, ...] | None,
 ) -> Windows:
     """The windows, checked as torch checks them and in its order."""
-    kernel = _windows.pair(kernel_size, "kernel_size", "max_unpool2d")
-    steps = kernel if stride is None else _windows.pair(stride, "stride", "max_unpool2d")
-    pads = _windows.pair(padding, "padding", "max_unpool2d")
-    gaps = _windows.pair(dilation, "dilation", "max_unpool2d")
-    if input.dim() not in (3, 4):
+    if len(shape) not in (3, 4):
         raise RuntimeError(
             "max_unpool2d: Input to max_unpooling2d should be a 3d or 4d Tensor, but got a tensor "
-            f"with {input.dim()} dimensions."
+            f"with {len(shape)} dimensions."
         )
-    pooled = (input.size(-2), input.size(-1))
+    pooled = (shape[-2], shape[-1])
     default = (
         (pooled[0] - 1) * steps[0] + gaps[0] * (kernel[0] - 1) + 1 - 2 * pads[0],
         (pooled[1] - 1) * steps[1] + gaps[1] * (kernel[1] - 1) + 1 - 2 * pads[1],
     )
     full = _output_size(default, steps, output_size)
-    _check_indices(input, indices)
-    channels_last = input.dim() == 4 and _op.is_channels_last(input)
-    if indices.dtype == torch.int64:
+    _check_indices(shape, indices_shape, indices_dtype)
+    if indices_dtype == torch.int64:
         # They say all; the windows only made the default size.
         return Windows(full, pooled, (1, 1), (1, 1), (0, 0), (1, 1), channels_last)
     w = Windows(full, pooled, kernel, steps, pads, gaps, channels_last)
@@ -136,31 +149,30 @@ def _plan(
     return w
 
 
-def _check_indices(input: torch.Tensor, indices: torch.Tensor) -> None:
-    if indices.dtype not in (torch.int64, torch.uint8):
+# Of shapes that are known, that is all but those of tracing.
+_known_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def _check_indices(shape: torch.Size, indices: torch.Size, dtype: torch.dtype) -> None:
+    if dtype not in (torch.int64, torch.uint8):
         raise RuntimeError(
             "max_unpool2d: elements in indices should be type int64 (flat indices) or uint8 "
-            f"(codes) but got: {indices.dtype}"
+            f"(codes) but got: {dtype}"
         )
-    if input.shape != indices.shape:
+    if shape != indices:
         raise RuntimeError(
             "max_unpool2d: Expected shape of indices to be same as that of the input tensor "
-            f"({list(input.shape)}) but got indices tensor with shape: {list(indices.shape)}"
+            f"({list(shape)}) but got indices tensor with shape: {list(indices)}"
         )
-    if input.device != indices.device:
-        raise RuntimeError(
-            "max_unpool2d: Expected all tensors to be on the same device, but input is on "
-            f"{input.device} and indices on {indices.device}"
-        )
-    for dim in range(input.dim() - 3, input.dim()):
-        if input.size(dim) == 0:
+    for dim in range(len(shape) - 3, len(shape)):
+        if shape[dim] == 0:
             raise RuntimeError(
                 "max_unpool2d: Expected input to have non-zero size for non-batch dimensions, but "
-                f"got {list(input.shape)} with dimension {dim} being empty."
+                f"got {list(shape)} with dimension {dim} being empty."
             )
 
 
-def _output_size(default: Pair, stride: Pair, output_size: Any) -> Pair:
+def _output_size(default: Pair, stride: Pair, output_size: tuple[Any, ...] | None) -> Pair:
     if output_size is None:
         sizes = list(default)
     else:
@@ -181,7 +193,7 @@ def _output_size(default: Pair, stride: Pair, output_size: Any) -> Pair:
             low, high = default[dim] - stride[dim], default[dim] + stride[dim]
             if not low < sizes[dim] < high:
                 raise ValueError(
-                    f'max_unpool2d: invalid output_size "{tuple(output_size)}" (dim {dim} must be '
+                    f'max_unpool2d: invalid output_size "{output_size}" (dim {dim} must be '
                     f"between {low} and {high})"
                 )
     for dim in range(2):

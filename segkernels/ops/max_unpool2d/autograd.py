@@ -98,18 +98,21 @@ def run(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
         sources = w.pooled[0] * w.pooled[1]
         dtype = torch.int32 if sources < 2**31 else torch.int64
         winners = _windows.empty(x, w.full, w, dtype)
+    args = (
+        where,
+        _windows.native(w, x),
+        _dtypes.FLOATING[x.dtype],
+        x.data_ptr(),
+        positions.data_ptr(),
+        wide,
+        out.data_ptr(),
+        0 if winners is None else winners.data_ptr(),
+    )
+    if where[0] < 0:
+        _status.raise_found(_native.C().max_unpool2d(*args, 0), "max_unpool2d")
+        return out
     with _status.watch(x, "max_unpool2d") as status:
-        _native.C().max_unpool2d(
-            where,
-            _windows.native_args(w, x),
-            _dtypes.FLOATING[x.dtype],
-            x.data_ptr(),
-            positions.data_ptr(),
-            wide,
-            out.data_ptr(),
-            0 if winners is None else winners.data_ptr(),
-            status.data_ptr(),
-        )
+        _native.C().max_unpool2d(*args, status.data_ptr())
     return out
 
 
@@ -124,7 +127,7 @@ def run_backward(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> tor
     positions = positions.contiguous(memory_format=w.memory_format)
     _native.C().max_unpool2d_backward(
         _native.where(grad),
-        _windows.native_args(w, grad),
+        _windows.native(w, grad),
         _dtypes.FLOATING[grad.dtype],
         grad.data_ptr(),
         positions.data_ptr(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _windows
+from segkernels.ops import _op, _windows
 from segkernels.ops._windows import Pair
 from segkernels.ops.unpool2d import autograd
 
@@ -108,7 +109,18 @@ def _kernel(input: torch.Tensor, kernel_size: int | Sequence[int], function: str
             f"{function}: input must be [N, C, H, W] or [C, H, W], got shape {list(input.shape)}"
         )
     kernel = _windows.pair(kernel_size, "kernel_size", function)
-    w = autograd.blocks(input, kernel)
+    if _op.through_dispatcher(input):
+        _check(input.size(-2), input.size(-1), kernel, function)
+    else:
+        _known_check(input.size(-2), input.size(-1), kernel, function)
+    return kernel
+
+
+def _check(height: int, width: int, kernel: Pair, function: str) -> None:
+    w = autograd.blocks(height, width, kernel, channels_last=False)
     _windows.check_positive(w, function)
     _windows.check_range(w, function)
-    return kernel
+
+
+# Of sizes that are known, that is all but those of tracing.
+_known_check = functools.lru_cache(maxsize=1024)(_check)

@@ -5,6 +5,7 @@ Both are linear; their gradients sum a block and read a cell of it, and theirs a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,19 +62,23 @@ def _transpose(name: str) -> str:
     return forward if backward else f"{name}_backward"
 
 
-def blocks(x: torch.Tensor, kernel: Pair) -> Windows:
-    """The blocks of `x`'s values."""
-    pooled = (x.size(-2), x.size(-1))
-    full = (pooled[0] * kernel[0], pooled[1] * kernel[1])
-    channels_last = x.dim() == 4 and _op.is_channels_last(x)
-    return Windows(full, pooled, kernel, kernel, (0, 0), (1, 1), channels_last)
+def blocks(height: int, width: int, kernel: Pair, channels_last: bool) -> Windows:
+    """The blocks of a plane's values."""
+    full = (height * kernel[0], width * kernel[1])
+    return Windows(full, (height, width), kernel, kernel, (0, 0), (1, 1), channels_last)
+
+
+_known_blocks = functools.lru_cache(maxsize=1024)(blocks)
+
+
+def _blocks_of(x: torch.Tensor, kernel: Pair) -> Windows:
+    rows, columns = kernel  # a list where the dispatcher calls
+    return _known_blocks(x.size(2), x.size(3), (rows, columns), _op.is_channels_last(x))
 
 
 def _blocks_of_grad(grad: torch.Tensor, kernel: Pair) -> Windows:
-    full = (grad.size(-2), grad.size(-1))
-    pooled = (full[0] // kernel[0], full[1] // kernel[1])
-    channels_last = _op.is_channels_last(grad)
-    return Windows(full, pooled, kernel, kernel, (0, 0), (1, 1), channels_last)
+    pooled = (grad.size(2) // kernel[0], grad.size(3) // kernel[1])
+    return _known_blocks(*pooled, (kernel[0], kernel[1]), _op.is_channels_last(grad))
 
 
 def _run(name: str, x: torch.Tensor, size: Pair, w: Windows, *args: int) -> torch.Tensor:
@@ -82,7 +87,7 @@ def _run(name: str, x: torch.Tensor, size: Pair, w: Windows, *args: int) -> torc
         x = x.contiguous(memory_format=w.memory_format)
         getattr(_native.C(), name)(
             _native.where(x),
-            _windows.native_args(w, x),
+            _windows.native(w, x),
             _dtypes.FLOATING[x.dtype],
             x.data_ptr(),
             out.data_ptr(),
@@ -92,7 +97,7 @@ def _run(name: str, x: torch.Tensor, size: Pair, w: Windows, *args: int) -> torc
 
 
 def _run_nearest(x: torch.Tensor, kernel: Pair) -> torch.Tensor:
-    w = blocks(x, kernel)
+    w = _blocks_of(x, kernel)
     return _run("unpool_nearest", x, w.full, w)
 
 
@@ -102,7 +107,7 @@ def _run_nearest_backward(grad: torch.Tensor, kernel: Pair) -> torch.Tensor:
 
 
 def _run_nails(x: torch.Tensor, kernel: Pair, cell: Pair) -> torch.Tensor:
-    w = blocks(x, kernel)
+    w = _blocks_of(x, kernel)
     return _run("unpool_bed_of_nails", x, w.full, w, cell[0] * kernel[1] + cell[1])
 
 
@@ -113,12 +118,13 @@ def _run_nails_backward(grad: torch.Tensor, kernel: Pair, cell: Pair) -> torch.T
 
 
 def _fake(x: torch.Tensor, kernel: Pair, *_: Pair) -> torch.Tensor:
-    w = blocks(x, kernel)
+    w = blocks(x.size(2), x.size(3), kernel, _op.is_channels_last(x))
     return _windows.empty(x, w.full, w)
 
 
 def _fake_backward(grad: torch.Tensor, kernel: Pair, *_: Pair) -> torch.Tensor:
-    w = _blocks_of_grad(grad, kernel)
+    pooled = (grad.size(2) // kernel[0], grad.size(3) // kernel[1])
+    w = blocks(*pooled, kernel, _op.is_channels_last(grad))
     return _windows.empty(grad, w.pooled, w)
 
 

@@ -1,5 +1,5 @@
-// Vectors of neighbouring channels or columns for the *.simd.cpp files: they stay in registers from
-// the first cell of a window to the last. The compiler halves what an instruction set lacks.
+// Vectors of neighbouring channels or columns for the *.simd.cpp files. The compiler halves what an
+// instruction set lacks.
 #pragma once
 
 #include <string.h>
@@ -13,7 +13,7 @@
 #include "common/scalar.h"
 #include "common/vec.h"
 
-namespace segkernels::pooling {
+namespace segkernels {
 inline namespace SK_NS {
 
 #if defined(__AVX512BW__)
@@ -45,6 +45,24 @@ SK_HD void each_block(int64_t n, const F& f) {
   for (; i + 4 * W <= n; i += 4 * W) f(std::integral_constant<int, 4>{}, i);
   for (; i + 2 * W <= n; i += 2 * W) f(std::integral_constant<int, 2>{}, i);
   for (; i < n; i += W) f(std::integral_constant<int, 1>{}, i + W <= n ? i : n - W);
+}
+
+// In steps: GCC 12 takes a conversion by more than two lane by lane.
+template <int W>
+SK_HD Vec<uint32_t, W> widen_bytes(Vec<uint8_t, W> bytes) {
+  return __builtin_convertvector(__builtin_convertvector(bytes, Vec<uint16_t, W>),
+                                 Vec<uint32_t, W>);
+}
+
+template <int W, class V>
+SK_HD Vec<uint8_t, W> bytes_of(V lanes) {
+  if constexpr (sizeof(lanes[0]) == 8) {
+    return bytes_of<W>(__builtin_convertvector(lanes, Vec<uint32_t, W>));
+  } else if constexpr (sizeof(lanes[0]) == 4) {
+    return bytes_of<W>(__builtin_convertvector(lanes, Vec<uint16_t, W>));
+  } else {
+    return __builtin_convertvector(lanes, Vec<uint8_t, W>);
+  }
 }
 
 // W values, given by their bits, widened.
@@ -111,11 +129,43 @@ SK_HD void store_narrow(Half* to, Vec<float, W> lanes) {
 
 // One value, widened with the instruction for it.
 template <class T>
-SK_HD float widen_one(T value) {
+SK_HD Acc<T> widen_one(T value) {
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, Half>) return _cvtsh_ss(value.bits);
 #endif
   return widen(value);
+}
+
+template <int W>
+SK_HD void store_narrow(float* to, Vec<float, W> lanes) {
+  store_lanes(to, lanes);
+}
+
+template <int W>
+SK_HD void store_narrow(double* to, Vec<double, W> lanes) {
+  store_lanes(to, lanes);
+}
+
+// W values, widened.
+template <int W, class T>
+SK_HD Vec<Acc<T>, W> load_wide(const T* from) {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  return widen_lanes<W>(load_lanes<W>(reinterpret_cast<const Bits*>(from)), T{});
+}
+
+template <class T>
+SK_HD void widen_line(const T* __restrict from, float* __restrict to, int64_t n) {
+  constexpr int kWidth = kVectorBytes / sizeof(float);
+  if (n < kWidth) {
+    for (int64_t i = 0; i < n; ++i) to[i] = widen_one(from[i]);
+    return;
+  }
+  each_block<kWidth>(n, [&](auto count, int64_t first) {
+    for (int64_t i = first; i < first + count * kWidth; i += kWidth) {
+      store_lanes(to + i, load_wide<kWidth>(from + i));
+    }
+  });
 }
 
 template <class T>
@@ -133,4 +183,4 @@ SK_HD void narrow_line(const float* __restrict from, T* __restrict to, int64_t n
 }
 
 }  // namespace SK_NS
-}  // namespace segkernels::pooling
+}  // namespace segkernels

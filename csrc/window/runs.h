@@ -1,0 +1,132 @@
+// Where the codes of consecutive windows point, for contiguous planes on the CPU: some windows at a
+// time, of one line or of several short ones, so that the arithmetic vectorises. Included by
+// *.simd.cpp files only.
+#pragma once
+
+#include <string.h>
+
+#include "common/lanes.h"
+#include "window/moves.h"
+
+namespace segkernels::pooling {
+inline namespace SK_NS {
+
+class Runs {
+ public:
+  static constexpr int kMost = 128;
+  static constexpr int kWidth = kVectorBytes / 4;
+
+  // Places of n windows, the first of which is `window` in its plane; -1 for a code that points to
+  // none, if `bad`.
+  struct Run {
+    int32_t place[kMost];
+    int64_t window;
+    int32_t n;
+    bool bad;
+  };
+
+  explicit Runs(const Windows& windows)
+      : w_(windows), inverse_((65535 + uint32_t(w_.kernel[1])) / uint32_t(w_.kernel[1])) {
+    lines_ = w_.pooled[1] > 0 && w_.pooled[1] < kMost ? kMost / w_.pooled[1] : 1;
+    several_ = w_.pooled[1] <= kMost;
+    if (several_) describe(0, w_.pooled[1], lines_, table_);
+  }
+
+  // Whether places are few enough for this.
+  static bool take(const Windows& w) {
+    return w.channels == 1 && int64_t(w.full[0]) * w.full[1] < (int64_t(1) << 30);
+  }
+
+  // f(run) for runs that make up the lines [begin, end) of windows, in order.
+  template <class F>
+  void each(int32_t begin, int32_t end, const uint8_t* codes, const F& f) const {
+    Run run;
+    for (int32_t y = begin; y < end;) {
+      const Cells ys = cells_inside(w_, 0, y);
+      const int64_t first = int64_t(y) * w_.pooled[1];
+      if (several_) {
+        int32_t lines = 1;
+        while (lines < lines_ && y + lines < end && alike(ys, y + lines)) ++lines;
+        find(ys, table_, codes, first, lines * w_.pooled[1], run);
+        f(run);
+        y += lines;
+        continue;
+      }
+      for (int32_t x = 0; x < w_.pooled[1]; x += kMost) {
+        const int32_t n = w_.pooled[1] - x < kMost ? w_.pooled[1] - x : kMost;
+        Table table;
+        describe(x, n, 1, table);
+        find(ys, table, codes, first + x, n, run);
+        f(run);
+      }
+      ++y;
+    }
+  }
+
+ private:
+  // Of each window: its first cell, from that of the run's line at the plane's left side, and the
+  // columns of cells [begin, end) that lie in the plane.
+  struct Table {
+    uint32_t from[kMost];
+    int32_t begin[kMost], end[kMost];
+  };
+
+  void describe(int32_t x, int32_t columns, int32_t lines, Table& table) const {
+    for (int32_t i = 0; i < columns; ++i) {
+      const Cells xs = cells_inside(w_, 1, x + i);
+      table.from[i] = uint32_t(xs.start);
+      table.begin[i] = xs.begin;
+      table.end[i] = xs.end;
+    }
+    const uint32_t step = uint32_t(w_.stride[0]) * uint32_t(w_.full[1]);
+    for (int32_t i = columns; i < lines * columns; ++i) {
+      table.from[i] = table.from[i - columns] + step;
+      table.begin[i] = table.begin[i - columns];
+      table.end[i] = table.end[i - columns];
+    }
+  }
+
+  bool alike(const Cells& ys, int32_t y) const {
+    const Cells other = cells_inside(w_, 0, y);
+    return other.begin == ys.begin && other.end == ys.end;
+  }
+
+  void find(const Cells& ys, const Table& table, const uint8_t* codes, int64_t window, int32_t n,
+            Run& run) const {
+    using Wide = Vec<uint32_t, kWidth>;
+    using Signed = Vec<int32_t, kWidth>;
+    const uint32_t row = uint32_t(w_.dilation[0]) * uint32_t(w_.full[1]);
+    const uint32_t column = uint32_t(w_.dilation[1]), width = uint32_t(w_.kernel[1]);
+    const uint32_t origin = uint32_t(ys.start) * uint32_t(w_.full[1]);
+    Signed lane;
+    for (int i = 0; i < kWidth; ++i) lane[i] = i;
+    Signed bad = {};
+    for (int32_t i = 0; i < n; i += kWidth) {
+      uint8_t few[kWidth] = {};
+      const uint8_t* from = codes + window + i;
+      if (n - i < kWidth) from = static_cast<uint8_t*>(memcpy(few, from, size_t(n - i)));
+      const Wide code = widen_bytes<kWidth>(load_lanes<kWidth>(from));
+      const Wide m = (code * inverse_) >> 16, k = code - m * width;
+      const Wide at = origin + load_lanes<kWidth>(table.from + i) + m * row + k * column;
+      const Signed y = bits_of<Signed>(m), x = bits_of<Signed>(k);
+      const Signed inside = (y >= ys.begin) & (y < ys.end) &
+                            (x >= load_lanes<kWidth>(table.begin + i)) &
+                            (x < load_lanes<kWidth>(table.end + i));
+      store_lanes(run.place + i, bits_of<Signed>(at) | ~inside);
+      bad |= ~inside & (lane < n - i);
+    }
+    run.window = window;
+    run.n = n;
+    run.bad = false;
+    for (int i = 0; i < kWidth; ++i) run.bad |= bad[i] != 0;
+  }
+
+  Windows w_;
+  uint32_t inverse_;  // of a window's width, times 2^16
+  int32_t lines_;     // that a run may have
+  bool several_;      // whether a line is one run at most
+  Table table_;
+};
+
+}  // namespace SK_NS
+}  // namespace segkernels::pooling
