@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _STYLE = {
     "font.size": 9,
@@ -58,9 +58,7 @@ def _ratios(run: Run) -> Plot | None:
         for name in names:
             axes.scatter([], [], s=16, color=colours[name], label=name)
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log(axes, "x", lambda x: f"{x:g}x")
         axes.set_yticks(range(len(ops)), list(ops))
         axes.set_ylim(len(ops) - 0.5, -0.5)
         axes.set_xlabel("the peer's time over ours: right of the line segkernels is faster")
@@ -83,9 +81,7 @@ def _floors(run: Run) -> Plot | None:
         for row, shares in enumerate(ops.values()):
             axes.scatter(shares, [row] * len(shares), s=16, alpha=0.6, color="C0", linewidths=0)
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g}%"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _log(axes, "x", lambda x: f"{100 * x:g}%", steps=(1,))
         axes.set_yticks(range(len(ops)), list(ops))
         axes.set_ylim(len(ops) - 0.5, -0.5)
         axes.set_xlabel("the floor over our time: at the line nothing could be faster")
@@ -113,11 +109,8 @@ def _memory(run: Run) -> Plot | None:
         ends = [value for points in pairs.values() for point in points for value in point]
         line = [min(ends), max(ends)]
         axes.plot(line, line, color="black", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-            axis.set_minor_formatter(NullFormatter())
+        _log(axes, "x")
+        _log(axes, "y")
         axes.set_xlabel("torch: peak MB beyond the inputs")
         axes.set_ylabel("segkernels: peak MB beyond the inputs")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -151,11 +144,10 @@ def _curve(name: str, cases: list[Case], run: Run) -> Plot:
             high = [case.times[peer].high for case in there]
             axes.fill_between(x, low, high, alpha=0.15, color=colours[peer], linewidth=0)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         ticks = sorted({float(case.info["curve"]["x"]) for case in cases})
         axes.set_xticks(ticks, [_short(x) for x in ticks])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        _log(axes, "y")
         axes.set_xlabel(over)
         axes.set_ylabel("ms (median; shaded: middle half)")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
@@ -163,6 +155,20 @@ def _curve(name: str, cases: list[Case], run: Run) -> Plot:
     caption = f"{name}. {cases[0].info.get('source', '')}".strip()
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     return _plot(f"scaling-{slug}", caption, draw, (7.5, 3.6))
+
+
+def _log(
+    axes: Axes,
+    which: str,
+    text: Callable[[float], str] = lambda x: f"{x:g}",
+    steps: Sequence[float] = (1, 2, 5),
+) -> None:
+    """A logarithmic axis with labels at `steps` times each power of ten."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: text(x)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _short(x: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from report import what
 from results import OURS, Case, Run, load
 from tables import digits, geometric_mean, table
 
@@ -78,9 +79,8 @@ def _op_table(run: Run) -> str:
         for test in dict.fromkeys(case.test for case in cases):
             ratios = [c.ratio("torch") for c in cases if c.test == test and "torch" in c.times]
             if ratios:
-                what = "" if test == op else test.removeprefix(f"{op}_").replace("_", " ")
                 mean, worst = geometric_mean(ratios), min(ratios)
-                rows.append([op, what, str(len(ratios)), f"{mean:.2f}", f"{worst:.2f}"])
+                rows.append([op, what(op, test), str(len(ratios)), f"{mean:.2f}", f"{worst:.2f}"])
     return table(["benchmark", "", "cases", "torch / segkernels", "worst"], rows, left=(0, 1))
 
 

@@ -83,7 +83,7 @@ def build(run: Run) -> Document:
 
     drawn = {plot.name: plot for plot in plots.all_plots(run)}
     blocks: list[Block] = [Listing(_setting(run)), *_warnings(run), *_losses(run)]
-    blocks += [Heading("By operator: geometric means of the ratios"), _by_op(run)]
+    blocks += [Heading("By operator: geometric means of the ratios"), *_by_op(run)]
     blocks += [drawn.pop(name) for name in ("ratios", "floors", "memory") if name in drawn]
     if drawn:
         blocks += [Heading("Over size"), *drawn.values()]
@@ -146,7 +146,7 @@ def _warnings(run: Run) -> list[Block]:
 
 def _losses(run: Run) -> list[Block]:
     """The cases in which a peer is faster, the worst first."""
-    notes = {name for case in run.cases for name in case.info.get("peers_notes", {})}
+    notes = _notes(run)
     pairs = [
         (case, name)
         for cases in run.ops().values()
@@ -162,7 +162,7 @@ def _losses(run: Run) -> list[Block]:
         Heading("Where a peer is faster"),
         Text(
             f"{len(lost)} of {len(pairs)} pairs of a case and a peer that does the same work; in "
-            f"{clear} of them the middle halves of the times do not meet, the others are noise."
+            f"{clear} of them the middle halves of the times do not meet, in the others they do."
         ),
     ]
     if lost:
@@ -184,21 +184,40 @@ def _losses(run: Run) -> list[Block]:
     return blocks
 
 
-def _by_op(run: Run) -> Table:
+def _by_op(run: Run) -> list[Block]:
     ops = run.ops()
+    notes = _notes(run)
     names = run.peers([case for cases in ops.values() for case in cases])
     rows = []
     for op, cases in ops.items():
         for test in dict.fromkeys(case.test for case in cases):
             some = [case for case in cases if case.test == test]
             shares = [s for case in some if (s := case.info.get("share_of_floor"))]
-            cells = [op, test, str(len(some))]
+            cells = [op, what(op, test), str(len(some))]
             for name in names:
                 there = [case.ratio(name) for case in some if name in case.times]
                 cells.append(_ratio(geometric_mean(there)) if there else "")
             cells.append(f"{geometric_mean(shares):.1%}" if shares else "")
             rows.append(cells)
-    return Table(["operator", "what", "cases", *names, "share of floor"], rows, left=(0, 1))
+    marked = [f"{name} *" if name in notes else name for name in names]
+    blocks: list[Block] = [
+        Table(["operator", "what", "cases", *marked, "share of floor"], rows, left=(0, 1))
+    ]
+    if notes:
+        blocks.append(Text("* Its work differs, see below."))
+    return blocks
+
+
+def what(op: str, test: str) -> str:
+    """What of an operator a test function measures; nothing where it is the operator itself."""
+    return "" if test == op else test.removeprefix(f"{op}_").replace("_", " ")
+
+
+def _notes(run: Run) -> dict[str, str]:
+    """Peers whose work differs, and in what."""
+    return {
+        name: note for case in run.cases for name, note in case.info.get("peers_notes", {}).items()
+    }
 
 
 def _cases(cases: Sequence[Case], title: str) -> Table:
@@ -253,11 +272,7 @@ def _missing(run: Run) -> list[Block]:
         for name, reason in case.info.get("peers_missing", {}).items():
             line = f"{name}: {reason}"
             why[line] = why.get(line, 0) + 1
-    notes = {
-        f"{name}: {note}"
-        for case in run.cases
-        for name, note in case.info.get("peers_notes", {}).items()
-    }
+    notes = [f"{name}: {note}" for name, note in _notes(run).items()]
     blocks: list[Block] = []
     if why:
         lines = [f"{line} ({count} cases)" for line, count in sorted(why.items())]
