@@ -12,7 +12,7 @@ import pytest
 _LIMIT = 400.0  # seconds: a whole run on a GPU takes less than eight minutes
 _QUICK_LIMIT = 420.0
 _HEAD_START = 30.0  # what compiles or is slow may stand at the beginning
-_LONG = 5.0  # seconds: of rounds that take longer there are fewer
+_LONG = 2.0  # seconds: of rounds that take longer there are fewer
 _FEWEST = 3
 
 

@@ -22,7 +22,8 @@ _STAT = Path("/proc/stat")
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 _FLUSH_SECONDS = 2e-4  # about what overwriting that takes, and queueing it
 _SHORTEST = 2e-4  # seconds: faster calls are repeated within one reading of the wall clock
-_BLOCK = 0.5  # seconds: the counts of busy time are in hundredths
+_BLOCK = 0.5  # seconds: the counts of busy time are in hundredths,
+_WATCHED = 0.2  # and over less than this they tell nothing
 #: Cores that other processes may use while times are taken that are to be published.
 QUIET = 0.1
 
@@ -94,6 +95,7 @@ def interleave(
                 block[name].append(runs[name]())
             order.reverse()
             count += 1
+        time.sleep(max(0.0, _WATCHED - (time.perf_counter() - start)))
         busy, took = share(), time.perf_counter() - start
         if busy > QUIET and patience > 0:
             patience -= took

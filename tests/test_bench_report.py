@@ -186,7 +186,7 @@ def test_slower_beyond_noise(tmp_path: Path) -> None:
         "b": "same",
         "c": "faster",
     }
-    assert found["a"].noise == 0.05
+    assert found["a"].noise == 0.10
     assert found["b"].noise == pytest.approx(2 * 0.2 * 2**0.5)
 
 
@@ -197,6 +197,18 @@ def test_a_slower_machine_is_no_regression(tmp_path: Path) -> None:
     assert found["a"].drift == pytest.approx(1.5)
     assert found["a"].verdict == "same"
     assert found["b"].verdict == "slower"
+
+
+def test_a_busy_machine_judges_nothing(tmp_path: Path) -> None:
+    old = [case("a", 1.0), case("b", 1.0, others_cores=0.5)]
+    new = [case("a", 2.0, others_cores=0.3), case("b", 2.0)]
+    assert {c.verdict for c in compared(tmp_path, old, new).values()} == {"busy"}
+    facts = {"device_kind": "cuda"}
+    before = results.load(write(tmp_path / "a.json", *old, **facts))
+    after = results.load(write(tmp_path / "b.json", *new, **facts))
+    found = compare.compare(before, after)
+    assert [change.verdict for change in found.changes] == ["slower", "slower"]
+    assert found.changes[0].noise == pytest.approx(max(0.05, 2 * 0.02 * 2**0.5))
 
 
 def test_a_peer_elsewhere_says_nothing_of_the_device(tmp_path: Path) -> None:

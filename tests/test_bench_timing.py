@@ -7,11 +7,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import budget
 import floors
+import measure as measuring
+import peers
 import pytest
 import shapes
 import timing
@@ -31,6 +34,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def quiet(monkeypatch: pytest.MonkeyPatch, shares: Iterator[float]) -> None:
     """Others use what `shares` says, block by block, and a block is one round."""
     monkeypatch.setattr(timing, "_BLOCK", 0.0)
+    monkeypatch.setattr(timing, "_WATCHED", 0.0)
     monkeypatch.setattr(timing, "others_share", lambda: lambda: next(shares))
 
 
@@ -64,6 +68,19 @@ def test_busy_rounds_are_taken_again_while_there_is_patience(
     assert rounds.times == {"a": [1, 1]}
     assert rounds.thrown == 0
     assert rounds.others == pytest.approx(0.5)
+
+
+def test_others_are_watched_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[float] = []
+
+    def watch() -> Callable[[], float]:
+        start = time.perf_counter()
+        return lambda: watched.append(time.perf_counter() - start) or 0.0
+
+    monkeypatch.setattr(timing, "others_share", watch)
+    timing.interleave({"a": lambda: 1e-6}, 3)
+    assert len(watched) == 1  # three rounds are one block
+    assert watched[0] >= 0.2
 
 
 def test_what_others_use_is_all_but_our_own(
@@ -269,3 +286,97 @@ def test_json_times_are_those_that_pytest_benchmark_had(tmp_path: Path) -> None:
         info["floor_ms"] / info["times_ms"]["segkernels"][1]
     )
     assert "sleep" in done.stdout
+
+
+class Fixture:
+    """As pytest-benchmark's, for `measure`: it reads the clock around each round."""
+
+    def __init__(self) -> None:
+        self.stats = None
+        self.extra_info: dict[str, Any] = {}
+        self.rounds: list[float] = []
+
+    def pedantic(self, run: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            start = timing.clock()
+            run()
+            self.rounds.append(timing.clock() - start)
+        self.stats = object()
+
+
+def test_a_case_on_cuda_notes_host_graph_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`measure` as on a GPU, with torch.cuda's functions played by stand-ins: the host takes 5 ms
+    to queue a call, the device 1 ms (eager) or 2 ms (the peer's, which it waits for) to run it."""
+    device = torch.device("cuda", 0)
+    timing.clock.device = device
+    monkeypatch.setattr(measuring, "clock", timing.clock)
+    monkeypatch.setattr(measuring, "rows", [])
+    monkeypatch.setattr(measuring.budget, "rounds", (3, 3))
+    monkeypatch.setattr(measuring, "floor", lambda *_: floors.Floor(5e-4, "bytes"))
+    monkeypatch.setattr(measuring, "host_time", lambda call, _: {ours: 5e-3, theirs: 1e-4}[call])
+    monkeypatch.setattr(
+        timing, "event_times", lambda call, _, count: [{ours: 1e-3, theirs: 2e-3}[call]] * count
+    )
+    monkeypatch.setattr(measuring, "as_graph", lambda call, _: theirs if call is ours else ours)
+    monkeypatch.setattr(measuring, "cuda_peak", lambda call, _: {ours: 100, theirs: 300}[call])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A GPU")
+
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    fixture = Fixture()
+    measuring.measure(
+        fixture,  # type: ignore[arg-type]
+        "case",
+        ours,
+        checked="torch",
+        peers=[peers.eager(theirs), peers.Peer("gone", "here", missing="why")],
+        source="here",
+    )
+    assert fixture.rounds == pytest.approx([1e-3] * 3)
+    info = fixture.extra_info
+    assert info["times_ms"]["torch"] == pytest.approx([2.0, 2.0, 2.0])
+    assert info["ratio"] == pytest.approx({"torch": 2.0})
+    assert info["share_of_floor"] == pytest.approx(0.5)
+    assert info["host_us"] == pytest.approx({"segkernels": 5000, "torch": 100})
+    assert info["graph_ms"] == pytest.approx({"segkernels": 2.0})  # only ours waits for the host
+    assert info["peak_bytes"] == {"segkernels": 100, "torch": 300}
+    assert info["peers_missing"] == {"gone": "why"}
+    assert measuring.rows[0].peak == 100
+
+
+def test_a_graph_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted\nwhen capturing")
+
+    timing.clock.device = torch.device("cuda", 0)
+    monkeypatch.setattr(measuring, "clock", timing.clock)
+    monkeypatch.setattr(measuring, "host_time", lambda *_: 1.0)
+    monkeypatch.setattr(measuring, "as_graph", refuse)
+    noted = measuring._queueing({"segkernels": lambda: None}, {"segkernels": 1e-3})
+    assert noted["graph_ms"] == {"segkernels": "operation not permitted"}
+
+
+@pytest.mark.slow
+def test_the_cases_of_a_gpu_are_collected_without_one() -> None:
+    """Every case of a run on CUDA is made, though none can run here, and they are not too many."""
+    code = (
+        "import sys, torch, pytest\n"
+        "torch.cuda.is_available = lambda: True\n"
+        "torch.cuda.current_device = lambda: 0\n"
+        "sys.exit(pytest.main(sys.argv[1:]))\n"
+    )
+    options = ["--collect-only", "-q", "--device", "cuda"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT / "benchmarks"), *options],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [line for line in done.stdout.splitlines() if "::" in line]
+    files = {Path(line.partition("::")[0]).stem for line in cases}
+    assert files >= {f"bench_{op.name}" for op in _registry.ops()}
+    assert 300 < len(cases) < 1000
+    assert all(f"bfloat16-{layout}" in done.stdout for layout in ("NHWC", "NCHW"))
