@@ -289,6 +289,13 @@ def test_branches_of_aspp(cluster: int) -> None:
     assert {segment.branch for segment in s.segments} == {0, 1, 2, 3}
 
 
+def test_both_tiles_of_a_cut_pair_are_added_up() -> None:
+    s = check(
+        5, 136, (11, 13), [same(3, 1, 72)], 64, multiprocessors=10, cluster=2, tile_channels=64
+    )
+    assert {fixup.first % 2 for fixup in s.fixups} == {0, 1}
+
+
 def test_tiles_without_taps_are_zero() -> None:
     # With so much padding the outermost outputs read nothing.
     s = check(1, 16, (5, 5), [Branch((1, 1), (1, 1), (20, 20), 8)], 16, multiprocessors=4)

@@ -87,12 +87,14 @@ def schedule_with(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_tile(
     dtype: torch.dtype, tile_channels: int, cluster: int, schedule_with: Any
 ) -> None:
-    schedule_with(tile_channels=tile_channels, cluster=cluster, multiprocessors=10)
-    g = same((9, 11), 3, 3)
-    x, w = operands(3, 136, 72, g, dtype)
+    schedule_with(tile_channels=tile_channels, cluster=cluster, multiprocessors=30)
+    g = same((11, 13), 3, 1)
+    x, w = operands(5, 136, 72, g, dtype)
     assert error(sm90.forward(x, w, g), reference(x, w, g)) <= BOUND[dtype]
     (table,) = sm90._tables.values()
-    assert table.plan["fixups"] > 0, "no tile was cut"
+    fixups = table.words[-6 * table.plan["fixups"] :].view(-1, 6)
+    # Tiles of every multiprocessor of a cluster are cut.
+    assert set((fixups[:, 3] % cluster).tolist()) == set(range(cluster))
 
 
 @settings(max_examples=40)
@@ -429,13 +431,13 @@ def test_kernel_is_its_emulation(
 ) -> None:
     if cluster == 2 and tile_channels < 128:
         pytest.skip("clusters have tiles of 128 and 256 channels")
-    schedule_with(tile_channels=tile_channels, cluster=cluster, multiprocessors=10)
-    g = same((9, 11), 3, 3)
-    x, w = operands(3, 136, out_channels, g, dtype)
+    schedule_with(tile_channels=tile_channels, cluster=cluster, multiprocessors=30)
+    g = same((11, 13), 3, 1)
+    x, w = operands(5, 136, out_channels, g, dtype)
     arguments = {
         "scale": torch.rand(out_channels),
         "shift": torch.randn(out_channels),
-        "residual": torch.randn(3, out_channels, 9, 11).to(dtype),
+        "residual": torch.randn(5, out_channels, 11, 13).to(dtype),
         "activation": "relu",
     }
     emulated = sm90.forward(x, w, g, **arguments)
