@@ -428,7 +428,7 @@ MODELS = (
     ModelShape("pspnet50", 8, 21, 473, 473, "the paper's crop, VOC"),
     ModelShape("segnet", 8, 11, 360, 480, _CAMVID, quick=True),
     ModelShape("fc_densenet56", 8, 11, 224, 224, "the paper's crop, CamVid's 11 classes"),
-    ModelShape("unet", 8, 2, 572, 572, "the paper's tile, one channel", channels=1),
+    ModelShape("unet", 8, 2, 576, 576, "the paper's tile of 572, padded to fit", channels=1),
 )
 
 

@@ -20,7 +20,7 @@ import shapes
 import timing
 import torch
 
-from segkernels import _registry
+from segkernels import _registry, models
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,6 +218,14 @@ def test_every_size_says_where_it_comes_from_and_has_its_own_name(cuda: bool) ->
         assert {shape.kind.layout for shape in found} == {"NCHW", "NHWC"}
     if cuda:
         assert {shape.batch for shape in laid} >= {1, 8}
+
+
+def test_models_take_the_sizes_that_a_gpu_measures_them_at() -> None:
+    for shape in shapes.model_shapes(cuda=True):
+        model = models.create_model(shape.model, shape.classes, shape.channels, width=0.0625)
+        model.eval().check_input(
+            torch.empty(shape.batch, shape.channels, shape.height, shape.columns, device="meta")
+        )
 
 
 @pytest.mark.slow
