@@ -13,7 +13,7 @@ from timing import clock, event_times, wall_time
 _GIB = 2**30
 _SMALLEST, _LARGEST = 2**20, 2**28  # bytes copied on the CPU
 _CUDA_COPIES, _CPU_COPIES = 20, 7
-_MATMULS = 5
+_MATMULS = 10
 
 _copies: dict[tuple[torch.device, int], float] = {}
 _matmuls: dict[tuple[torch.device, str], float] = {}
@@ -87,7 +87,7 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
         with _tf32(dtype == "tf32"):
             multiply()
             if device.type == "cuda":
-                taken = statistics.median(event_times(multiply, device, 2 * _MATMULS))
+                taken = statistics.median(event_times(multiply, device, _MATMULS))
             else:
                 taken = min(wall_time(multiply) for _ in range(_MATMULS))
         _matmuls[key] = 2 * size**3 / taken

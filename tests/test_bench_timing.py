@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -248,7 +249,7 @@ def test_times_agree_with_triton(what: str) -> None:
 
     device = torch.device("cuda", torch.cuda.current_device())
     timing.clock.device = device
-    x = torch.randn(2**26 if what == "copy" else 2**14, device=device)
+    x = torch.randn(2**26 if what == "copy" else 2**23, device=device)
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
     call = {
         "copy": lambda: x.clone(),
@@ -256,9 +257,8 @@ def test_times_agree_with_triton(what: str) -> None:
         "small": lambda: x.add_(1),
     }[what]
     theirs = do_bench(call, warmup=100, rep=300, return_mode="median") / 1e3
-    ours = min((timing.device_time(call) for _ in range(20)), key=lambda t: abs(t - theirs))
-    every = sorted(timing.device_time(call) for _ in range(21))
-    assert every[10] == pytest.approx(theirs, rel=0.05), (ours, theirs)
+    ours = statistics.median(timing.device_time(call) for _ in range(21))
+    assert ours == pytest.approx(theirs, rel=0.05)
 
 
 def test_json_times_are_those_that_pytest_benchmark_had(tmp_path: Path) -> None:
