@@ -15,7 +15,7 @@ from inputs import crf_inputs
 from measure import measure, threads
 from memory import peak_bytes
 from pytest_benchmark.fixture import BenchmarkFixture
-from shapes import CRF, CRF_BATCHED, CRF_TRAINING, CrfShape
+from shapes import CRF, CRF_BATCHED, CRF_TRAINING, EXACT_CRF, CrfShape
 from timing import as_graph, clock
 
 from segkernels.ops.dense_crf import reference
@@ -67,6 +67,30 @@ def test_dense_crf_as_graph(
         moved=cases.crf_bytes(shape),
         source=shape.source,
         max_vertices=bound,
+    )
+
+
+@each(EXACT_CRF)
+def test_dense_crf_exact(
+    benchmark: BenchmarkFixture,
+    shape: CrfShape,
+    device: torch.device,
+    request: pytest.FixtureRequest,
+) -> None:
+    large = shape.height * shape.width > 30_000
+    if device.type == "cpu" and large and shape.name not in str(request.config.args):
+        pytest.skip(f"takes the square of the pixels; name {shape.name} to run it on the CPU")
+    images, probs = crf_inputs(shape, device)
+    lattice = cases.crf(shape, device)
+    scale = 20.0 if device.type == "cuda" else 1.0  # products of float16
+    measure(
+        benchmark,
+        f"dense_crf exact {shape.name}",
+        cases.crf_exact(shape, device),
+        checked=checks.crf_crop(shape, images, probs, "exact", 32, scale),
+        peers=[peers.Peer("segkernels, lattice", str(device), lattice, on_device=True)],
+        peak=functools.partial(peak_bytes, cases.crf_exact, shape, device, device=device),
+        source=shape.source,
     )
 
 

@@ -26,6 +26,12 @@ def crf(shape: CrfShape, device: torch.device, max_vertices: int | None = None) 
     return call
 
 
+def crf_exact(shape: CrfShape, device: torch.device) -> Call:
+    """`dense_crf` with its defaults and exact filters."""
+    images, probs = crf_inputs(shape, device)
+    return lambda: segkernels.dense_crf(images, probs, iterations=shape.iterations, method="exact")
+
+
 def crf_training(shape: CrfShape, device: torch.device) -> Call:
     """Forward and backward of the layer behind logits; returns the logits' gradient."""
     images, probs = crf_inputs(shape, device)

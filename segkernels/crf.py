@@ -95,10 +95,10 @@ def dense_crf(
         pairwise: further terms.
         log: return log-probabilities (for a loss such as NLL).
         method: how the filters are computed. "lattice": approximately, in time linear in the
-            pixels. "exact": by `gaussian_filter`, in time quadratic in them (the Gaussian term
-            along one axis after the other, in linear time). An image of more than 131,072 pixels on
-            the CPU, or 1,048,576 on CUDA, is refused unless SEGKERNELS_EXACT_POINTS in the
-            environment is a larger number.
+            pixels. "exact": by `gaussian_filter` with its default precision, in time quadratic in
+            them (the Gaussian term along one axis after the other, in linear time). An image of
+            more than 131,072 pixels on the CPU, or 1,048,576 on CUDA, is refused unless
+            SEGKERNELS_EXACT_POINTS in the environment is a larger number.
         max_vertices: an upper bound for the lattice vertices of a term, the whole batch together.
             With it, or while a CUDA graph is captured (the worst case is then allowed for), nothing
             synchronises with a CUDA device; without it one read does. Not used under torch.compile,

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from segkernels import DenseCRF, PairwiseTerm, dense_crf
 from segkernels.cli import app
-from segkernels.ops.dense_crf import exact
+from segkernels.ops.dense_crf import exact, reference
 from segkernels.ops.dense_crf.reference import compat_matrix, energy
 from segkernels.ops.gaussian_filter.reference import kernel
 
@@ -139,6 +139,18 @@ def test_kinds_of_scores(kind, log, device):
     )
     want = brute_force(scores, both_terms(img, 2, 6, 40), (3, 10), kind=kind, iterations=4, log=log)
     assert float((got.cpu() - want).abs().max()) < 1e-11
+
+
+def test_the_reference_is_the_same_brute_force():
+    scores, img = uniform(2, 3, 6, 7), 255 * uniform(2, 3, 6, 7)
+    features = [f.expand(2, -1, -1) for f in both_terms(img, 2, 6, 40)]
+    compat = [torch.tensor(3.0).double(), torch.tensor(10.0).double()]
+    want = brute_force(scores, features, compat)
+    ways = ("symmetric", "symmetric")
+    got = reference.mean_field(
+        scores.flatten(2), features, compat, "probs", ways, 3, False, method="exact"
+    )
+    assert float((got.view_as(want) - want).abs().max()) < 1e-12
 
 
 def test_float32_is_near_float64(device):

@@ -325,6 +325,18 @@ def test_a_far_query_is_still_an_average(device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("high", 1e-6), ("default", 1e-3)])
+@pytest.mark.parametrize(("count", "dims", "channels"), [(76_800, 5, 21), (20_001, 16, 150)])
+def test_precisions_on_cuda(count, dims, channels, precision, tolerance) -> None:
+    features = torch.randn(1, dims, count, device="cuda") * (3 / dims**0.5)
+    values = torch.rand(1, channels, count, device="cuda") * 1e5
+    want = gaussian_filter(values.double(), features.double())
+    got = gaussian_filter(values, features, precision=precision)
+    assert_near(got, want, tolerance)
+    assert torch.equal(got, gaussian_filter(values, features, precision=precision))
+
+
+@pytest.mark.gpu
 def test_bad_features_on_cuda_take_no_part() -> None:
     features, values = normal(1, 2, 100).cuda(), normal(1, 3, 100).cuda()
     features[0, 1, 7] = float("nan")

@@ -2,7 +2,8 @@
 read.
 
 Kraehenbuehl and Koltun: Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials,
-2011, algorithm 1; the Gaussian filters on the permutohedral lattice. Differentiable by autograd.
+2011, algorithm 1; the Gaussian filters on the permutohedral lattice, or by brute force.
+Differentiable by autograd.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from segkernels.ops.gaussian_filter.reference import ReferenceKernel
 from segkernels.ops.permutohedral.reference import ReferenceLattice
 
 SMALLEST_PROB = 1e-5
@@ -40,12 +42,14 @@ def mean_field(
     normalization: Sequence[str],
     iterations: int,
     log: bool,
+    method: str = "lattice",
 ) -> torch.Tensor:
     """As `segkernels.ops.dense_crf.mean_field`: scores (B, C, N), features each (B, d, N)."""
+    kernel = ReferenceLattice if method == "lattice" else ReferenceKernel
     out = []
     for b, image in enumerate(scores):
         u = energy(image, kind).T
-        filters = [ReferenceLattice(f[b].T) for f in features]
+        filters = [kernel(f[b].T) for f in features]
         mu = [compat_matrix(c, u.shape[1]) for c in compat]
         z = -u
         for _ in range(iterations):

@@ -99,8 +99,6 @@ def gaussian_filter(
     if through_dispatcher(*given):
         out = torch.ops.segkernels.gaussian_filter(v, f, q, normalization, precision)
     else:
-        if values.device.type == "cpu":
-            _native.num_threads()
         plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
         if wants_grad(v, f, q):
             out = autograd.filter_(v, f, q, plan, normalization)
@@ -128,6 +126,9 @@ def _check_tensor(tensor: torch.Tensor, name: str) -> None:
         raise TypeError(
             f"{_OP}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
         )
+    unknown = tensor.device.type != "cuda" or torch.version.hip is not None
+    if unknown and not through_dispatcher(tensor):
+        _native.where(tensor)  # tells what segkernels runs on
     if tensor.dim() < 2:
         raise ValueError(
             f"{_OP}: {name} must be (N, n) or (B, n, *spatial), got shape {tuple(tensor.shape)}"

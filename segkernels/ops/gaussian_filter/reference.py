@@ -47,3 +47,14 @@ def gaussian_filter(
     weights = normalized(kernel(queries.flatten(2), features.flatten(2)), normalization)
     out = values.flatten(2) @ weights.transpose(1, 2)
     return out.view(*values.shape[:2], *queries.shape[2:])
+
+
+class ReferenceKernel:
+    """The weights between points (N, d), in place of a `ReferenceLattice`."""
+
+    def __init__(self, features: torch.Tensor) -> None:
+        self.weights = kernel(features.T, features.T)
+
+    def filter(self, values: torch.Tensor, normalization: str = "after") -> torch.Tensor:
+        """As `ReferenceLattice.filter`, (N, C) -> (N, C)."""
+        return normalized(self.weights, normalization) @ values
