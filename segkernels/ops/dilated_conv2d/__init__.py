@@ -18,14 +18,14 @@ _registry.register(
     _registry.Op(
         name="dilated_conv2d",
         functions=("dilated_conv2d",),
-        backends=(("cpu", "torch"), ("cuda", "torch")),
+        backends=(("cpu", "torch"), ("cuda", "triton")),
         dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
         deterministic=True,
         differentiable=("input", "weight", "bias", "scale", "shift", "residual"),
         library_ops=("segkernels::dilated_conv2d", "segkernels::dilated_conv2d_backward"),
-        note="differentiable any number of times; where cuDNN runs, its algorithms are "
-        "deterministic under torch's deterministic mode",
+        note="differentiable any number of times; on CUDA by shape Triton or cuDNN, whose "
+        "algorithms are deterministic under torch's deterministic mode; sm_90a C++ on request",
     )
 )
 
@@ -73,7 +73,9 @@ def dilated_conv2d(
         residual: [N, C_out, H_out, W_out] (or without N, as `input`), in the output's dtype.
         activation: None or "relu".
         backend: "auto" chooses by shape; "torch" (oneDNN, cuDNN) takes everything, "triton" and
-            "sm90" raise where they cannot.
+            "sm90" (CUDA; stride and groups 1, kernels up to 7 x 7, no float64) raise where they
+            cannot. They multiply float32 as tf32 where ``torch.backends.cudnn.conv`` lets cuDNN;
+            else "triton" multiplies float32 slowly and "sm90" raises.
 
     Returns:
         [N, C_out, H_out, W_out] (or without N), in `input`'s dtype. As torch's, channels_last where

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels._dtypes import compute_dtype
+from segkernels.ops.dilated_conv2d import triton_path
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
 
@@ -59,6 +60,8 @@ def _padded(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[torch.Tenso
 
 def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
     """`e` on a fresh `out`, in place where it can be."""
+    if out.device.type == "cuda" and not triton_path.missing() and out.dtype != torch.float64:
+        return triton_path.epilogue_(out, e)
     if e.scale is not None:
         # Batch normalisation in evaluation is out * scale + shift in one pass and in float32.
         dtype = compute_dtype(out.dtype)

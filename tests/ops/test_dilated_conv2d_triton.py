@@ -1,0 +1,633 @@
+"""dilated_conv2d's Triton kernels: interpreted, compiled ahead of time, planned, chosen, tuned."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import segkernels
+from segkernels.ops.dilated_conv2d import backends, dispatch, plan, tuning
+from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
+
+triton: Any = pytest.importorskip("triton", reason="Triton is for Linux")
+
+HERE = Path(__file__).parent
+H100 = 132  # multiprocessors
+
+
+def same(size: int | tuple[int, int], dilation: int, kernel: int = 3) -> Geometry:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    pad = dilation * (kernel - 1) // 2
+    gap = (dilation, dilation)
+    return Geometry(rows, columns, rows, columns, (kernel, kernel), (pad, pad), gap)
+
+
+@pytest.mark.slow
+def test_interpreted() -> None:
+    """Runs interpreted_dilated_conv2d.py, all of it."""
+    file = HERE / "interpreted_dilated_conv2d.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        cwd=HERE,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    last = done.stdout.strip().splitlines()[-1]
+    assert re.match(r"\d+ passed", last), last
+    assert "skipped" not in last
+    assert int(last.split()[0]) >= 30
+
+
+def test_without_the_interpreter_the_cpu_is_not_taken() -> None:
+    x, w = torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3)
+    for backend in ("triton", "sm90"):
+        with pytest.raises(
+            ValueError, match=f"backend='{backend}'.*needs a CUDA device, got 'cpu'"
+        ):
+            segkernels.dilated_conv2d(x, w, backend=backend)
+
+
+def test_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, w = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3)
+    with pytest.raises(ValueError, match="triton cannot be imported"):
+        segkernels.dilated_conv2d(x, w, backend="triton")
+    assert torch.equal(segkernels.dilated_conv2d(x, w), F.conv2d(x, w))
+
+
+# The plan.
+
+PLANNED = [
+    (8, 2048, 256, same(65, 6)),
+    (8, 2048, 256, same(65, 36)),
+    (8, 512, 1024, same(41, 12)),
+    (1, 2048, 256, same(65, 12)),
+    (3, 21, 21, same((9, 130), 8)),
+    (1, 5, 300, Geometry(3, 4, 17, 9, (3, 2), (9, 4), (2, 3))),
+]
+
+
+def place(tile: int, tiles: plan.Tiles, config: plan.Config) -> tuple[int, int, int, int]:
+    """triton_kernels._tile."""
+
+    def middle_first(k: int, count: int, reverse: int) -> int:
+        k = count - 1 - k if reverse else k
+        return count // 2 + (k // 2 if k % 2 == 0 else -((k + 1) // 2))
+
+    tile, c = divmod(tile, tiles.blocks)
+    tile, n = divmod(tile, tiles.pictures)
+    row, column = divmod(tile, tiles.columns)
+    x = middle_first(column, tiles.columns, tiles.order % 2)
+    y = middle_first(row, tiles.rows, tiles.order // 2)
+    return n * config.box[0], y * config.box[1], x * config.box[2], c * config.block
+
+
+def length(tile: int, tiles: plan.Tiles, config: plan.Config, g: Geometry) -> int:
+    """Taps of a tile."""
+    _, y, x, _ = place(tile, tiles, config)
+    rows, columns = g.tap_rectangle(y, x, config.box[1], config.box[2])
+    return max(0, rows[1] - rows[0] + 1) * max(0, columns[1] - columns[0] + 1)
+
+
+@pytest.mark.parametrize("problem", PLANNED, ids=str)
+@pytest.mark.parametrize("multiprocessors", [1, 108, H100])
+def test_every_output_belongs_to_one_tile(problem: Any, multiprocessors: int) -> None:
+    batch, channels, out_channels, g = problem
+    config = plan.config_for(batch, channels, out_channels, g, torch.bfloat16, multiprocessors)
+    tiles, steps = plan.cut(batch, channels, out_channels, (g,), config, multiprocessors)
+    places = [place(tile, tiles, config) for tile in range(tiles.of_a_branch)]
+    assert len(set(places)) == len(places)
+    sizes = (batch, g.out_height, g.out_width, out_channels)
+    for axis, (extent, size) in enumerate(zip((*config.box, config.block), sizes, strict=True)):
+        assert {p[axis] for p in places} == set(range(0, size, extent))
+    assert 0 <= tiles.whole <= tiles.of_a_branch
+    assert tiles.parts >= 1
+    rest = tiles.of_a_branch - tiles.whole
+    assert rest * tiles.parts <= 2 * multiprocessors
+    assert steps > 0
+
+
+def test_long_tiles_come_first() -> None:
+    for dilation, ends_first in ((12, False), (36, True)):
+        g = same(65, dilation)
+        config = plan.Config((8, 4, 4), 256, 64, 8, 3)
+        tiles, _ = plan.cut(8, 2048, 256, (g,), config, H100)
+        assert tiles.order == (3 if ends_first else 0)
+        lengths = [length(tile, tiles, config, g) for tile in range(tiles.of_a_branch)]
+        assert lengths[0] == max(lengths)
+        half = len(lengths) // 2
+        assert sum(lengths[:half]) > sum(lengths[half:])
+
+
+def test_steps_are_those_of_the_tiles() -> None:
+    g = same(65, 12)
+    config = plan.Config((8, 4, 4), 256, 64, 8, 3)
+    tiles, steps = plan.cut(8, 2048, 256, (g,), config, 1)
+    all_of_them = sum(length(tile, tiles, config, g) for tile in range(tiles.of_a_branch)) * 32
+    assert steps == all_of_them
+    # Alone on a device each tile takes its own time, and the longest is the least there can be.
+    tiles, steps = plan.cut(8, 2048, 256, (g,), config, H100)
+    assert steps >= max(9 * 32, all_of_them / H100)
+
+
+def test_the_last_wave_is_cut() -> None:
+    """289 tiles on 132 multiprocessors: two waves, and 25 tiles in five parts each."""
+    config = plan.Config((8, 4, 4), 256, 64, 8, 3)
+    tiles, steps = plan.cut(8, 2048, 256, (same(65, 6),), config, H100)
+    assert (tiles.rows, tiles.columns, tiles.whole, tiles.parts) == (17, 17, 264, 5)
+    assert steps < 2.4 * 9 * 32
+    # One picture: 34 tiles in three parts each.
+    tiles, _ = plan.cut(1, 2048, 256, (same(65, 12),), config._replace(box=(1, 8, 16)), H100)
+    assert tiles.whole == 0
+    assert tiles.parts == H100 // tiles.of_a_branch
+    # Nothing is cut where it would not pay.
+    tiles, _ = plan.cut(1, 64, 64, (same(16, 1),), plan.Config((1, 8, 16), 64, 64, 4, 4), H100)
+    assert tiles.whole == tiles.of_a_branch
+
+
+def test_boxes_are_chosen_by_waste() -> None:
+    """Boxes of 4 x 4 cover 65 = 16 * 4 + 1 with 68 x 68; what the probe measured as best."""
+    for dilation in (6, 12, 24, 36):
+        boxes = plan.best_boxes(8, 2048, 256, same(65, dilation), torch.bfloat16, H100)
+        costs = []
+        for box in boxes:
+            config = plan.Config(box, 256, 64, 8, 3)
+            costs.append(plan.cut(8, 2048, 256, (same(65, dilation),), config, H100)[1])
+        assert costs == sorted(costs)
+        assert boxes[0][0] == 8
+        shipped = tuning.SHIPPED[
+            tuning.Key("forward", 8, 2048, 256, same(65, dilation), torch.bfloat16)
+        ]
+        assert costs[boxes.index(shipped.box)] <= 1.1 * costs[0]
+
+
+# The rule of backend="auto", against what was measured.
+
+MEASURED = [
+    # kind, batch, channels, out_channels, size, dilation, Triton's time over cuDNN's
+    ("forward", 8, 2048, 256, 65, 6, 1 / 0.80),
+    ("forward", 8, 2048, 256, 65, 12, 1 / 1.55),
+    ("forward", 8, 2048, 256, 65, 24, 1 / 1.75),
+    ("forward", 8, 2048, 256, 65, 36, 1 / 2.79),
+    ("forward", 8, 2048, 256, 33, 18, 1 / 2.41),
+    ("forward", 8, 512, 1024, 41, 12, 1 / 1.55),
+    ("forward", 8, 512, 512, 65, 4, 1 / 0.74),
+    ("forward", 8, 256, 256, 65, 2, 1 / 0.66),
+    ("forward", 1, 2048, 256, 65, 12, 1 / 1.63),
+    ("forward", 1, 2048, 256, (128, 256), 12, 1 / 1.16),
+    ("weight_gradient", 8, 2048, 256, 65, 12, 1 / 1.45),
+    ("weight_gradient", 8, 2048, 256, 65, 24, 1 / 1.98),
+    ("weight_gradient", 8, 2048, 256, 65, 6, 1 / 0.66),
+    ("weight_gradient", 8, 512, 512, 65, 4, 1 / 0.68),
+]
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    return torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("case", MEASURED, ids=str)
+def test_auto_takes_what_was_faster(case: Any, hopper: torch.device) -> None:
+    kind, batch, channels, out_channels, size, dilation, ratio = case
+    geometry = same(size, dilation)
+    for dtype in (torch.bfloat16, torch.float16):
+        problem = Problem(batch, channels, out_channels, geometry, (1, 1), 1, dtype, hopper)
+        assert dispatch.choose(kind, problem) == ("triton" if ratio < 1 else "torch")
+
+
+def test_auto_of_branches_adds_up_their_times(hopper: torch.device) -> None:
+    """DeepLabv3's rates: cuDNN is ahead at 6, but not by as much as it is behind at 12 and 18."""
+    alone = [
+        Problem(8, 2048, 256, same(65, rate), (1, 1), 1, torch.bfloat16, hopper)
+        for rate in (6, 12, 18)
+    ]
+    assert dispatch.choose("forward", alone[0]) == "torch"
+    assert dispatch.choose("forward", *alone) == "triton"
+    assert dispatch.choose("forward", alone[0], alone[0]._replace(out_channels=21)) == "torch"
+
+
+def test_auto_leaves_to_torch_what_nobody_measured(
+    hopper: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = Problem(8, 2048, 256, same(65, 24), (1, 1), 1, torch.bfloat16, hopper)
+    assert dispatch.choose("forward", good) == "triton"
+    for change in (
+        {"dtype": torch.float32},
+        {"out_channels": 21},
+        {"channels": 2044},
+        {"batch": 0},
+        {"device": torch.device("cpu")},
+        {"geometry": same(8, 24)},
+        {"geometry": same(65, 24, kernel=1)},
+    ):
+        assert dispatch.choose("forward", good._replace(**change)) == "torch", change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert dispatch.choose("forward", good) == "torch"
+
+
+# Configurations on disk.
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEGKERNELS_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tuning, "_files", {})
+    return tmp_path
+
+
+KEY = tuning.Key("forward", 2, 64, 256, same(33, 12), torch.bfloat16)
+CPU = torch.device("cpu")
+
+
+def test_a_search_keeps_the_fastest_that_is_right(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = torch.randn(4, 4).bfloat16()
+    configs = tuning.candidates(KEY, H100)
+    assert 3 <= len(configs) <= 10
+    wrong, unsteady, best = configs[0], configs[1], configs[-1]
+    seen: list[Any] = []
+
+    def run(config: plan.Config) -> torch.Tensor:
+        seen.append(config)
+        off = 1.1 if config == wrong else 1 + 0.01 * len(seen) * (config == unsteady)
+        return expected * off
+
+    times = dict.fromkeys(configs, 3.0) | {wrong: 1.0, unsteady: 1.0, best: 2.0}
+
+    def seconds(call: Any) -> float:
+        call()
+        return 2.5 if call is rival else times[seen[-1]]
+
+    def rival() -> torch.Tensor:
+        return expected
+
+    found = tuning.search(KEY, CPU, H100, run, rival, seconds)
+    assert found == tuning.Found(best, True)
+    assert tuning.config(KEY, CPU, H100) == best
+    monkeypatch.setattr(tuning, "_files", {})  # another process
+    assert tuning.known(KEY, CPU) == found
+    other = KEY._replace(batch=3)
+    assert tuning.known(other, CPU) is None
+    tuning.keep(other, tuning.Found(wrong, False), CPU)
+    monkeypatch.setattr(tuning, "_files", {})
+    assert tuning.known(KEY, CPU) == found
+    assert tuning.known(other, CPU) == tuning.Found(wrong, False)
+    assert [file.name for file in folder.iterdir()] == ["dilated_conv2d-cpu.json"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"format": 0, "configs": {}}', '{"format": 1, "configs": {"a": 1}}'],
+)
+def test_a_damaged_file_is_as_none(folder: Path, content: str) -> None:
+    tuning.path(CPU).write_text(content)
+    assert tuning.known(KEY, CPU) is None
+    assert tuning.config(KEY, CPU, H100) == tuning.config_without_file(KEY, H100)
+    found = tuning.Found(tuning.config(KEY, CPU, H100), True)
+    tuning.keep(KEY, found, CPU)
+    assert json.loads(tuning.path(CPU).read_text())["format"] == 1
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SEGKERNELS_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(tuning, "_files", {})
+    found = tuning.Found(tuning.config_without_file(KEY, H100), True)
+    tuning.keep(KEY, found, CPU)
+    assert tuning.known(KEY, CPU) == found
+
+
+def test_nothing_is_searched_unless_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEGKERNELS_AUTOTUNE", raising=False)
+    assert not tuning.enabled()
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr(tuning, "search", never)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    cuda = torch.device("cuda", 0)
+    problem = Problem(2, 64, 256, KEY.geometry, (1, 1), 1, torch.bfloat16, cuda)
+    assert backends._searched("forward", problem, never, never) is None
+    assert tuning.path(cuda).name == "dilated_conv2d-nvidia-h100-80gb-hbm3.json"
+
+
+# Compiled ahead of time: (bytes of spills allowed: none).
+
+
+def compiled(
+    kernel: Any, types: dict[str, Any], constants: dict[str, Any], arch: int, config: Any
+) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    # As a launch finds them: torch's pointers, and channels that are multiples of 16.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] != "constexpr"
+        and (str(signature[name]).startswith("*") or name in ("C", "CO", "channels", "inner"))
+    }
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(ptx: str, folder: Path) -> tuple[int, list[str]]:
+    """Registers, and bytes of stack, spill stores and spill loads, by `ptxas -v`."""
+    (folder / "kernel.ptx").write_text(ptx)
+    # Of several the newest, whose name comes last, knows every version of PTX that Triton writes.
+    tool = max(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    done = subprocess.run(
+        [tool, "-v", f"--gpu-name={target[1]}", "kernel.ptx", "-o", "kernel.cubin"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) .*stores, (\d+)", done.stderr)
+    assert registers is not None
+    assert frame is not None
+    return int(registers[1]), list(frame.groups())
+
+
+def epilogue_of(types: dict[str, Any], constants: dict[str, Any], which: set[str]) -> None:
+    for name in ("bias", "scale", "shift", "residual"):
+        constants[name.upper()] = name in which
+        if name not in which:
+            constants[name] = None
+        else:
+            types[name] = "*fp32" if name in ("scale", "shift") else types["y"]
+    constants["RELU"] = True
+
+
+def convolution(
+    dtype: str, config: plan.Config, described: bool, kind: str
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """`convolve` as triton_path launches it."""
+    from segkernels.ops.dilated_conv2d import triton_kernels as kernels
+
+    transposed, split, branches = kind == "transposed", kind == "split", 3 if kind == "aspp" else 1
+    n, h, w = config.box
+    rows = (config.step, config.block) if transposed else (config.block, config.step)
+    types: dict[str, Any] = dict.fromkeys(("x", "w", "y"), f"*{dtype}")
+    if described:
+        types["x"] = f"tensordesc<{dtype}[{n},{h},{w},{config.step}]>"
+        types["w"] = f"tensordesc<{dtype}[{rows[0]},1,{rows[1]}]>"
+    types |= {"sums": "*fp32", "taps": ("i32",) * (4 * branches)}
+    constants: dict[str, Any] = {} if split else {"sums": None}
+    which = {"plain": {"scale", "shift", "residual"}, "aspp": {"scale", "shift"}}
+    epilogue_of(types, constants, which.get(kind, set()))
+    constants |= {"KH": 3, "KW": 3, "BRANCHES": branches, "BN": n, "BH": h, "BW": w}
+    constants |= {"BC": config.block, "BK": config.step, "SPLIT": split, "WIDE": False}
+    constants |= {"TRANSPOSED": transposed, "DESCRIPTORS": described}
+    constants |= {"WIDEN": False, "PRECISION": "tf32"}
+    return kernels.convolve, types, constants
+
+
+def weight_gradient(
+    dtype: str, config: plan.Config, described: bool
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    from segkernels.ops.dilated_conv2d import triton_kernels as kernels
+
+    n, h, w = config.box
+    types: dict[str, Any] = {"grad": f"*{dtype}", "x": f"*{dtype}", "out": "*fp32"}
+    if described:
+        types["grad"] = f"tensordesc<{dtype}[{n},{h},{w},{config.block}]>"
+        types["x"] = f"tensordesc<{dtype}[{n},{h},{w},{config.step}]>"
+    constants = {"KH": 3, "KW": 3, "BN": n, "BH": h, "BW": w, "BCO": config.block}
+    constants |= {"BCI": config.step, "DESCRIPTORS": described, "WIDE": False}
+    constants |= {"WIDEN": False, "PRECISION": "tf32"}
+    return kernels.weight_gradient, types, constants
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def shipped(kind: str, dtype: str, channels: int, out_channels: int) -> plan.Config:
+    key = tuning.Key(kind, 8, channels, out_channels, same(65, 12), DTYPES[dtype])
+    return tuning.config_without_file(key, H100)
+
+
+# Channels that lead to each block and step that the plan knows.
+WIDTHS = [(2048, 256), (2048, 128), (2048, 64), (2048, 24), (24, 24), (512, 512)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+def test_convolutions_compile_without_spills(
+    widths: tuple[int, int], dtype: str, arch: int, tmp_path: Path
+) -> None:
+    config = shipped("forward", dtype, *widths)
+    kinds = ["plain", "transposed", "split", "aspp"] if widths == (2048, 256) else ["plain"]
+    for kind in kinds:
+        made = compiled(*convolution(dtype, config, arch == 90, kind), arch, config)
+        registers, frame = resources(made.asm["ptx"], tmp_path)
+        print(f"sm_{arch} {dtype} {kind} {config}: {registers} registers, {frame}")
+        assert frame == ["0", "0", "0"], (kind, frame)
+        assert registers <= 65536 // (32 * config.warps)
+        assert ("wgmma" if arch == 90 else "mma.sync") in made.asm["ptx"]
+        assert made.metadata.shared <= (227 if arch == 90 else 163) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(2048, 256), (64, 64), (24, 24)], ids=str)
+def test_weight_gradients_compile_without_spills(
+    widths: tuple[int, int], dtype: str, arch: int, tmp_path: Path
+) -> None:
+    config = shipped("weight_gradient", dtype, *widths)
+    made = compiled(*weight_gradient(dtype, config, arch == 90), arch, config)
+    registers, frame = resources(made.asm["ptx"], tmp_path)
+    print(f"sm_{arch} {dtype} weight gradient {config}: {registers} registers, {frame}")
+    assert frame == ["0", "0", "0"]
+    # wgmma has 64 rows at least.
+    assert ("wgmma" if arch == 90 and config.block >= 64 else "mma.sync") in made.asm["ptx"]
+    assert made.metadata.shared <= (227 if arch == 90 else 163) * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pointers_and_the_small_kernels_compile_without_spills(
+    dtype: str, arch: int, tmp_path: Path
+) -> None:
+    """Unaligned channels on Hopper too, and tensors of 2^31 elements."""
+    from segkernels.ops.dilated_conv2d import triton_kernels as kernels
+
+    found = {}
+    config = shipped("forward", dtype, 21, 21)
+    for wide in (False, True):
+        kernel, types, constants = convolution(dtype, config, False, "plain")
+        constants["WIDE"] = wide
+        found[f"pointers {wide}"] = compiled(kernel, types, constants, arch, config)
+    config = shipped("forward", dtype, 2048, 256)._replace(warps=4)
+    types = {"y": f"*{dtype}", "sums": "*fp32"}
+    constants = {"BRANCHES": 1, "BN": 8, "BH": 4, "BW": 4, "BC": 256, "BP": 32, "WIDE": False}
+    epilogue_of(types, constants, {"scale", "shift", "residual"})
+    found["finish_parts"] = compiled(kernels.finish_parts, types, constants, arch, config)
+    constants = {"CHANNELS_LAST": True, "BR": 4, "BI": 1024}
+    epilogue_of(types, constants, {"bias", "scale", "shift", "residual"})
+    del types["sums"]
+    found["epilogue"] = compiled(kernels.epilogue, types, constants, arch, config)
+    types = {"out": f"*{dtype}", "sums": "*fp32"}
+    found["add_parts"] = compiled(kernels.add_parts, types, {"BLOCK": 1024}, arch, config)
+    for name, made in found.items():
+        registers, frame = resources(made.asm["ptx"], tmp_path)
+        print(f"sm_{arch} {dtype} {name}: {registers} registers, {frame}")
+        assert frame == ["0", "0", "0"], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("described", [True, False], ids=["descriptors", "pointers"])
+def test_sizes_of_one_compile(described: bool) -> None:
+    """Integers that are 1 are constants to Triton, and may then be of another type to it."""
+    from segkernels.ops.dilated_conv2d import triton_kernels as kernels
+
+    config = plan.Config((1, 4, 4), 16, 16, 4, 2)
+    arch = 90 if described else 80
+    made = [convolution("bf16", config, described, kind) for kind in ("plain", "split", "aspp")]
+    made.append(weight_gradient("bf16", config, described))
+    small = {"y": "*bf16", "sums": "*fp32", "out": "*bf16"}
+    parts = {"BRANCHES": 1, "BN": 1, "BH": 4, "BW": 4, "BC": 16, "BP": 16, "WIDE": True}
+    last = {"CHANNELS_LAST": False, "BR": 4, "BI": 16}
+    for kernel, constants in (
+        (kernels.finish_parts, parts),
+        (kernels.epilogue, last),
+        (kernels.add_parts, {"BLOCK": 1024}),
+    ):
+        types = dict(small)
+        epilogue_of(types, constants, {"bias", "residual"})
+        here = set(kernel.arg_names)
+        made.append((kernel, types, {n: v for n, v in constants.items() if n in here}))
+    for kernel, types, constants in made:
+        ones = {name: 1 for name in kernel.arg_names if name not in types and name not in constants}
+        types = {**types, "taps": ("constexpr",) * len(types.get("taps", ()))}
+        ones |= {(kernel.arg_names.index("taps"), i): 1 for i in range(len(types["taps"]))}
+        compiled(kernel, types, {**constants, **ones}, arch, config)
+
+
+# On a GPU.
+
+ON_GPU = [
+    (8, 2048, 256, 65, 6),
+    (8, 2048, 256, 65, 12),
+    (8, 2048, 256, 65, 36),
+    (8, 2048, 256, 33, 18),
+    (8, 512, 1024, 41, 12),
+    (8, 512, 512, 65, 4),
+    (8, 2048, 21, 65, 24),
+    (8, 21, 21, 64, 8),
+    (1, 2048, 256, 65, 12),
+    (3, 37, 53, 23, 5),
+]
+ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((ours.double() - exact.double()).norm() / exact.double().norm())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("case", ON_GPU, ids=str)
+def test_on_a_gpu_against_float64_and_the_same_bits(
+    case: Any, backend: str, dtype: torch.dtype
+) -> None:
+    batch, channels, out_channels, size, d = case
+    layout = {"memory_format": torch.channels_last}
+    x = torch.randn(batch, channels, size, size, device="cuda").to(dtype).contiguous(**layout)
+    w = torch.randn(out_channels, channels, 3, 3, device="cuda") / (3 * channels**0.5)
+    w = w.to(dtype).contiguous(**layout)
+    scale, shift = torch.rand(out_channels, device="cuda"), torch.randn(out_channels, device="cuda")
+    grad = torch.randn(batch, out_channels, size, size, device="cuda").to(dtype)
+    exact = F.conv2d(x.double(), w.double(), None, 1, d, d)
+    fused = F.relu(exact * scale.double()[:, None, None] + shift.double()[:, None, None])
+    wide = [t.double().requires_grad_() for t in (x, w)]
+    gradients = torch.autograd.grad(F.conv2d(*wide, None, 1, d, d), wide, grad.double())
+    limit = ACCURACY.get(dtype)
+    if limit is None:  # tf32 no worse than cuDNN's
+        limit = max(1e-6, 1.1 * distance(F.conv2d(x, w, None, 1, d, d), exact))
+    with torch.backends.cudnn.flags(deterministic=True):
+        results = []
+        for _ in range(3):
+            leaves = [t.clone().requires_grad_() for t in (x, w)]
+            args = (*leaves, None, 1, d, d)
+            out = segkernels.dilated_conv2d(*args, backend=backend)
+            relu = segkernels.dilated_conv2d(
+                x, w, None, 1, d, d, scale=scale, shift=shift, activation="relu", backend=backend
+            )
+            results.append((out, relu, *torch.autograd.grad(out, leaves, grad)))
+    for ours, wanted in zip(results[0], (exact, fused, *gradients), strict=True):
+        assert distance(ours, wanted) <= limit
+    for again in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_graphs_and_streams() -> None:
+    x = torch.randn(2, 256, 33, 33, device="cuda", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, device="cuda", dtype=torch.bfloat16)
+
+    def call() -> torch.Tensor:
+        return segkernels.dilated_conv2d(x, w, padding=12, dilation=12, backend="triton")
+
+    expected = call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        other = call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    x.mul_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(other, expected)
+    assert torch.equal(captured, call())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [64, 21], ids=["descriptors", "pointers"])
+def test_on_a_gpu_more_than_2_31_elements(channels: int) -> None:
+    side = int((2**31 / channels) ** 0.5) + 64
+    x = torch.randn(1, channels, 1, side, device="cuda", dtype=torch.bfloat16)
+    x = x.expand(1, channels, side, side).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(channels, channels, 3, 3, device="cuda", dtype=torch.bfloat16)
+    out = segkernels.dilated_conv2d(x, w, padding=2, dilation=2, backend="triton")
+    assert out.numel() > 2**31
+    last = F.conv2d(x[:, :, -64:, -64:].double(), w.double(), None, 1, 2, 2)[:, :, 2:, 2:]
+    assert distance(out[:, :, -62:, -62:], last) <= 4e-3
