@@ -10,6 +10,7 @@ import pytest
 import torch
 from budget import each
 from checks import WrongResultError
+from inputs import normal
 from measure import measure
 from peers import eager
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -38,9 +39,8 @@ def built(shape: AsppShape, device: torch.device) -> segkernels.ASPP:
 
 def maps(shape: AsppShape, device: torch.device) -> torch.Tensor:
     """Standard normal values."""
-    generator = torch.Generator().manual_seed(1)
     size = (shape.batch, shape.channels, shape.height, shape.width)
-    x = torch.randn(size, generator=generator).to(device, shape.kind.torch_dtype)
+    x = normal(size, device, 1).to(shape.kind.torch_dtype)
     return x.contiguous(memory_format=shape.kind.memory_format)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import each, full_only
+from budget import param
 from checks import WrongResultError
+from inputs import normal
 from measure import measure
 from peers import Peer, cudnn_relu, deterministic, eager
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -20,12 +21,16 @@ from timing import clock
 import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
-SHAPES = each(convs(clock.device.type == "cuda"))
-BACKENDS = pytest.mark.parametrize(
-    "backend",
-    ["auto", *(pytest.param(name, marks=full_only) for name in ("triton", "sm90"))]
-    if clock.device.type == "cuda"
-    else ["auto"],
+BACKENDS = ("auto", "triton", "sm90")
+CUDA = clock.device.type == "cuda"
+# Of `auto` every kind, of a single backend one.
+CASES = pytest.mark.parametrize(
+    ("shape", "backend"),
+    [
+        param((shape, backend), f"{backend}-{shape.name}", shape.quick and backend == "auto")
+        for shape in convs(CUDA)
+        for backend in (BACKENDS if CUDA and shape.kind.name == "bfloat16-NHWC" else ("auto",))
+    ],
 )
 # float32 may be tf32
 _ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-3}
@@ -33,21 +38,17 @@ _ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-3}
 
 def tensors(shape: ConvShape, device: torch.device) -> dict[str, torch.Tensor]:
     """Input, weight, and a batch normalisation's scale and shift."""
-    generator = torch.Generator().manual_seed(0)
     fan = shape.channels * shape.kernel**2
-
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator)
-
+    window = (shape.out_channels, shape.channels, shape.kernel, shape.kernel)
     made = {
-        "x": normal(shape.batch, shape.channels, shape.height, shape.width),
-        "w": normal(shape.out_channels, shape.channels, shape.kernel, shape.kernel) / fan**0.5,
-        "scale": normal(shape.out_channels).abs() + 0.5,
-        "shift": normal(shape.out_channels),
+        "x": normal((shape.batch, shape.channels, shape.height, shape.width), device, 0),
+        "w": normal(window, device, 1) / fan**0.5,
+        "scale": normal([shape.out_channels], device, 2).abs() + 0.5,
+        "shift": normal([shape.out_channels], device, 3),
     }
     layout = {"memory_format": shape.kind.memory_format}
     return {
-        name: t.to(shape.kind.torch_dtype).to(device, **layout if t.dim() == 4 else {})
+        name: t.to(shape.kind.torch_dtype, **layout if t.dim() == 4 else {})
         for name, t in made.items()
     }
 
@@ -58,12 +59,6 @@ def products(shape: ConvShape) -> dict[str, Any]:
     if dtype == "float32" and clock.device.type == "cuda":
         dtype = "tf32"
     return {"flops": shape.useful_flops(), "flops_dtype": dtype}
-
-
-def skip_other_kinds(shape: ConvShape, backend: str) -> None:
-    """A single backend is measured in one kind."""
-    if backend != "auto" and shape.kind.name != "bfloat16-NHWC":
-        pytest.skip("auto measures the other dtypes and layouts")
 
 
 def as_close(ours: torch.Tensor, exact: torch.Tensor, shape: ConvShape) -> str:
@@ -91,8 +86,7 @@ def tried(call: Callable[[], torch.Tensor]) -> torch.Tensor:
         pytest.skip(str(error))
 
 
-@SHAPES
-@BACKENDS
+@CASES
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "scaled-relu"])
 def test_dilated_conv2d(
     benchmark: BenchmarkFixture,
@@ -101,7 +95,6 @@ def test_dilated_conv2d(
     fused: bool,
     device: torch.device,
 ) -> None:
-    skip_other_kinds(shape, backend)
     t = tensors(shape, device)
     args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)
     extra = {"scale": t["scale"], "shift": t["shift"], "activation": "relu"} if fused else {}
@@ -138,8 +131,7 @@ def test_dilated_conv2d(
     )
 
 
-@SHAPES
-@BACKENDS
+@CASES
 @pytest.mark.parametrize("of", ["x", "w"], ids=["input-gradient", "weight-gradient"])
 def test_dilated_conv2d_backward(
     benchmark: BenchmarkFixture,
@@ -148,7 +140,6 @@ def test_dilated_conv2d_backward(
     of: str,
     device: torch.device,
 ) -> None:
-    skip_other_kinds(shape, backend)
     t = tensors(shape, device)
     t[of].requires_grad_()
     args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)

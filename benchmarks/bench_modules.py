@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from budget import each
 from checks import WrongResultError
+from inputs import normal
 from measure import measure
 from peers import Peer, eager
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -57,7 +58,7 @@ def test_conv_bn_act(benchmark: BenchmarkFixture, shape: ConvShape, device: torc
     module = segkernels.ConvBNAct(*sizes, dilation=shape.dilation).eval()
     assert module.bn is not None
     torch.nn.init.uniform_(module.bn.running_var, 0.5, 2)
-    x = torch.randn(shape.batch, shape.channels, shape.height, shape.width)
+    x = normal((shape.batch, shape.channels, shape.height, shape.width), device)
     module, x = laid(module, shape.kind, device), laid(x, shape.kind, device)
     exact = no_grad(plain(module).double(), x[:1].double())()
     measure(

@@ -84,8 +84,10 @@ full_only = pytest.mark.full
 
 def each(shapes: Iterable[Shape]) -> pytest.MarkDecorator:
     """Parametrises `shape`; quick mode keeps those that say so."""
-    return pytest.mark.parametrize("shape", [_param(s, s.name, s.quick) for s in shapes])
+    return pytest.mark.parametrize("shape", [param(s, s.name, s.quick) for s in shapes])
 
 
-def _param(value: Any, name: str, quick: bool) -> Any:
-    return pytest.param(value, id=name, marks=() if quick else (full_only,))
+def param(value: Any, name: str, quick: bool) -> Any:
+    """A value, or a tuple of them, to parametrise by; quick mode keeps it only where told to."""
+    values = value if isinstance(value, tuple) else (value,)
+    return pytest.param(*values, id=name, marks=() if quick else (full_only,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,6 +43,12 @@ def probabilities(height: int, width: int, classes: int, seed: int = 1) -> npt.N
     fields -= fields.max(axis=0)
     np.exp(fields, out=fields)
     return np.ascontiguousarray(fields / fields.sum(axis=0), np.float32)
+
+
+def normal(size: Sequence[int], device: torch.device, seed: int = 0) -> torch.Tensor:
+    """Standard normal values, drawn on the device: on the host a large map takes a second."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(tuple(size), generator=generator, device=device)
 
 
 def crf_inputs(shape: CrfShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

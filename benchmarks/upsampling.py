@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from inputs import normal
 from peers import Peer, inductor
 from shapes import UPSAMPLE, UpShape
 from timing import Call, clock
@@ -16,18 +17,18 @@ import segkernels
 
 def maps(shape: UpShape, device: torch.device) -> torch.Tensor:
     """Random logits."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(shape.batch, shape.channels, *shape.low, generator=generator)
-    x = x.to(device).to(shape.kind.torch_dtype)
+    x = normal((shape.batch, shape.channels, *shape.low), device)
+    x = x.to(shape.kind.torch_dtype)
     return x.contiguous(memory_format=shape.kind.memory_format)
 
 
 def labels(shape: UpShape, device: torch.device) -> torch.Tensor:
     """Random labels, a tenth of them ignored."""
-    generator = torch.Generator().manual_seed(1)
-    found = torch.randint(shape.channels, (shape.batch, *shape.high), generator=generator)
-    found[torch.rand(found.shape, generator=generator) < 0.1] = -100
-    return found.to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    on = {"generator": generator, "device": device}
+    found = torch.randint(shape.channels, (shape.batch, *shape.high), **on)
+    found[torch.rand(found.shape, **on) < 0.1] = -100
+    return found
 
 
 def forward(function: Callable[..., Any], shape: UpShape, mode: str, device: torch.device) -> Call:
