@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import segkernels
 from segkernels import _native
 from segkernels.ops.dilated_conv2d import sm90
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
@@ -486,3 +487,62 @@ def test_streams_and_graphs_on_hopper(hopper: str, monkeypatch: pytest.MonkeyPat
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert torch.equal(y, sm90.forward(x, w, g))
+
+
+def test_the_operator_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`backend="sm90"` with its gradients, as on a Hopper, through the emulation."""
+    monkeypatch.setattr(sm90, "supported", lambda problem: sm90._shape_problem(problem))
+    calls = []
+    for name in ("forward", "input_gradient", "weight_gradient"):
+        kernel = getattr(sm90, name)
+
+        def counted(*args: Any, kernel: Any = kernel, name: str = name) -> torch.Tensor:
+            calls.append(name)
+            return kernel(*args)
+
+        monkeypatch.setattr(sm90, name, counted)
+    g = same((9, 9), 3, 2)
+    x, w = operands(2, 24, 16, g, torch.float16)
+    extra = {
+        "bias": torch.randn(16).half(),
+        "scale": torch.rand(16),
+        "shift": torch.randn(16),
+        "residual": torch.randn(2, 16, 9, 9).half(),
+    }
+    found, expected = {}, {}
+    for proven in (False, True):
+        monkeypatch.setattr(sm90, "_WEIGHT_GRADIENT_RAN_ON_A_GPU", proven)
+        for results, backend in ((found, "sm90"), (expected, "torch")):
+            given = {
+                name: value.double() if backend == "torch" else value
+                for name, value in {"input": x, "weight": w, **extra}.items()
+            }
+            for value in given.values():
+                value.requires_grad_()
+            y = segkernels.dilated_conv2d(
+                **given, padding=2, dilation=2, activation="relu", backend=backend
+            )
+            grads = torch.autograd.grad(y.sum(), list(given.values()))
+            results.update(zip(["output", *given], [y, *grads], strict=True))
+        for name, value in expected.items():
+            assert error(found[name].detach(), value.detach()) <= 2e-3, name
+    convolved = ["forward", "input_gradient", "forward"]  # that gradient is a forward again
+    assert calls == [*convolved, *convolved, "weight_gradient"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_the_operator_on_hopper(dtype: torch.dtype, hopper: str) -> None:
+    g = same((33, 33), 3, 6)
+    x, w = operands(2, 256, 64, g, dtype, hopper)
+    scale, shift = torch.rand(64, device=hopper), torch.randn(64, device=hopper)
+    results = {}
+    for backend in ("sm90", "torch"):
+        given = [t.detach().requires_grad_() for t in (x, w, scale, shift)]
+        y = segkernels.dilated_conv2d(
+            given[0], given[1], padding=6, dilation=6, scale=given[2], shift=given[3],
+            activation="relu", backend=backend,
+        )  # fmt: skip
+        results[backend] = [y, *torch.autograd.grad(y.float().square().sum(), given)]
+    for found, expected in zip(*results.values(), strict=True):
+        assert error(found.detach(), expected.detach().double()) <= 4 * BOUND[dtype]
