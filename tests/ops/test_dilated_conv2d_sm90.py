@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import segkernels
 from segkernels import _native
-from segkernels.ops.dilated_conv2d import sm90
+from segkernels.ops.dilated_conv2d import backends, sm90
+from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -528,6 +529,21 @@ def test_the_operator_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
             assert error(found[name].detach(), value.detach()) <= 2e-3, name
     convolved = ["forward", "input_gradient", "forward"]  # that gradient is a forward again
     assert calls == [*convolved, *convolved, "weight_gradient"]
+
+
+def test_branches_of_the_operator_go_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    geometries = [same((9, 7), 1, 1), same((9, 7), 3, 4)]
+    x, w = operands(2, 24, 16, geometries[0], torch.float16)
+    weights = [w, operands(2, 24, 8, geometries[1], torch.float16)[1]]
+    e = Epilogue(scale=torch.rand(24), shift=torch.randn(24), activation="relu")
+    calls = [Call((1, 1), g.padding, g.dilation, 1, (9, 7), True, "sm90") for g in geometries]
+    larger = torch.zeros(2, 32, 9, 7).half().to(memory_format=torch.channels_last)
+    assert not backends.forward_into(larger[:, :24], x, weights, e, calls)  # a CPU tensor
+    monkeypatch.setattr(sm90, "supported", lambda problem: sm90._shape_problem(problem))
+    assert backends.forward_into(larger[:, :24], x, weights, e, calls)
+    expected = sm90.forward_branches(x, weights, geometries, e.scale, e.shift, None, "relu")
+    assert torch.equal(larger[:, :24], expected)
+    assert bool((larger[:, 24:] == 0).all())
 
 
 @pytest.mark.gpu

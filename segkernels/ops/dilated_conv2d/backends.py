@@ -57,23 +57,31 @@ def forward_into(
     Args:
         into: their channels of a larger channels_last tensor; [N, branches * C_out, H, W].
         x: [N, C, H, W].
-        weights: of the branches, all of one shape.
+        weights: of the branches, at most 8; the Triton kernel takes those of one shape.
         e: of all branches' channels; no residual.
         calls: the branches', of one backend.
 
     Returns:
         Whether that was done; if not, nothing was.
     """
-    if len({w.shape for w in weights}) != 1 or e.residual is not None:
+    if e.residual is not None:
         return False
     problems = [_problem(x, w, c) for w, c in zip(weights, calls, strict=True)]
+    geometries = [p.geometry for p in problems]
     backend = calls[0].backend
+    if backend == "sm90" and not any(map(sm90.supported, problems)):
+        with torch.no_grad():
+            shift = e.folded_shift()
+            sm90.forward_branches(x, weights, geometries, e.scale, shift, None, e.activation, into)
+        return True
+    if len({w.shape for w in weights}) != 1:
+        return False
     if backend == "auto":
         backend = dispatch.choose("forward", *problems)
     if backend != "triton" or any(map(triton_path.supported, problems)):
         return False
     with torch.no_grad():
-        triton_path.branches(x, weights, [p.geometry for p in problems], e, into=into)
+        triton_path.branches(x, weights, geometries, e, into=into)
     return True
 
 
