@@ -1,10 +1,10 @@
 """How far the lattice is from the exact filter and CRF, and what the exact filter skips.
 
-    python benchmarks/lattice_error.py      # on the landscape that `segkernels demo` draws
-    python benchmarks/lattice_error.py landscape a.png b.png --update docs/exact_filter.md
+    python benchmarks/lattice_error.py filters                 # of the landscape of the demo
+    python benchmarks/lattice_error.py crf landscape photograph.png:labels.png
 
-Each figure is held against `gaussian_filter(..., precision="high")`, on the CPU unless told
-otherwise. A picture of 320 x 240 takes some minutes on two cores.
+Figures are held against `gaussian_filter(..., precision="high")` and `dense_crf(method="exact")`,
+on the CPU unless told otherwise. A picture of 320 x 240 takes about a minute on two quiet cores.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +25,15 @@ from PIL import Image
 from tables import table
 
 import segkernels
+from segkernels.demo_picture import CLASSES as DEMO_CLASSES
+from segkernels.demo_picture import UNKNOWN, draw_scene
+from segkernels.label_maps import read_labels
+from segkernels.labels import probs_from_labels
 from segkernels.ops.gaussian_filter.plan import Plan
 
-BEGIN, END = "<!-- lattice_error:begin -->", "<!-- lattice_error:end -->"
 CLASSES = 5
 DRAWN = "landscape"
+ITERATIONS = (5, 10)
 
 
 @dataclass(frozen=True)
@@ -57,32 +62,43 @@ KERNELS = (
 )
 
 
+class Which(str, Enum):
+    """The tables."""
+
+    filters = "filters"
+    crf = "crf"
+
+
 def main(
+    which: Annotated[Which, typer.Argument(help="The table.")],
     pictures: Annotated[
-        list[str] | None, typer.Argument(help=f"Files, or {DRAWN!r} for the drawn one.")
+        list[str] | None,
+        typer.Argument(
+            help=f"Files, or {DRAWN!r} for the drawn one; for the CRF PICTURE:LABELS too."
+        ),
     ] = None,
-    update: Annotated[Path | None, typer.Option(help="A document to put the tables in.")] = None,
+    update: Annotated[Path | None, typer.Option(help="A document to put the table in.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Print the tables."""
-    filters: list[list[str]] = []
-    fields: list[list[str]] = []
+    """Print a table."""
+    rows: list[list[str]] = []
     for name in pictures or [DRAWN]:
-        image = _load(name)
-        label = f"{Path(name).name}, {image.shape[1]} x {image.shape[0]}"
-        filters += [[label, *_filter_row(image, kernel, device)] for kernel in KERNELS]
-        fields += [[label, *row] for row in _field_rows(image, device)]
-    text = "\n\n".join(
-        [
-            table(FILTER_HEADER, filters, left=(0, 1)),
-            table(FIELD_HEADER, fields, left=(0,)),
-        ]
-    )
+        path, _, labels = name.partition(":")
+        image = _load(path)
+        label = f"{Path(path).name}, {image.shape[1]} x {image.shape[0]}"
+        if which is Which.filters:
+            rows += [[label, *_filter_row(image, kernel, device)] for kernel in KERNELS]
+        else:
+            for kind, probs in _scores(path, labels, image).items():
+                rows += [[label, kind, *row] for row in _field_rows(image, probs, device)]
+    header = FILTER_HEADER if which is Which.filters else FIELD_HEADER
+    text = table(header, rows, left=(0, 1))
     print(text)
     if update is not None:
-        old = update.read_text(encoding="utf-8")
-        head, rest = old.split(BEGIN)
-        update.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        begin, end = (f"<!-- lattice_error {which.value}:{edge} -->" for edge in ("begin", "end"))
+        head, rest = update.read_text(encoding="utf-8").split(begin)
+        tail = rest.split(end)[1]
+        update.write_text(f"{head}{begin}\n{text}\n{end}{tail}", encoding="utf-8")
 
 
 FILTER_HEADER = (
@@ -96,9 +112,10 @@ FILTER_HEADER = (
 )
 FIELD_HEADER = (
     "picture",
+    "probabilities",
     "iterations",
-    "mean |dQ|",
-    "max |dQ|",
+    "mean difference",
+    "largest",
     "same label",
 )
 
@@ -146,13 +163,32 @@ def _change(plan: Plan, values: torch.Tensor) -> float:
     return float((skipping - whole).abs().max() / whole.abs().max())
 
 
-def _field_rows(image: npt.NDArray[np.uint8], device: str) -> list[list[str]]:
-    """The CRF with its defaults, on the lattice and exactly."""
+def _scores(
+    path: str, labels: str, image: npt.NDArray[np.uint8]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Probabilities (C, H, W): of rough labels where there are some, and smooth random ones."""
     height, width = image.shape[:2]
-    probs = torch.from_numpy(probabilities(height, width, CLASSES))[None].to(device)
+    found: dict[str, npt.NDArray[np.float32]] = {}
+    if path == DRAWN:
+        rough = Image.fromarray(draw_scene().rough)
+        marked = np.asarray(rough.resize((width, height), Image.Resampling.NEAREST))
+        count = len(DEMO_CLASSES)
+        found["rough labels"] = probs_from_labels(marked, count, ignore_index=UNKNOWN)
+    elif labels:
+        read = read_labels(Path(labels))
+        found["rough labels"] = probs_from_labels(read.positions, read.num_classes, ignore_index=-1)
+    found["random"] = probabilities(height, width, CLASSES)
+    return found
+
+
+def _field_rows(
+    image: npt.NDArray[np.uint8], scores: npt.NDArray[np.float32], device: str
+) -> list[list[str]]:
+    """The CRF with its defaults, on the lattice and exactly."""
+    probs = torch.from_numpy(scores.astype(np.float32))[None].to(device)
     img = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(device)
     rows = []
-    for iterations in (5, 10):
+    for iterations in ITERATIONS:
         started = time.perf_counter()
         exact = segkernels.dense_crf(img, probs, iterations=iterations, method="exact")
         seconds = time.perf_counter() - started

@@ -280,6 +280,16 @@ def test_the_same_bits_again():
     assert torch.equal(first, dense_crf(img, scores, method="exact"))
 
 
+def test_autocast_changes_nothing(device):
+    scores, img = uniform(1, 3, 9, 70).float().to(device), 255 * uniform(1, 3, 9, 70).to(device)
+    compat = torch.eye(3) - 2
+    want = dense_crf(img, scores, compat_gaussian=compat, method="exact")
+    with torch.autocast(device.type, torch.bfloat16):
+        got = dense_crf(img, scores, compat_gaussian=compat, method="exact")
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+
+
 def test_too_many_points_are_refused_with_what_they_would_take(monkeypatch):
     img, scores = torch.zeros(1, 3, 400, 400), torch.full((1, 2, 400, 400), 0.5)
     with pytest.raises(
