@@ -192,6 +192,28 @@ def test_branches_in_one_launch(channels: int) -> None:
     assert bool((larger[:, :4] == 7).all() and (larger[:, 52:] == 7).all())
 
 
+def test_aspp_is_one_launch_of_its_dilated_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[int] = []
+    run = triton_path.branches
+
+    def counted(x: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+        launched.append(len(weights))
+        return run(x, weights, *args, **kwargs)
+
+    monkeypatch.setattr(triton_path, "branches", counted)
+    x = torch.randn(1, 16, 9, 8).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(8, 16, 1, 1), *(torch.randn(8, 16, 3, 3) for _ in range(3))]
+    scale, shift = torch.rand(32), torch.randn(32)
+    found = [
+        segkernels.aspp(
+            x, weights, (1, 2, 4, 6), scale=scale, shift=shift, activation="relu", backend=backend
+        )
+        for backend in ("triton", "torch")
+    ]
+    assert launched == [1, 3]
+    assert distance(*found) <= 1e-6
+
+
 @pytest.mark.parametrize("channels", [24, 21], ids=["descriptors", "pointers"])
 def test_padding_is_not_multiplied(channels: int) -> None:
     """Taps that no output of a box needs are not read: their weights may be NaN."""

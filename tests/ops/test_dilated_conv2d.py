@@ -24,6 +24,15 @@ ACCURACY = {
     torch.float32: 2e-6,
     torch.float64: 1e-13,
 }
+
+
+@pytest.fixture(autouse=True)
+def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where these tests run on CUDA: float32 as such, and the same algorithm every time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+
+
 EPILOGUE = {
     "scale": Float(4),
     "shift": Float(4),

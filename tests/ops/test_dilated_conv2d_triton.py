@@ -563,8 +563,9 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
 @pytest.mark.parametrize("backend", ["triton", "auto"])
 @pytest.mark.parametrize("case", ON_GPU, ids=str)
 def test_on_a_gpu_against_float64_and_the_same_bits(
-    case: Any, backend: str, dtype: torch.dtype
+    case: Any, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     batch, channels, out_channels, size, d = case
     layout = {"memory_format": torch.channels_last}
     x = torch.randn(batch, channels, size, size, device="cuda").to(dtype).contiguous(**layout)
@@ -579,16 +580,15 @@ def test_on_a_gpu_against_float64_and_the_same_bits(
     limit = ACCURACY.get(dtype)
     if limit is None:  # tf32 no worse than cuDNN's
         limit = max(1e-6, 1.1 * distance(F.conv2d(x, w, None, 1, d, d), exact))
-    with torch.backends.cudnn.flags(deterministic=True):
-        results = []
-        for _ in range(3):
-            leaves = [t.clone().requires_grad_() for t in (x, w)]
-            args = (*leaves, None, 1, d, d)
-            out = segkernels.dilated_conv2d(*args, backend=backend)
-            relu = segkernels.dilated_conv2d(
-                x, w, None, 1, d, d, scale=scale, shift=shift, activation="relu", backend=backend
-            )
-            results.append((out, relu, *torch.autograd.grad(out, leaves, grad)))
+    results = []
+    for _ in range(3):
+        leaves = [t.clone().requires_grad_() for t in (x, w)]
+        args = (*leaves, None, 1, d, d)
+        out = segkernels.dilated_conv2d(*args, backend=backend)
+        relu = segkernels.dilated_conv2d(
+            x, w, None, 1, d, d, scale=scale, shift=shift, activation="relu", backend=backend
+        )
+        results.append((out, relu, *torch.autograd.grad(out, leaves, grad)))
     for ours, wanted in zip(results[0], (exact, fused, *gradients), strict=True):
         assert distance(ours, wanted) <= limit
     for again in results[1:]:

@@ -53,14 +53,32 @@ def _side_by_side(
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     shape = (x.size(0), spec.channels(weights, pooled), x.size(2), x.size(3))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    places = spec.places(weights)
-    for weight, call, place in zip(weights, spec.calls(x, weights), places, strict=True):
-        e = Epilogue(
-            None,
-            None if scale is None else scale[place],
-            None if shift is None else shift[place],
-        )
-        out[:, place] = backends.forward(x, weight, e, call)
+    places, calls = spec.places(weights), spec.calls(x, weights)
+    for run in _alike(weights):
+        place = slice(places[run.start].start, places[run.stop - 1].stop)
+        many = run.stop - run.start > 1 and spec.channels_last
+        if many and backends.forward_into(
+            out[:, place], x, weights[run], _epilogue(scale, shift, place), calls[run]
+        ):
+            continue
+        for weight, call, place in zip(weights[run], calls[run], places[run], strict=True):
+            out[:, place] = backends.forward(x, weight, _epilogue(scale, shift, place), call)
     if pooled is not None:
         out[:, places[-1].stop :] = pooled
     return out
+
+
+def _epilogue(scale: torch.Tensor | None, shift: torch.Tensor | None, place: slice) -> Epilogue:
+    return Epilogue(
+        None, None if scale is None else scale[place], None if shift is None else shift[place]
+    )
+
+
+def _alike(weights: Sequence[torch.Tensor]) -> list[slice]:
+    """Runs of branches whose weights have one shape, which one launch may take."""
+    ends = [
+        i
+        for i in range(1, len(weights) + 1)
+        if i == len(weights) or weights[i].shape != weights[i - 1].shape
+    ]
+    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
