@@ -22,7 +22,7 @@ class Spec:
         name: of the model, and of the function that builds it.
         build: that function.
         paper: authors and year.
-        output_stride: pixels of the input to one of the smallest scores before upsampling.
+        output_stride: pixels of the input to one of the encoder's last map.
         ops: segkernels' operators that it runs through, labels and loss included.
     """
 

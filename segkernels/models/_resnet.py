@@ -185,8 +185,10 @@ class ResNetModel(SegmentationModel):
     def scores(self, input: torch.Tensor) -> Scores:
         """Scores of layer4 and, with an auxiliary head, of layer3, to be resized to the input."""
         found = self.backbone(input)
+        # The classifier first, as torchvision does: the order in which dropout draws.
+        out = self.classifier(found[3])
         aux = self.aux_classifier(found[2]) if self.aux_classifier is not None else None
-        return Scores(self.classifier(found[3]), (input.size(-2), input.size(-1)), aux=aux)
+        return Scores(out, (input.size(-2), input.size(-1)), aux=aux)
 
     def load_backbone(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Load torchvision's ResNet of the same depth, without its ``fc``."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,7 @@ class Row:
         name: that `create_model` knows.
         paper: authors and year.
         parameters: their number.
-        output_stride: pixels of the input to one of the coarsest map.
+        output_stride: pixels of the input to one of the encoder's last map.
         size: height and width that `flops` is for: 513, or the next smaller that fits.
         flops: of one image: of its convolutions, two for each multiplication and addition.
         ops: segkernels' operators that it runs through.
@@ -68,12 +70,13 @@ def row(spec: Spec) -> Row:
     )
 
 
-def rows() -> list[Row]:
+@functools.cache
+def rows() -> tuple[Row, ...]:
     """Every model's."""
-    return [row(spec) for spec in specs()]
+    return tuple(row(spec) for spec in specs())
 
 
-def render(rows: list[Row], console: Console) -> None:
+def render(rows: Iterable[Row], console: Console) -> None:
     """Print them as a table."""
     table = Table(box=None, pad_edge=False)
     table.add_column("model", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Jegou et al.: The One Hundred Layers Tiramisu, CVPR workshops 2017."""
+"""Jégou et al.: The One Hundred Layers Tiramisu, CVPR workshops 2017."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from segkernels.models._blocks import Backend, he_init_, max_pool, op_backend, s
 from segkernels.models._registry import register
 from segkernels.nn import DilatedConv2d
 
-_PAPER = "Jegou et al. 2017"
+_PAPER = "Jégou et al. 2017"
 _OPS = ("dilated_conv2d", "max_pool2d")
 
 

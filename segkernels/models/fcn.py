@@ -132,7 +132,7 @@ def fcn32s(
     return FCN(32, num_classes, in_channels, width=width, dropout=dropout, backend=backend)
 
 
-@register(_PAPER, 16, _OPS)
+@register(_PAPER, 32, _OPS)
 def fcn16s(
     num_classes: int = 21,
     in_channels: int = 3,
@@ -148,7 +148,7 @@ def fcn16s(
     return FCN(16, num_classes, in_channels, width=width, dropout=dropout, backend=backend)
 
 
-@register(_PAPER, 8, _OPS)
+@register(_PAPER, 32, _OPS)
 def fcn8s(
     num_classes: int = 21,
     in_channels: int = 3,

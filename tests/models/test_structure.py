@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -388,6 +390,19 @@ def test_command_prints_every_model() -> None:
     # head of 2,365,184 weights; its maps, and so most of that, are the same at 513 x 513.
     expected = 2 * (178.722e9 - 2_365_184 * 65 * 65)
     assert rows["deeplab_v3_resnet50"]["flops"] == pytest.approx(expected, rel=1e-2)
+    readme = Path(__file__).parents[2] / "README.md"
+    table = readme.read_text(encoding="utf-8").split("<!-- models_table:begin -->")[1]
+    listed = re.findall(r"^\| `(\w+)` \| (.*?) \| ([\d,]+) \| ([\d,.]+) \| (\d+) \|$", table, re.M)
+    assert listed == [
+        (
+            name,
+            row["paper"],
+            f"{row['parameters']:,}",
+            f"{row['flops'] / 1e9:,.1f}",
+            str(row["output_stride"]),
+        )
+        for name, row in rows.items()
+    ]
     console = Console(width=200, file=io.StringIO())
     _summary.render([_summary.Row(**row) for row in rows.values()], console)
     assert isinstance(console.file, io.StringIO)
