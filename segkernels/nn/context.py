@@ -21,6 +21,15 @@ class ContextModule(torch.nn.Module):
     front end's class scores; a fresh one passes them on (but for ReLU), so that it can be trained
     from there.
 
+    So narrow a chain is bound by memory and by launches. The layers run in channels_last whatever
+    the input's layout; on two CPU cores that took 0.6 of the time of torch's layers in a contiguous
+    one. A band of 32 rows at a time through all of them, so that its maps stay in the cache, took
+    twice as long, for its halo of 33 rows on each side is computed anew (``pytest
+    benchmarks/bench_modules.py -k context --full --benchmark-only`` prints both). On CUDA the
+    module neither synchronises nor keeps anything, so that its launches can be captured in a CUDA
+    graph, or replayed by ``torch.compile(mode="reduce-overhead")``; no graph is kept here, because
+    it would hold buffers for every shape that was ever seen.
+
     Args:
         num_classes: C, the channels of the input and of the output.
         multiplier: channels of the layers, in multiples of C: one int for the first seven (1, the

@@ -113,3 +113,16 @@ def test_compiles_exports_keeps_the_layout_and_takes_autocast() -> None:
 def test_bad_arguments_raise(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=f"ContextModule: {match}"):
         segkernels.ContextModule(**{"num_classes": 2, **kwargs})
+
+
+@pytest.mark.gpu
+def test_is_captured_in_a_cuda_graph() -> None:
+    module = scattered(ContextModule(21)).cuda().to(torch.bfloat16)
+    x = torch.randn(1, 21, 64, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = module(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = module(x)
+    graph.replay()
+    assert torch.equal(out, expected)

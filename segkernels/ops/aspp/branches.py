@@ -1,14 +1,17 @@
-"""The branches one by one through dilated_conv2d, each into its place of the output."""
+"""The branches into one output: several in one launch where a kernel takes them, or one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 
+from segkernels.ops.aspp import triton_path
 from segkernels.ops.aspp.spec import Spec
 from segkernels.ops.dilated_conv2d import backends
-from segkernels.ops.dilated_conv2d.call import Epilogue
+from segkernels.ops.dilated_conv2d import triton_path as triton_of_one
+from segkernels.ops.dilated_conv2d.call import Epilogue, laid_out
 
 
 def forward(
@@ -20,65 +23,73 @@ def forward(
     spec: Spec,
 ) -> torch.Tensor:
     """All of `aspp`, of a 4-D `x`, out of autograd's sight."""
+    e = Epilogue(None, scale, shift, None, spec.activation)
     with torch.no_grad():
-        out = _summed(x, weights, scale, shift, spec) if spec.summed else None
-        if out is None:
-            out = _side_by_side(x, weights, scale, shift, pooled, spec)
-        return out.relu_() if spec.activation == "relu" else out
+        if spec.summed:
+            out = _summed(x, weights, e, spec)
+        else:
+            out = _side_by_side(x, weights, e, pooled, spec)
+        return laid_out(out, spec.channels_last)
 
 
 def _summed(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    spec: Spec,
+    x: torch.Tensor, weights: Sequence[torch.Tensor], e: Epilogue, spec: Spec
 ) -> torch.Tensor:
+    calls = spec.calls(x, weights)
+    problems = [call.problem(x, weight) for call, weight in zip(calls, weights, strict=True)]
+    alike = len({weight.shape for weight in weights}) == 1
+    # Nobody has measured this kernel, so "auto" leaves it.
+    if spec.backend == "triton" and alike and not any(map(triton_of_one.supported, problems)):
+        return triton_path.summed(x, weights, [p.geometry for p in problems], e)
     out = None
-    for i, (weight, call) in enumerate(zip(weights, spec.calls(x, weights), strict=True)):
-        branch = backends.forward(x, weight, Epilogue(None, scale, None if i else shift), call)
+    for i, (weight, call) in enumerate(zip(weights, calls, strict=True)):
+        of_one = Epilogue(None, e.scale, None if i else e.shift)
+        branch = backends.forward(x, weight, of_one, call)
         out = branch if out is None else out.add_(branch)
     assert out is not None
-    return out
+    return out.relu_() if spec.activation == "relu" else out
 
 
 def _side_by_side(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
+    e: Epilogue,
     pooled: torch.Tensor | None,
     spec: Spec,
 ) -> torch.Tensor:
-    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+    # What writes straight into its channels wants them side by side.
+    side_by_side = spec.channels_last or spec.backend in ("triton", "sm90") or x.is_cuda
+    layout = torch.channels_last if side_by_side else torch.contiguous_format
     shape = (x.size(0), spec.channels(weights, pooled), x.size(2), x.size(3))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
     places, calls = spec.places(weights), spec.calls(x, weights)
-    for run in _alike(weights):
-        place = slice(places[run.start].start, places[run.stop - 1].stop)
-        many = run.stop - run.start > 1 and spec.channels_last
-        if many and backends.forward_into(
-            out[:, place], x, weights[run], _epilogue(scale, shift, place), calls[run]
+    for first, end in _alike(weights):
+        place = slice(places[first].start, places[end - 1].stop)
+        of_these, some = _of(e, place), weights[first:end]
+        if side_by_side and backends.forward_into(
+            out[:, place], x, some, of_these, calls[first:end]
         ):
             continue
-        for weight, call, place in zip(weights[run], calls[run], places[run], strict=True):
-            out[:, place] = backends.forward(x, weight, _epilogue(scale, shift, place), call)
+        for i in range(first, end):
+            out[:, places[i]] = backends.forward(x, weights[i], _of(e, places[i]), calls[i])
     if pooled is not None:
-        out[:, places[-1].stop :] = pooled
+        out[:, places[-1].stop :] = pooled.relu() if e.activation == "relu" else pooled
     return out
 
 
-def _epilogue(scale: torch.Tensor | None, shift: torch.Tensor | None, place: slice) -> Epilogue:
-    return Epilogue(
-        None, None if scale is None else scale[place], None if shift is None else shift[place]
+def _alike(weights: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
+    """Runs of at most eight neighbours of one shape, as (first, end)."""
+    first = 0
+    for _, run in groupby(weights, key=lambda weight: weight.shape):
+        end = first + len(list(run))
+        for start in range(first, end, 8):
+            yield start, min(start + 8, end)
+        first = end
+
+
+def _of(e: Epilogue, place: slice) -> Epilogue:
+    """The epilogue of some of the channels."""
+    return e._replace(
+        scale=None if e.scale is None else e.scale[place],
+        shift=None if e.shift is None else e.shift[place],
     )
-
-
-def _alike(weights: Sequence[torch.Tensor]) -> list[slice]:
-    """Runs of branches whose weights have one shape, which one launch may take."""
-    ends = [
-        i
-        for i in range(1, len(weights) + 1)
-        if i == len(weights) or weights[i].shape != weights[i - 1].shape
-    ]
-    return [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
