@@ -116,12 +116,15 @@ def test_any_shape(data: st.DataObject) -> None:
     ]
     g = geometry_of((size[0], size[1]), kernel, dilation, padding)
     x, w = operands(draw("N", 1, 3), draw("C", 1, 80), draw("CO", 1, 70), g, dtype)
+    if dtype == torch.float32:
+        # As tf32 holds them: few products that cancel would else show the operands' rounding alone.
+        x, w = x.half().float(), w.half().float()
     y = sm90.forward(x, w, g)
     assert y.is_contiguous(memory_format=torch.channels_last)
     expected = reference(x, w, g)
     assert (y.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
 
-    grad = torch.randn_like(y)
+    grad = torch.randn_like(y).half().to(dtype)
     dx = sm90.input_gradient(grad, w, g)
     expected = torch.nn.grad.conv2d_input(
         list(x.shape), w.double(), grad.double(), 1, g.padding, g.dilation
