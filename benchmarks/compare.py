@@ -92,10 +92,8 @@ def compare(before: Run, after: Run) -> Comparison:
 
 
 def _change(old: Case, new: Case, kind: str) -> Change:
-    where = new.info.get("peers_ran_on", {})
-    same = [
-        name for name in new.rivals if name in old.rivals and where.get(name) == "the same device"
-    ]
+    here = new.info.get("peers_on_device", [])
+    same = [name for name in new.rivals if name in old.rivals and name in here]
     drift = geometric_mean(new.times[n].median / old.times[n].median for n in same) if same else 1.0
     ours = [old.times[OURS].noise, new.times[OURS].noise]
     theirs = [case.times[name].noise / len(same) for name in same for case in (old, new)]

@@ -138,6 +138,7 @@ def measure(
         times_ms={name: _spread(times) for name, times in rounds.times.items()},
         others_cores=rounds.others,
         rounds_thrown=rounds.thrown,
+        peers_on_device=[name for name, peer in there.items() if peer.on_device],
         peers_ran_on={name: peer.where for name, peer in there.items()},
         peers_notes={name: peer.note for name, peer in there.items() if peer.note},
         peers_missing=row.missing,

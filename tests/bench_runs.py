@@ -24,7 +24,7 @@ def case(
         "extra_info": {
             "case": name,
             "times_ms": {n: [t * (1 - width), t, t * (1 + width)] for n, t in times.items()},
-            "peers_ran_on": dict.fromkeys(peers or {}, "the same device"),
+            "peers_on_device": list(peers or {}),
             "peers_missing": {},
             "others_cores": 0.0,
             "rounds_thrown": 0,

@@ -212,7 +212,7 @@ def test_a_busy_machine_judges_nothing(tmp_path: Path) -> None:
 
 
 def test_a_peer_elsewhere_says_nothing_of_the_device(tmp_path: Path) -> None:
-    where = {"peers_ran_on": {"pydensecrf2": "CPU, one thread"}}
+    where = {"peers_on_device": []}
     old = [case("a", 1.0, {"pydensecrf2": 2.0}, **where)]
     new = [case("a", 1.5, {"pydensecrf2": 3.0}, **where)]
     change = compared(tmp_path, old, new)["a"]
