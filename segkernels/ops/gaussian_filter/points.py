@@ -27,8 +27,7 @@ class Points:
         self.out = ~torch.isfinite(features).all(dim=1)
         features = torch.where(self.out.unsqueeze(1), 0, features)
         self.order = kd_order(features, TILE)
-        steps = torch.arange(self.count, device=features.device).expand_as(self.order)
-        self.place = torch.empty_like(self.order).scatter_(1, self.order, steps)
+        self.place = self.order.argsort(dim=1)
         ordered = features.gather(2, self.order.unsqueeze(1).expand_as(features))
         self.features = _padded(ordered, ordered[:, :, -1:])
 

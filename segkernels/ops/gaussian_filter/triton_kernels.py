@@ -294,25 +294,26 @@ def _walk(
     splits = splits_for(batch * tiles * blocks, key_tiles, queries.features.device)
     out = queries.features.new_empty(splits, batch, points, width)
     most = max(1, min(tiles, _LIST // (batch * key_tiles)))
-    for start in range(0, tiles, most):
-        some = min(most, tiles - start)
-        near = torch.empty(batch, some, key_tiles, dtype=torch.int32, device=out.device)
-        count = torch.empty(batch, some, dtype=torch.int32, device=out.device)
-        near_kernel[(some, batch)](
-            first,
-            last,
-            low,
-            high,
-            near,
-            count,
-            start,
-            tiles,
-            key_tiles,
-            reach,
-            DIMS=dims,
-            BLOCK=128,
-        )
-        launch((near, count), some, start, splits, out)
+    with torch.cuda.device_of(out):  # where Triton launches
+        for start in range(0, tiles, most):
+            some = min(most, tiles - start)
+            near = torch.empty(batch, some, key_tiles, dtype=torch.int32, device=out.device)
+            count = torch.empty(batch, some, dtype=torch.int32, device=out.device)
+            near_kernel[(some, batch)](
+                first,
+                last,
+                low,
+                high,
+                near,
+                count,
+                start,
+                tiles,
+                key_tiles,
+                reach,
+                DIMS=dims,
+                BLOCK=128,
+            )
+            launch((near, count), some, start, splits, out)
     return out.sum(dim=0) if splits > 1 else out[0]
 
 
