@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,10 +28,13 @@ ACCURACY = {
 
 
 @pytest.fixture(autouse=True)
-def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Where these tests run on CUDA: float32 as such, and the same algorithm every time."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    conv: Any = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
 
 
 EPILOGUE = {
