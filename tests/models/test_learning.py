@@ -1,0 +1,103 @@
+"""Every model learns: from scratch, a narrow variant, on drawn shapes, in seconds.
+
+Ground everywhere is a mean IoU of about 0.15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from models.drawn import CLASSES, draw, mean_iou
+
+from segkernels import models
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training: of `name` on images of `size`, to `least` mean IoU on images not trained on."""
+
+    name: str
+    least: float
+    size: int = 49
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 100
+    rate: float = 5e-3
+    batch: int = 4
+
+    def __str__(self) -> str:
+        return self.name
+
+
+VGG = {"width": 1 / 8, "dropout": 0.0}
+DILATED = {**VGG, "padding": "zeros"}
+FCN = {"width": 1 / 16, "dropout": 0.0}
+RESNET = {"width": 1 / 8, "layers": (1, 1, 1, 1)}
+TIRAMISU = {"width": 1 / 2, "depths": (2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2), "dropout": 0.0}
+
+RUNS = [
+    Run("fcn32s", 0.2, 64, FCN, 180, 1e-3, 2),
+    Run("fcn16s", 0.22, 64, FCN, 180, 1e-3, 2),
+    Run("fcn8s", 0.25, 64, FCN, 180, 1e-3, 2),
+    Run("fcn_resnet50", 0.6, options=RESNET, steps=60),
+    Run("unet", 0.7, 48, VGG, rate=2e-3),
+    Run("dilatednet_frontend", 0.25, 48, DILATED, 200, 1e-3),
+    Run("dilatednet", 0.25, 48, DILATED, 200, 1e-3),
+    Run("dilatednet_large", 0.25, 48, DILATED, 200, 1e-3),
+    Run("deeplab_v1", 0.3, options=VGG, steps=200, rate=1e-3),
+    Run("deeplab_v2_vgg16", 0.3, options=VGG, steps=200, rate=1e-3),
+    Run("deeplab_v2_resnet101", 0.6, options=RESNET, steps=60),
+    Run("deconvnet", 0.2, 256, {"width": 1 / 16}, 100, 1e-2),
+    Run("segnet", 0.4, 64, {"width": 1 / 8}, 140, 1e-2, 8),
+    Run("fc_densenet56", 0.7, 48, TIRAMISU, 40),
+    Run("pspnet50", 0.6, options=RESNET, steps=60),
+    Run("deeplab_v3_resnet50", 0.6, options=RESNET, steps=60),
+    Run("deeplab_v3plus_resnet101", 0.6, options=RESNET),
+]
+# The rest differ from these in depth alone.
+DEEPER = {
+    *("fcn_resnet101", "fc_densenet67", "fc_densenet103", "pspnet101", "deeplab_v3_resnet101"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    # The layers are small: threads that wait for each other cost more than they bring.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def pictures(count: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return draw(count, size, seed)
+
+
+def test_all_are_here() -> None:
+    assert {run.name for run in RUNS} | DEEPER == set(models.list_models())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_learns(run: Run) -> None:
+    model = models.create_model(run.name, len(CLASSES), **run.options)
+    images, labels = pictures(64, run.size, 0)
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, run.rate, total_steps=run.steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(run.steps):
+        chosen = torch.randint(0, len(images), (run.batch,), generator=generator)
+        loss = model.loss(images[chosen], labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    images, labels = pictures(16, run.size, 1)
+    reached = mean_iou(model.eval().predict(images), labels)
+    print(f"{run.name}: mean IoU {reached:.3f}")
+    assert reached >= run.least
