@@ -40,22 +40,23 @@ RESNET = {"width": 1 / 8, "layers": (1, 1, 1, 1)}
 TIRAMISU = {"width": 1 / 2, "depths": (2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2), "dropout": 0.0}
 
 RUNS = [
-    Run("fcn32s", 0.2, 64, FCN, 180, 1e-3, 2),
-    Run("fcn16s", 0.22, 64, FCN, 180, 1e-3, 2),
-    Run("fcn8s", 0.25, 64, FCN, 180, 1e-3, 2),
+    Run("fcn32s", 0.2, 64, FCN, 300, 1e-3, 2),
+    Run("fcn16s", 0.22, 64, FCN, 240, 1e-3, 2),
+    Run("fcn8s", 0.22, 64, FCN, 200, 1e-3, 2),
     Run("fcn_resnet50", 0.6, options=RESNET, steps=60),
-    Run("unet", 0.7, 48, VGG, rate=2e-3),
+    Run("unet", 0.4, 48, VGG, 200, 1e-3),
     Run("dilatednet_frontend", 0.25, 48, DILATED, 200, 1e-3),
-    Run("dilatednet", 0.25, 48, DILATED, 200, 1e-3),
-    Run("dilatednet_large", 0.25, 48, DILATED, 200, 1e-3),
+    Run("dilatednet", 0.22, 48, DILATED, 200, 1e-3),
+    Run("dilatednet_large", 0.2, 48, DILATED, 260, 1e-3),
     Run("deeplab_v1", 0.3, options=VGG, steps=200, rate=1e-3),
     Run("deeplab_v2_vgg16", 0.3, options=VGG, steps=200, rate=1e-3),
     Run("deeplab_v2_resnet101", 0.6, options=RESNET, steps=60),
-    Run("deconvnet", 0.2, 256, {"width": 1 / 16}, 100, 1e-2),
-    Run("segnet", 0.4, 64, {"width": 1 / 8}, 140, 1e-2, 8),
+    # Slow from scratch, as in the paper (section 4.2.2): its authors train it in two stages.
+    Run("deconvnet", 0.17, 224, {"width": 1 / 16}, 150, 5e-3),
+    Run("segnet", 0.4, 64, {"width": 1 / 8}, 180, 1e-2, 8),
     Run("fc_densenet56", 0.7, 48, TIRAMISU, 40),
     Run("pspnet50", 0.6, options=RESNET, steps=60),
-    Run("deeplab_v3_resnet50", 0.6, options=RESNET, steps=60),
+    Run("deeplab_v3_resnet50", 0.6, options=RESNET),
     Run("deeplab_v3plus_resnet101", 0.6, options=RESNET),
 ]
 # The rest differ from these in depth alone.
