@@ -83,7 +83,7 @@ def test_it_is_found_beside_the_package_or_here(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([*FOLDER, "--op", "pool"], "no benchmarks of pool; there are dense_crf, "),
+        ([*FOLDER, "--op", "pool"], "no benchmarks of pool; there are aspp, dense_crf, "),
         ([*FOLDER, "--device", "tpu"], "--device is auto, cpu or cuda, not 'tpu'"),
         ([*FOLDER, "--report", "x"], "--report is made from the JSON"),
         (["--folder", "nowhere"], "no benchmarks in nowhere. They are not part of the installed"),

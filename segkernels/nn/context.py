@@ -22,13 +22,13 @@ class ContextModule(torch.nn.Module):
     from there.
 
     So narrow a chain is bound by memory and by launches. The layers run in channels_last whatever
-    the input's layout; on two CPU cores that took 0.6 of the time of torch's layers in a contiguous
-    one. A band of 32 rows at a time through all of them, so that its maps stay in the cache, took
-    twice as long, for its halo of 33 rows on each side is computed anew (``pytest
-    benchmarks/bench_modules.py -k context --full --benchmark-only`` prints both). On CUDA the
-    module neither synchronises nor keeps anything, so that its launches can be captured in a CUDA
-    graph, or replayed by ``torch.compile(mode="reduce-overhead")``; no graph is kept here, because
-    it would hold buffers for every shape that was ever seen.
+    the input's layout; on two CPU cores, not otherwise idle, that took 0.6 to 0.8 of the time of
+    torch's layers in a contiguous one. A band of 32 rows at a time through all of them, so that its
+    maps stay in the cache, took 1.3 to 2.0 times as long, for its halo of 33 rows on each side is
+    computed anew (``pytest benchmarks/bench_modules.py -k context --full --benchmark-only`` prints
+    both). On CUDA the module neither synchronises nor keeps anything, so that its launches can be
+    captured in a CUDA graph, or replayed by ``torch.compile(mode="reduce-overhead")``; no graph is
+    kept here, because it would hold buffers for every shape that was ever seen.
 
     Args:
         num_classes: C, the channels of the input and of the output.

@@ -263,6 +263,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=60)
 @given(problem=problems(), dtype=st.sampled_from(list(ACCURACY)))
 def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)  # for an example, not for the run of them
     x = torch.randn(problem["x"])
     groups = problem["args"][3]
     w = torch.randn(problem["out_channels"], x.size(1) // groups, *problem["kernel"])
@@ -285,7 +286,10 @@ def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.
         return function(*args, **t, activation="relu" if relu else None)
 
     out, exact = run(ours, segkernels.dilated_conv2d), run(wide, reference.dilated_conv2d)
-    assert distance(out, exact) <= ACCURACY[dtype]
+    # A handful of sums may all but cancel, so those are measured against their terms.
+    terms = {name: value.detach().abs() for name, value in wide.items()}
+    size = exact if exact.numel() >= 100 else run(terms, reference.dilated_conv2d)
+    assert (out.double() - exact).norm() <= ACCURACY[dtype] * size.norm()
     plain = F.conv2d(wide["x"], wide["w"], wide.get("bias"), *problem["args"])
     if "scale" in wide:
         plain = plain * wide["scale"][:, None, None]
@@ -302,7 +306,7 @@ def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.
     magnitudes = sizes_of_terms(wide, problem["args"], masked)
     for name, a, b in zip(ours, mine, theirs, strict=True):
         assert a.dtype == dtype
-        # Sums over a plane may all but cancel, so those are measured against their terms.
+        # As for the outputs: sums over a plane.
         size = magnitudes.get(name, b).norm()
         assert (a.double() - b).norm() <= 2 * ACCURACY[dtype] * size, name
 
