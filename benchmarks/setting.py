@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import platform
 import shlex
 import subprocess
@@ -70,6 +71,8 @@ def command() -> str:
         start = f"python -m {path.parent.name}"
     else:
         start = path.name if path.suffix != ".py" else f"python {path.parent.name}/{path.name}"
+    # Where this machine keeps its files is nobody else's matter.
+    rest = [re.sub(r"=/.*/", "=", argument) for argument in rest]
     return " ".join([start, *map(shlex.quote, rest)])
 
 
