@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import re
 import platform
+import re
 import shlex
 import subprocess
 import sys
