@@ -608,6 +608,9 @@ void collect_line(const Windows& w, const Place& line, const T* input, const P* 
   }
 }
 
+// Lines shorter than kShortLine are collected in blocks of this many windows.
+constexpr int32_t kBlock = 8;
+
 // As collect_pairs, in blocks of as many windows; the last may overlap the one before.
 template <int N, class T>
 SK_HD uint8_t collect_blocks(const T* upper, const T* lower, const uint8_t* codes, T* out,
@@ -658,15 +661,19 @@ void collect_rows(const Where& where, const Windows& w, const T* input, const P*
     return;
   }
   if constexpr (sizeof(P) == 1) {
-    if (four && tiles_plane(w) && all_inside(w) && w.pooled[1] >= kShortLine) {
+    if (four && tiles_plane(w) && all_inside(w) && w.pooled[1] >= kBlock) {
       parallel_for(
           where, lines,
           [&](int64_t i) {
             const Place line = line_of(i, plan.lines);
             const T* upper = input + full_offset(w, line, 2 * line.y, 0);
             const int64_t at = i * w.pooled[1];
-            const uint8_t largest = collect_blocks<kShortLine>(
-                upper, upper + w.full[1], positions + at, output + at, w.pooled[1]);
+            const T* lower = upper + w.full[1];
+            const uint8_t largest =
+                w.pooled[1] < kShortLine
+                    ? collect_blocks<kBlock>(upper, lower, positions + at, output + at, w.pooled[1])
+                    : collect_blocks<kShortLine>(upper, lower, positions + at, output + at,
+                                                 w.pooled[1]);
             if (largest > 3) report(status, kCodeOutOfRange);
           },
           name);
