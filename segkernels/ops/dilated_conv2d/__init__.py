@@ -30,6 +30,7 @@ _registry.register(
 )
 
 _ACTIVATIONS = (None, "relu")
+_FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
 def dilated_conv2d(
@@ -93,6 +94,13 @@ def dilated_conv2d(
             raise TypeError(
                 f"dilated_conv2d(): argument '{name}' must be Tensor, not {type(value)}"
             )
+    if scale is shift is residual is None and _is_torchs(input, weight, bias, backend):
+        plain: Any = (stride, padding, dilation, groups)
+        out = F.conv2d(input, weight, bias, *plain)
+        last = _op.is_channels_last(input) or _op.is_channels_last(weight)
+        out = out.contiguous(memory_format=_FORMATS[last])
+        # The convolution's gradient does not need its result.
+        return out.relu_() if activation == "relu" else out
     input, weight, bias, residual = _autocast(input, weight, bias, residual)
     c = _plan(input, weight, bias, stride, padding, dilation, groups, backend)
     if c is None:
@@ -112,6 +120,24 @@ def dilated_conv2d(
     residual = None if residual is None else residual.unsqueeze(0)
     e = Epilogue(bias, scale, shift, residual, activation)
     return autograd.convolve(input.unsqueeze(0), weight, e, c).squeeze(0)
+
+
+def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
+    """Whether torch's convolution and its own gradients are what the call comes to.
+
+    On the CPU they are, but for bfloat16's (see `torch_path.gradients`). Small convolutions notice
+    what this saves.
+    """
+    return (
+        isinstance(input, torch.Tensor)
+        and isinstance(weight, torch.Tensor)
+        and input.dtype is weight.dtype is torch.float32
+        and input.device.type == "cpu"
+        and input.dim() == weight.dim() == 4
+        and backend in ("auto", "torch")
+        and not _op.through_dispatcher(input, weight, bias)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _check_options(activation: str | None, backend: str) -> None:
