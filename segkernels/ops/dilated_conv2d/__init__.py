@@ -131,12 +131,14 @@ def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
     return (
         isinstance(input, torch.Tensor)
         and isinstance(weight, torch.Tensor)
-        and input.dtype is weight.dtype is torch.float32
+        and input.dtype is weight.dtype
+        and (input.dtype is torch.float32 or input.dtype is torch.bfloat16)
         and input.device.type == "cpu"
         and input.dim() == weight.dim() == 4
         and backend in ("auto", "torch")
         and not _op.through_dispatcher(input, weight, bias)
         and not torch.is_autocast_enabled("cpu")
+        and (input.dtype is torch.float32 or not _op.wants_grad(input, weight, bias))
     )
 
 
