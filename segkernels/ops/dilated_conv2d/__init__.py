@@ -73,7 +73,7 @@ def dilated_conv2d(
         shift: the same; None: 0.
         residual: [N, C_out, H_out, W_out] (or without N, as `input`), in the output's dtype.
         activation: None or "relu".
-        backend: "auto" chooses by shape; "torch" (oneDNN, cuDNN) takes everything, "triton" and
+        backend: "auto" chooses; "torch" (oneDNN, cuDNN) takes everything, "triton" and
             "sm90" (CUDA; stride and groups 1, kernels up to 7 x 7, no float64) raise where they
             cannot. They multiply float32 as tf32 where ``torch.backends.cudnn.conv`` lets cuDNN;
             else "triton" multiplies float32 slowly and "sm90" raises.

@@ -82,7 +82,7 @@ def forward_into(
     if len({w.shape for w in weights}) != 1:
         return False
     if backend == "auto":
-        backend = dispatch.choose("forward", *problems)
+        backend = dispatch.take("forward", *problems)
     if backend != "triton" or any(map(triton_path.supported, problems)):
         return False
     with torch.no_grad():
@@ -165,7 +165,7 @@ def _choose(
         return "triton"
     if searched is not None:
         return "triton" if searched.beats_torch else "torch"
-    return dispatch.choose(kind, problem)
+    return dispatch.take(kind, problem)
 
 
 def _searched(
