@@ -79,10 +79,16 @@ def _vectors(conv: torch.nn.Conv2d, bn: Any) -> list[torch.Tensor]:
     return [vector for vector in found if vector is not None]
 
 
+def _watched(vectors: list[torch.Tensor], pairs: Sequence[Pair]) -> list[torch.Tensor]:
+    """The vectors, and what counts the batches: batch_norm updates its statistics unnoticed."""
+    counts = [bn.num_batches_tracked for _, bn in pairs]
+    return [*vectors, *(count for count in counts if count is not None)]
+
+
 class _Kept(NamedTuple):
     convs: list[ref[torch.nn.Module]]
-    # Each vector, an alias that keeps its storage from being reused at the same address, and its
-    # version. (`vector.data = other` changes the storage and neither the object nor the version.)
+    # Each tensor, an alias that keeps its storage from being reused at the same address, and its
+    # version. (`tensor.data = other` changes the storage and neither the object nor the version.)
     seen: list[tuple[torch.Tensor, torch.Tensor, int]]
     setting: tuple[Any, ...]
     folded: Folded
@@ -103,32 +109,34 @@ def folded(x: torch.Tensor, owner: torch.nn.Module, pairs: Sequence[Pair]) -> Fo
         pairs: convolutions and their batch normalisations.
     """
     vectors = [vector for conv, bn in pairs for vector in _vectors(conv, bn)]
+    watched = _watched(vectors, pairs)
     if (
         x.is_meta
         or _op.through_dispatcher(x, *vectors)
         or _op.wants_grad(*vectors)
-        or any(vector.is_inference() for vector in vectors)
+        or any(tensor.is_inference() for tensor in watched)
     ):
         return _fold(pairs)
     # Another stream may not have waited for the one that computed what is kept.
     stream = torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0
     setting = (stream, *(bn.eps for _, bn in pairs))
     kept = _kept.get(owner)
-    if kept is not None and _same(kept, pairs, vectors, setting):
+    if kept is not None and _same(kept, pairs, watched, setting):
         return kept.folded
     # Not inference tensors: a later call may save them for a gradient of its input.
     with torch.inference_mode(False), torch.no_grad():
         now = _fold(pairs)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return now  # filled by the graph's replays only
-        seen = [(vector, vector.detach(), vector._version) for vector in vectors]
+        seen = [(tensor, tensor.detach(), tensor._version) for tensor in watched]
     _kept[owner] = _Kept([ref(conv) for conv, _ in pairs], seen, setting, now)
     return now
 
 
 def forget(owner: torch.nn.Module) -> None:
-    """Drop what is kept for `owner`."""
-    _kept.pop(owner, None)
+    """Drop what is kept for `owner`. Nothing in a trace, which would guard on all that is kept."""
+    if not torch.compiler.is_compiling():
+        _kept.pop(owner, None)
 
 
 def _fold(pairs: Sequence[Pair]) -> Folded:
@@ -141,17 +149,17 @@ def _fold(pairs: Sequence[Pair]) -> Folded:
 def _same(
     kept: _Kept,
     pairs: Sequence[Pair],
-    vectors: list[torch.Tensor],
+    watched: list[torch.Tensor],
     setting: tuple[Any, ...],
 ) -> bool:
     return (
         kept.setting == setting
-        and len(kept.seen) == len(vectors)
+        and len(kept.seen) == len(watched)
         and all(conv is before() for (conv, _), before in zip(pairs, kept.convs, strict=True))
         and all(
-            vector is before
-            and vector._version == version
-            and vector.data_ptr() == alias.data_ptr()
-            for vector, (before, alias, version) in zip(vectors, kept.seen, strict=True)
+            tensor is before
+            and tensor._version == version
+            and tensor.data_ptr() == alias.data_ptr()
+            for tensor, (before, alias, version) in zip(watched, kept.seen, strict=True)
         )
     )

@@ -150,6 +150,15 @@ def changes() -> dict[str, Callable[[segkernels.ConvBNAct], Any]]:
         layer.train()(image())
         layer.eval()
 
+    def norm_trained(layer: segkernels.ConvBNAct) -> None:
+        layer.bn.train()(torch.randn(2, 6, 7, 9, dtype=torch.float64))
+        layer.bn.eval()
+
+    def trained_compiled(layer: segkernels.ConvBNAct) -> None:
+        layer.bn.train()
+        torch.compile(layer, fullgraph=True, backend="eager")(image())
+        layer.bn.eval()
+
     def replaced(layer: segkernels.ConvBNAct) -> None:
         layer.bn.weight = torch.nn.Parameter(layer.bn.weight.detach() * 3)
 
@@ -189,6 +198,8 @@ def changes() -> dict[str, Callable[[segkernels.ConvBNAct], Any]]:
         "load_state_dict": lambda layer: layer.load_state_dict(other),
         "assigned": lambda layer: layer.load_state_dict(other, assign=True),
         "trained": trained,
+        "norm trained": norm_trained,
+        "trained compiled": trained_compiled,
         "optimised": optimised,
         "rounded": lambda layer: layer.half().double(),
         "eps": eps,
@@ -232,6 +243,29 @@ def test_the_fold_is_computed_once_and_goes_with_the_module(
     del layer
     gc.collect()
     assert dead() is None
+
+
+@pytest.mark.parametrize("module", ["ConvBNAct", "ASPP"])
+def test_a_fold_may_die_while_training_is_compiled(module: str) -> None:
+    torch.compiler.reset()
+    others = [built("dilated").eval() for _ in range(2)]
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        others.pop()
+        gc.collect()
+        graphs.append(graph)
+        return graph.forward
+
+    layer = built("dilated") if module == "ConvBNAct" else segkernels.ASPP(4, 3, (2,)).double()
+    compiled = torch.compile(layer.train(), fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for other in others:
+            other(image())
+    compiled(image())
+    others.pop()
+    compiled(image())
+    assert len(graphs) == 1
 
 
 def test_copies_pickles_and_state_dicts_know_nothing_of_the_fold() -> None:
