@@ -14,6 +14,7 @@ import torch
 
 import segkernels
 from segkernels.ops.aspp import branches, reference, triton_path
+from segkernels.ops.dilated_conv2d import launch
 from segkernels.ops.dilated_conv2d import triton_path as triton_of_one
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -115,7 +116,7 @@ def test_summed_in_parts(monkeypatch: pytest.MonkeyPatch, launches: list[int]) -
     seen = []
     cuts = triton_path.cuts
     monkeypatch.setattr(triton_path, "cuts", lambda *args: seen.append(cuts(*args)) or seen[-1])
-    monkeypatch.setattr(triton_of_one, "_MULTIPROCESSORS_INTERPRETED", 24)
+    monkeypatch.setattr(launch, "_MULTIPROCESSORS_INTERPRETED", 24)
     ours = segkernels.aspp(x, weights, (1, 2), form="v2", backend="triton")
     assert seen[0] > 1
     exact = reference.aspp(x.double(), [w.double() for w in weights], (1, 2), form="v2")

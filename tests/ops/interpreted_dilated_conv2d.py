@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import segkernels
-from segkernels.ops.dilated_conv2d import plan, reference, triton_path, tuning
+from segkernels.ops.dilated_conv2d import launch, plan, reference, triton_path, tuning
 from segkernels.ops.dilated_conv2d.call import Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry
 
@@ -135,7 +135,7 @@ def test_long_loops_are_cut(
 
 
 def test_weight_gradients_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_path, "_MULTIPROCESSORS_INTERPRETED", 400)
+    monkeypatch.setattr(launch, "_MULTIPROCESSORS_INTERPRETED", 400)
     x, grad = torch.randn(2, 24, 17, 18), torch.randn(2, 40, 17, 18)
     g = Geometry(17, 18, 17, 18, (3, 3), (5, 4), (5, 4))
     w = torch.zeros(40, 24, 3, 3, dtype=torch.float64, requires_grad=True)

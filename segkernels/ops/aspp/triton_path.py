@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops.dilated_conv2d import plan, triton_path, tuning
+from segkernels.ops.dilated_conv2d import launch, plan, tuning
 from segkernels.ops.dilated_conv2d.call import Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry
 from segkernels.ops.dilated_conv2d.plan import Config, ceil_div
@@ -43,7 +43,7 @@ def summed(
     from segkernels.ops.aspp import triton_kernels
     from segkernels.ops.dilated_conv2d import triton_kernels as shared
 
-    x, weight = triton_path._nhwc(x), triton_path._nhwc(torch.cat(list(weights)))
+    x, weight = launch.nhwc(x), launch.nhwc(torch.cat(list(weights)))
     g, many, out_channels = geometries[0], len(weights), weights[0].size(0)
     batch, channels = x.size(0), x.size(1)
     y = torch.empty(
@@ -54,7 +54,7 @@ def summed(
     )
     if y.numel() == 0:
         return y
-    device = triton_path._device(x)
+    device = launch.seen_device(x)
     if config is None:
         key = tuning.Key("forward", batch, channels, out_channels, g, x.dtype)
         config = tuning.config(key, x.device, device.multiprocessors)
@@ -63,19 +63,19 @@ def summed(
     steps = g.taps * ceil_div(channels, config.step)
     parts = cuts(count, many, steps, device.multiprocessors)
     programs = count * many * parts
-    described = device.descriptors and all(triton_path._aligned(t, channels) for t in (x, weight))
+    described = device.descriptors and all(launch.aligned(t, channels) for t in (x, weight))
     xd: Any = x
     wd: Any = weight
     if described:
-        xd = triton_path._described(x, (*config.box, config.step))
-        wd = triton_path._weight_described(weight, config, False)
+        xd = launch.described(x, (*config.box, config.step))
+        wd = launch.weight_described(weight, config, False)
     sums = torch.empty(
         programs * config.pixels * config.block, dtype=torch.float32, device=x.device
     )
     grid = (tiles.pictures, tiles.rows, tiles.columns, tiles.blocks, tiles.order)
     box = dict(zip(("BN", "BH", "BW"), config.box, strict=True))
-    wide = triton_path._wide(x, weight, y)
-    with triton_path._on(x):
+    wide = launch.wide(x, weight, y)
+    with launch.on_device_of(x):
         triton_kernels.branch_sums[(programs,)](
             xd,
             wd,
@@ -98,7 +98,7 @@ def summed(
             num_warps=config.warps,
             num_stages=config.stages,
             **box,
-            **triton_path._options(x),
+            **launch.precision_options(x),
         )
         shared.finish_parts[(count, ceil_div(config.pixels, _PIXELS_TO_FINISH))](
             y,
@@ -121,6 +121,6 @@ def summed(
             WIDE=wide,
             num_warps=4,
             **box,
-            **triton_path._epilogue_options(e),
+            **launch.epilogue_options(e),
         )
     return y

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from segkernels.ops.dilated_conv2d import plan, tuning
+from segkernels.ops.dilated_conv2d import launch, plan, tuning
 from segkernels.ops.dilated_conv2d.call import Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 from segkernels.ops.dilated_conv2d.plan import Config, ceil_div
-from segkernels.ops.dilated_conv2d.sm90 import tf32_allowed
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_KERNEL = 7
-_MULTIPROCESSORS_INTERPRETED = 4
 _PIXELS_TO_FINISH = 32
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
 
 
 def supported(problem: Problem) -> str:
     """Why the kernels cannot take this problem, or ""."""
-    if problem.device.type != "cuda" and not interpreted():
+    if problem.device.type != "cuda" and not launch.interpreted():
         return f"it needs a CUDA device, got {str(problem.device)!r}"
     if problem.dtype not in _DTYPES:
         return f"it has no {problem.dtype}"
@@ -49,13 +41,6 @@ def missing() -> str:
     return ""
 
 
-def _device(x: torch.Tensor) -> plan.Device:
-    if x.device.type != "cuda":
-        return plan.Device(_MULTIPROCESSORS_INTERPRETED, True)
-    seen = torch.cuda.get_device_properties(x.device)
-    return plan.Device(seen.multi_processor_count, seen.major >= 9)
-
-
 def multiprocessors(device: torch.device) -> int:
     """Of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -67,21 +52,6 @@ def key(kind: str, problem: Problem) -> tuning.Key:
     if kind == "input_gradient":
         g, sizes = g.transposed(), sizes[::-1]
     return tuning.Key(kind, problem.batch, *sizes, g, problem.dtype)
-
-
-def _aligned(x: torch.Tensor, row: int) -> bool:
-    """Whether a descriptor can be had of memory that starts at `x` in rows of `row` elements."""
-    return x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0
-
-
-def _wide(*tensors: torch.Tensor) -> bool:
-    """Whether elements are counted in 64 bits; blocks overhang the last of them a little."""
-    return any(t.size(0) * t.stride(0) >= 2**31 - 2**24 for t in tensors)
-
-
-def _options(x: torch.Tensor) -> dict[str, Any]:
-    ieee = x.dtype == torch.float32 and not tf32_allowed()
-    return {"WIDEN": interpreted(), "PRECISION": "ieee" if ieee else "tf32"}
 
 
 def forward(
@@ -117,18 +87,18 @@ def branches(
         [N, branches * C_out, H_out, W_out], channels_last, or `into`.
     """
     if len(weights) == 1:
-        weight = _nhwc(weights[0])
+        weight = launch.nhwc(weights[0])
     else:
-        weight = _nhwc(torch.cat([_nhwc(w) for w in weights]))
+        weight = launch.nhwc(torch.cat([launch.nhwc(w) for w in weights]))
     out_channels = weights[0].size(0)
-    return _run(_nhwc(x), weight, geometries, out_channels, e, config, into=into)
+    return _run(launch.nhwc(x), weight, geometries, out_channels, e, config, into=into)
 
 
 def input_gradient(
     grad: torch.Tensor, weight: torch.Tensor, geometry: Geometry, config: Config | None = None
 ) -> torch.Tensor:
     """The gradient of a convolution's input, channels_last, for `geometry` of the convolution."""
-    turned, grad, weight = [geometry.transposed()], _nhwc(grad), _nhwc(weight)
+    turned, grad, weight = [geometry.transposed()], launch.nhwc(grad), launch.nhwc(weight)
     return _run(grad, weight, turned, weight.size(1), Epilogue(), config, transposed=True)
 
 
@@ -157,7 +127,7 @@ def _run(
         )
     if y.numel() == 0:
         return y
-    device = _device(x)
+    device = launch.seen_device(x)
     if config is None:
         kind = "input_gradient" if transposed else "forward"
         known_as = tuning.Key(kind, batch, channels, out_channels, g, x.dtype)
@@ -165,21 +135,25 @@ def _run(
     tiles, _ = plan.cut(
         batch, channels, out_channels, tuple(geometries), config, device.multiprocessors
     )
-    described = device.descriptors and _aligned(x, channels) and _aligned(weight, weight.size(1))
+    described = (
+        device.descriptors
+        and launch.aligned(x, channels)
+        and launch.aligned(weight, weight.size(1))
+    )
     xd: Any = x
     wd: Any = weight
     if described:
-        xd = _described(x, (*config.box, config.step))
-        wd = _weight_described(weight, config, transposed)
-    residual = None if e.residual is None else _nhwc(e.residual)
+        xd = launch.described(x, (*config.box, config.step))
+        wd = launch.weight_described(weight, config, transposed)
+    residual = None if e.residual is None else launch.nhwc(e.residual)
     meta = {
         "BRANCHES": len(geometries),
         "BN": config.box[0],
         "BH": config.box[1],
         "BW": config.box[2],
         "BC": config.block,
-        "WIDE": _wide(x, weight, y),
-        **_epilogue_options(e),
+        "WIDE": launch.wide(x, weight, y),
+        **launch.epilogue_options(e),
     }
     # Elements from a pixel to the next: more than `total` within a larger tensor.
     pixel = total if into is None else into.stride(3)
@@ -194,7 +168,7 @@ def _run(
         sums = torch.empty(
             parts * config.pixels * config.block, dtype=torch.float32, device=x.device
         )
-    with _on(x):
+    with launch.on_device_of(x):
         for first, many, split in ((0, whole, False), (whole, rest * tiles.parts, True)):
             if many:
                 kernels.convolve[(many,)](
@@ -217,7 +191,7 @@ def _run(
                     num_warps=config.warps,
                     num_stages=config.stages,
                     **meta,
-                    **_options(x),
+                    **launch.precision_options(x),
                 )
         if rest:
             kernels.finish_parts[(rest, ceil_div(config.pixels, _PIXELS_TO_FINISH))](
@@ -242,7 +216,7 @@ def weight_gradient(
     """The gradient of a convolution's weight, [C_out, C, kh, kw] in channels_last."""
     from segkernels.ops.dilated_conv2d import triton_kernels as kernels
 
-    grad, x = _nhwc(grad), _nhwc(x)
+    grad, x = launch.nhwc(grad), launch.nhwc(x)
     batch, channels = x.size(0), x.size(1)
     out_channels = grad.size(1)
     g = geometry
@@ -254,24 +228,26 @@ def weight_gradient(
     )
     if x.numel() == 0 or grad.numel() == 0:
         return dw.zero_()
-    device = _device(x)
+    device = launch.seen_device(x)
     if config is None:
         known_as = tuning.Key("weight_gradient", batch, channels, out_channels, g, x.dtype)
         config = tuning.config(known_as, x.device, device.multiprocessors)
     parts = plan.weight_parts(batch, channels, out_channels, g, config, device.multiprocessors)
-    described = device.descriptors and _aligned(x, channels) and _aligned(grad, out_channels)
+    described = (
+        device.descriptors and launch.aligned(x, channels) and launch.aligned(grad, out_channels)
+    )
     gd: Any = grad
     xd: Any = x
     if described:
         gd, xd = (
-            _described(grad, (*config.box, config.block)),
-            _described(x, (*config.box, config.step)),
+            launch.described(grad, (*config.box, config.block)),
+            launch.described(x, (*config.box, config.step)),
         )
     sums = dw
     if parts > 1:
         sums = torch.empty(parts * dw.numel(), dtype=torch.float32, device=x.device)
     blocks = (ceil_div(out_channels, config.block), ceil_div(channels, config.step))
-    with _on(x):
+    with launch.on_device_of(x):
         kernels.weight_gradient[(g.taps * blocks[0] * blocks[1] * parts,)](
             gd,
             xd,
@@ -295,10 +271,10 @@ def weight_gradient(
             BCO=config.block,
             BCI=config.step,
             DESCRIPTORS=described,
-            WIDE=_wide(x, grad),
+            WIDE=launch.wide(x, grad),
             num_warps=config.warps,
             num_stages=config.stages,
-            **_options(x),
+            **launch.precision_options(x),
         )
         if parts > 1:
             block = 1024
@@ -324,7 +300,7 @@ def epilogue_(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
     rows, inner = (batch * plane, channels) if channels_last else (batch * channels, plane)
     block = min(1024, 1 << (inner - 1).bit_length())
     block_rows = max(1, 4096 // block)
-    with _on(y):
+    with launch.on_device_of(y):
         kernels.epilogue[(ceil_div(rows, block_rows) * ceil_div(inner, block),)](
             y,
             e.bias,
@@ -338,43 +314,6 @@ def epilogue_(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
             BR=block_rows,
             BI=block,
             num_warps=4,
-            **_epilogue_options(e),
+            **launch.epilogue_options(e),
         )
     return y
-
-
-def _epilogue_options(e: Epilogue) -> dict[str, bool]:
-    return {
-        "BIAS": e.bias is not None,
-        "SCALE": e.scale is not None,
-        "SHIFT": e.shift is not None,
-        "RESIDUAL": e.residual is not None,
-        "RELU": e.activation == "relu",
-    }
-
-
-def _nhwc(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _described(x: torch.Tensor, box: tuple[int, ...]) -> Any:
-    """A descriptor of the NHWC memory of `x`, [pictures, rows, columns, channels]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    n, c, h, w = x.shape
-    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], list(box))
-
-
-def _weight_described(weight: torch.Tensor, config: Config, transposed: bool) -> Any:
-    """A descriptor of a weight's memory, [first axis, taps, second axis]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    rows, columns = weight.size(0), weight.size(1)
-    taps = weight.size(2) * weight.size(3)
-    box = [config.step, 1, config.block] if transposed else [config.block, 1, config.step]
-    return TensorDescriptor(weight, [rows, taps, columns], [taps * columns, columns, 1], box)
-
-
-def _on(x: torch.Tensor) -> Any:
-    """Launch on the device of `x`."""
-    return torch.cuda.device_of(x)

@@ -1,0 +1,82 @@
+"""What every launch of a convolution's Triton kernel needs: layouts, descriptors, options."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from segkernels.ops.dilated_conv2d.call import Epilogue
+from segkernels.ops.dilated_conv2d.plan import Config, Device
+from segkernels.ops.dilated_conv2d.sm90 import tf32_allowed
+
+_MULTIPROCESSORS_INTERPRETED = 4
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true")
+
+
+def seen_device(x: torch.Tensor) -> Device:
+    """What plans need to know of the device of `x`."""
+    if x.device.type != "cuda":
+        return Device(_MULTIPROCESSORS_INTERPRETED, True)
+    seen = torch.cuda.get_device_properties(x.device)
+    return Device(seen.multi_processor_count, seen.major >= 9)
+
+
+def on_device_of(x: torch.Tensor) -> Any:
+    """Launch on the device of `x`."""
+    return torch.cuda.device_of(x)
+
+
+def nhwc(x: torch.Tensor) -> torch.Tensor:
+    """`x` in channels_last."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def aligned(x: torch.Tensor, row: int) -> bool:
+    """Whether a descriptor can be had of memory that starts at `x` in rows of `row` elements."""
+    return x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0
+
+
+def wide(*tensors: torch.Tensor) -> bool:
+    """Whether elements are counted in 64 bits; blocks overhang the last of them a little."""
+    return any(t.size(0) * t.stride(0) >= 2**31 - 2**24 for t in tensors)
+
+
+def described(x: torch.Tensor, box: tuple[int, ...]) -> Any:
+    """A descriptor of the NHWC memory of `x`, [pictures, rows, columns, channels]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    n, c, h, w = x.shape
+    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], list(box))
+
+
+def weight_described(weight: torch.Tensor, config: Config, transposed: bool) -> Any:
+    """A descriptor of a weight's memory, [first axis, taps, second axis]."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    rows, columns = weight.size(0), weight.size(1)
+    taps = weight.size(2) * weight.size(3)
+    box = [config.step, 1, config.block] if transposed else [config.block, 1, config.step]
+    return TensorDescriptor(weight, [rows, taps, columns], [taps * columns, columns, 1], box)
+
+
+def precision_options(x: torch.Tensor) -> dict[str, Any]:
+    """Of the kernels that multiply: how float32 is."""
+    ieee = x.dtype == torch.float32 and not tf32_allowed()
+    return {"WIDEN": interpreted(), "PRECISION": "ieee" if ieee else "tf32"}
+
+
+def epilogue_options(e: Epilogue) -> dict[str, bool]:
+    """Which parts of an epilogue there are."""
+    return {
+        "BIAS": e.bias is not None,
+        "SCALE": e.scale is not None,
+        "SHIFT": e.shift is not None,
+        "RESIDUAL": e.residual is not None,
+        "RELU": e.activation == "relu",
+    }
