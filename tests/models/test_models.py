@@ -213,6 +213,29 @@ def test_compiles_for_training(case: Case) -> None:
         close(grad, grads[key], 1e-3, at_least=1e-3 * largest)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("fcn8s", "deeplab_v3_resnet50")], ids=str
+)
+def test_compiles_with_inductor(case: Case) -> None:
+    """What people call: the default compiler, over the loss of a step and over predict."""
+    model, images = as_if_trained(case.build()), case.images()
+    target = torch.randint(0, CLASSES, (2, *case.size))
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    expected = gradients(model, model.loss(images, target))
+    largest = max(float(g.abs().max()) for g in expected.values())
+    torch.compiler.reset()
+    loss = torch.compile(model.loss, fullgraph=True)(images, target)
+    for key, grad in gradients(model, loss).items():
+        close(grad, expected[key], 1e-3, at_least=1e-3 * largest)
+    model.eval()
+    with torch.no_grad():
+        labels = torch.compile(model.predict, fullgraph=True)(images)
+        assert (labels == model.predict(images)).double().mean() > 0.999
+
+
 def squares(out: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([scores.square().mean() for scores in out.values()]).sum()
 
