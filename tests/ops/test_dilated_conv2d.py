@@ -387,17 +387,28 @@ def test_saves_nothing_but_inputs_and_output() -> None:
     assert places == {x.data_ptr(), w.data_ptr(), scale.data_ptr(), out.data_ptr()}
 
 
-@pytest.mark.parametrize("channels", [20, 21, 24])
-def test_the_weight_gradient_where_onednn_reads_beyond_its_tensors(channels: int) -> None:
-    layout = {"memory_format": torch.channels_last}
-    x = torch.randn(1, channels, 64, 64).bfloat16().contiguous(**layout)
-    w = torch.randn(24, channels, 3, 3).bfloat16().contiguous(**layout).requires_grad_()
-    out = segkernels.dilated_conv2d(x, w, padding=8, dilation=8)
-    grad = torch.randn_like(out)
-    ours = torch.autograd.grad(out, w, grad)[0]
-    wide = w.detach().double().requires_grad_()
-    exact = F.conv2d(x.double(), wide, padding=8, dilation=8)
-    assert distance(ours, torch.autograd.grad(exact, wide, grad.double())[0]) <= 4e-3
+def amid_nan(x: torch.Tensor) -> torch.Tensor:
+    """`x` in channels_last, in memory that is NaN before and behind it."""
+    memory = torch.full((x.numel() + 2**16,), float("nan"), dtype=x.dtype)
+    n, c, h, w = x.shape
+    return memory[2**15 : -(2**15)].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [20, 21, 24, 33, 40, 64, 96])
+def test_the_weight_gradient_where_onednn_reads_beyond_its_tensors(
+    channels: int, stride: int
+) -> None:
+    x = amid_nan(torch.randn(1, channels, 64, 65).bfloat16())
+    w = amid_nan(torch.randn(24, channels, 3, 3).bfloat16()).requires_grad_()
+    exact = w.detach().double().requires_grad_()
+    for dilation in (2, 8):
+        options = {"padding": dilation, "dilation": dilation, "stride": stride}
+        out = segkernels.dilated_conv2d(x, w, **options)
+        grad = amid_nan(torch.randn_like(out))
+        ours = torch.autograd.grad(out, w, grad)[0]
+        wide = F.conv2d(x.double(), exact, **options)
+        assert distance(ours, torch.autograd.grad(wide, exact, grad.double())[0]) <= 4e-3
 
 
 def test_only_the_gradients_that_are_wanted() -> None:

@@ -75,15 +75,22 @@ def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
     return out.relu_() if e.activation == "relu" else out
 
 
+def _whole(x: torch.Tensor, c: Call) -> bool:
+    """Whether oneDNN's bfloat16 weight gradient is right in channels_last.
+
+    It reads beyond its tensors where taps are apart and channels fill no block of 16: wrong values,
+    NaN, or a crash (torch 2.13). Other processors' kernels have blocks of 32.
+    """
+    return c.groups == 1 and x.size(1) % 32 == 0
+
+
 def gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, c: Call, mask: tuple[bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the plain convolution's input and weight; an empty tensor for one not wanted."""
     rows, columns = _more_after(x, weight, c)
     wide = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
-    if mask[1] and x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        # oneDNN's kernel for channels_last reads beyond its tensors where the taps are far apart
-        # and the channels fewer than 32: NaN, or a crash (torch 2.13).
+    if mask[1] and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _whole(x, c):
         wide, grad, weight = wide.contiguous(), grad.contiguous(), weight.contiguous()
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad,
