@@ -387,6 +387,22 @@ def test_saves_nothing_but_inputs_and_output() -> None:
     assert places == {x.data_ptr(), w.data_ptr(), scale.data_ptr(), out.data_ptr()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 8, 41, 41, dtype=dtype, requires_grad=True)
+    w = torch.randn(63, 8, 5, 5, dtype=dtype, requires_grad=True)
+    exact = [t.detach().double().requires_grad_() for t in (x, w)]
+    out = segkernels.dilated_conv2d(x, w, padding=4, dilation=2)
+    expected = F.conv2d(*exact, padding=4, dilation=2)
+    grad = torch.randn_like(out)
+    ours = (out, *torch.autograd.grad(out, (x, w), grad))
+    theirs = (expected, *torch.autograd.grad(expected, exact, grad.double()))
+    for mine, their in zip(ours, theirs, strict=True):
+        assert (
+            distance(mine, their) <= ACCURACY[dtype] / 2
+        )  # float16 with each partial sum rounded: 8e-4
+
+
 def amid_nan(x: torch.Tensor) -> torch.Tensor:
     """`x` in channels_last, in memory that is NaN before and behind it."""
     memory = torch.full((x.numel() + 2**16,), float("nan"), dtype=x.dtype)

@@ -9,7 +9,7 @@ import torch
 
 from segkernels.ops.aspp import triton_path
 from segkernels.ops.aspp.spec import Spec
-from segkernels.ops.dilated_conv2d import backends
+from segkernels.ops.dilated_conv2d import backends, torch_path
 from segkernels.ops.dilated_conv2d import triton_path as triton_of_one
 from segkernels.ops.dilated_conv2d.call import Epilogue, laid_out
 
@@ -24,12 +24,15 @@ def forward(
 ) -> torch.Tensor:
     """All of `aspp`, of a 4-D `x`, out of autograd's sight."""
     e = Epilogue(None, scale, shift, None, spec.activation)
+    dtype = x.dtype
     with torch.no_grad():
+        if spec.backend in ("auto", "torch") and torch_path.to_widen(x):
+            x, weights, e = x.float(), [w.float() for w in weights], e.widened()
         if spec.summed:
             out = _summed(x, weights, e, spec)
         else:
             out = _side_by_side(x, weights, e, pooled, spec)
-        return laid_out(out, spec.channels_last)
+        return laid_out(out, spec.channels_last).to(dtype)
 
 
 def _summed(

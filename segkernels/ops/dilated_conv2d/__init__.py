@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
 from segkernels.ops import _op
-from segkernels.ops.dilated_conv2d import autograd, backends
+from segkernels.ops.dilated_conv2d import autograd, backends, torch_path
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Pair
 
@@ -125,7 +125,7 @@ def dilated_conv2d(
 def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
     """Whether torch's convolution and its own gradients are what the call comes to.
 
-    On the CPU they are, but for bfloat16's (see `torch_path.gradients`). Small convolutions notice
+    On the CPU they are, but for the half types' (see `torch_path`). Small convolutions notice
     what this saves.
     """
     return (
@@ -138,7 +138,10 @@ def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
         and backend in ("auto", "torch")
         and not _op.through_dispatcher(input, weight, bias)
         and not torch.is_autocast_enabled("cpu")
-        and (input.dtype is torch.float32 or not _op.wants_grad(input, weight, bias))
+        and (
+            input.dtype is torch.float32
+            or (torch_path.has_cpu_kernels(input.dtype) and not _op.wants_grad(input, weight, bias))
+        )
     )
 
 

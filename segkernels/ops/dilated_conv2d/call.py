@@ -81,6 +81,11 @@ class Epilogue(NamedTuple):
         """Those that gradients reach."""
         return self.bias, self.scale, self.shift, self.residual
 
+    def widened(self) -> Epilogue:
+        """In float32."""
+        bias, scale, shift, residual = (None if t is None else t.float() for t in self.tensors)
+        return Epilogue(bias, scale, shift, residual, self.activation)
+
     def folded_shift(self) -> torch.Tensor | None:
         """bias * scale + shift, in the dtype that is computed in; the shift alone as it is."""
         if self.bias is None:

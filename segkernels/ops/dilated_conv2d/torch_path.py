@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 
@@ -10,8 +12,28 @@ from segkernels.ops.dilated_conv2d import triton_path
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
 
+@cache
+def has_cpu_kernels(dtype: torch.dtype) -> bool:
+    """Whether torch has more than plain loops for a convolution in `dtype` on this CPU.
+
+    Those take 10 to 80 times as long as a convolution in float32, and round every partial sum.
+    """
+    if dtype in (torch.float32, torch.float64):
+        return True
+    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
+    supported = getattr(torch.ops.mkldnn, name[dtype], None)
+    return supported is not None and bool(supported())
+
+
+def to_widen(x: torch.Tensor) -> bool:
+    """Whether `x` is better convolved in float32."""
+    return x.device.type == "cpu" and not has_cpu_kernels(x.dtype)
+
+
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
     """The convolution and its epilogue, of a 4-D `x`, out of autograd's sight."""
+    if to_widen(x):
+        return forward(x.float(), weight.float(), e.widened(), c).to(x.dtype)
     if e.scale is None:
         bias = e.folded_shift()
         out = _convolve(x, weight, None if bias is None else bias.to(x.dtype), c)
@@ -88,6 +110,9 @@ def gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, c: Call, mask: tuple[bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the plain convolution's input and weight; an empty tensor for one not wanted."""
+    if to_widen(x):
+        dx, dw = gradients(grad.float(), x.float(), weight.float(), c, mask)
+        return dx.to(x.dtype), dw.to(x.dtype)
     rows, columns = _more_after(x, weight, c)
     wide = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
     if mask[1] and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _whole(x, c):
