@@ -494,41 +494,136 @@ void expand_codes(const Where& where, const Windows& w, const T* input, const ui
   }
 }
 
-// channels_last, indices: as scatter_planes; a task is an image, or some channels of one where
-// there are fewer images than threads.
+// Bytes that a task of scatter_channels clears and writes.
+constexpr int64_t kTerritory = 1 << 20;
+
+// Lines of sources in blocks, and which lines of the plane are a block's: those that it reaches and
+// the blocks before do not, guessed from one line of indices. A block's first lines may reach back.
+struct Territories {
+  int32_t sources, full, step, lines, blocks;
+  int64_t reach = 0;   // of a line of sources: lines behind the one at step times its number
+  int32_t shared = 0;  // lines of a block that reach back
+
+  Territories(const Windows& w, int64_t line_bytes, const int64_t* indices)
+      : sources(w.pooled[0]), full(w.full[0]) {
+    const int64_t rounded = sources > 0 ? (int64_t(full) + sources / 2) / sources : 1;
+    step = int32_t(rounded > 1 ? rounded : 1);
+    const int64_t bytes = line_bytes * step;
+    lines = int32_t(bytes < 1 ? kTerritory : bytes < kTerritory ? kTerritory / bytes : 1);
+    blocks = sources <= lines ? 1 : (sources - 1) / lines + 1;
+    if (blocks == 1) return;
+    const int64_t n = w.pooled[1] * w.channels, places = int64_t(full) * w.full[1];
+    const int64_t line = first(blocks / 2) - 1;
+    int64_t nearest = places - 1, farthest = 0;
+    for (int64_t i = line * n; i < (line + 1) * n; ++i) {
+      if (uint64_t(indices[i]) >= uint64_t(places)) continue;
+      nearest = indices[i] < nearest ? indices[i] : nearest;
+      farthest = indices[i] > farthest ? indices[i] : farthest;
+    }
+    reach = farthest / w.full[1] + 1 - line * step;
+    const int64_t extent = farthest / w.full[1] - nearest / w.full[1];
+    shared = int32_t(extent > 0 ? extent / step : 0);
+  }
+
+  int32_t first(int32_t block) const { return block < blocks ? block * lines : sources; }
+  int32_t reaching_back(int32_t block) const {
+    const int64_t some = int64_t(first(block)) + shared, end = first(block + 1);
+    return int32_t(some < end ? some : end);
+  }
+  int32_t begin(int32_t block) const {
+    if (block <= 0 || block >= blocks) return block <= 0 ? 0 : full;
+    const int64_t at = int64_t(first(block) - 1) * step + reach;
+    return int32_t(at < 0 ? 0 : at < full ? at : full);
+  }
+};
+
+struct Missed {
+  bool before, elsewhere, outside;
+};
+
+// channels_last: lines [first, last) of an image's sources write, in order, what points to places
+// [begin, end); and whether some point to [back, begin), elsewhere, or outside the plane.
+template <class T>
+Missed scatter_lines(const Windows& w, int32_t first, int32_t last, int64_t back, int64_t begin,
+                     int64_t end, const T* __restrict input, const int64_t* __restrict indices,
+                     T* __restrict output) {
+  const uint64_t places = uint64_t(w.full[0]) * w.full[1], span = end - begin;
+  const int64_t channels = w.channels;
+  Missed missed{false, false, false};
+  for (int64_t i = int64_t(first) * w.pooled[1]; i < int64_t(last) * w.pooled[1]; ++i) {
+    const T* __restrict values = input + i * channels;
+    const int64_t* __restrict index = indices + i * channels;
+    bool all = true;
+    for (int64_t c = 0; c < channels; ++c) {
+      const bool inside = uint64_t(index[c] - begin) < span;
+      inside ? void(output[index[c] * channels + c] = values[c]) : void(all = false);
+    }
+    for (int64_t c = 0; c < channels && !all; ++c) {
+      const bool outside = uint64_t(index[c]) >= places;
+      missed.outside |= outside;
+      missed.before |= index[c] >= back && index[c] < begin;
+      missed.elsewhere |= !outside && (index[c] < back || index[c] >= end);
+    }
+  }
+  return missed;
+}
+
+// channels_last, indices: as scatter_planes. A task is a block of lines of sources; it clears its
+// own lines of the plane and writes them, in the cache. What its first lines write to the block
+// before follows when all are done. Where indices point elsewhere, the images are done again in
+// order.
 template <class T>
 void scatter_channels(const Where& where, const Windows& w, const T* input, const int64_t* indices,
                       T* output, int32_t* status, const char* name) {
-  const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
-  const int64_t places = int64_t(w.full[0]) * w.full[1];
-  const int64_t lanes = w.planes >= where.threads ? w.channels : kLanes;
-  const int64_t parts = (w.channels + lanes - 1) / lanes;
+  const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1] * w.channels;
+  const int64_t line = w.full[1] * w.channels, image = w.full[0] * line;
+  if (w.planes == 0) return;
+  const Territories t(w, line * int64_t(sizeof(T)), indices);
+  const auto scatter = [&](int64_t plane, int32_t first, int32_t last, int64_t back, int64_t begin,
+                           int64_t end) {
+    return scatter_lines(w, first, last, back * w.full[1], begin * w.full[1], end * w.full[1],
+                         input + plane * sources, indices + plane * sources,
+                         output + plane * image);
+  };
+  const auto clear = [&](int64_t plane, int32_t begin, int32_t end) {
+    memset(static_cast<void*>(output + plane * image + begin * line), 0,
+           sizeof(T) * (end - begin) * line);
+  };
+  bool before = false, elsewhere = false;
+  const auto set = [](bool& flag) { __atomic_store_n(&flag, true, __ATOMIC_RELAXED); };
   parallel_for(
-      where, w.planes * parts,
+      where, w.planes * t.blocks,
       [&](int64_t task) {
-        const int64_t plane = task / parts, c = task % parts * lanes;
-        const int64_t n = w.channels - c < lanes ? w.channels - c : lanes;
-        T* __restrict out = output + plane * places * w.channels + c;
-        if (n == w.channels) {
-          memset(static_cast<void*>(out), 0, sizeof(T) * places * n);
-        } else {
-          for (int64_t i = 0; i < places; ++i) {
-            memset(static_cast<void*>(out + i * w.channels), 0, sizeof(T) * n);
-          }
-        }
-        bool bad = false;
-        for (int64_t i = 0; i < sources; ++i) {
-          const int64_t at = (plane * sources + i) * w.channels + c;
-          const T* __restrict values = input + at;
-          const int64_t* __restrict index = indices + at;
-          for (int64_t k = 0; k < n; ++k) {
-            const bool inside = uint64_t(index[k]) < uint64_t(places);
-            inside ? void(out[index[k] * w.channels + k] = values[k]) : void(bad = true);
-          }
-        }
-        if (bad) report(status, kIndexOutOfRange);
+        const int64_t plane = task / t.blocks;
+        const int32_t block = int32_t(task % t.blocks), middle = t.reaching_back(block);
+        const int32_t back = t.begin(block - 1), begin = t.begin(block), end = t.begin(block + 1);
+        clear(plane, begin, end);
+        const Missed some = scatter(plane, t.first(block), middle, back, begin, end);
+        const Missed rest = scatter(plane, middle, t.first(block + 1), begin, begin, end);
+        if (some.before) set(before);
+        if (some.elsewhere || rest.elsewhere) set(elsewhere);
+        if (some.outside || rest.outside) report(status, kIndexOutOfRange);
       },
       name);
+  if (elsewhere) {
+    parallel_for(
+        where, w.planes,
+        [&](int64_t plane) {
+          clear(plane, 0, w.full[0]);
+          scatter(plane, 0, w.pooled[0], 0, 0, w.full[0]);
+        },
+        name);
+  } else if (before) {
+    parallel_for(
+        where, w.planes * t.blocks,
+        [&](int64_t task) {
+          const int64_t plane = task / t.blocks;
+          const int32_t block = int32_t(task % t.blocks);
+          const int32_t back = t.begin(block - 1);
+          scatter(plane, t.first(block), t.reaching_back(block), back, back, t.begin(block));
+        },
+        name);
+  }
 }
 
 // Two lines under a line of 2x2 windows: the cell of each that its code names.

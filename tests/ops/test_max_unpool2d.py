@@ -218,6 +218,48 @@ def test_the_last_in_row_order_stays(dtype: torch.dtype, layout: str, device: st
     assert torch.equal(out, expected.expand(1, 7, 7, 7))
 
 
+def pointed(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Values, indices and the arguments of an unpooling to the size of `x`."""
+    generator = torch.Generator().manual_seed(0)
+    if kind in ("tiles", "overlaps", "padded", "far"):
+        args = {"tiles": (2, 2, 0), "overlaps": (3, 2, 0), "padded": (3, 2, 1), "far": (7, 2, 2)}
+        return *F.max_pool2d(x, *args[kind], return_indices=True), args[kind]
+    values, indices = F.max_pool2d(x, 2, return_indices=True)
+    if kind == "anywhere":
+        indices = torch.randint(0, x[0, 0].numel(), indices.shape, generator=generator)
+    elif kind == "one place":
+        indices = torch.full_like(indices, 777)
+    elif kind == "upside down":
+        indices = indices.flip(2)
+    elif kind == "one astray":
+        indices[-1, 3, -1, 5] = 3
+    return values, indices.contiguous(memory_format=torch.channels_last), (2, 2, 0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "kind",
+    ["tiles", "overlaps", "padded", "far", "anywhere", "one place", "upside down", "one astray"],
+)
+def test_indices_of_many_lines_are_written_in_their_order(kind: str, threads: int) -> None:
+    # Several blocks of lines of a channels_last image, whatever the indices (window/rows.h).
+    shape = (2, 96, 131, 70)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x = x.contiguous(memory_format=torch.channels_last)
+    values, indices, args = pointed(kind, x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = segkernels.max_unpool2d(values, indices, *args, output_size=shape[2:])
+    finally:
+        torch.set_num_threads(before)
+    rows, values = indices.flatten(2), values.flatten(2)
+    last = torch.full((2, 96, shape[2] * shape[3]), -1)
+    last.scatter_reduce_(2, rows, torch.arange(rows.size(2)).expand_as(rows), "amax")
+    expected = values.gather(2, last.clamp_min(0)).where(last >= 0, 0.0)
+    assert torch.equal(out, expected.view(shape))
+
+
 def test_each_source_reads_the_gradient_where_it_pointed() -> None:
     x = torch.ones(1, 1, 1, 3, requires_grad=True)
     out = segkernels.max_unpool2d(x, torch.tensor([[[[1, 1, 0]]]]), (1, 2))
