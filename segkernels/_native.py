@@ -108,6 +108,14 @@ def where(tensor: torch.Tensor) -> tuple[int, int, int]:
     raise RuntimeError(_unsupported(device))
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device`, which may be any device, captures a CUDA graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):  # torch asks the current device's stream
+        return torch.cuda.is_current_stream_capturing()
+
+
 def _unsupported(device: torch.device) -> str:
     if device.type != "cuda":
         return (

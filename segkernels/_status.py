@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
+from segkernels import _native
+
 # In the order of enum StatusCode in csrc/common/status.h.
 _MESSAGES = (
     "features: expected finite numbers, got NaN or infinity (in the image or a sigma)",
@@ -65,7 +67,7 @@ def watch(
     if index not in _words:
         _words[index] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=tensor.device)
     yield _words[index]
-    if os.environ.get("SEGKERNELS_CHECK") == "1" and not torch.cuda.is_current_stream_capturing():
+    if os.environ.get("SEGKERNELS_CHECK") == "1" and not _native.capturing(tensor.device):
         _raise(index, op, dtype)
 
 

@@ -129,6 +129,10 @@ void launch(const Where& where, const ConvCall& c) {
   constexpr int kStepChannels = kStepBytes / sizeof(T);
   constexpr int kBytes = Ring<kChannels>::kBytes;
   if (c.segment_count > 0) {
+    // Also binds the device's context to this thread, which making the maps needs.
+    const auto kernel = conv_kernel<T, kChannels, kCluster>;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+               "dilated_conv2d: shared memory");
     TensorMaps maps{};
     maps.input = hopper::tensor_map<T, 4>(c.input, {c.channels, c.in[1], c.in[0], c.batch},
                                           {kStepChannels, c.box[2], c.box[1], c.box[0]});
@@ -138,9 +142,6 @@ void launch(const Where& where, const ConvCall& c) {
           b.weight, {c.channels, int64_t(b.kernel[0]) * b.kernel[1], b.out_channels},
           {kStepChannels, 1, kChannels / kCluster});
     }
-    const auto kernel = conv_kernel<T, kChannels, kCluster>;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-               "dilated_conv2d: shared memory");
     kernel<<<c.workers * kCluster, kBlockThreads, kBytes, stream_of(where)>>>(maps, c);
     check_launch("dilated_conv2d");
   }

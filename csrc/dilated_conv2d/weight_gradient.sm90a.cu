@@ -115,13 +115,14 @@ template <class T, int kChannels>
 void launch(const Where& where, const WeightCall& c) {
   constexpr int kBytes = Ring<kChannels>::kBytes;
   if (c.segment_count > 0) {
+    // Also binds the device's context to this thread, which making the maps needs.
+    const auto kernel = weight_kernel<T, kChannels>;
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
+               "dilated_conv2d_weight: shared memory");
     const std::array<int, 4> box{kBlockChannels, c.box[2], c.box[1], c.box[0]};
     const WeightMaps maps{
         hopper::tensor_map<T, 4>(c.grad, {c.out_channels, c.out[1], c.out[0], c.batch}, box),
         hopper::tensor_map<T, 4>(c.input, {c.channels, c.in[1], c.in[0], c.batch}, box)};
-    const auto kernel = weight_kernel<T, kChannels>;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
-               "dilated_conv2d_weight: shared memory");
     kernel<<<c.workers, kBlockThreads, kBytes, stream_of(where)>>>(maps, c);
     check_launch("dilated_conv2d_weight");
   }

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
+from segkernels import _native
 from segkernels.ops import _op
 
 BatchNorm = torch.nn.BatchNorm2d | torch.nn.SyncBatchNorm
@@ -126,7 +127,7 @@ def folded(x: torch.Tensor, owner: torch.nn.Module, pairs: Sequence[Pair]) -> Fo
     # Not inference tensors: a later call may save them for a gradient of its input.
     with torch.inference_mode(False), torch.no_grad():
         now = _fold(pairs)
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _native.capturing(x.device):
             return now  # filled by the graph's replays only
         seen = [(tensor, tensor.detach(), tensor._version) for tensor in watched]
     _kept[owner] = _Kept([ref(conv) for conv, _ in pairs], seen, setting, now)

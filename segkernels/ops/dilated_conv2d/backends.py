@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from segkernels import _native
 from segkernels.ops import _op
 from segkernels.ops.dilated_conv2d import dispatch, sm90, torch_path, triton_path, tuning
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue, laid_out
@@ -179,7 +180,7 @@ def _searched(
     found = tuning.known(key, problem.device)
     if found is not None or not tuning.enabled() or problem.device.type != "cuda":
         return found
-    if torch.cuda.is_current_stream_capturing():
+    if _native.capturing(problem.device):
         return None
     return tuning.search(
         key, problem.device, triton_path.multiprocessors(problem.device), ours, theirs

@@ -300,7 +300,7 @@ class _Table:
         """Called before every launch that reads the words."""
         if self.words.device.type != "cuda":
             return
-        if torch.cuda.is_current_stream_capturing():
+        if _native.capturing(self.words.device):
             self.captured = True  # the graph keeps the address, so the words must stay
             return
         stream = torch.cuda.current_stream(self.words.device)
@@ -320,7 +320,7 @@ def _table(make: _Maker, shape: tuple[Any, ...], device: torch.device) -> _Table
     key = (*shape, make is _weight_schedule, device)
     table = _tables.get(key)
     if table is None:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _native.capturing(device):
             raise RuntimeError(
                 "dilated_conv2d: the first call of a shape with the sm90 backend copies its "
                 "schedule to the device, which a CUDA graph cannot hold. Call it once before "

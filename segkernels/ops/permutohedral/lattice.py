@@ -379,9 +379,7 @@ def _link_global(
     lattices: list[Lattice], built: list[Any], counts: torch.Tensor, max_vertices: int | None
 ) -> None:
     C = _native.C()
-    cuda = counts.device.type == "cuda"
-    capturing = cuda and torch.cuda.is_current_stream_capturing()
-    bounded = max_vertices is not None or capturing
+    bounded = max_vertices is not None or _native.capturing(counts.device)
     read = None if bounded else counts.tolist()
     for i, (lattice, build) in enumerate(zip(lattices, built, strict=True)):
         view = lattice.view
