@@ -134,6 +134,63 @@ def test_long_loops_are_cut(
     plan.cut.cache_clear()
 
 
+@pytest.mark.parametrize("branches", [1, 3])
+@pytest.mark.parametrize("channels", [96, 90], ids=["descriptors", "pointers"])
+def test_whole_tiles_beside_cut_ones(
+    channels: int, branches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_CUT_COST", 0)
+    plan.cut.cache_clear()
+    x = torch.randn(1, channels, 11, 19)
+    rates = [(2, 2), (3, 5), (4, 4)][:branches]
+    weights = [torch.randn(16, channels, 3, 3) for _ in rates]
+    geometries = [Geometry(11, 19, 11, 19, (3, 3), r, r) for r in rates]
+    config = plan.Config((1, 4, 8), 16, 16, 4, 3)
+    tiles, _ = plan.cut(1, channels, 16, tuple(geometries), config, 4)
+    plan.cut.cache_clear()
+    rest = tiles.of_a_branch * branches - tiles.whole
+    assert tiles.whole > 0
+    assert tiles.parts > 1
+    assert rest > 0
+    ours = triton_path.branches(x, weights, geometries, Epilogue(), config)
+    exact = [
+        F.conv2d(x.double(), w.double(), None, 1, r, r) for w, r in zip(weights, rates, strict=True)
+    ]
+    assert distance(ours, torch.cat(exact, 1)) <= 1e-6
+
+
+def test_vectors_may_be_strided() -> None:
+    x, w = torch.randn(1, 8, 6, 7), torch.randn(16, 8, 3, 3)
+    bias, scale, shift = torch.randn(32)[::2], torch.rand(16, 3)[:, 1], torch.tensor(2.0).expand(16)
+    exact = F.conv2d(x.double(), w.double(), bias.double(), 1, 1) * scale.double()[:, None, None]
+    exact += shift.double()[:, None, None]
+    g = Geometry(6, 7, 6, 7, (3, 3), (1, 1), (1, 1))
+    e = Epilogue(bias, scale, shift)
+    assert distance(triton_path.forward(x, w, g, e), exact) <= 1e-6
+    y = F.conv2d(x, w, None, 1, 1)
+    assert distance(triton_path.epilogue_(y, e), exact) <= 1e-6
+
+
+def test_sixty_four_bits_where_the_memory_is_large() -> None:
+    picture = torch.empty(50_000, 50_000, 64, device="meta")
+    one = picture.permute(2, 0, 1).unsqueeze(0)
+    assert one.stride(0) < 2**31
+    assert launch.wide(one)
+    assert not launch.wide(one[:, :, :100, :100])
+
+
+def test_tiles_of_few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_CUT_COST", 0)
+    plan.cut.cache_clear()
+    x, w = torch.randn(1, 64, 3, 6), torch.randn(16, 64, 3, 3)
+    g = Geometry(3, 6, 3, 6, (3, 3), (1, 1), (1, 1))
+    config = plan.Config((1, 2, 8), 16, 16, 4, 3)
+    assert plan.cut(1, 64, 16, (g,), config, 4)[0].parts > 1
+    ours = triton_path.forward(x, w, g, Epilogue(), config)
+    plan.cut.cache_clear()
+    assert distance(ours, F.conv2d(x.double(), w.double(), None, 1, 1)) <= 1e-6
+
+
 def test_weight_gradients_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_MULTIPROCESSORS_INTERPRETED", 400)
     x, grad = torch.randn(2, 24, 17, 18), torch.randn(2, 40, 17, 18)

@@ -13,7 +13,6 @@ from segkernels.ops.dilated_conv2d.geometry import Geometry
 from segkernels.ops.dilated_conv2d.plan import Config, ceil_div
 
 _LEAST_STEPS = 8  # of a part, as of dilated_conv2d's
-_PIXELS_TO_FINISH = 32
 
 
 def cuts(tiles: int, branches: int, steps: int, multiprocessors: int) -> int:
@@ -100,12 +99,11 @@ def summed(
             **box,
             **launch.precision_options(x),
         )
-        shared.finish_parts[(count, ceil_div(config.pixels, _PIXELS_TO_FINISH))](
+        pixels = launch.finished_at_once(config)
+        shared.finish_parts[(count, config.pixels // pixels)](
             y,
             sums,
-            None,
-            e.scale,
-            e.shift,
+            *launch.vectors(e),
             None,
             0,
             many * parts,
@@ -117,7 +115,7 @@ def summed(
             *grid,
             BRANCHES=1,
             BC=config.block,
-            BP=_PIXELS_TO_FINISH,
+            BP=pixels,
             WIDE=wide,
             num_warps=4,
             **box,

@@ -12,6 +12,7 @@ from segkernels.ops.dilated_conv2d.plan import Config, Device
 from segkernels.ops.dilated_conv2d.sm90 import tf32_allowed
 
 _MULTIPROCESSORS_INTERPRETED = 4
+_PIXELS_TO_FINISH = 32
 
 
 def interpreted() -> bool:
@@ -42,9 +43,26 @@ def aligned(x: torch.Tensor, row: int) -> bool:
     return x.data_ptr() % 16 == 0 and row * x.element_size() % 16 == 0
 
 
+def vectors(e: Epilogue) -> tuple[torch.Tensor | None, ...]:
+    """Bias, scale and shift, which kernels read as contiguous."""
+    return tuple(None if t is None else t.contiguous() for t in (e.bias, e.scale, e.shift))
+
+
 def wide(*tensors: torch.Tensor) -> bool:
-    """Whether elements are counted in 64 bits; blocks overhang the last of them a little."""
-    return any(t.size(0) * t.stride(0) >= 2**31 - 2**24 for t in tensors)
+    """Whether elements are counted in 64 bits; blocks overhang the last of them a little.
+
+    (An axis of one has any stride.)
+    """
+    return any(
+        sum((size - 1) * step for size, step in zip(t.shape, t.stride(), strict=True))
+        >= 2**31 - 2**24
+        for t in tensors
+    )
+
+
+def finished_at_once(config: Config) -> int:
+    """Pixels of a tile that one program of finish_parts adds up; a tile has a multiple of them."""
+    return min(_PIXELS_TO_FINISH, config.pixels)
 
 
 def described(x: torch.Tensor, box: tuple[int, ...]) -> Any:

@@ -14,7 +14,6 @@ from segkernels.ops.dilated_conv2d.plan import Config, ceil_div
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST_KERNEL = 7
-_PIXELS_TO_FINISH = 32
 
 
 def supported(problem: Problem) -> str:
@@ -160,7 +159,7 @@ def _run(
     sizes = (batch, g.height, g.width, channels, g.out_height, g.out_width, out_channels, pixel)
     grid = (tiles.pictures, tiles.rows, tiles.columns, tiles.blocks, tiles.order)
     taps = tuple(v for each in geometries for v in (*each.dilation, *each.padding))
-    vectors = (e.bias, e.scale, e.shift, residual)
+    vectors = (*launch.vectors(e), residual)
     whole, rest = tiles.whole, tiles.of_a_branch * len(geometries) - tiles.whole
     sums = None
     if rest:
@@ -178,7 +177,7 @@ def _run(
                     sums,
                     *vectors,
                     first,
-                    tiles.parts,
+                    tiles.parts if split else 1,
                     *sizes,
                     *grid,
                     taps,
@@ -194,7 +193,8 @@ def _run(
                     **launch.precision_options(x),
                 )
         if rest:
-            kernels.finish_parts[(rest, ceil_div(config.pixels, _PIXELS_TO_FINISH))](
+            pixels = launch.finished_at_once(config)
+            kernels.finish_parts[(rest, config.pixels // pixels)](
                 y,
                 sums,
                 *vectors,
@@ -203,7 +203,7 @@ def _run(
                 batch,
                 *sizes[4:],
                 *grid,
-                BP=_PIXELS_TO_FINISH,
+                BP=pixels,
                 num_warps=4,
                 **meta,
             )
@@ -303,9 +303,7 @@ def epilogue_(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
     with launch.on_device_of(y):
         kernels.epilogue[(ceil_div(rows, block_rows) * ceil_div(inner, block),)](
             y,
-            e.bias,
-            e.scale,
-            e.shift,
+            *launch.vectors(e),
             residual,
             rows,
             inner,
