@@ -93,11 +93,20 @@ void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const 
   segkernels::gaussian_filter_cpu(where_of(w), f, is_double);
 }
 
-int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs) {
+Pointer status_words(int device) {
 #if defined(SK_WITH_CUDA)
-  return segkernels::permutohedral_workspace(entries, tiles, pairs);
+  return reinterpret_cast<Pointer>(segkernels::status_words(device));
 #else
-  (void)entries, (void)tiles, (void)pairs;
+  (void)device;
+  without_cuda();
+#endif
+}
+
+int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs) {
+#if defined(SK_WITH_CUDA)
+  return segkernels::permutohedral_workspace(device, entries, tiles, pairs);
+#else
+  (void)device, (void)entries, (void)tiles, (void)pairs;
   without_cuda();
 #endif
 }
@@ -772,6 +781,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native code of segkernels. Call the Python package, which checks arguments.";
   m.def("build_info", &build_info, "What this module was built with.");
   m.attr("status_codes") = int(segkernels::kStatusCodes);
+  m.def("status_words", &status_words, "Address of the words of a CUDA device.");
   bind_permutohedral(m);
   bind_dense_crf(m);
   bind_dilated_conv2d(m);

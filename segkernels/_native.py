@@ -108,6 +108,11 @@ def where(tensor: torch.Tensor) -> tuple[int, int, int]:
     raise RuntimeError(_unsupported(device))
 
 
+def has_cuda() -> bool:
+    """Whether the native code was built with CUDA."""
+    return _has_cuda
+
+
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of `device`, which may be any device, captures a CUDA graph."""
     if device.type != "cuda":

@@ -31,6 +31,35 @@ _MESSAGES = (
 _words: dict[int, torch.Tensor] = {}
 
 
+class _DeviceMemory:
+    """Words at an address of a CUDA device, as torch.as_tensor takes them."""
+
+    def __init__(self, address: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (len(_MESSAGES),),
+            "typestr": "<i4",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+def _device_words(device: torch.device) -> torch.Tensor:
+    """The status words of a CUDA device, which live as long as the process.
+
+    They are the native module's: words from torch's allocator would, where the first call is
+    captured, be a graph's, and where it is in inference mode, could not be cleared outside.
+    """
+    index = device.index
+    if index not in _words:
+        with torch.inference_mode(False):
+            if _native.has_cuda():
+                memory = _DeviceMemory(_native.C().status_words(index))
+                _words[index] = torch.as_tensor(memory, device=device)
+            else:
+                _words[index] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=device)
+    return _words[index]
+
+
 class StatusError(ValueError):
     """A fault in the values of an argument, found by a kernel."""
 
@@ -63,12 +92,9 @@ def watch(
         if any(found):
             raise StatusError(_text(found, op, dtype))
         return
-    index = tensor.device.index
-    if index not in _words:
-        _words[index] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=tensor.device)
-    yield _words[index]
+    yield _device_words(tensor.device)
     if os.environ.get("SEGKERNELS_CHECK") == "1" and not _native.capturing(tensor.device):
-        _raise(index, op, dtype)
+        _raise(tensor.device.index, op, dtype)
 
 
 def raise_found(words: list[int], op: str) -> None:

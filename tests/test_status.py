@@ -132,6 +132,26 @@ def test_check_tells_and_clears(device):
 
 
 @pytest.mark.gpu
+def test_the_first_call_may_be_in_inference_mode(monkeypatch):
+    monkeypatch.setattr(_status, "_words", {})
+    with torch.inference_mode():
+        fault()
+    with pytest.raises(ValueError, match="features"):
+        segkernels.check("cuda")
+    segkernels.check("cuda")
+
+
+@pytest.mark.gpu
+def test_the_words_are_no_allocators():
+    fault()
+    words = _status._words[torch.cuda.current_device()]
+    blocks = [(b["address"], b["total_size"]) for b in torch.cuda.memory_snapshot()]
+    assert not any(start <= words.data_ptr() < start + size for start, size in blocks)
+    with pytest.raises(ValueError, match="features"):
+        segkernels.check()
+
+
+@pytest.mark.gpu
 def test_check_gathers_what_several_calls_found():
     segkernels.check()
     fault()

@@ -20,6 +20,9 @@ enum StatusCode : int {
   kStatusCodes = 8,
 };
 
+// kStatusCodes words in the memory of a CUDA device; in builds with CUDA.
+int32_t* status_words(int device);
+
 inline namespace SK_NS {
 
 SK_HD void report(int32_t* status, StatusCode code) {

@@ -329,7 +329,8 @@ void splat_pairs(const Where& where, const Lattice& l, const void* rows, const v
   });
 }
 
-int64_t permutohedral_workspace(int64_t entries, int64_t tiles, int64_t pairs) {
+int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs) {
+  const DeviceGuard guard(device);  // whose architecture CUB asks for
   size_t scan = 0, scan_tiles = 0, sort = 0;
   const auto flags =
       thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0), FirstBefore{});

@@ -178,10 +178,13 @@ struct Pack {
   SK_HD T score(T v) const {
     if (kind == kValues) return v;
     const bool finite = v - v == T(0);
-    if (!finite) report(status, kScoresNotFinite);
+    if (!finite) {
+      report(status, kScoresNotFinite);
+      return T(NAN);  // then whoever takes the softmax leaves the whole point out
+    }
     if (kind == kUnary) return -v;
     if (kind == kLogits) return v;
-    if (finite && !(v >= T(0) && v <= T(1.001))) report(status, kProbsOutOfRange);
+    if (!(v >= T(0) && v <= T(1.001))) report(status, kProbsOutOfRange);
     return natural_log(v < T(1e-5) ? T(1e-5) : v > T(1) ? T(1) : v);
   }
 };

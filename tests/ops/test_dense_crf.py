@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from lattice_points import inside, on_one_thread, poisoned, raises_for_values
 
 import segkernels
-from segkernels.ops.dense_crf import MAX_TERMS, Config, mean_field, reference
+from segkernels.ops.dense_crf import MAX_TERMS, Config, autograd, mean_field, reference
+from segkernels.ops.dense_crf.gradients import gradients
 from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
@@ -327,6 +328,41 @@ def test_a_bad_pixel_takes_no_part_on_cuda():
     bad = torch.zeros(2, 36, dtype=torch.bool)
     bad[1, 7] = True
     assert torch.equal(got.isnan().any(1).cpu(), bad)
+
+
+def test_a_bad_pixel_takes_no_part_in_the_gradients():
+    # What the backward pass does on CUDA, where the forward pass does not raise.
+    features, mu = [overlapping(2, 6, 6)], [compat_of("matrix", 3)]
+    config, scores, grad = config_of(6, 6), scores_of("logits", 2, 3, 36), normal(2, 3, 36)
+    found = []
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = scores.clone()
+        bad[1, 2, 7] = value
+        needs = (True, True, True)
+        found.append(
+            gradients(grad, bad, features, mu, needs, config, autograd.build(features, config))
+        )
+        assert not found[-1][0][1, :, 7].any()
+        for one in found[-1]:
+            assert bool(one.isfinite().all())
+        for one, first in zip(found[-1], found[0], strict=True):
+            assert torch.equal(one, first)
+    whole = gradients(grad, scores, features, mu, needs, config, autograd.build(features, config))
+    torch.testing.assert_close(found[0][0][0], whole[0][0])  # the other image
+
+
+def test_the_backward_pass_under_autocast(device):
+    img = (normal(1, 3, 8, 9).abs() * 80).to(device)
+    compat = (normal(5, 5) - 3 * torch.eye(5)).to(device, torch.float32).requires_grad_()
+    logits = normal(1, 5, 8, 9).to(device, torch.float32).requires_grad_()
+    found = []
+    for enabled in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            out = segkernels.dense_crf(img, logits=logits, compat_bilateral=compat, iterations=3)
+            loss = (out * torch.linspace(-1, 1, 9, device=device)).sum()
+            found.append(torch.autograd.grad(loss, (logits, compat)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 # --- gradients ---

@@ -377,6 +377,20 @@ def test_autocast_as_torchs_convolution(dtype: torch.dtype) -> None:
     assert ours.dtype == dtype
 
 
+def test_a_backward_pass_under_autocast_keeps_its_dtype() -> None:
+    leaves = [torch.randn(1, 3, 7, 8), torch.randn(4, 3, 3, 3), torch.rand(4)]
+    x, w, scale = (t.requires_grad_() for t in leaves)
+    found = []
+    for enabled in (False, True):
+        out = segkernels.dilated_conv2d(x, w, padding=2, dilation=2, scale=scale)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            once = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+            twice = torch.autograd.grad(torch.stack([t.square().sum() for t in once]).sum(), leaves)
+        found.append((*once, *twice))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_saves_nothing_but_inputs_and_output() -> None:
     x, w = torch.randn(1, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
     scale = torch.rand(3, requires_grad=True)

@@ -107,7 +107,25 @@ def gradients(
     config: Config,
     lattices: Sequence[Lattice],
 ) -> list[torch.Tensor | None]:
-    """Gradients of scores, features and compat, in that order, None where not needed."""
+    """Gradients of scores, features and compat, in that order, None where not needed.
+
+    A point that the forward pass leaves out (a score or a feature is not finite; CUDA only, as the
+    CPU raises) takes no part here either, and its scores get no gradient.
+    """
+    # Under autocast the products would be in half precision.
+    with torch.autocast(scores.device.type, enabled=False):
+        return _gradients(grad, scores, features, compat, needs, config, lattices)
+
+
+def _gradients(
+    grad: torch.Tensor,
+    scores: torch.Tensor,
+    features: Sequence[torch.Tensor],
+    compat: Sequence[torch.Tensor],
+    needs: Sequence[bool],
+    config: Config,
+    lattices: Sequence[Lattice],
+) -> list[torch.Tensor | None]:
     count, channels = len(features), scores.shape[1]
     grid = (
         lattices[0].grid
@@ -115,6 +133,9 @@ def gradients(
         else native.make_grid(scores.device, scores.shape[0], config.spatial, 1)
     )
     unary = native.pack(grid, scores, config.kind)
+    left_out = ~unary[:, :channels].isfinite().all(dim=1, keepdim=True)
+    for lattice in lattices:
+        left_out |= lattice.left_out()
     terms = [
         _Term(
             lattice=lattice,
@@ -128,12 +149,12 @@ def gradients(
         )
     ]
     steps = config.iterations if terms else 0
-    q = [unary.softmax(dim=1)]
+    q = [unary.softmax(dim=1).masked_fill_(left_out, 0)]
     for _ in range(steps):
         z = unary.clone()
         for term in terms:
             z += term.message(q[-1])
-        q.append(z.softmax(dim=1))
+        q.append(z.softmax(dim=1).masked_fill_(left_out, 0))
 
     dq = native.pack(grid, grad, "values")
     total = torch.zeros_like(unary)
@@ -143,7 +164,7 @@ def gradients(
             dz = dq - p * dq.sum(dim=1, keepdim=True)
         else:
             dz = p * (dq - (p * dq).sum(dim=1, keepdim=True))
-        total += dz
+        total += dz.masked_fill_(left_out, 0)
         if step > 0:
             dq = torch.zeros_like(dz)
             for term in terms:

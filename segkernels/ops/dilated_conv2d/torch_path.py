@@ -58,6 +58,10 @@ def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c: Call
 ) -> torch.Tensor:
     x, padding = _padded(x, weight, c)
+    if torch.is_autocast_enabled(x.device.type):
+        # The public function has cast; a backward pass under autocast keeps its dtype.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.conv2d(x, weight, bias, c.stride, padding, c.dilation, c.groups)
     return F.conv2d(x, weight, bias, c.stride, padding, c.dilation, c.groups)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,6 +30,8 @@ register(
         note="half types are computed in float32; 1 to 16 features a point",
     )
 )
+
+_MOST_IMAGES = 65_535  # of a launch: an axis of CUDA's grid
 
 
 def gaussian_filter(
@@ -91,6 +94,12 @@ def gaussian_filter(
     if values.numel() == 0 or queries.numel() == 0:
         return values.new_zeros(shape)
 
+    if values.device.type == "cuda" and values.dim() > 2 and values.shape[0] > _MOST_IMAGES:
+        how: Any = {"normalization": normalization, "precision": precision}
+        parts = zip(*(tensor.split(_MOST_IMAGES) for tensor in given), strict=True)
+        return torch.cat(
+            [gaussian_filter(*p[:2], query_features=p[2] if p[2:] else None, **how) for p in parts]
+        )
     dtype = torch.float32
     for tensor in given:
         dtype = torch.promote_types(dtype, tensor.dtype)

@@ -80,6 +80,13 @@ def _add_up(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tenso
     index = positions.flatten(-2)
     inside = (index >= 0) & (index < places)
     values = x.flatten(-2).masked_fill(~inside, 0)
+    if x.is_cuda:  # scatter_add would add in any order there
+        planes = torch.arange(values.numel() // max(1, index.size(-1)), device=x.device)
+        first = (planes * places).view(*values.shape[:-1], 1)
+        at = (first + index.masked_fill(~inside, 0)).flatten()
+        sums = values.new_zeros(planes.numel() * places)
+        sums = sums.index_put((at,), values.flatten(), accumulate=True)
+        return sums.view(*values.shape[:-1], *w.full)
     zeros = values.new_zeros((*values.shape[:-1], places))
     return zeros.scatter_add(-1, index.masked_fill(~inside, 0), values).unflatten(-1, w.full)
 

@@ -26,6 +26,7 @@ _CPU_TILE = (
     8192  # points of a tile on the CPU: enough to share vertices, few enough to stay in cache
 )
 _MAX_ENTRIES = 2**30
+_LEFT_OUT = -1  # kSkipped of lattice.h, as int16
 
 # For tests without a GPU: CPU tensors take the build and the splat of CUDA, emulated step by step.
 emulate_cuda = False
@@ -42,10 +43,10 @@ def _where(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def _workspace(device: torch.device, entries: int, tiles: int, pairs: int) -> int:
-    """Bytes that CUB needs."""
+    """Bytes that CUB needs on `device`."""
     if device.type != "cuda":
         return 0
-    return int(_native.C().lattice_workspace(entries, tiles, pairs))
+    return int(_native.C().lattice_workspace(device.index, entries, tiles, pairs))
 
 
 def row_width(device: torch.device, channels: int) -> int:
@@ -187,9 +188,19 @@ class Lattice:
         )
         return rows
 
+    def left_out(self) -> torch.Tensor:
+        """Which positions take no part, because a feature is not finite: (positions, 1) bool."""
+        ids = self.tensors["local_ids"].view(self.grid.positions, self.dims + 1)
+        return ids[:, :1] == _LEFT_OUT
+
     def inverse_norm(self, root: bool) -> torch.Tensor:
-        """1 / n or 1 / sqrt(n) for n = K 1, (positions,); computed once."""
-        if root not in self._inverse_norms:
+        """1 / n or 1 / sqrt(n) for n = K 1, (positions,); computed once.
+
+        What is computed while a CUDA graph is captured is there in its replays only, so it is not
+        kept.
+        """
+        found = self._inverse_norms.get(root)
+        if found is None:
             ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
             norm = self.slice(self.splat(ones, None, False), None)
             _native.C().rows_invert_norm(
@@ -200,8 +211,10 @@ class Lattice:
                 root,
                 self.double,
             )
-            self._inverse_norms[root] = norm.view(-1)
-        return self._inverse_norms[root]
+            found = norm.view(-1)
+            if not _native.capturing(self.device):
+                self._inverse_norms[root] = found
+        return found
 
     def scales(
         self, normalization: Normalization
@@ -251,11 +264,12 @@ class Lattice:
     def embed_grad(self, grad_weights: torch.Tensor) -> torch.Tensor:
         """The gradient of the features from that of the weights."""
         out = torch.empty_like(self.features)
+        grad_weights = grad_weights.contiguous()
         _native.C().lattice_embed_grad(
             _where(out),
             self.view,
             self.features.data_ptr(),
-            grad_weights.contiguous().data_ptr(),
+            grad_weights.data_ptr(),
             out.data_ptr(),
             self.double,
         )

@@ -195,7 +195,9 @@ def _computing(x: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor | N
 def _too_wide(r: _resampling.Resampling) -> bool:
     """Whether no tile of the CUDA kernel's backward pass holds the readers of one column."""
     taps = {"bilinear": 2, "bicubic": 4}.get(r.mode, 1)
-    return taps * r.out_size[1] > 3000 * r.in_size[1]
+    inputs = r.in_size[1]
+    apart = inputs - 1 if r.align_corners and inputs > 1 else inputs
+    return taps * r.out_size[1] > 3000 * apart
 
 
 def _upsampled(logits: torch.Tensor, r: _resampling.Resampling) -> torch.Tensor:
