@@ -102,7 +102,8 @@ def dense_crf(
         max_vertices: an upper bound for the lattice vertices of a term, the whole batch together.
             With it, or while a CUDA graph is captured (the worst case is then allowed for), nothing
             synchronises with a CUDA device; without it one read does. Not used under torch.compile,
-            nor with `method="exact"`, which never synchronises.
+            nor with `method="exact"`, which never synchronises. (A compatibility that is a list,
+            an array or on the CPU is copied to the device, which waits: give a tensor there.)
 
     Returns:
         Probabilities (or their logs) of the type, shape, dtype, device and layout of what was given
