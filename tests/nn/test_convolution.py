@@ -429,6 +429,18 @@ def test_bad_values_raise(call: Callable[[], Any], match: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
+def test_inputs_of_another_dtype_raise_as_torchs(dtype: torch.dtype) -> None:
+    layer = segkernels.ConvBNAct(3, 4).eval()
+    x = torch.ones(1, 3, 8, 8, dtype=dtype)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError) as theirs:
+            layer.conv(x)
+        with pytest.raises(RuntimeError) as ours:
+            layer(x)
+    assert str(ours.value) == str(theirs.value)
+
+
 def test_other_types_raise() -> None:
     with pytest.raises(TypeError, match="conv must be"):
         segkernels.fold_batch_norm(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2))  # type: ignore[arg-type]

@@ -337,6 +337,14 @@ def test_precisions_on_cuda(count, dims, channels, precision, tolerance) -> None
 
 
 @pytest.mark.gpu
+def test_more_images_than_an_axis_of_cudas_grid() -> None:
+    features, values = torch.randn(70_000, 2, 3).cuda(), torch.randn(70_000, 1, 3).cuda()
+    got = high(values, features)
+    for part in (slice(0, 10), slice(65_530, 65_540), slice(69_990, 70_000)):
+        assert_near(got[part], high(values[part], features[part]), 1e-6)
+
+
+@pytest.mark.gpu
 def test_bad_features_on_cuda_take_no_part() -> None:
     features, values = normal(1, 2, 100).cuda(), normal(1, 3, 100).cuda()
     features[0, 1, 7] = float("nan")

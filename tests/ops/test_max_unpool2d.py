@@ -242,7 +242,7 @@ def pointed(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tup
     ["tiles", "overlaps", "padded", "far", "anywhere", "one place", "upside down", "one astray"],
 )
 def test_indices_of_many_lines_are_written_in_their_order(kind: str, threads: int) -> None:
-    # Several blocks of lines of a channels_last image, whatever the indices (window/rows.h).
+    # Several blocks of lines of a channels_last image, whatever the indices (window/scatter.h).
     shape = (2, 96, 131, 70)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     x = x.contiguous(memory_format=torch.channels_last)
@@ -268,14 +268,15 @@ def test_each_source_reads_the_gradient_where_it_pointed() -> None:
     assert x.grad.tolist() == [[[[1, 1, 0]]]]
 
 
+@pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("positions", ["codes", "indices"])
-def test_twice_differentiable(positions: str) -> None:
+def test_twice_differentiable(positions: str, device: str) -> None:
     make = {
         "codes": codes_of((1, 2, 6, 8), 2),
         "indices": distinct((2, 3, 3, 4), 48),
     }[positions]
-    where = make(torch.Generator().manual_seed(0))
-    x = torch.randn(where.shape, dtype=torch.float64, requires_grad=True)
+    where = make(torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(where.shape, dtype=torch.float64, device=device, requires_grad=True)
 
     def squared(values: torch.Tensor) -> torch.Tensor:
         return segkernels.max_unpool2d(values, where, 2) ** 2

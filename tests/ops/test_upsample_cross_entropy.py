@@ -14,7 +14,7 @@ from ops.suite import Error, Float, Sample
 import segkernels
 from segkernels import _dtypes
 from segkernels.ops.interpolate import _resampling, _tail
-from segkernels.ops.upsample_cross_entropy import _kernel, reference
+from segkernels.ops.upsample_cross_entropy import _kernel, autograd, reference
 from segkernels.ops.upsample_cross_entropy._kernel import Loss, Tensors
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
@@ -473,11 +473,16 @@ def test_second_derivative_is_an_error() -> None:
         torch.autograd.grad(grad.sum(), x)
 
 
-def test_very_wide_outputs_are_composed() -> None:
-    x = torch.randn(1, 3, 2, 1, requires_grad=True)
-    target = torch.randint(3, (1, 2, 3500))
-    loss = segkernels.upsample_cross_entropy(x, target)
-    expected = _torch_loss(x, target, {"mode": "bilinear", "align_corners": False})
+@pytest.mark.parametrize("device", suite.DEVICES)
+@pytest.mark.parametrize(("inputs", "outputs", "align"), [(1, 3500, False), (3, 4400, True)])
+def test_very_wide_outputs_are_composed(
+    inputs: int, outputs: int, align: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(1, 3, 2, inputs, device=device, requires_grad=True)
+    target = torch.randint(3, (1, 2, outputs), device=device)
+    monkeypatch.setattr(autograd, "apply", None)
+    loss = segkernels.upsample_cross_entropy(x, target, align_corners=align)
+    expected = _torch_loss(x, target, {"mode": "bilinear", "align_corners": align})
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0])
 

@@ -41,7 +41,9 @@ class _Term:
 
     def mix(self, vertices: torch.Tensor) -> torch.Tensor:
         """A at the vertices."""
-        return vertices * self.compat if self.compat.dim() == 1 else vertices @ self.compat
+        if self.compat.dim() == 1:
+            return vertices * self.compat
+        return _product(vertices, self.compat)
 
     def message(self, q: torch.Tensor) -> torch.Tensor:
         """out S A B S^T in q."""
@@ -112,20 +114,6 @@ def gradients(
     A point that the forward pass leaves out (a score or a feature is not finite; CUDA only, as the
     CPU raises) takes no part here either, and its scores get no gradient.
     """
-    # Under autocast the products would be in half precision.
-    with torch.autocast(scores.device.type, enabled=False):
-        return _gradients(grad, scores, features, compat, needs, config, lattices)
-
-
-def _gradients(
-    grad: torch.Tensor,
-    scores: torch.Tensor,
-    features: Sequence[torch.Tensor],
-    compat: Sequence[torch.Tensor],
-    needs: Sequence[bool],
-    config: Config,
-    lattices: Sequence[Lattice],
-) -> list[torch.Tensor | None]:
     count, channels = len(features), scores.shape[1]
     grid = (
         lattices[0].grid
@@ -185,6 +173,12 @@ def _gradients(
     return out
 
 
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in their dtype, in which native code reads it: autocast reaches backward passes too."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def _plus(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
     return b if a is None else a.add_(b)
 
@@ -207,7 +201,7 @@ def _rows_compat(compat: torch.Tensor, channels: int, width: int) -> torch.Tenso
 
 def _compat_grad(compat: torch.Tensor, filtered: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """The gradient of A: (width,) or (width, width)."""
-    return (filtered * q).sum(dim=0) if compat.dim() == 1 else filtered.T @ q
+    return (filtered * q).sum(dim=0) if compat.dim() == 1 else _product(filtered.T, q)
 
 
 def _given_compat(grad: torch.Tensor, compat: torch.Tensor, channels: int) -> torch.Tensor:

@@ -14,14 +14,19 @@ from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
 @cache
 def has_cpu_kernels(dtype: torch.dtype) -> bool:
-    """Whether torch has more than plain loops for a convolution in `dtype` on this CPU.
+    """Whether a convolution in `dtype` on this CPU is best left to torch as it is.
 
-    Those take 10 to 80 times as long as a convolution in float32, and round every partial sum.
+    For a half type that the processor has no instructions for torch has plain loops, which take
+    many times as long as a convolution in float32, and round partial sums (``pytest
+    benchmarks/bench_dilated_conv2d.py --full --benchmark-only -k "-float16-NHWC"``).
     """
-    if dtype in (torch.float32, torch.float64):
+    names = {
+        torch.float16: "_is_mkldnn_fp16_supported",
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+    }
+    if dtype not in names:
         return True
-    name = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
-    supported = getattr(torch.ops.mkldnn, name[dtype], None)
+    supported = getattr(torch.ops.mkldnn, names[dtype], None)
     return supported is not None and bool(supported())
 
 
