@@ -117,7 +117,9 @@ def capturing(device: torch.device) -> bool:
     """Whether the current stream of `device`, which may be any device, captures a CUDA graph."""
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):  # torch asks the current device's stream
+    if torch.cuda.current_device() == device.index:  # whose stream torch asks
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
 

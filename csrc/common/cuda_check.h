@@ -14,6 +14,7 @@ inline namespace cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch would be blamed for it
     throw std::runtime_error(std::string("segkernels: ") + what + ": " + cudaGetErrorString(error));
   }
 }

@@ -13,7 +13,12 @@ __device__ int32_t words[kStatusCodes];
 int32_t* status_words(int device) {
   const DeviceGuard guard(device);
   void* address = nullptr;
-  check_cuda(cudaGetSymbolAddress(&address, words), "status words");
+  // The first call loads the module, which a capture of another mode on this thread may refuse.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "status words");
+  const cudaError_t error = cudaGetSymbolAddress(&address, words);
+  check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "status words");
+  check_cuda(error, "status words");
   return static_cast<int32_t*>(address);
 }
 

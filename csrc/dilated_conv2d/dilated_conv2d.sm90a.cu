@@ -87,6 +87,7 @@ __device__ void consume(const ConvCall& c, Ring<kChannels> ring, int worker, int
     hopper::sums_ready(sums);
     release(before);
     store_sums<T, kChannels>(c, segment, rank, group, thread, sums);
+    __syncwarp();  // what follows is for whole warps
   }
 }
 

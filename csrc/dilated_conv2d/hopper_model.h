@@ -54,8 +54,10 @@ struct Stage {
   explicit Stage(int channels) : bytes(kPixelBytes + channels * kStepBytes, 0xFF) {}
 
   T at(uint32_t address) const {
+    const size_t at = address - kShared;
+    if (at + sizeof(T) > bytes.size()) throw std::out_of_range("an operand beyond its stage");
     T value;
-    memcpy(&value, bytes.data() + (address - kShared), sizeof(T));
+    memcpy(&value, bytes.data() + at, sizeof(T));
     return value;
   }
 

@@ -79,6 +79,7 @@ __device__ void consume(const WeightCall& c, Ring<kChannels> ring, int worker, i
     hopper::sums_ready(sums);
     release(before);
     store_weight_sums<T, kChannels>(c, segment, group, thread, sums);
+    __syncwarp();  // what follows is for whole warps
   }
 }
 

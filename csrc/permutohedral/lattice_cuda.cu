@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(kTile)
     const bool all = vertex[I - 1] != none;
     if (all) start[runs] = uint16_t(entries);
     l.tile_start[tile] = all ? runs : runs - 1;
+    if (tile + 1 == int32_t(gridDim.x)) l.tile_start[tile + 1] = 0;  // the scan reads it
   }
 }
 
@@ -151,7 +152,7 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_
   const int32_t count = tile_count(l.grid);
   size_t bytes = size_t(b.temporary_bytes);
   check_cuda(cub::DeviceScan::ExclusiveSum(b.temporary, bytes, l.tile_start, l.tile_start,
-                                           count + 1, stream_of(where)),
+                                           int64_t(count) + 1, stream_of(where)),
              "permutohedral scan");
   parallel_for(where, 1, CountPairs{l}, "permutohedral count");
 }

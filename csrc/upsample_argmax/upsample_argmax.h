@@ -48,8 +48,8 @@ SK_HD bool beats(A value, A best) {
 }
 
 template <class A>
-SK_HD bool is_infinite(A x) {
-  return x - x != x - x && x == x;
+SK_HD bool is_finite(A x) {
+  return x - x == A(0);
 }
 
 template <class T, int K, bool kConfidence>
@@ -92,8 +92,8 @@ struct Argmax {
       if (at.row + r >= logits.y.out) continue;
       const int64_t pixel = (at.image * logits.y.out + at.row + r) * logits.x.out + at.column;
       store_label(labels, label_type, pixel, label[r]);
-      // softmax of infinities is not a number.
-      if constexpr (kConfidence) confidence[pixel] = is_infinite(best[r]) ? A(NAN) : A(1) / sum[r];
+      // softmax of NaN and of infinities is NaN, also of one class.
+      if constexpr (kConfidence) confidence[pixel] = is_finite(best[r]) ? A(1) / sum[r] : A(NAN);
     }
   }
 };

@@ -35,7 +35,7 @@ void confidence_of(const A* block, int32_t classes, const A* best, A* out) {
 #pragma GCC ivdep
     for (int64_t i = 0; i < kBlock; ++i) sum[i] += exp_fast(value[i] - best[i]);
   }
-  for (int64_t i = 0; i < kBlock; ++i) out[i] = is_infinite(best[i]) ? A(NAN) : A(1) / sum[i];
+  for (int64_t i = 0; i < kBlock; ++i) out[i] = is_finite(best[i]) ? A(1) / sum[i] : A(NAN);
 }
 
 template <class T, int K>

@@ -97,7 +97,8 @@ struct SoftmaxLoss {
 
   // The loss and the weight of pixel i; kept[i] is for the backward pass.
   SK_HD A finish(const Sums& s, int64_t i, int32_t label, A* kept, A& pixel_weight) const {
-    const A lse = s.best + log_fast(s.sum);
+    // softmax of an infinite maximum is NaN.
+    const A lse = s.best - s.best == A(0) ? s.best + log_fast(s.sum) : A(NAN);
     kept[i] = lse;
     return value(lse, s.picked, s.weighted, s.weights, label, pixel_weight);
   }

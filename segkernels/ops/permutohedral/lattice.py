@@ -26,6 +26,7 @@ _CPU_TILE = (
     8192  # points of a tile on the CPU: enough to share vertices, few enough to stay in cache
 )
 _MAX_ENTRIES = 2**30
+_MAX_ENTRIES_PADDED = 2**31 - 1
 _LEFT_OUT = -1  # kSkipped of lattice.h, as int16
 
 # For tests without a GPU: CPU tensors take the build and the splat of CUDA, emulated step by step.
@@ -71,6 +72,8 @@ def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: in
     tall = 16
     while tall // 2 >= height:
         tall //= 2
+    while _TILE // tall // 2 >= width:
+        tall *= 2
     return _native.C().Grid(batch, height, width, tall, _TILE // tall)
 
 
@@ -103,7 +106,7 @@ class Lattice:
         self.view = _native.C().Lattice()
         self.view.grid, self.view.dims = grid, self.dims
         self.image_start = self.empty((grid.batch + 1,), torch.int32)
-        self._inverse_norms: dict[bool, torch.Tensor] = {}
+        self._inverse_norms: dict[tuple[bool, int], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised memory on the lattice\'s device."""
@@ -194,12 +197,13 @@ class Lattice:
         return ids[:, :1] == _LEFT_OUT
 
     def inverse_norm(self, root: bool) -> torch.Tensor:
-        """1 / n or 1 / sqrt(n) for n = K 1, (positions,); computed once.
+        """1 / n or 1 / sqrt(n) for n = K 1, (positions,); computed once a stream.
 
-        What is computed while a CUDA graph is captured is there in its replays only, so it is not
-        kept.
+        Another stream may not have waited for the one that computed it. What is computed while a
+        CUDA graph is captured is there in its replays only, so it is not kept.
         """
-        found = self._inverse_norms.get(root)
+        key = (root, _where(self.features)[1])
+        found = self._inverse_norms.get(key)
         if found is None:
             ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
             norm = self.slice(self.splat(ones, None, False), None)
@@ -213,7 +217,7 @@ class Lattice:
             )
             found = norm.view(-1)
             if not _native.capturing(self.device):
-                self._inverse_norms[root] = found
+                self._inverse_norms[key] = found
         return found
 
     def scales(
@@ -305,6 +309,11 @@ def build(
             f"{batch} * {points} * {dims + 1}; split the batch or the image"
         )
     grid = make_grid(first.device, batch, spatial, dims)
+    if grid.positions * (dims + 1) >= _MAX_ENTRIES_PADDED:
+        raise ValueError(
+            f"{op}: points in whole tiles, times dims + 1, must be below 2**31 in one call, got "
+            f"{grid.positions} * {dims + 1} for {batch} images of {tuple(spatial)}; split the batch"
+        )
     counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
     if _global_build(first.device):
