@@ -8,10 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from segkernels.ops.dilated_conv2d.triton_kernels import _accumulate, _tile
+from segkernels.ops.dilated_conv2d.triton_kernels import (
+    UNSPECIALIZED,
+    _accumulate,
+    _gaps,
+    _tile,
+)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def branch_sums(
     x,
     w,
@@ -43,19 +48,13 @@ def branch_sums(
 ):
     """One of `cuts` parts of one branch's sums of a tile, for finish_parts to add in their order.
 
-    `taps` holds (dilation y, x, padding y, x) of each branch. Branch b has the weight's rows from
-    b * CO on.
+    Branch b has the weight's rows from b * CO on.
     """
     program = tl.program_id(0)
     tile = program // (BRANCHES * cuts)
     part = program % (BRANCHES * cuts)
     branch = part // cuts
-    dh, dw, ph, pw = taps[0], taps[1], taps[2], taps[3]
-    for b in tl.static_range(1, BRANCHES):
-        dh = tl.where(branch == b, taps[4 * b], dh)
-        dw = tl.where(branch == b, taps[4 * b + 1], dw)
-        ph = tl.where(branch == b, taps[4 * b + 2], ph)
-        pw = tl.where(branch == b, taps[4 * b + 3], pw)
+    dh, dw, ph, pw = _gaps(taps, branch, BRANCHES)
     n0, y0, x0, c0 = _tile(tile, pictures, rows, columns, blocks, order, BN, BH, BW, BC)
     acc = _accumulate(
         x,

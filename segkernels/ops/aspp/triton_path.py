@@ -86,7 +86,7 @@ def summed(
             channels,
             out_channels,
             *grid,
-            tuple(v for each in geometries for v in (*each.dilation, *each.padding)),
+            launch.taps(geometries),
             KH=g.kernel[0],
             KW=g.kernel[1],
             BRANCHES=many,

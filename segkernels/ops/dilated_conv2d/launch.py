@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from segkernels.ops.dilated_conv2d.call import Epilogue
+from segkernels.ops.dilated_conv2d.geometry import Geometry
 from segkernels.ops.dilated_conv2d.plan import Config, Device
 from segkernels.ops.dilated_conv2d.sm90 import tf32_allowed
 
@@ -65,22 +67,36 @@ def finished_at_once(config: Config) -> int:
     return min(_PIXELS_TO_FINISH, config.pixels)
 
 
-def described(x: torch.Tensor, box: tuple[int, ...]) -> Any:
-    """A descriptor of the NHWC memory of `x`, [pictures, rows, columns, channels]."""
+def _descriptor(x: torch.Tensor, sizes: list[int], steps: list[int], box: list[int]) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    found = TensorDescriptor(x, sizes, steps, box)
+    # Rounded on the way by Triton 3.7 and newer; tensor cores cut off what is not.
+    found.round_f32_to_tf32 = x.dtype == torch.float32 and tf32_allowed() and not interpreted()
+    return found
+
+
+def described(x: torch.Tensor, box: tuple[int, ...]) -> Any:
+    """A descriptor of the NHWC memory of `x`, [pictures, rows, columns, channels]."""
     n, c, h, w = x.shape
-    return TensorDescriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], list(box))
+    return _descriptor(x, [n, h, w, c], [h * w * c, w * c, c, 1], list(box))
 
 
 def weight_described(weight: torch.Tensor, config: Config, transposed: bool) -> Any:
     """A descriptor of a weight's memory, [first axis, taps, second axis]."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     rows, columns = weight.size(0), weight.size(1)
     taps = weight.size(2) * weight.size(3)
     box = [config.step, 1, config.block] if transposed else [config.block, 1, config.step]
-    return TensorDescriptor(weight, [rows, taps, columns], [taps * columns, columns, 1], box)
+    return _descriptor(weight, [rows, taps, columns], [taps * columns, columns, 1], box)
+
+
+def taps(geometries: Sequence[Geometry]) -> tuple[int, ...]:
+    """Dilation y, x and padding y, x of each branch, each `v` as 4 v + 2.
+
+    Triton specialises the integers of a tuple whatever it is told; none of these is 1 or a multiple
+    of 16, so that other rates need no other compile.
+    """
+    return tuple(4 * v + 2 for each in geometries for v in (*each.dilation, *each.padding))
 
 
 def precision_options(x: torch.Tensor) -> dict[str, Any]:

@@ -16,6 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Triton compiles anew for an integer that is 1 or a multiple of 16, so nearly for every shape.
+# Loads and stores are wider where channels are multiples of 16; the other sizes gain nothing.
+UNSPECIALIZED = (
+    *("N", "H", "W", "OH", "OW", "dh", "dw", "ph", "pw"),
+    *("pictures", "rows", "columns", "blocks", "blocks_c", "blocks_co", "order"),
+    *("first_tile", "cuts", "parts"),
+)
+
 
 @triton.jit
 def _middle_first(k, count, reverse):
@@ -32,6 +40,18 @@ def _taps(start, extent, size, kernel, dilation, padding):
     reach = size - 1 + padding - start
     last = tl.where(reach < 0, -1, tl.minimum(kernel - 1, tl.maximum(reach, 0) // dilation))
     return first, tl.maximum(last - first + 1, 0)
+
+
+@triton.jit
+def _gaps(taps, branch, BRANCHES: tl.constexpr):
+    """Dilation y, x and padding y, x of a branch, from what launch.taps wrote."""
+    dh, dw, ph, pw = taps[0], taps[1], taps[2], taps[3]
+    for b in tl.static_range(1, BRANCHES):
+        dh = tl.where(branch == b, taps[4 * b], dh)
+        dw = tl.where(branch == b, taps[4 * b + 1], dw)
+        ph = tl.where(branch == b, taps[4 * b + 2], ph)
+        pw = tl.where(branch == b, taps[4 * b + 3], pw)
+    return dh >> 2, dw >> 2, ph >> 2, pw >> 2
 
 
 @triton.jit
@@ -278,7 +298,7 @@ def _store(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def convolve(
     x,
     w,
@@ -326,8 +346,7 @@ def convolve(
 ):
     """A tile each from `first_tile` on; with SPLIT, a part of one, its sums into `sums`.
 
-    `taps` holds (dilation y, x, padding y, x) of each branch. Branch b has the weight's rows from
-    b * CO on and writes the output's channels from b * CO on.
+    Branch b has the weight's rows from b * CO on and writes the output's channels from b * CO on.
     """
     program = tl.program_id(0)
     if SPLIT:
@@ -336,17 +355,13 @@ def convolve(
     else:
         tile = first_tile + program
         part = 0
-    dh, dw, ph, pw = taps[0], taps[1], taps[2], taps[3]
+        parts = 1
     branch = 0
     if BRANCHES > 1:
         each = pictures * rows * columns * blocks
         branch = tile // each
         tile = tile % each
-        for b in tl.static_range(1, BRANCHES):
-            dh = tl.where(branch == b, taps[4 * b], dh)
-            dw = tl.where(branch == b, taps[4 * b + 1], dw)
-            ph = tl.where(branch == b, taps[4 * b + 2], ph)
-            pw = tl.where(branch == b, taps[4 * b + 3], pw)
+    dh, dw, ph, pw = _gaps(taps, branch, BRANCHES)
     n0, y0, x0, c0 = _tile(tile, pictures, rows, columns, blocks, order, BN, BH, BW, BC)
     acc = _accumulate(
         x,
@@ -416,7 +431,7 @@ def convolve(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def finish_parts(
     y,
     sums,
@@ -492,7 +507,7 @@ def finish_parts(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def weight_gradient(
     grad,
     x,
@@ -585,7 +600,7 @@ def weight_gradient(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def add_parts(out, sums, parts, size, BLOCK: tl.constexpr):
     """Adds `parts` arrays of `size` in their order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -598,7 +613,7 @@ def add_parts(out, sums, parts, size, BLOCK: tl.constexpr):
     tl.store(out + i, acc.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def epilogue(
     y,
     bias,

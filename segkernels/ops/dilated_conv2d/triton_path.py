@@ -158,7 +158,7 @@ def _run(
     pixel = total if into is None else into.stride(3)
     sizes = (batch, g.height, g.width, channels, g.out_height, g.out_width, out_channels, pixel)
     grid = (tiles.pictures, tiles.rows, tiles.columns, tiles.blocks, tiles.order)
-    taps = tuple(v for each in geometries for v in (*each.dilation, *each.padding))
+    taps = launch.taps(geometries)
     vectors = (*launch.vectors(e), residual)
     whole, rest = tiles.whole, tiles.of_a_branch * len(geometries) - tiles.whole
     sums = None
@@ -174,7 +174,7 @@ def _run(
                     xd,
                     wd,
                     y,
-                    sums,
+                    sums if split else None,
                     *vectors,
                     first,
                     tiles.parts if split else 1,

@@ -22,9 +22,13 @@ _HALF_SHIFT = 15
 _LOG2E = math.log2(math.e)
 _LIST = 1 << 24  # entries of the lists that are held at a time
 _PROGRAMS = 8  # a multiprocessor at least: short walks even out
+# Other numbers of tiles need no other compile; queries, keys and channels are whole tiles.
+_UNSPECIALIZED = ("start", "query_tiles", "key_tiles", "splits")
+# Triton 3.8 holds the stages of a loop over float32 products in registers, and spills kilobytes.
+_STAGES_SPILL = triton.__version__.startswith("3.8.")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def near_kernel(
     first,  # (B, d, Tq) boxes of the queries
     last,
@@ -78,7 +82,7 @@ def _squared(x, y, row, col, queries, keys, DIMS: tl.constexpr, M: tl.constexpr,
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def apply_kernel(
     x,  # (B, d, Pq) float32
     y,  # (B, d, Pk) float32
@@ -134,7 +138,7 @@ def apply_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_UNSPECIALIZED)
 def pull_kernel(
     x,  # (B, d, Pq) float32
     y,  # (B, d, Pk) float32
@@ -197,8 +201,16 @@ def interpreting() -> bool:
 def block_of(channels: int, dims: int, precise: bool) -> int:
     """Channels of a program: a power of two, at least what the tensor cores take, and no more than
     stay in registers."""
-    most = (64 if dims <= 6 else 16) if precise else (128 if dims <= 6 else 64)
+    if precise:
+        most = 16 if dims > 6 else 32 if _STAGES_SPILL else 64
+    else:
+        most = 128 if dims <= 6 else 64
     return int(min(most, max(16, triton.next_power_of_2(channels))))
+
+
+def stages_of(precise: bool) -> int:
+    """Stages of apply_kernel's loop."""
+    return 1 if precise and _STAGES_SPILL else 3
 
 
 def apply(
@@ -237,6 +249,7 @@ def apply(
             HALF=not precise,
             WIDEN=interpreting(),
             num_warps=8,
+            num_stages=stages_of(precise),
         )
 
     out = _walk(queries, keys, reach, rows.shape[2], blocks, launch)
