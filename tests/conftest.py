@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+import segkernels
 from segkernels import _native
 
 # A first call compiles or warms up something, so a per-example deadline would only flake.
@@ -33,6 +37,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_status_word_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A fault that a test on CUDA leaves untold fails that test, and not a later one."""
+    if request.node.get_closest_marker("gpu") is None:
+        yield
+        return
+    with contextlib.suppress(ValueError):
+        segkernels.check()
+    yield
+    segkernels.check()
+
+
+@pytest.fixture
+def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """cuDNN's convolutions of float32 multiply float32, by the same algorithm every time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    conv: Any = torch.backends.cudnn.conv
+    before, conv.fp32_precision = conv.fp32_precision, "ieee"
+    yield
+    conv.fp32_precision = before
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

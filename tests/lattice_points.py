@@ -54,17 +54,21 @@ def on_one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def raises_for_values(device: torch.device, match: str) -> Iterator[None]:
-    """A fault that only values show: raised at once on the CPU, by `segkernels.check` on CUDA."""
-    if device.type == "cuda":
-        segkernels.check(device)
-        yield
+def raises_for_values(match: str) -> Iterator[None]:
+    """A fault that only values show raises, on CUDA as SEGKERNELS_CHECK asks for."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEGKERNELS_CHECK", "1")
         with pytest.raises(ValueError, match=match):
-            segkernels.check(device)
-        segkernels.check(device)
-        return
-    with pytest.raises(ValueError, match=match):
-        yield
+            yield
+
+
+@contextmanager
+def told_by_check(match: str) -> Iterator[None]:
+    """On CUDA such a fault raises nothing, until `segkernels.check` tells it once."""
+    yield
+    with pytest.raises(ValueError, match=f"^segkernels: {match}"):
+        segkernels.check()
+    segkernels.check()
 
 
 @contextmanager

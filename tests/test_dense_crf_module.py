@@ -235,7 +235,10 @@ def test_gradcheck_of_the_parameters(compat, device):
     assert all(float(g.abs().max()) > 1e-9 for g in grads)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiles])],
+)
 def test_compiles_in_one_graph(backend, device):
     torch.compiler.reset()
     img, logits = batch(device)

@@ -42,6 +42,7 @@ def test_a_kernel_without_its_instructions_is_found(report: ModuleType) -> None:
     }
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_machine_code(

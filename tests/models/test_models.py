@@ -213,6 +213,7 @@ def test_compiles_for_training(case: Case) -> None:
         close(grad, grads[key], 1e-3, at_least=1e-3 * largest)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("fcn8s", "deeplab_v3_resnet50")], ids=str

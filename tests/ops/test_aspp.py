@@ -17,6 +17,8 @@ from torch._inductor import config
 import segkernels
 from segkernels.ops.aspp import reference
 
+pytestmark = pytest.mark.usefixtures("exact_cudnn")
+
 # ||ours - exact|| / ||exact||.
 ACCURACY = {
     torch.float16: 6e-4,
@@ -48,8 +50,9 @@ def flat_reference(
 def call(weights: Any = None, rates: Any = (1, 2), **kw: Any) -> Any:
     def of(device: str) -> Any:
         x = torch.zeros(2, 3, 5, 5, device=device)
-        given = [torch.zeros(4, 3, 3, 3, device=device)] * 2 if weights is None else weights
-        return segkernels.aspp(x, given, rates, **kw)
+        given = [torch.zeros(4, 3, 3, 3)] * 2 if weights is None else weights
+        moved = [w.to(device) if isinstance(w, torch.Tensor) else w for w in given]
+        return segkernels.aspp(x, moved, rates, **kw)
 
     return of
 
@@ -150,14 +153,18 @@ class TestAspp(suite.OpSuite):
         ),
         Error(
             "input",
-            lambda device: segkernels.aspp(torch.zeros(3, 5, 5), [torch.zeros(4, 3, 3, 3)], [1]),
+            lambda device: segkernels.aspp(
+                torch.zeros(3, 5, 5, device=device), [torch.zeros(4, 3, 3, 3, device=device)], [1]
+            ),
             ValueError,
             message("input must be [N, C, H, W]", "got [3, 5, 5]"),
         ),
         Error(
             "integers",
             lambda device: segkernels.aspp(
-                torch.zeros(1, 3, 5, 5, dtype=torch.int32), [torch.zeros(4, 3, 3, 3)], [1]
+                torch.zeros(1, 3, 5, 5, dtype=torch.int32, device=device),
+                [torch.zeros(4, 3, 3, 3, device=device)],
+                [1],
             ),
             ValueError,
             "input must be one of float16.*got torch.int32",
@@ -168,7 +175,9 @@ class TestAspp(suite.OpSuite):
     # compiles what the backward does around it in its own way.
 
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-        assert distance(ours, expected) <= ACCURACY[dtype]
+        # Both may be rounded: CUDA's beside the CPU's.
+        rounded = 2 if ours.dtype == expected.dtype == dtype else 1
+        assert distance(ours, expected) <= rounded * ACCURACY[dtype]
 
     def assert_same_layouts(
         self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
@@ -198,6 +207,7 @@ class TestAspp(suite.OpSuite):
             assert mine.stride() == theirs.stride()
             assert distance(mine, theirs) <= ACCURACY[torch.float32]
 
+    @pytest.mark.compiles
     def test_compile_with_inductor(self, device: str) -> None:
         # Inductor takes a program's name alone, while CXX may say "ccache g++".
         with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
@@ -221,12 +231,13 @@ class TestAspp(suite.OpSuite):
 
     def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
         built = suite.build(sample, torch.float32, device)
+        undilated = sample.id in ("v2", "v2, scaled")  # their first branches
         for x in (built.args[0], built.kwargs.get("pooled")):
             for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
                 before = x.view(-1)[place].item()
                 x.view(-1)[place] = float("nan")
                 ours, expected = built.of(flat)[0], built.of(flat_reference)[0]
-                assert torch.equal(ours.isnan(), expected.isnan())
+                suite.assert_nan_as_expected(ours, expected, device == "cuda" and undilated)
                 x.view(-1)[place] = before
 
 

@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ops.test_dilated_conv2d_triton import H100, compiled, resources, same
+from ops import triton_tools
+from ops.test_dilated_conv2d_triton import H100, same
+from ops.triton_tools import compiled, ptxas
 
 import segkernels
 from segkernels.ops.aspp import reference, triton_path
 from segkernels.ops.dilated_conv2d import tuning
-
-pytest.importorskip("triton", reason="Triton is for Linux")
 
 HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @pytest.mark.slow
+@triton_tools.interpreter
 def test_interpreted() -> None:
     """Runs interpreted_aspp.py, all of it."""
-    file = HERE / "interpreted_aspp.py"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        cwd=HERE,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    last = done.stdout.strip().splitlines()[-1]
-    assert re.match(r"\d+ passed", last), last
-    assert "skipped" not in last
-    assert int(last.split()[0]) >= 15
+    triton_tools.run_interpreted_tests(HERE / "interpreted_aspp.py", 15)
 
 
 def test_branches_are_cut_where_few_tiles_leave_the_device_idle() -> None:
@@ -49,6 +33,7 @@ def test_branches_are_cut_where_few_tiles_leave_the_device_idle() -> None:
     assert triton_path.cuts(1, 2, 4, H100) == 1
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,10 +53,10 @@ def test_the_sum_compiles_without_spills(dtype: str, arch: int, tmp_path: Path) 
     constants = {"KH": 3, "KW": 3, "BRANCHES": 4, "BN": n, "BH": h, "BW": w}
     constants |= {"BC": config.block, "BK": config.step, "DESCRIPTORS": described}
     constants |= {"WIDE": False, "WIDEN": False, "PRECISION": "tf32"}  # type: ignore[dict-item]
-    made = compiled(kernels.branch_sums, types, constants, arch, config)
-    registers, frame = resources(made.asm["ptx"], tmp_path)
-    print(f"sm_{arch} {dtype} branch_sums {config}: {registers} registers, {frame}")
-    assert frame == ["0", "0", "0"]
+    made = compiled(kernels.branch_sums, types, constants, arch, config.warps, config.stages)
+    report = ptxas(made.asm["ptx"], tmp_path)
+    print(f"sm_{arch} {dtype} branch_sums {config}: {report}")
+    assert report.spilled == 0
     assert ("wgmma" if arch == 90 else "mma.sync") in made.asm["ptx"]
     assert made.metadata.shared <= (227 if arch == 90 else 163) * 1024
 
@@ -82,6 +67,7 @@ def test_the_cpu_is_not_taken() -> None:
         segkernels.aspp(x, weights, (1, 2), backend="triton")
 
 
+@pytest.mark.compiles
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["v3", "v2"])

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import inside, on_one_thread, poisoned, raises_for_values
+from lattice_points import inside, on_one_thread, poisoned, raises_for_values, told_by_check
 
 import segkernels
 from segkernels.ops.dense_crf import MAX_TERMS, Config, autograd, mean_field, reference
@@ -313,7 +313,7 @@ def test_scores_that_are_not_finite(bad, kind, device):
         scores[1, 2, 7] = bad
         config = config_of(4, 4, kind=kind, iterations=iterations)
         message = "probs, logits or unary: expected finite numbers, got NaN or infinity"
-        with raises_for_values(device, f"dense_crf: {message}"):
+        with raises_for_values(f"dense_crf: {message}"):
             mean_field(scores, to(features, device, dtype), to(mu, device, dtype), config)
 
 
@@ -323,7 +323,7 @@ def test_a_bad_pixel_takes_no_part_on_cuda():
     features, mu = [overlapping(2, 6, 6).to(device)], [compat_of("potts", 3).to(device)]
     scores = scores_of("logits", 2, 3, 36).to(device)
     scores[1, 2, 7] = float("nan")
-    with raises_for_values(device, "expected finite numbers"):
+    with told_by_check("probs, logits or unary: expected finite numbers"):
         got = mean_field(scores, features, mu, config_of(6, 6))
     bad = torch.zeros(2, 36, dtype=torch.bool)
     bad[1, 7] = True

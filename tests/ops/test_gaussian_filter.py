@@ -171,6 +171,7 @@ def _pair(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 # --- brute force in float64 ---
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dims", range(1, 17))
 def test_agrees_with_brute_force(dims, dtype, device):
@@ -291,7 +292,10 @@ def test_tiny_sigmas_leave_the_diagonal(dtype, normalization, device):
     features = torch.arange(150, dtype=dtype).view(1, 1, 150) * 1e7 + 3
     values = normal(1, 2, 150, dtype=dtype)
     got = high(values.to(device), features.to(device), normalization=normalization)
-    assert torch.equal(got.cpu(), values)
+    if device.type == "cuda" and dtype == torch.float32:
+        assert_near(got, values, 1e-6)  # a product by 1, of three in tf32
+    else:
+        assert torch.equal(got.cpu(), values)
 
 
 def test_features_far_from_0_lose_nothing(device):
@@ -424,6 +428,8 @@ def _clusters(dims: int = 3, count: int = 3000) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [False, True])
 def test_culling_changes_nothing(dtype, queries, device, monkeypatch):
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("float64 on CUDA skips no tiles")
     features, values = (t.to(device, dtype) for t in _clusters())
     at = features[:, :, ::3].contiguous() if queries else None
     inputs = [values.requires_grad_(), features.requires_grad_()]

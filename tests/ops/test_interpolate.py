@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -117,14 +118,16 @@ def _reference_of(dtype: torch.dtype) -> Any:
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[torch.Tensor, dict[str, Any]]:
+def calls(
+    draw: st.DrawFn, device: str = "cpu", dtypes: Sequence[torch.dtype] = tuple(_dtypes.FLOATING)
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """An input in any dtype and layout, and the arguments of a resampling."""
     sizes = st.integers(1, 24) | st.sampled_from([33, 65, 200])
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(sizes), draw(sizes))
-    dtype = draw(st.sampled_from(list(_dtypes.FLOATING)))
+    dtype = draw(st.sampled_from(dtypes))
     layout = draw(st.sampled_from([x for x in suite.LAYOUTS if x != "expanded"]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
     mode = draw(st.sampled_from(MODES))
     kwargs: dict[str, Any] = {"mode": mode}
     if not mode.startswith("nearest"):
@@ -139,7 +142,7 @@ def calls(draw: st.DrawFn) -> tuple[torch.Tensor, dict[str, Any]]:
         height, width = (int(n * f) for n, f in zip(shape[2:], kwargs["scale_factor"], strict=True))
         if height < 1 or width < 1:
             kwargs["scale_factor"] = (1.0, 1.0)
-    return suite.with_layout(x, layout), kwargs
+    return suite.with_layout(x.to(device, dtype), layout), kwargs
 
 
 def _torch_rounded(x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -156,6 +159,9 @@ def check_equals_torch(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
         return
     # Half types: the float32 sums round to the same number, or to its neighbour.
     rtol = {torch.float16: 2**-10, torch.bfloat16: 2**-7}.get(x.dtype, 0.0)
+    # torch's CUDA kernels sum bicubic's taps in another order.
+    other_sums = x.is_cuda and kwargs["mode"] == "bicubic" and x.dtype != torch.float64
+    rtol = max(rtol, 1e-6) if other_sums else rtol
     atol = 1e-12 if x.dtype == torch.float64 else 2e-6
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
 
@@ -168,13 +174,13 @@ def test_equals_torch(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
 
 @pytest.mark.gpu
 @settings(max_examples=300)
-@given(calls())
+@given(calls("cuda"))
 def test_equals_torch_on_cuda(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check_equals_torch(call[0].cuda(), call[1])
+    check_equals_torch(*call)
 
 
 def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
-    x = x.double().requires_grad_()
+    x = x.detach().requires_grad_()
     out = segkernels.interpolate(x, **kwargs)
     g = torch.randn(out.shape, dtype=out.dtype).to(out.device)
     (grad,) = torch.autograd.grad(out, x, g)
@@ -187,16 +193,16 @@ def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
 
 
 @settings(max_examples=200)
-@given(calls())
+@given(calls(dtypes=[torch.float64]))
 def test_the_backward_is_the_transpose(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
     check_is_the_transpose(*call)
 
 
 @pytest.mark.gpu
 @settings(max_examples=200)
-@given(calls())
+@given(calls("cuda", [torch.float64]))
 def test_the_backward_is_the_transpose_on_cuda(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check_is_the_transpose(call[0].cuda(), call[1])
+    check_is_the_transpose(*call)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -396,6 +402,7 @@ def test_a_strided_input_gives_torchs_layout() -> None:
         )
 
 
+@pytest.mark.huge
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 def test_more_than_2_31_elements(channels_last: bool) -> None:

@@ -131,9 +131,12 @@ def test_equals_torch_bit_for_bit(case: Any, dtype: torch.dtype, layout: str, de
             continue
         ours, our_indices = segkernels.max_pool2d(x, *case, return_indices=True)
         assert identical(ours, values)
-        assert torch.equal(our_indices, indices)
         assert ours.stride() == values.stride()
         assert our_indices.stride() == indices.stride()
+        if device == "cuda" and layout == "channels_last":
+            # torch's kernel for it says 0 where a window holds nothing but -inf, its others not.
+            indices = F.max_pool2d(x.contiguous(), *case, return_indices=True)[1]
+        assert torch.equal(our_indices, indices)
         assert identical(segkernels.max_pool2d(x, *case), values)
 
 
@@ -219,14 +222,15 @@ def test_windows_of_many_lines_have_gradients() -> None:
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("return_kind", ["return_indices", "return_codes"])
 def test_gradients_of_half_types_are_summed_in_float(return_kind: str, device: str) -> None:
-    # 33 windows share one maximum: summed in bfloat16, adding 1 to 256 would stop.
+    # 225 windows share one maximum: in bfloat16 their sum would be rounded again and again.
     x = torch.zeros(1, 1, 33, 65, dtype=torch.bfloat16, device=device)
     x[..., 16, 32] = 1
     for layout in ("contiguous", "channels_last"):
         plane = suite.with_layout(x.expand(1, 2, -1, -1), layout).requires_grad_()
         values, _ = segkernels.max_pool2d(plane, 15, 1, 7, **{return_kind: True})
-        values.sum().backward()
-        assert plane.grad[0, 0, 16, 32] == 225
+        values.backward(torch.full_like(values, 3))
+        # 675 rounds to 676; summed in bfloat16 it is 812.
+        assert plane.grad[0, 0, 16, 32] == 676
 
 
 @settings(max_examples=150)
@@ -308,6 +312,7 @@ def test_what_cuda_runs(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None
                 assert same_bits(mine, theirs)
 
 
+@pytest.mark.huge
 @pytest.mark.gpu
 def test_more_than_2_31_elements() -> None:
     x = torch.empty(3, 1, 32768, 32768, dtype=torch.float16, device="cuda").uniform_()

@@ -12,7 +12,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import inside, on_one_thread, poisoned, raises_for_values, weights_of
+from lattice_points import (
+    inside,
+    on_one_thread,
+    poisoned,
+    raises_for_values,
+    told_by_check,
+    weights_of,
+)
 from torch.autograd.gradcheck import GradcheckError
 
 from segkernels import PermutohedralLattice, permutohedral_filter
@@ -414,7 +421,7 @@ def test_keys_with_one_fingerprint_are_told_apart(device):
 
 
 def test_images_of_a_batch_share_no_vertex(device):
-    features = inside((1, 3, 20)).expand(3, -1, -1).to(device)
+    features = inside((1, 3, 20)).to(device).expand(3, -1, -1)
     values = torch.arange(1.0, 4.0, dtype=torch.float64).view(3, 1, 1).expand(3, 1, 20).to(device)
     assert_near(permutohedral_filter(values, features), values, 1e-14)
 
@@ -433,7 +440,7 @@ def test_features_that_are_not_finite(bad, dtype, device):
         lambda: permutohedral_filter(values, features),
         lambda: PermutohedralLattice(features),
     ):
-        with raises_for_values(device, "features: expected finite numbers, got NaN or infinity"):
+        with raises_for_values("features: expected finite numbers, got NaN or infinity"):
             call()
     assert torch.equal(features.nan_to_num(7, 8, 9), kept.nan_to_num(7, 8, 9))
 
@@ -444,13 +451,13 @@ def test_coordinates_beyond_the_exact_integers(dims, device):
     far[0, dims - 1, 1] = 3e7
     values = torch.ones(1, 1, 3, device=device)
     message = r"lattice coordinates in float32 .* use a larger sigma, or float64 features"
-    with raises_for_values(device, message):
+    with raises_for_values(message):
         permutohedral_filter(values, far.to(device))
     # float64 holds them.
     assert_near(permutohedral_filter(values, far.to(device).double()), values, 1e-6)
-    with raises_for_values(device, r"lattice coordinates in float64 .* use a larger sigma$"):
+    with raises_for_values(r"lattice coordinates in float64 .* use a larger sigma$"):
         permutohedral_filter(values, far.to(device).double() * 1e3)
-    with raises_for_values(device, "use a larger sigma"):
+    with raises_for_values("use a larger sigma"):
         PermutohedralLattice((far * 1e30).to(device))
 
 
@@ -462,7 +469,7 @@ def test_bad_points_take_no_part_on_cuda():
     kept[[3, 17]] = False
     spoilt = features.clone()
     spoilt[0, 1, 3], spoilt[0, 2, 17] = float("nan"), 1e30
-    with raises_for_values(device, "NaN or infinity.*too large"):
+    with told_by_check("features: .*NaN or infinity.*too large"):
         got = permutohedral_filter(values.to(device), spoilt.to(device)).cpu()
     assert bool(got[0, :, ~kept].isnan().all())
     alone = reference.permutohedral_filter(values[:1, :, kept], features[:1, :, kept])
@@ -481,7 +488,7 @@ def test_max_vertices(device):
         for way in WAYS:
             assert torch.equal(bounded.filter(values, *way), free.filter(values, *way))
     for bound in (vertices - 1, 1):
-        with raises_for_values(device, "max_vertices: the lattice has more vertices than that"):
+        with raises_for_values("max_vertices: the lattice has more vertices than that"):
             PermutohedralLattice(features, max_vertices=bound)
 
 
@@ -878,6 +885,7 @@ def test_compiles_in_one_graph(dynamic, device):
     compiled_agrees("aot_eager", device, dynamic)
 
 
+@pytest.mark.compiles
 @pytest.mark.slow
 def test_compiles_with_inductor(device):
     torch.compiler.reset()

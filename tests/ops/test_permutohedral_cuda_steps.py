@@ -37,7 +37,29 @@ def both(
     return own, build(features, spatial)
 
 
-SHAPES = [(1, (40, 52)), (3, (17, 33)), (2, (1, 500)), (2, (300,)), (2, (3,)), (1, (7, 9, 11))]
+SHAPES = [
+    (1, (40, 52)),
+    (3, (17, 33)),
+    (2, (1, 500)),
+    (2, (500, 1)),
+    (1, (150, 3)),
+    (2, (300,)),
+    (2, (3,)),
+    (1, (7, 9, 11)),
+]
+
+
+def test_tiles_fit_narrow_images(emulated: None) -> None:
+    for size, least in (((500, 1), 512), ((1, 500), 512), ((150, 3), 3 * 256), ((16, 16), 256)):
+        grid = native.make_grid(torch.device("cpu"), 1, size, 5)
+        assert grid.positions == least, size
+
+
+def test_too_many_tiles_for_one_call(emulated: None) -> None:
+    features = torch.empty(2**22, 1, 1)
+    message = r"must be below 2\*\*31 .* got 1073741824 \* 2 for 4194304"
+    with pytest.raises(ValueError, match=message):
+        build(features, (1, 1))
 
 
 @pytest.mark.parametrize(("batch", "spatial"), SHAPES, ids=str)

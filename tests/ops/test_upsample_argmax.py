@@ -106,17 +106,20 @@ def near_ties(logits: torch.Tensor, size: tuple[int, int], **kwargs: Any) -> tor
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[torch.Tensor, tuple[int, int], dict[str, Any]]:
+def calls(
+    draw: st.DrawFn, device: str = "cpu"
+) -> tuple[torch.Tensor, tuple[int, int], dict[str, Any]]:
     sizes = st.integers(1, 12) | st.just(33)
     shape = (draw(st.integers(1, 2)), draw(st.integers(1, 30)), draw(sizes), draw(sizes))
     dtype = draw(st.sampled_from(list(_dtypes.FLOATING)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
     mode = draw(st.sampled_from(MODES))
     align = None if mode.startswith("nearest") else draw(st.booleans())
     size = (draw(st.integers(1, 70)), draw(st.integers(1, 140)))
     layout = draw(st.sampled_from(suite.LAYOUTS))
-    return suite.with_layout(x, layout), size, {"mode": mode, "align_corners": align}
+    x = suite.with_layout(x.to(device, dtype), layout)
+    return x, size, {"mode": mode, "align_corners": align}
 
 
 def check(x: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]) -> None:
@@ -137,9 +140,9 @@ def test_equals_torch(call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]]
 
 @pytest.mark.gpu
 @settings(max_examples=150)
-@given(calls())
+@given(calls("cuda"))
 def test_equals_torch_on_cuda(call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]]) -> None:
-    check(call[0].cuda(), *call[1:])
+    check(*call)
 
 
 @settings(max_examples=100)
@@ -171,6 +174,24 @@ def test_ties_and_nan_as_torch_argmax() -> None:
     assert torch.equal(torch.isnan(confidence), torch.isnan(full.softmax(1).amax(1)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("classes", [1, 2, 5])
+@pytest.mark.parametrize("device", suite.DEVICES)
+def test_confidence_where_logits_are_not_finite(device: str, classes: int, value: float) -> None:
+    """In one class each, and in all of them, on the CPU also by the functor that CUDA runs."""
+    x = torch.zeros(classes + 1, classes, 1, 1, device=device)
+    x[range(classes), range(classes)] = value
+    x[classes] = value
+    full = F.interpolate(x, 2, mode="nearest")
+    runs = [segkernels.upsample_argmax(x, 2, mode="nearest", return_confidence=True)]
+    if device == "cpu":
+        r = _tail.resampling("test", x, (2, 2), "nearest", False)
+        runs.append(_kernel.run(x, r, True, torch.int64, plain=True))
+    for labels, confidence in runs:
+        assert torch.equal(labels, full.argmax(1))
+        torch.testing.assert_close(confidence, full.softmax(1).amax(1), equal_nan=True)
+
+
 def test_masked_classes() -> None:
     x = torch.randn(1, 5, 3, 3)
     x[:, [0, 3]] = -float("inf")
@@ -189,6 +210,7 @@ def test_result_is_a_tensor_without_confidence() -> None:
     assert not labels.requires_grad
 
 
+@pytest.mark.huge
 @pytest.mark.gpu
 def test_more_than_2_31_logits_and_pixels() -> None:
     x = torch.randn(1, 150, 40, 40, device="cuda", dtype=torch.float16)

@@ -262,17 +262,19 @@ class TestUpsampleBinaryCrossEntropy(LossSuite):
 
 
 @st.composite
-def calls(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def calls(
+    draw: st.DrawFn, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     sizes = st.integers(1, 9) | st.just(17)
     n, c = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 8, 21]))
     dtype = draw(st.sampled_from(list(_dtypes.FLOATING)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     shape = (n, c, draw(sizes), draw(sizes))
-    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
     logits = suite.with_layout(logits, draw(st.sampled_from(suite.LAYOUTS[:-1])))
     size = (draw(st.integers(1, 40)), draw(st.integers(1, 140)))
     ignore = draw(st.sampled_from([-100, 255, 0]))
-    target = labels(c, n, *size, ignore=ignore)(generator)
+    target = labels(c, n, *size, ignore=ignore)(generator).to(device)
     kwargs: dict[str, Any] = {
         "ignore_index": ignore,
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
@@ -304,7 +306,7 @@ def check(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) ->
     rtol, atol = (1e-10, 1e-12) if compute == torch.float64 else (1e-4, 1e-5)
     found = []
     for function in (segkernels.upsample_cross_entropy, None):
-        x = logits.detach().clone().requires_grad_()
+        x = logits.detach().requires_grad_()  # a clone would be dense
         if function is not None:
             loss = function(x, target, **kwargs)
         else:
@@ -333,9 +335,37 @@ def test_equals_torch(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -
 
 @pytest.mark.gpu
 @settings(max_examples=150)
-@given(calls())
+@given(calls("cuda"))
 def test_equals_torch_on_cuda(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
-    check(call[0].cuda(), call[1].cuda(), call[2])
+    check(*call)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("classes", [1, 2, 3])
+@pytest.mark.parametrize("device", suite.DEVICES)
+def test_logits_that_are_not_finite(device: str, classes: int, value: float) -> None:
+    """In one class each, and in all of them: torch's losses and gradients."""
+    x = torch.zeros(classes + 1, classes, 1, 1, device=device)
+    x[range(classes), range(classes)] = value
+    x[classes] = value
+    options: dict[str, Any] = {"mode": "nearest", "reduction": "none"}
+    for label in range(classes):
+        target = torch.full((classes + 1, 2, 2), label, device=device)
+        mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+        loss = segkernels.upsample_cross_entropy(mine, target, **options)
+        expected = _torch_loss(theirs, target, options | {"align_corners": False})
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        (grad,) = torch.autograd.grad(loss.sum(), mine)
+        (grad_of_torch,) = torch.autograd.grad(expected.sum(), theirs)
+        torch.testing.assert_close(grad, grad_of_torch, equal_nan=True)
+        if device == "cpu":
+            t = Tensors(x, target, None, None)
+            how = Loss(False, -100, "none", 0.0, "nearest", False, 0)
+            losses, kept, totals = _kernel.forward(t, how, plain=True)
+            torch.testing.assert_close(losses, expected, equal_nan=True)
+            ones = torch.ones_like(losses)
+            grad = _kernel.backward(ones, t, kept, totals, how, plain=True)
+            torch.testing.assert_close(grad, grad_of_torch, equal_nan=True)
 
 
 @settings(max_examples=100)
@@ -498,6 +528,7 @@ def test_no_full_size_logits_on_cuda() -> None:
     assert torch.cuda.max_memory_allocated() - before < 531e6 / 15
 
 
+@pytest.mark.huge
 @pytest.mark.gpu
 def test_more_than_2_31_logits() -> None:
     x = torch.randn(1, 150, 64, 64, device="cuda", requires_grad=True)
@@ -508,8 +539,14 @@ def test_more_than_2_31_logits() -> None:
     assert x.grad is not None
     # Over all classes the gradients of a pixel cancel.
     assert x.grad.sum(1).abs().max() < 1e-6
+    assert bool((x.grad[:, :, [0, -1]] != 0).all())
     part = segkernels.upsample_cross_entropy(x, target, reduction="none")
     assert part.double().mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    # The first rows lie on the first row of logits, the last ones on the last.
+    for row in (0, -1):
+        alone = F.interpolate(x[:, :, row, None], (1, 4000), mode="bilinear")[:, :, 0]
+        expected = F.cross_entropy(alone, target[:, row], reduction="none")
+        torch.testing.assert_close(part[:, row], expected)
 
 
 def test_resampling_is_shared() -> None:

@@ -1,0 +1,135 @@
+"""Shared by the tests of Triton kernels on machines without a GPU: the interpreter, compiles ahead
+of time with ptxas's report, and how many compiles a launch's arguments lead to."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import pytest
+
+triton: Any = pytest.importorskip("triton", reason="Triton is for Linux")
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+NUMPY = tuple(map(int, numpy.__version__.split(".")[:2]))
+
+interpreter = pytest.mark.skipif(
+    TRITON < (3, 7) and NUMPY >= (2, 4),
+    reason="Triton before 3.7 takes a loop's bounds as numpy before 2.4 allows it",
+)
+
+
+def run_interpreted(*arguments: str, cwd: Path, timeout: float = 300) -> str:
+    """What `python *arguments` prints in Triton's interpreter, which must be on at import."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def run_interpreted_tests(file: Path, least: int) -> None:
+    """Run a file of tests in the interpreter: at least that many, and none skipped."""
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
+    printed = run_interpreted(*command, cwd=file.parent, timeout=900)
+    last = printed.strip().splitlines()[-1]
+    assert re.match(r"\d+ passed", last), last
+    assert "skipped" not in last
+    assert int(last.split()[0]) >= least
+
+
+def compiled(
+    kernel: Any,
+    types: dict[str, Any],
+    constants: dict[str, Any],
+    arch: int,
+    warps: int,
+    stages: int = 3,
+) -> Any:
+    """`kernel` compiled as a launch finds it.
+
+    Pointers are torch's allocator's, and the integers that Triton specialises multiples of 16.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+
+    def aligned(name: str) -> bool:
+        kind = signature[name]
+        return str(kind).startswith("*") or (kind == "i32" and name not in kernel.do_not_specialize)
+
+    hints = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if aligned(name)
+    }
+    source = ASTSource(kernel, signature, constants, hints)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+class Report(NamedTuple):
+    """Of `ptxas -v`: registers of a thread, and bytes of stack, spill stores and spill loads."""
+
+    registers: int
+    stack: int
+    stores: int
+    loads: int
+
+    @property
+    def spilled(self) -> int:
+        return max(self.stack, self.stores, self.loads)
+
+
+def ptxas(ptx: str, folder: Path) -> Report:
+    """What ptxas says of a kernel."""
+    (folder / "kernel.ptx").write_text(ptx)
+    # Of several the newest, whose name comes last, knows every version of PTX that Triton writes.
+    tool = max(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
+    target = re.search(r"\.target (\w+)", ptx)
+    assert target is not None
+    done = subprocess.run(
+        [tool, "-v", f"--gpu-name={target[1]}", "kernel.ptx", "-o", "kernel.cubin"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) .*stores, (\d+)", done.stderr)
+    assert registers is not None
+    assert frame is not None
+    return Report(int(registers[1]), *map(int, frame.groups()))
+
+
+def note_compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """Kernels and the keys that Triton would compile them under for an H100, of every launch.
+
+    Launches compute nothing then, and take CPU tensors.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found: list[tuple[str, str]] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        _, specialization, rest = bind(*args, **options)
+        found.append((self.__name__, f"{specialization} {rest}"))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return found
