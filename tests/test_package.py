@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import multiprocessing
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,16 @@ def copy_python_only(folder: Path) -> None:
 def test_one_version() -> None:
     assert importlib.metadata.version("segkernels") == segkernels.__version__
     assert _native.C().build_info()["version"] == segkernels.__version__
+
+
+def test_the_oldest_torch_allowed_is_the_oldest_tested() -> None:
+    root = Path(__file__).resolve().parent.parent
+    (allowed,) = re.findall(r'"torch>=([\d.]+)"', (root / "pyproject.toml").read_text())
+    (tested,) = re.findall(
+        r"^torch==([\d.]+)$", (root / ".ci/oldest.txt").read_text(), re.MULTILINE
+    )
+    assert tested == f"{allowed}.0"
+    assert f"torch {allowed} or newer" in (root / "README.md").read_text()
 
 
 def test_is_typed() -> None:

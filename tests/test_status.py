@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -181,3 +183,34 @@ def test_check_of_the_cpu_leaves_cuda_alone():
     segkernels.check("cpu")
     with pytest.raises(ValueError, match="features"):
         segkernels.check("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "call",
+    [
+        "segkernels.interpolate(x, (16, 24), mode='bilinear')",
+        "segkernels.max_unpool2d(*segkernels.max_pool2d(x, 2, return_codes=True), 2)",
+        "segkernels.upsample_cross_entropy(x, target)",
+        "segkernels.dense_crf(255 * x[0], probs, max_vertices=1000)",
+    ],
+)
+def test_the_first_call_may_be_captured(call, tmp_path):
+    """Nothing that the module loads, or asks the device for, is refused in a CUDA graph."""
+    code = f"""
+import torch
+import segkernels
+
+x, probs = torch.rand(1, 3, 8, 12, device="cuda"), torch.full((2, 8, 12), 0.5, device="cuda")
+target = torch.zeros(1, 16, 24, dtype=torch.int64, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out = {call}
+graph.replay()
+assert torch.equal(out, {call})
+segkernels.check()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

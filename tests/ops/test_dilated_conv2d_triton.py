@@ -451,6 +451,8 @@ def test_pointers_and_the_small_kernels_compile_without_spills(
         kernel, types, constants = convolution(dtype, config, False, "plain")
         constants["WIDE"] = wide
         found[f"pointers {wide}"] = compiled_as(config, kernel, types, constants, arch)
+        # Channels are specialised for this: copies of 16 bytes.
+        assert "cp.async.cg" in found[f"pointers {wide}"].asm["ptx"]
     config = shipped("forward", dtype, 2048, 256)._replace(warps=4)
     types = {"y": f"*{dtype}", "sums": "*fp32"}
     constants = {"BRANCHES": 1, "BN": 8, "BH": 4, "BW": 4, "BC": 256, "BP": 32, "WIDE": False}

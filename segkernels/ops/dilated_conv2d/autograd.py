@@ -37,10 +37,11 @@ Mask = tuple[bool, bool]
 
 def convolve(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
     """Convolve the 4-D `x`, with the epilogue `e`."""
-    if x.is_meta or _op.through_dispatcher(x, weight, *e.tensors):
+    *tensors, _ = e
+    if x.is_meta or _op.through_dispatcher(x, weight, *tensors):
         out: torch.Tensor = torch.ops.segkernels.dilated_conv2d(x, weight, *e, *c)
         return out
-    if _op.wants_grad(x, weight, *e.tensors):
+    if _op.wants_grad(x, weight, *tensors):
         recorded: torch.Tensor = DilatedConv2d.apply(x, weight, *e, c)
         return recorded
     return backends.forward(x, weight, e, c)

@@ -76,14 +76,9 @@ class Epilogue(NamedTuple):
     residual: torch.Tensor | None = None
     activation: str | None = None
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """Those that gradients reach."""
-        return self.bias, self.scale, self.shift, self.residual
-
     def widened(self) -> Epilogue:
         """In float32."""
-        bias, scale, shift, residual = (None if t is None else t.float() for t in self.tensors)
+        bias, scale, shift, residual = (None if t is None else t.float() for t in self[:4])
         return Epilogue(bias, scale, shift, residual, self.activation)
 
     def folded_shift(self) -> torch.Tensor | None:

@@ -288,7 +288,7 @@ def epilogue_(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
     """The epilogue in place on `y`, contiguous or channels_last; the residual laid out as `y`."""
     from segkernels.ops.dilated_conv2d import triton_kernels as kernels
 
-    if y.numel() == 0 or not any((*(t is not None for t in e.tensors), e.activation)):
+    if y.numel() == 0 or all(part is None for part in e):
         return y
     channels_last = not y.is_contiguous()
     residual = e.residual
