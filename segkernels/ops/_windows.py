@@ -18,6 +18,11 @@ MAX_CELLS = 256
 _LIMIT = 2**31
 
 
+def many_cells(kernel_size: Pair) -> bool:
+    """Whether a window has too many cells for codes."""
+    return kernel_size[0] * kernel_size[1] > MAX_CELLS
+
+
 class Windows(NamedTuple):
     """Windows over planes, (rows, columns) each.
 
@@ -42,7 +47,7 @@ class Windows(NamedTuple):
     @property
     def many_cells(self) -> bool:
         """Whether a window has too many cells for codes."""
-        return self.kernel_size[0] * self.kernel_size[1] > MAX_CELLS
+        return many_cells(self.kernel_size)
 
     @property
     def tile_the_plane(self) -> bool:

@@ -75,9 +75,9 @@ def dilated_conv2d(
         activation: None or "relu".
         backend: "auto" chooses; "torch" (oneDNN, cuDNN) takes everything, "triton" and
             "sm90" (CUDA; stride and groups 1, kernels up to 7 x 7, no float64) raise where they
-            cannot. They multiply float32 as tf32 where ``torch.backends.cudnn.conv`` lets cuDNN
-            (rounded to it first, but by Triton 3.6, and where memory is unaligned, cut off); else
-            "triton" multiplies float32 slowly and "sm90" raises.
+            cannot. They multiply float32 as tf32 where ``torch.backends.cudnn.conv`` lets cuDNN,
+            rounded first (with Triton 3.6, or tensors that are not aligned for its descriptors,
+            "triton" cuts off instead); else "triton" multiplies float32 slowly and "sm90" raises.
 
     Returns:
         [N, C_out, H_out, W_out] (or without N), in `input`'s dtype. As torch's, channels_last where

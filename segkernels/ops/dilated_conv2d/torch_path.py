@@ -99,7 +99,7 @@ def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
         scale, shift = e.scale.to(dtype), e.folded_shift()
         shift = torch.zeros_like(scale) if shift is None else shift.to(dtype)
         mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
-        # Not F.batch_norm: before torch 2.12 it refuses eps=0.
+        # Not F.batch_norm: that of torch 2.11 refuses eps=0.
         out = torch.batch_norm(out, scale, shift, mean, variance, False, 0.0, 0.0, False)
     if e.residual is not None:
         out = out.add_(e.residual)

@@ -97,10 +97,10 @@ def max_pool2d(
     plan = _plan if _op.through_dispatcher(input) else _known_plan
     channels_last = batched and _op.is_channels_last(input)
     w = plan(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode))
-    if return_codes and w.many_cells:
+    if return_codes and _windows.many_cells(kernel):
         raise ValueError(
             f"max_pool2d: return_codes needs a window of at most {_windows.MAX_CELLS} cells "
-            f"(16x16), got kernel_size={w.kernel_size}"
+            f"(16x16), got kernel_size={kernel}"
         )
     x = input if batched else input.unsqueeze(0)
     if return_indices or return_codes:
