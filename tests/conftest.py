@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +16,11 @@ import torch
 
 import segkernels
 from segkernels import _native
+
+# Inductor keeps code for 8 and for 16 lanes under one key, and the one run as the other crashes: so
+# a folder for each capability, which ATEN_CPU_CAPABILITY limits.
+_folder = f"segkernels-inductor-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _folder))
 
 # A first call compiles or warms up something, so a per-example deadline would only flake.
 hypothesis.settings.register_profile("segkernels", deadline=None, print_blob=True)
