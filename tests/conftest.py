@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import json
 import os
 import tempfile
@@ -19,7 +18,7 @@ from segkernels import _native
 
 # Inductor keeps code for 8 and for 16 lanes under one key, and the one run as the other crashes: so
 # a folder for each capability, which ATEN_CPU_CAPABILITY limits.
-_folder = f"segkernels-inductor-{getpass.getuser()}-{torch.backends.cpu.get_cpu_capability()}"
+_folder = f"segkernels-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _folder))
 
 # A first call compiles or warms up something, so a per-example deadline would only flake.
