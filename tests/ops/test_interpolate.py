@@ -163,6 +163,10 @@ def check_equals_torch(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     other_sums = x.is_cuda and kwargs["mode"] == "bicubic" and x.dtype != torch.float64
     rtol = max(rtol, 1e-6) if other_sums else rtol
     atol = 1e-12 if x.dtype == torch.float64 else 2e-6
+    if not x.is_cuda and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        # Without FMA torch rounds a coordinate once more: half an ulp of it, times a slope.
+        half_ulp = 2**-53 if x.dtype == torch.float64 else 2**-24
+        atol += half_ulp * max(x.shape[2:]) * float(x.max() - x.min())
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
 
 
