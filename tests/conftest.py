@@ -1,13 +1,23 @@
-"""Shared by every test: devices, seeds, and what the run's header says."""
+"""Shared by every test: which run, devices, seeds, and what the run's header says.
+
+`pytest` leaves out what is marked `nightly`, unless `--nightly` or `-m` names it, and what is
+marked `gpu` where torch sees no GPU, unless `--gpu` is given. Hypothesis tries 25 examples, the
+same each time, and under `nightly` 200 new ones.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
+
+# Small tensors on two threads cost three times the time of the processor: the threads wait by
+# spinning. Tests that are about threads set their number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -22,8 +32,24 @@ _folder = f"segkernels-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capabi
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _folder))
 
 # A first call compiles or warms up something, so a per-example deadline would only flake.
-hypothesis.settings.register_profile("segkernels", deadline=None, print_blob=True)
-hypothesis.settings.load_profile("segkernels")
+hypothesis.settings.register_profile(
+    "quick", deadline=None, print_blob=True, max_examples=25, derandomize=True
+)
+hypothesis.settings.register_profile("nightly", deadline=None, print_blob=True, max_examples=200)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run what is marked nightly as well")
+    parser.addoption("--gpu", action="store_true", help="collect the gpu tests without a GPU too")
+
+
+def _nightly(config: pytest.Config) -> bool:
+    return bool(config.getoption("--nightly") or re.search(r"\bnightly\b", config.option.markexpr))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--hypothesis-profile") is None:
+        hypothesis.settings.load_profile("nightly" if _nightly(config) else "quick")
 
 
 def pytest_report_header() -> str:
@@ -31,19 +57,25 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, segkernels._C: {built}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Not skipped where torch sees a GPU and segkernels was built without CUDA: that must fail.
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+@pytest.hookimpl(tryfirst=True)  # -m comes after it, and hides what it leaves out
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unwanted = {"nightly"} - ({"nightly"} if _nightly(config) else set())
+    # With a GPU but segkernels built without CUDA the gpu tests run, and must fail.
+    if not config.getoption("--gpu") and not torch.cuda.is_available():
+        unwanted.add("gpu")
+    kept = [item for item in items if not any(map(item.get_closest_marker, unwanted))]
+    left_out = set(items) - set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = kept
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _as_at_first() -> Iterator[None]:
+    """The seed, and after a test the number of threads."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,17 @@ import pytest
 import torch
 
 import segkernels
+from segkernels.ops.permutohedral.lattice import MAX_DIMS
 from segkernels.ops.permutohedral.reference import barycentric, elevate, simplex
+
+# Each number of dimensions is a kernel of its own; a few of them in the quick part.
+EVERY_DIMS = pytest.mark.parametrize(
+    "dims",
+    [
+        pytest.param(d, marks=[] if d in (1, 2, 3, 5, 16) else [pytest.mark.slow])
+        for d in range(1, MAX_DIMS + 1)
+    ],
+)
 
 
 def weights_of(points: torch.Tensor) -> torch.Tensor:
@@ -40,17 +50,6 @@ def inside(
         points[bad] = draw(int(bad.sum()))
     points = points.double().view(shape[0], -1, shape[1])
     return points.transpose(1, 2).reshape(tuple(shape)).contiguous()
-
-
-@contextmanager
-def on_one_thread() -> Iterator[None]:
-    """For many tiny calls, where waking a second thread takes most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager

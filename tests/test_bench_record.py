@@ -105,6 +105,7 @@ def test_the_tables(tmp_path: Path) -> None:
     assert "(benchmarks/results/cpu/report.md)" in said
 
 
+@pytest.mark.slow
 def test_recording_a_run_writes_results_report_and_readme(tmp_path: Path) -> None:
     done = record(tmp_path, "--from", str(several(tmp_path / "run.json")))
     assert done.returncode == 0, done.stderr
@@ -141,6 +142,7 @@ def test_recording_a_run_writes_results_report_and_readme(tmp_path: Path) -> Non
     assert both.index("results/cpu/") < both.index("results/nvidia-h100-80gb-hbm3/")
 
 
+@pytest.mark.slow
 def test_a_busy_machine_is_refused_or_named(tmp_path: Path) -> None:
     run = str(several(tmp_path / "run.json", others=0.6))
     refused = record(tmp_path, "--from", run)

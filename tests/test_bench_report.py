@@ -129,6 +129,7 @@ def test_words_in_a_page_are_escaped(tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;" in page
 
 
+@pytest.mark.slow
 def test_plots_show_something_and_are_the_same_each_time(several: results.Run) -> None:
     first, second = plots.all_plots(several), plots.all_plots(several)
     assert [plot.svg for plot in first] == [plot.svg for plot in second]

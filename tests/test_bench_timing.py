@@ -262,6 +262,7 @@ def test_times_agree_with_triton(what: str) -> None:
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+@pytest.mark.slow
 def test_json_times_are_those_that_pytest_benchmark_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,19 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lattice_points import on_one_thread, raises_for_values
+from lattice_points import raises_for_values
 from PIL import Image
 
 from segkernels import PairwiseTerm, dense_crf, permutohedral_filter, probs_from_labels
 from segkernels.ops.dense_crf import reference
 
 SIZE = (9, 11)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
 
 
 def picture(*shape: int, seed: int = 0) -> np.ndarray:

@@ -73,28 +73,33 @@ def peak(height: int, width: int, classes: int, backward: bool = False) -> int:
     return int(result.stdout)
 
 
+@pytest.mark.slow
 def test_the_usual_case_needs_at_most_300_mb():
     result = 4 * 21 * 512 * 512
     needed = peak(512, 512, 21)
     assert result < needed <= 300e6
 
 
+@pytest.mark.slow
 def test_linear_in_pixels():
     small, large = peak(512, 512, 21), peak(1024, 1024, 21)
     assert large <= 4.4 * small
 
 
+@pytest.mark.slow
 def test_20_megapixels_fit_in_12_gb():
     # By the bytes a pixel: in proportion, as the test above shows. Image and probabilities too.
     a_pixel = peak(1024, 1024, 21) / 1024**2 + 3 + 4 * 21
     assert 20e6 * a_pixel <= 12e9
 
 
+@pytest.mark.slow
 def test_memory_is_seen_at_all():
     # Twice the classes need more, though not twice as much: the lattice stays.
     assert 1.3 * peak(256, 256, 21) < peak(256, 256, 42) < 2.1 * peak(256, 256, 21)
 
 
+@pytest.mark.slow
 def test_a_gradient_needs_a_few_more_rows_a_pixel():
     forward, backward = peak(256, 256, 21), peak(256, 256, 21, backward=True)
     rows = 4 * 24 * 256 * 256

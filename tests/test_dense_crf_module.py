@@ -5,23 +5,15 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from lattice_points import on_one_thread
 from torch import nn
 
 from segkernels import DenseCRF, PairwiseTerm, dense_crf
 
 SIGMAS = ("sxy_gaussian", "sxy_bilateral", "srgb")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
 
 
 def batch(device: torch.device, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -344,6 +336,7 @@ def train(crf: DenseCRF | None, device: torch.device) -> tuple[list[float], floa
     return losses, float(nn.functional.nll_loss(out, labels)), accuracy
 
 
+@pytest.mark.slow
 def test_trains_in_a_network_and_beats_the_unary(device):
     crf = DenseCRF(
         3,

@@ -162,7 +162,10 @@ def run_whole_group(code: str, timeout: float) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [case if case == "process" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_forked_children(case):
     status, output = run_whole_group(PARENT + CASES[case] + AFTER, timeout=60)
     assert status == 0, output

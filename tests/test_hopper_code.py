@@ -43,7 +43,7 @@ def test_a_kernel_without_its_instructions_is_found(report: ModuleType) -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_machine_code(
     source: Path, report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,7 @@ def test_import_without_gpu_or_compiler_or_native_code(tmp_path: Path) -> None:
     assert "pip install" in done.stdout
 
 
+@pytest.mark.slow
 def test_source_folder_is_named_when_it_hides_the_installed_package(tmp_path: Path) -> None:
     copy_python_only(tmp_path)
     (tmp_path / "setup.py").touch()
@@ -80,6 +81,7 @@ def test_source_folder_is_named_when_it_hides_the_installed_package(tmp_path: Pa
     assert "imported segkernels from its source folder" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_native_code_of_another_version_is_refused(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "segkernels")
     (tmp_path / "segkernels/_version.py").write_text('__version__ = "99.0"\n')
@@ -88,6 +90,7 @@ def test_native_code_of_another_version_is_refused(tmp_path: Path) -> None:
     assert f"built from segkernels {segkernels.__version__}" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_unloadable_native_code_keeps_its_reason(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "segkernels")
     for module in (tmp_path / "segkernels").glob("_C.*"):
@@ -99,13 +102,9 @@ def test_unloadable_native_code_keeps_its_reason(tmp_path: Path) -> None:
 
 
 def test_threads_are_torchs() -> None:
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert _native.num_threads() == 3
-        assert _native.where(torch.zeros(1)) == (-1, 0, 3)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(3)
+    assert _native.num_threads() == 3
+    assert _native.where(torch.zeros(1)) == (-1, 0, 3)
 
 
 def _threads_in_child(queue: multiprocessing.Queue[tuple[int, int, float]]) -> None:
@@ -119,6 +118,7 @@ def _threads_in_child(queue: multiprocessing.Queue[tuple[int, int, float]]) -> N
 )
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_forked_child_runs_on_one_thread() -> None:
+    torch.set_num_threads(2)
     torch.ones(4_000_000).sum()  # starts libgomp's threads in the parent
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,6 @@ def blocks(language: str, needs: str = "") -> list[str]:
     found = [(n, text) for n, lang, text in BLOCK.findall(README) if lang == language]
     assert all(n in ("", "pydensecrf", "gpu") for n, _ in found)
     return [text for n, text in found if n == needs]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    # The pictures are small, and threads that spin make minutes of seconds on a busy machine.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -475,6 +475,7 @@ def test_demo_unwritable(tmp_path):
     assert "cannot be made" in printed
 
 
+@pytest.mark.slow
 def test_scene_is_the_same_each_time():
     first, second = draw_scene(), draw_scene()
     assert np.array_equal(first.photograph, second.photograph)
@@ -499,6 +500,7 @@ def test_help_lists_the_commands():
     assert "--srgb" in run("refine", "--help")
 
 
+@pytest.mark.slow
 def test_as_a_process(tmp_path, scene):
     command = [sys.executable, "-c", "from segkernels.cli import main; main()", "refine"]
     files = [str(tmp_path / "image.png"), str(tmp_path / "grey.png"), "-o", str(tmp_path / "o.png")]

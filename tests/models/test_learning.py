@@ -5,7 +5,6 @@ Ground everywhere is a mean IoU of about 0.15.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -65,16 +64,6 @@ DEEPER = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    # In small layers threads that wait for each other cost more than they bring.
-    before = torch.get_num_threads()
-    if "run" in request.fixturenames:
-        torch.set_num_threads(2 if request.getfixturevalue("run").size >= 80 else 1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def pictures(count: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return draw(count, size, seed)
@@ -103,7 +92,7 @@ def train(run: Run, seed: int) -> float:
     return mean_iou(model.eval().predict(images), labels)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_learns(run: Run) -> None:
     # So short a training depends on its start, and that on the processor's rounding: a bad one is

@@ -20,7 +20,17 @@ from segkernels.models import _registry
 every = pytest.mark.parametrize("case", CASES, ids=str)
 # For what takes seconds: those whose layers are not all in another one.
 PARTS = ("fcn32s", "fcn16s", "unet-valid", "dilatednet_frontend", "pspnet50")
-once = pytest.mark.parametrize("case", [c for c in CASES if str(c) not in PARTS], ids=str)
+# Unpooling, and a pyramid behind a ResNet, at every run; the rest at night.
+QUICK = ("segnet", "deeplab_v3_resnet50")
+once = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[] if str(c) in QUICK else [pytest.mark.nightly])
+        for c in CASES
+        if str(c) not in PARTS
+    ],
+    ids=str,
+)
 
 
 def spec_of(case: Case) -> _registry.Spec:
@@ -57,6 +67,7 @@ def test_the_list_of_models() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "count"), PARAMETERS, ids=[f"{n}-{c}" for n, _, c in PARAMETERS]
 )
+@pytest.mark.slow
 def test_parameters_are_those_of_the_paper(
     name: str, arguments: dict[str, Any], count: int
 ) -> None:
@@ -179,7 +190,9 @@ def test_layouts_and_autocast(case: Case) -> None:
 
 
 @once
-@pytest.mark.parametrize("backend", ["segkernels", "torch"])
+@pytest.mark.parametrize(
+    "backend", ["segkernels", pytest.param("torch", marks=pytest.mark.nightly)]
+)
 def test_compiles(case: Case, backend: str) -> None:
     model, images = as_if_trained(case.build(backend)).eval(), case.images(1)
     torch.compiler.reset()
@@ -194,7 +207,13 @@ def test_compiles(case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in CASES if c.name in ("fcn8s", "unet", "deeplab_v3_resnet50") and not c.label],
+    [
+        pytest.param(
+            c, marks=pytest.mark.slow if c.name == "deeplab_v3_resnet50" else pytest.mark.nightly
+        )
+        for c in CASES
+        if c.name in ("fcn8s", "unet", "deeplab_v3_resnet50") and not c.label
+    ],
     ids=str,
 )
 def test_compiles_for_training(case: Case) -> None:
@@ -214,7 +233,7 @@ def test_compiles_for_training(case: Case) -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.name in ("fcn8s", "deeplab_v3_resnet50")], ids=str
 )

@@ -246,6 +246,32 @@ def test_deeplab_subsamples_the_fully_connected_layers(
         )
 
 
+@pytest.mark.parametrize("backend", ["segkernels", "torch"])
+@pytest.mark.parametrize(
+    ("name", "more", "rates"),
+    [
+        # conv5 at 2, and what follows it.
+        ("deeplab_v1", {}, [2, 2, 2, 12]),
+        ("deeplab_v1", {"field": "4x4"}, [2, 2, 2, 4]),
+        ("deeplab_v2_vgg16", {}, [2, 2, 2, 6, 12, 18, 24]),
+        ("dilatednet", {}, [2, 2, 2, 4, 2, 4, 8, 16]),
+        # One block of layer3 goes on at the stride of layer2, and layer4 at 2 and 4.
+        ("deeplab_v2_resnet101", {"layers": (1, 1, 2, 2)}, [2, 2, 4, 6, 12, 18, 24]),
+        ("deeplab_v3_resnet50", {"layers": (1, 1, 2, 2)}, [2, 2, 4, 12, 24, 36]),
+        ("deeplab_v3plus_resnet101", {"layers": (1, 1, 2, 2)}, [2, 6, 12, 18]),
+    ],
+    ids=str,
+)
+def test_rates_are_those_of_the_paper(
+    name: str, more: dict[str, Any], rates: list[int], backend: str
+) -> None:
+    with torch.device("meta"):
+        model = models.create_model(name, backend=backend, **more)
+    convs = [part for part in model.modules() if isinstance(part, torch.nn.Conv2d)]
+    assert [conv.dilation[0] for conv in convs if conv.dilation != (1, 1)] == rates
+    assert all(conv.dilation[0] == conv.dilation[1] for conv in convs)
+
+
 @pytest.mark.parametrize("name", ["segnet", "deconvnet"])
 def test_vgg16_bn_loads(name: str) -> None:
     state, model = vgg_state(True, 16, 256), models.create_model(name, width=1 / 16)
@@ -374,6 +400,7 @@ def test_flops_are_those_of_a_hand_count() -> None:
     assert _summary.flops(model, 32, 48) == found
 
 
+@pytest.mark.slow
 def test_command_prints_every_model() -> None:
     ran = CliRunner().invoke(app, ["models", "--json"])
     assert ran.exit_code == 0, ran.output

@@ -141,6 +141,7 @@ def test_one_call_joins_the_branches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", ["v3", "v2"])
+@pytest.mark.slow
 def test_compiles_exports_keeps_the_layout_and_takes_autocast(form: Any) -> None:
     torch.compiler.reset()
     module, x = built(form, torch.float32).eval(), image(torch.float32)

@@ -84,6 +84,7 @@ def test_backends_agree_forward_and_backward(padding: Any) -> None:
         torch.testing.assert_close(mine, other)
 
 
+@pytest.mark.slow
 def test_compiles_exports_keeps_the_layout_and_takes_autocast() -> None:
     torch.compiler.reset()
     module, x = scattered(ContextModule(3)), torch.randn(2, 3, 7, 9)

@@ -315,6 +315,7 @@ def test_a_replica_has_a_fold_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("variant", ["dilated", "no norm", "no statistics"])
+@pytest.mark.slow
 def test_compiles_whole_and_exports(variant: str) -> None:
     torch.compiler.reset()
     layer, x = built(variant, torch.float32).eval(), image(torch.float32)

@@ -22,7 +22,11 @@ torch.set_num_threads(1)
 
 # The interpreter cuts bfloat16 off where a GPU rounds.
 ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6}
-DTYPES = pytest.mark.parametrize("dtype", list(ACCURACY), ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(d, marks=[] if d == torch.float32 else [pytest.mark.nightly]) for d in ACCURACY],
+    ids=str,
+)
 
 
 def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:

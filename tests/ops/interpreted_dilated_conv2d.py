@@ -99,6 +99,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 
 @settings(max_examples=14, deadline=None, derandomize=True, print_blob=False)
 @given(p=problems())
+@pytest.mark.nightly
 def test_any_convolution_and_its_gradients_against_float64(p: dict[str, Any]) -> None:
     out_channels, *kernel = p["w"]
     x = torch.randn(p["x"]).to(p["dtype"])
@@ -106,8 +107,18 @@ def test_any_convolution_and_its_gradients_against_float64(p: dict[str, Any]) ->
     check(x, w, p["padding"], p["dilation"], p["given"], p["relu"])
 
 
-@pytest.mark.parametrize("dtype", list(ACCURACY), ids=str)
-@pytest.mark.parametrize("channels", [40, 21], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize(
+    ("channels", "dtype"),
+    [
+        # One of each at every run.
+        pytest.param(c, d, id=f"{name}-{d}", marks=[] if d == quick else [pytest.mark.nightly])
+        for c, name, quick in (
+            (40, "descriptors", torch.bfloat16),
+            (21, "pointers", torch.float32),
+        )
+        for d in ACCURACY
+    ],
+)
 def test_long_loops_are_cut(
     channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,8 +145,12 @@ def test_long_loops_are_cut(
     plan.cut.cache_clear()
 
 
-@pytest.mark.parametrize("branches", [1, 3])
-@pytest.mark.parametrize("channels", [96, 90], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("branches", [1, pytest.param(3, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "channels",
+    [96, pytest.param(90, marks=pytest.mark.nightly)],
+    ids=["descriptors", "pointers"],
+)
 def test_whole_tiles_beside_cut_ones(
     channels: int, branches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +215,17 @@ def test_weight_gradients_are_summed_in_parts(monkeypatch: pytest.MonkeyPatch) -
     assert distance(triton_path.weight_gradient(grad, x, g), exact[0]) <= 1e-6
 
 
-@pytest.mark.parametrize("box", [(4, 4, 8), (8, 4, 4), (1, 8, 16), (2, 16, 4), (1, 32, 4)], ids=str)
+@pytest.mark.parametrize(
+    "box",
+    [
+        (8, 4, 4),
+        *(
+            pytest.param(box, marks=pytest.mark.nightly)
+            for box in ((4, 4, 8), (1, 8, 16), (2, 16, 4), (1, 32, 4))
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("channels", [16, 5], ids=["descriptors", "pointers"])
 def test_boxes(box: Any, channels: int) -> None:
     config = plan.Config(box, 32, 16, 4, 3)
@@ -225,7 +250,11 @@ def test_a_residual_is_added_in_slices(parts: int, monkeypatch: pytest.MonkeyPat
     plan.cut.cache_clear()
 
 
-@pytest.mark.parametrize("channels", [24, 21], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize(
+    "channels",
+    [24, pytest.param(21, marks=pytest.mark.nightly)],
+    ids=["descriptors", "pointers"],
+)
 def test_branches_in_one_launch(channels: int) -> None:
     x = torch.randn(2, channels, 13, 12)
     rates = (2, (5, 4), 12)

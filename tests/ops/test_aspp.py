@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
 from ops.suite import Error, Float, Sample, message
@@ -184,19 +184,13 @@ class TestAspp(suite.OpSuite):
     ) -> None:
         assert distance(ours, expected) <= ACCURACY[dtype]
 
-    def test_the_number_of_threads_changes_nothing(self, sample: Sample) -> None:
-        before = torch.get_num_threads()
-        found = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                built = suite.build(sample, torch.float32, grad=True)
-                found.append((*built.of(flat), *suite.gradients(built, flat)))
-        finally:
-            torch.set_num_threads(before)
-        for other in found[1:]:
-            for a, b in zip(found[0], other, strict=True):
-                assert distance(a, b) <= ACCURACY[torch.float32]
+    def assert_same_again(
+        self, again: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> None:
+        if first[0].is_cuda:
+            return super().assert_same_again(again, first, dtype)
+        for a, b in zip(again, first, strict=True):
+            assert distance(a, b) <= ACCURACY[dtype]
 
     def _compare_compiled(self, compiled: Any, sample: Sample, device: str) -> None:
         found = []
@@ -260,7 +254,6 @@ def test_equals_torchs_layers(layout: torch.memory_format) -> None:
     assert out.is_contiguous(memory_format=layout)
 
 
-@settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_any_branches(data: Any) -> None:
     size = st.integers(1, 9)

@@ -19,11 +19,13 @@ HERE = Path(__file__).parent
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-@pytest.mark.slow
 @triton_tools.interpreter
-def test_interpreted() -> None:
-    """Runs interpreted_aspp.py, all of it."""
-    triton_tools.run_interpreted_tests(HERE / "interpreted_aspp.py", 15)
+@pytest.mark.parametrize(
+    ("nightly", "least"), [(False, 7), pytest.param(True, 15, marks=pytest.mark.nightly)]
+)
+def test_interpreted(nightly: bool, least: int) -> None:
+    """Runs interpreted_aspp.py, in float32 or all of it."""
+    triton_tools.run_interpreted_tests(HERE / "interpreted_aspp.py", least, nightly)
 
 
 def test_branches_are_cut_where_few_tiles_leave_the_device_idle() -> None:
@@ -34,7 +36,7 @@ def test_branches_are_cut_where_few_tiles_leave_the_device_idle() -> None:
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_sum_compiles_without_spills(dtype: str, arch: int, tmp_path: Path) -> None:

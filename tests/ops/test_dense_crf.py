@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -17,26 +17,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import inside, on_one_thread, poisoned, raises_for_values, told_by_check
+from lattice_points import EVERY_DIMS, inside, poisoned, raises_for_values, told_by_check
 
 import segkernels
 from segkernels.ops.dense_crf import MAX_TERMS, Config, autograd, mean_field, reference
 from segkernels.ops.dense_crf.gradients import gradients
-from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS
+from segkernels.ops.permutohedral.lattice import NORMALIZATIONS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DTYPES = (torch.float32, torch.float64)
 KINDS = ("probs", "logits", "unary")
 COMPATS = ("potts", "diagonal", "matrix")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many tiny calls: waking a second thread would take most of the time. Tests of threads set
-    their own number."""
-    with on_one_thread():
-        yield
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -168,7 +160,7 @@ def test_defaults_on_numpy_agree_with_pydensecrf(size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+@EVERY_DIMS
 def test_agrees_with_reference(dims, dtype, device):
     features = overlapping(dims, 5, 7)
     for normalization, kind, compat in zip(
@@ -190,7 +182,7 @@ def test_agrees_with_reference(dims, dtype, device):
         assert float((want - scores.softmax(1)).abs().max()) > 1e-2
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_any_call_agrees_with_reference(data, seed, device):
     draw = data.draw
@@ -238,7 +230,10 @@ def test_any_number_of_classes(channels, compat, device):
                 assert_near(got.sum(1), torch.ones(2, 30), 1e-6)
 
 
-@pytest.mark.parametrize("spatial", [(1, 20011), (131, 137), (3, 67, 101)])
+@pytest.mark.parametrize(
+    "spatial",
+    [(131, 137), *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 20011), (3, 67, 101)))],
+)
 def test_images_of_several_tiles(spatial, device):
     points = torch.Size(spatial).numel()
     line = torch.linspace(0, 40, points, dtype=torch.float64)
@@ -387,7 +382,7 @@ def test_gradcheck(kind, compat, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+@EVERY_DIMS
 def test_gradients_agree_with_reference(dims, dtype, device):
     kind, compat = KINDS[dims % 3], COMPATS[dims % 3]
     config = config_of(
@@ -518,17 +513,14 @@ def assert_same_on_threads(
     mu = [torch.tensor(2.0), torch.randn(scores.shape[1])]
     matrices = [torch.randn(scores.shape[1], scores.shape[1]), torch.tensor(-1.0)]
     config = config_of(*spatial, normalization=["symmetric", "after"], iterations=3)
-    before, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            leaves = leaves_of([scores, *features, *mu])
-            out = mean_field(leaves[0], leaves[1:3], leaves[3:], config)
-            grads = torch.autograd.grad(out.square().sum(), leaves)
-            other = mean_field(scores, features, matrices, config)
-            found.append([out.detach(), *grads, other])
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaves = leaves_of([scores, *features, *mu])
+        out = mean_field(leaves[0], leaves[1:3], leaves[3:], config)
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        other = mean_field(scores, features, matrices, config)
+        found.append([out.detach(), *grads, other])
     assert all(bool(t.isfinite().all()) for t in found[0])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
 from ops.suite import Error, Float, Sample, message
@@ -62,7 +62,9 @@ class TestDilatedConv2d(suite.OpSuite):
             grad=True,
             compile=True,
         ),
-        Sample("plain", (Float(2, 3, 6, 5), Float(4, 3, 3, 3), None, 1, 1), grad=True),
+        Sample(
+            "plain", (Float(2, 3, 6, 5), Float(4, 3, 3, 3), None, 1, 1), grad=True, only_gpu=True
+        ),
         Sample("bias", (Float(1, 3, 4, 5), Float(2, 3, 1, 1), Float(2)), grad=True, compile=True),
         Sample(
             "scaled",
@@ -82,9 +84,13 @@ class TestDilatedConv2d(suite.OpSuite):
             {"scale": Float(6), "shift": Float(6)},
             grad=True,
         ),
-        Sample("far taps", (Float(1, 3, 5, 5), Float(2, 3, 3, 3), None, 1, 24, 24)),
-        Sample("21 channels", (Float(1, 21, 9, 9), Float(21, 21, 3, 3), Float(21), 1, 4, 4)),
-        Sample("7x7", (Float(1, 2, 9, 8), Float(3, 2, 7, 7), None, 1, "same")),
+        Sample("far taps", (Float(1, 3, 5, 5), Float(2, 3, 3, 3), None, 1, 24, 24), only_gpu=True),
+        Sample(
+            "21 channels",
+            (Float(1, 21, 9, 9), Float(21, 21, 3, 3), Float(21), 1, 4, 4),
+            only_gpu=True,
+        ),
+        Sample("7x7", (Float(1, 2, 9, 8), Float(3, 2, 7, 7), None, 1, "same"), only_gpu=True),
     ]
     errors = [
         Error("activation", call(activation="gelu"), ValueError, "activation.*'gelu'"),
@@ -122,6 +128,7 @@ class TestDilatedConv2d(suite.OpSuite):
         Error("scale type", call(scale=2.0), TypeError, "'scale' must be Tensor"),
     ]
 
+    # On the CPU the kernels are torch's; the samples that are left have something of ours.
     # torch's convolution sums in an order that depends on the layout and the threads, and inductor
     # compiles what the backward does around it in its own way.
 
@@ -130,20 +137,13 @@ class TestDilatedConv2d(suite.OpSuite):
     ) -> None:
         assert distance(ours, expected) <= ACCURACY[dtype]
 
-    def test_the_number_of_threads_changes_nothing(self, sample: Sample) -> None:
-        before = torch.get_num_threads()
-        found = []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                grad_call = suite.build(sample, torch.float32, grad=True)
-                out = grad_call.of(segkernels.dilated_conv2d)
-                found.append((*out, *suite.gradients(grad_call, segkernels.dilated_conv2d)))
-        finally:
-            torch.set_num_threads(before)
-        for other in found[1:]:
-            for a, b in zip(found[0], other, strict=True):
-                assert distance(a, b) <= ACCURACY[torch.float32]
+    def assert_same_again(
+        self, again: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> None:
+        if first[0].is_cuda:
+            return super().assert_same_again(again, first, dtype)
+        for a, b in zip(again, first, strict=True):
+            assert distance(a, b) <= ACCURACY[dtype]
 
     def _compare_compiled(self, compiled: Any, sample: Sample, device: str) -> None:
         found = []
@@ -253,7 +253,6 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60)
 @given(problem=problems(), dtype=st.sampled_from(list(ACCURACY)))
 def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)  # for an example, not for the run of them
@@ -478,7 +477,6 @@ def test_taps_left_out_are_those_whose_box_misses_the_image(kernel: int, dilatio
                     assert list(range(first, last + 1)) == needed
 
 
-@settings(max_examples=300)
 @given(
     height=st.integers(1, 20),
     width=st.integers(1, 20),

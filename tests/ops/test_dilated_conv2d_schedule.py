@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from segkernels import _native
@@ -256,7 +256,6 @@ def check(
     return s
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_segments_are_the_convolution(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:
@@ -312,7 +311,6 @@ def test_negative_padding_leaves_the_border_out() -> None:
     assert sum(segment.end - segment.begin for segment in s.segments) == s.tile_steps > 0
 
 
-@settings(max_examples=30)
 @given(data=st.data())
 def test_taps_are_those_of_the_geometry(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:
@@ -354,7 +352,6 @@ def weight_schedule(
     )
 
 
-@settings(max_examples=30)
 @given(data=st.data())
 def test_weight_gradient_takes_every_box_once(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import segkernels
@@ -99,7 +99,6 @@ def test_every_tile(
     assert set((fixups[:, 3] % cluster).tolist()) == set(range(cluster))
 
 
-@settings(max_examples=40)
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:
@@ -137,7 +136,6 @@ def weight_reference(grad: torch.Tensor, x: torch.Tensor, g: Geometry) -> torch.
     return torch.nn.grad.conv2d_weight(x.double(), shape, grad.double(), 1, g.padding, g.dilation)
 
 
-@settings(max_examples=20)
 @given(data=st.data())
 def test_weight_gradient(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:

@@ -30,11 +30,13 @@ def same(size: int | tuple[int, int], dilation: int, kernel: int = 3) -> Geometr
     return Geometry(rows, columns, rows, columns, (kernel, kernel), (pad, pad), gap)
 
 
-@pytest.mark.slow
 @triton_tools.interpreter
-def test_interpreted() -> None:
-    """Runs interpreted_dilated_conv2d.py, all of it."""
-    triton_tools.run_interpreted_tests(HERE / "interpreted_dilated_conv2d.py", 30)
+@pytest.mark.parametrize(
+    ("nightly", "least"), [(False, 15), pytest.param(True, 30, marks=pytest.mark.nightly)]
+)
+def test_interpreted(nightly: bool, least: int) -> None:
+    """Runs interpreted_dilated_conv2d.py: every kernel, or all of it."""
+    triton_tools.run_interpreted_tests(HERE / "interpreted_dilated_conv2d.py", least, nightly)
 
 
 def test_without_the_interpreter_the_cpu_is_not_taken() -> None:
@@ -161,25 +163,7 @@ def test_boxes_are_chosen_by_waste() -> None:
         assert costs[boxes.index(shipped.box)] <= 1.1 * costs[0]
 
 
-# The rule of backend="auto", against what was measured.
-
-MEASURED = [
-    # kind, batch, channels, out_channels, size, dilation, Triton's time over cuDNN's
-    ("forward", 8, 2048, 256, 65, 6, 1 / 0.80),
-    ("forward", 8, 2048, 256, 65, 12, 1 / 1.55),
-    ("forward", 8, 2048, 256, 65, 24, 1 / 1.75),
-    ("forward", 8, 2048, 256, 65, 36, 1 / 2.79),
-    ("forward", 8, 2048, 256, 33, 18, 1 / 2.41),
-    ("forward", 8, 512, 1024, 41, 12, 1 / 1.55),
-    ("forward", 8, 512, 512, 65, 4, 1 / 0.74),
-    ("forward", 8, 256, 256, 65, 2, 1 / 0.66),
-    ("forward", 1, 2048, 256, 65, 12, 1 / 1.63),
-    ("forward", 1, 2048, 256, (128, 256), 12, 1 / 1.16),
-    ("weight_gradient", 8, 2048, 256, 65, 12, 1 / 1.45),
-    ("weight_gradient", 8, 2048, 256, 65, 24, 1 / 1.98),
-    ("weight_gradient", 8, 2048, 256, 65, 6, 1 / 0.66),
-    ("weight_gradient", 8, 512, 512, 65, 4, 1 / 0.68),
-]
+# The rule of backend="auto".
 
 
 @pytest.fixture
@@ -188,13 +172,20 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("case", MEASURED, ids=str)
-def test_auto_takes_what_was_faster(case: Any, hopper: torch.device) -> None:
-    kind, batch, channels, out_channels, size, dilation, ratio = case
-    geometry = same(size, dilation)
-    for dtype in (torch.bfloat16, torch.float16):
-        problem = Problem(batch, channels, out_channels, geometry, (1, 1), 1, dtype, hopper)
-        assert dispatch.choose(kind, problem) == ("triton" if ratio < 1 else "torch")
+def test_auto_takes_triton_from_some_rate_on(hopper: torch.device) -> None:
+    """The larger the rate, the more of cuDNN's products are with padding."""
+    for kind in ("forward", "weight_gradient"):
+        chosen = []
+        for rate in range(1, 64):
+            g = same(65, rate)
+            problem = Problem(8, 2048, 256, g, (1, 1), 1, torch.bfloat16, hopper)
+            chosen.append(dispatch.choose(kind, problem))
+            half = problem._replace(dtype=torch.float16)
+            assert dispatch.choose(kind, half) == chosen[-1]
+        first = chosen.index("triton")
+        assert first > 0
+        assert set(chosen[:first]) == {"torch"}
+        assert set(chosen[first:]) == {"triton"}
 
 
 def test_auto_of_branches_adds_up_their_times(hopper: torch.device) -> None:
@@ -397,7 +388,7 @@ WIDTHS = [(2048, 256), (2048, 128), (2048, 64), (2048, 24), (24, 24), (512, 512)
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
@@ -418,7 +409,7 @@ def test_convolutions_compile_without_spills(
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("widths", [(2048, 256), (64, 64), (24, 24)], ids=str)
@@ -436,7 +427,7 @@ def test_weight_gradients_compile_without_spills(
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_pointers_and_the_small_kernels_compile_without_spills(
@@ -471,7 +462,7 @@ def test_pointers_and_the_small_kernels_compile_without_spills(
 
 
 @pytest.mark.compiles
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("described", [True, False], ids=["descriptors", "pointers"])
 def test_sizes_of_one_compile(described: bool) -> None:
     """Channels that are 1 are constants to Triton, and may then be of another type to it."""
@@ -511,6 +502,7 @@ TEN_SHAPES = [
 ]
 
 
+@pytest.mark.slow
 def test_other_sizes_need_no_other_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of one configuration: forward, branches and input gradient, whole or in parts."""
     compiles = triton_tools.note_compiles(monkeypatch)

@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import product
 from typing import Any, ClassVar
 
@@ -18,7 +17,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import on_one_thread
 from ops import suite
 from ops.suite import Error, Float, Sample, message
 
@@ -47,12 +45,6 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None
 
 def high(values: torch.Tensor, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     return gaussian_filter(values, features, precision="high", **kwargs)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with on_one_thread():
-        yield
 
 
 def _spread(*shape: int) -> suite.Make:
@@ -191,7 +183,7 @@ def test_agrees_with_brute_force(dims, dtype, device):
             assert_near(g, w, 5 * TOLERANCE[dtype])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dims=st.integers(1, 16),
     batch=st.integers(1, 3),

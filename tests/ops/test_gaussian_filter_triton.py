@@ -43,7 +43,13 @@ for precision in ("high", "default"):
 @triton_tools.interpreter
 @pytest.mark.parametrize(
     ("dims", "count", "queries", "channels"),
-    [(1, 1, 0, 1), (5, 200, 0, 3), (3, 70, 130, 40), (16, 65, 0, 70)],
+    [
+        (3, 70, 130, 40),
+        *(
+            pytest.param(*sizes, marks=pytest.mark.nightly)
+            for sizes in ((1, 1, 0, 1), (5, 200, 0, 3), (16, 65, 0, 70))
+        ),
+    ],
 )
 def test_interpreted_kernels_agree_with_blocks(dims, count, queries, channels, tmp_path):
     arguments = map(str, (dims, count, queries, channels))
@@ -128,6 +134,7 @@ SPILLS = {((3, 8), "apply", 6, True, 90): 8}
         ("pull", 16, True),
     ],
 )
+@pytest.mark.nightly
 def test_compiles_without_spills(name, dims, precise, arch, tmp_path):
     from segkernels.ops.gaussian_filter import triton_kernels
 

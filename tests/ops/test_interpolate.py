@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
 from ops.suite import Error, Float, Sample
@@ -28,6 +28,7 @@ class TestInterpolate(suite.OpSuite):
     function = staticmethod(segkernels.interpolate)
     reference = staticmethod(reference.interpolate)
     double_backward = True
+    same_sums = False
     tolerance = {
         torch.float16: (1e-3, 1e-6),
         torch.bfloat16: (8e-3, 1e-6),
@@ -125,7 +126,7 @@ def calls(
     sizes = st.integers(1, 24) | st.sampled_from([33, 65, 200])
     shape = (draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(sizes), draw(sizes))
     dtype = draw(st.sampled_from(dtypes))
-    layout = draw(st.sampled_from([x for x in suite.LAYOUTS if x != "expanded"]))
+    layout = draw(st.sampled_from(("contiguous", *suite.LAYOUTS[:-1])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     x = torch.randn(shape, generator=generator, dtype=torch.float64)
     mode = draw(st.sampled_from(MODES))
@@ -170,14 +171,12 @@ def check_equals_torch(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
 
 
-@settings(max_examples=300)
 @given(calls())
 def test_equals_torch(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
     check_equals_torch(*call)
 
 
 @pytest.mark.gpu
-@settings(max_examples=300)
 @given(calls("cuda"))
 def test_equals_torch_on_cuda(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
     check_equals_torch(*call)
@@ -196,14 +195,12 @@ def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     assert ones.sum().item() == pytest.approx(out.numel(), rel=1e-12)
 
 
-@settings(max_examples=200)
 @given(calls(dtypes=[torch.float64]))
 def test_the_backward_is_the_transpose(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
     check_is_the_transpose(*call)
 
 
 @pytest.mark.gpu
-@settings(max_examples=200)
 @given(calls("cuda", [torch.float64]))
 def test_the_backward_is_the_transpose_on_cuda(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
     check_is_the_transpose(*call)
@@ -242,7 +239,6 @@ def _plain_backward(grad: torch.Tensor, r: Resampling, direct: bool) -> torch.Te
     return out
 
 
-@settings(max_examples=200)
 @given(calls(), st.sampled_from([1, 3, 16]), st.sampled_from([0, 1, 2]))
 def test_the_functors_that_cuda_runs(
     call: tuple[torch.Tensor, dict[str, Any]], rows: int, rule: int

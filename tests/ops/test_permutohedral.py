@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lattice_points import (
+    EVERY_DIMS,
     inside,
-    on_one_thread,
     poisoned,
     raises_for_values,
     told_by_check,
@@ -49,14 +49,6 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None
 def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) -> torch.Tensor:
     """Features (batch, dims, *spatial) so near each other that points share vertices."""
     return inside((batch, dims, *spatial), spread=1.2 / dims**0.5, margin=margin)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """For many tiny calls: waking a second thread would take most of the time. Tests of threads set
-    their own number."""
-    with on_one_thread():
-        yield
 
 
 def oracle(values: torch.Tensor, features: torch.Tensor) -> dict[tuple[str, bool], torch.Tensor]:
@@ -111,7 +103,7 @@ def test_the_figures_tell_the_transpose_from_the_filter(golden):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+@EVERY_DIMS
 def test_agrees_with_reference(dims, dtype, device):
     features, values = overlapping(dims, 5, 7), normal(2, 3, 5, 7, dtype=dtype)
     lattice = PermutohedralLattice(features.to(device, dtype))
@@ -124,7 +116,7 @@ def test_agrees_with_reference(dims, dtype, device):
         assert torch.equal(once, got)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     dims=st.integers(1, MAX_DIMS),
     batch=st.integers(1, 3),
@@ -157,7 +149,14 @@ def test_pixels_on_a_grid(device):
 
 
 @pytest.mark.parametrize(
-    "spatial", [(20011,), (1, 20011), (20011, 1), (131, 137), (64, 300), (3, 67, 101)]
+    "spatial",
+    [
+        *((1, 20011), (131, 137)),
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ((20011,), (20011, 1), (64, 300), (3, 67, 101))
+        ),
+    ],
 )
 def test_images_of_several_tiles(spatial, device):
     points = torch.Size(spatial).numel()
@@ -178,6 +177,13 @@ def test_images_of_several_tiles(spatial, device):
     )
     for g, w in grads:
         assert_near(g, w, 1e-11)
+
+
+def test_more_channels_than_16_bits_count():
+    features, values = inside((1, 2, 3)), normal(1, 33_000, 3)
+    got = permutohedral_filter(values, features)
+    for some in (slice(0, 3), slice(-3, None)):
+        assert_near(got[:, some], reference.permutohedral_filter(values[:, some], features), 1e-12)
 
 
 @pytest.mark.parametrize("channels", CHANNELS)
@@ -271,7 +277,7 @@ def test_gradcheck_notices_a_wrong_transpose():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dims", range(1, MAX_DIMS + 1))
+@EVERY_DIMS
 def test_gradients_agree_with_reference(dims, dtype, device):
     features, values = overlapping(dims, 4, 5), normal(2, 3, 4, 5, dtype=dtype)
     weight = normal(2, 3, 4, 5)
@@ -796,13 +802,10 @@ def test_same_bits_for_any_number_of_threads_on_few_points(dims):
 
 
 def assert_same_on_threads(values: torch.Tensor, features: torch.Tensor) -> None:
-    before, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(everything(values, features, [("symmetric", False), ("after", True)]))
-    finally:
-        torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append(everything(values, features, [("symmetric", False), ("after", True)]))
     assert all(bool(t.isfinite().all()) for t in found[0])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

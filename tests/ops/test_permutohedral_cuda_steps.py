@@ -95,6 +95,14 @@ def test_same_lattice_and_same_results(
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 
+def test_more_images_than_16_bits_count(emulated: None) -> None:
+    # Two points in one place share their vertices, in the last images as in the first.
+    values = torch.randn(33_000, 1, 2)
+    lattice = build(torch.full((33_000, 1, 2), 0.25), (1, 2))
+    out = lattice.filter(values, "after", False)
+    torch.testing.assert_close(out, values.mean(2, keepdim=True).expand_as(values))
+
+
 def test_points_in_no_tile_order_are_all_found(emulated: None) -> None:
     # 17 x 33 leaves most of the last tiles' positions without a point.
     features = torch.rand(2, 2, 17 * 33) * 4

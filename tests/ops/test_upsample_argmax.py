@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
 from ops.suite import Error, Float, Sample
@@ -117,7 +117,7 @@ def calls(
     mode = draw(st.sampled_from(MODES))
     align = None if mode.startswith("nearest") else draw(st.booleans())
     size = (draw(st.integers(1, 70)), draw(st.integers(1, 140)))
-    layout = draw(st.sampled_from(suite.LAYOUTS))
+    layout = draw(st.sampled_from(("contiguous", *suite.LAYOUTS)))
     x = suite.with_layout(x.to(device, dtype), layout)
     return x, size, {"mode": mode, "align_corners": align}
 
@@ -132,20 +132,17 @@ def check(x: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]) -> Non
     torch.testing.assert_close(confidence, full.softmax(1).amax(1), rtol=0, atol=atol)
 
 
-@settings(max_examples=150)
 @given(calls())
 def test_equals_torch(call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]]) -> None:
     check(*call)
 
 
 @pytest.mark.gpu
-@settings(max_examples=150)
 @given(calls("cuda"))
 def test_equals_torch_on_cuda(call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]]) -> None:
     check(*call)
 
 
-@settings(max_examples=100)
 @given(calls(), st.sampled_from(list(_kernel.LABELS)))
 def test_the_functor_that_cuda_runs(
     call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]], dtype: torch.dtype

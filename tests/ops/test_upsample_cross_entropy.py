@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
 from ops.suite import Error, Float, Sample
@@ -271,7 +271,7 @@ def calls(
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     shape = (n, c, draw(sizes), draw(sizes))
     logits = torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-    logits = suite.with_layout(logits, draw(st.sampled_from(suite.LAYOUTS[:-1])))
+    logits = suite.with_layout(logits, draw(st.sampled_from(("contiguous", *suite.LAYOUTS[:-1]))))
     size = (draw(st.integers(1, 40)), draw(st.integers(1, 140)))
     ignore = draw(st.sampled_from([-100, 255, 0]))
     target = labels(c, n, *size, ignore=ignore)(generator).to(device)
@@ -322,19 +322,19 @@ def check(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) ->
     # A pixel's terms cancel (with one class, to 0): their size counts, not that of their sum.
     term = 1 / target.numel() if kwargs["reduction"] == "mean" else 1.0
     scale = max(grad_of_torch.double().nan_to_num().abs().max().item(), term)
+    # Below the normal numbers of float16 a step is as large as the least of them.
+    step = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
     torch.testing.assert_close(
-        grad, grad_of_torch, rtol=rtol + ulp, atol=atol * scale, equal_nan=True
+        grad, grad_of_torch, rtol=rtol + ulp, atol=atol * scale + step, equal_nan=True
     )
 
 
-@settings(max_examples=150)
 @given(calls())
 def test_equals_torch(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
     check(*call)
 
 
 @pytest.mark.gpu
-@settings(max_examples=150)
 @given(calls("cuda"))
 def test_equals_torch_on_cuda(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
     check(*call)
@@ -368,7 +368,6 @@ def test_logits_that_are_not_finite(device: str, classes: int, value: float) -> 
             torch.testing.assert_close(grad, grad_of_torch, equal_nan=True)
 
 
-@settings(max_examples=100)
 @given(calls(), st.booleans())
 def test_the_functors_that_cuda_runs(
     call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]], binary: bool
