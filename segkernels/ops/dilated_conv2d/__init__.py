@@ -141,7 +141,11 @@ def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and (
             input.dtype is torch.float32
-            or (torch_path.has_cpu_kernels(input.dtype) and not _op.wants_grad(input, weight, bias))
+            or (
+                torch_path.has_cpu_kernels(input.dtype)
+                and not torch_path.is_narrow(input)
+                and not _op.wants_grad(input, weight, bias)
+            )
         )
     )
 

@@ -35,6 +35,15 @@ def to_widen(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not has_cpu_kernels(x.dtype)
 
 
+def is_narrow(x: torch.Tensor) -> bool:
+    """Whether torch may crash on `x` in channels_last.
+
+    oneDNN's bfloat16 convolution reads beyond an input of one column where a stride and the padding
+    have every tap step over it (torch 2.13).
+    """
+    return x.dtype is torch.bfloat16 and x.shape[-1:] == (1,)
+
+
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
     """The convolution and its epilogue, of a 4-D `x`, out of autograd's sight."""
     if to_widen(x):
@@ -63,6 +72,8 @@ def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c: Call
 ) -> torch.Tensor:
     x, padding = _padded(x, weight, c)
+    if x.device.type == "cpu" and is_narrow(x):
+        x, weight = x.contiguous(), weight.contiguous()
     if torch.is_autocast_enabled(x.device.type):
         # The public function has cast; a backward pass under autocast keeps its dtype.
         with torch.autocast(x.device.type, enabled=False):
@@ -124,7 +135,9 @@ def gradients(
         return dx.to(x.dtype), dw.to(x.dtype)
     rows, columns = _more_after(x, weight, c)
     wide = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
-    if mask[1] and x.device.type == "cpu" and x.dtype == torch.bfloat16 and not _whole(x, c):
+    if x.device.type == "cpu" and (
+        is_narrow(wide) or (mask[1] and x.dtype == torch.bfloat16 and not _whole(x, c))
+    ):
         wide, grad, weight = wide.contiguous(), grad.contiguous(), weight.contiguous()
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad,
