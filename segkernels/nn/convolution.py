@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from segkernels.nn.folding import BatchNorm, foldable, folded, forget
 from segkernels.ops import _op
 from segkernels.ops.dilated_conv2d import dilated_conv2d
-from segkernels.ops.dilated_conv2d.torch_path import has_cpu_kernels, is_narrow
+from segkernels.ops.dilated_conv2d.torch_path import has_cpu_kernels, may_crash
 
 Backend = Literal["auto", "sm90", "triton", "torch"]
 Activation = Literal["relu"] | None
@@ -205,7 +205,7 @@ def _plainly_on_cpu(
         isinstance(x, torch.Tensor)
         and x.device.type == "cpu"
         and has_cpu_kernels(x.dtype)
-        and not is_narrow(x)
+        and not may_crash(x, conv.stride)
         and conv.padding_mode == "zeros"
         and not torch.is_autocast_enabled("cpu")
         and (bn is None or foldable(conv, bn))

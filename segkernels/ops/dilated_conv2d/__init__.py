@@ -95,7 +95,7 @@ def dilated_conv2d(
             raise TypeError(
                 f"dilated_conv2d(): argument '{name}' must be Tensor, not {type(value)}"
             )
-    if scale is shift is residual is None and _is_torchs(input, weight, bias, backend):
+    if scale is shift is residual is None and _is_torchs(input, weight, bias, stride, backend):
         plain: Any = (stride, padding, dilation, groups)
         out = F.conv2d(input, weight, bias, *plain)
         last = _op.is_channels_last(input) or _op.is_channels_last(weight)
@@ -123,7 +123,7 @@ def dilated_conv2d(
     return autograd.convolve(input.unsqueeze(0), weight, e, c).squeeze(0)
 
 
-def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
+def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
     """Whether torch's convolution and its own gradients are what the call comes to.
 
     On the CPU they are, but for the half types' (see `torch_path`). Small convolutions notice
@@ -139,13 +139,10 @@ def _is_torchs(input: Any, weight: Any, bias: Any, backend: str) -> bool:
         and backend in ("auto", "torch")
         and not _op.through_dispatcher(input, weight, bias)
         and not torch.is_autocast_enabled("cpu")
+        and not torch_path.may_crash(input, stride)
         and (
             input.dtype is torch.float32
-            or (
-                torch_path.has_cpu_kernels(input.dtype)
-                and not torch_path.is_narrow(input)
-                and not _op.wants_grad(input, weight, bias)
-            )
+            or (torch_path.has_cpu_kernels(input.dtype) and not _op.wants_grad(input, weight, bias))
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,13 @@ def to_widen(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not has_cpu_kernels(x.dtype)
 
 
-def is_narrow(x: torch.Tensor) -> bool:
-    """Whether torch may crash on `x` in channels_last.
+def may_crash(x: torch.Tensor, stride: Any) -> bool:
+    """Whether torch's convolution of `x` in channels_last may crash on the CPU.
 
-    oneDNN's bfloat16 convolution reads beyond an input of one column where a stride and the padding
-    have every tap step over it (torch 2.13).
+    oneDNN reads beyond an input of one column where the stride and the padding have every tap step
+    over it (torch 2.10 to 2.14).
     """
-    return x.dtype is torch.bfloat16 and x.shape[-1:] == (1,)
+    return x.shape[-1:] == (1,) and stride not in (1, (1, 1))
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
@@ -72,7 +73,7 @@ def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c: Call
 ) -> torch.Tensor:
     x, padding = _padded(x, weight, c)
-    if x.device.type == "cpu" and is_narrow(x):
+    if x.device.type == "cpu" and may_crash(x, c.stride):
         x, weight = x.contiguous(), weight.contiguous()
     if torch.is_autocast_enabled(x.device.type):
         # The public function has cast; a backward pass under autocast keeps its dtype.
@@ -136,7 +137,7 @@ def gradients(
     rows, columns = _more_after(x, weight, c)
     wide = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
     if x.device.type == "cpu" and (
-        is_narrow(wide) or (mask[1] and x.dtype == torch.bfloat16 and not _whole(x, c))
+        may_crash(wide, c.stride) or (mask[1] and x.dtype == torch.bfloat16 and not _whole(x, c))
     ):
         wide, grad, weight = wide.contiguous(), grad.contiguous(), weight.contiguous()
     dx, dw, _ = torch.ops.aten.convolution_backward(
