@@ -114,6 +114,7 @@ int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int6
 void bind_permutohedral(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   m.attr("max_dims") = segkernels::kMaxDims;
+  m.attr("longest_pair") = segkernels::kLongestPair;
   m.def("record_size", &segkernels::record_size, "int32 words of a point's record");
 
   py::class_<Grid>(m, "Grid")
@@ -141,7 +142,7 @@ void bind_permutohedral(py::module_& m) {
   pointer(lattice, "counts", &Lattice::counts);
   pointer(lattice, "order", &Lattice::order);
   pointer(lattice, "order_weights", &Lattice::order_weights);
-  pointer(lattice, "pair_start", &Lattice::pair_start);
+  pointer(lattice, "pair_range", &Lattice::pair_range);
 
   py::class_<BuildBuffers> build(m, "BuildBuffers");
   build.def(py::init<>())

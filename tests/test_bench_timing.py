@@ -259,7 +259,7 @@ def test_times_agree_with_triton(what: str) -> None:
     }[what]
     theirs = do_bench(call, warmup=100, rep=300, return_mode="median") / 1e3
     ours = statistics.median(timing.device_time(call) for _ in range(21))
-    assert ours == pytest.approx(theirs, rel=0.05)
+    assert ours == pytest.approx(theirs, rel=0.05, abs=2e-6)  # events tick in half microseconds
 
 
 @pytest.mark.slow

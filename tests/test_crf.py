@@ -253,15 +253,17 @@ def test_hard_labels(device):
 def own_terms(
     img: torch.Tensor, dtype: torch.dtype, compat: Any = (3, 10)
 ) -> tuple[PairwiseTerm, PairwiseTerm]:
-    """What dense_crf builds by itself, for an image (n, H, W)."""
+    """What dense_crf builds by itself, for an image (n, H, W).
+
+    On the CPU: on CUDA torch divides by a number by multiplying with its inverse.
+    """
     height, width = img.shape[1:]
-    x = torch.arange(width, dtype=dtype, device=img.device).expand(height, width)
-    y = torch.arange(height, dtype=dtype, device=img.device).view(-1, 1).expand(height, width)
+    x = torch.arange(width, dtype=dtype).expand(height, width)
+    y = torch.arange(height, dtype=dtype).view(-1, 1).expand(height, width)
     place = torch.stack([x, y])
-    return (
-        PairwiseTerm(place / 3, compat[0]),
-        PairwiseTerm(torch.cat([place / 80, img.to(dtype) / 13]), compat[1]),
-    )
+    features = place / 3, torch.cat([place / 80, img.cpu().to(dtype) / 13])
+    first, second = (f.to(img.device) for f in features)
+    return PairwiseTerm(first, compat[0]), PairwiseTerm(second, compat[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -115,7 +115,8 @@ def test_agrees_with_brute_force_and_so_do_its_gradients(normalization, compat, 
     found = torch.autograd.grad(got, mine, weight.to(device))
     expected = torch.autograd.grad(want, theirs, weight)
     for g, w in zip(found, expected, strict=True):
-        assert float((g.cpu() - w).abs().max()) < 1e-10 * float(w.abs().max())
+        # Where the softmax is sharp, gradients are small differences of terms about 1.
+        assert float((g.cpu() - w).abs().max()) < 1e-10 * float(w.abs().max()) + 1e-13
 
 
 @pytest.mark.parametrize("kind", ["probs", "logits", "unary"])
@@ -276,7 +277,7 @@ def test_the_same_bits_again():
 
 def test_autocast_changes_nothing(device):
     scores, img = uniform(1, 3, 9, 70).float().to(device), 255 * uniform(1, 3, 9, 70).to(device)
-    compat = torch.eye(3) - 2
+    compat = (torch.eye(3) - 2).to(device)
     want = dense_crf(img, scores, compat_gaussian=compat, method="exact")
     with torch.autocast(device.type, torch.bfloat16):
         got = dense_crf(img, scores, compat_gaussian=compat, method="exact")

@@ -1,5 +1,6 @@
 // Vec<T, W>: W neighbouring channels of a row, loaded and stored at once. Compiler vectors on the
-// CPU, a 16-byte struct of scalars on the GPU. Both have +, *, and scalar * vector.
+// CPU, a 16-byte struct of scalars on the GPU. Both have +, *, and scalar * vector. The GPU's are
+// passed by value: through a reference a row in memory is read lane by lane.
 #pragma once
 
 #include "common/hd.h"
@@ -17,7 +18,7 @@ struct alignas(sizeof(T) * W > 16 ? 16 : sizeof(T) * W) VecStruct {
 };
 
 template <class T, int W>
-SK_HD VecStruct<T, W> operator+(const VecStruct<T, W>& a, const VecStruct<T, W>& b) {
+SK_HD VecStruct<T, W> operator+(VecStruct<T, W> a, VecStruct<T, W> b) {
   VecStruct<T, W> r;
 #pragma unroll
   for (int i = 0; i < W; ++i) r.lane[i] = a.lane[i] + b.lane[i];
@@ -25,7 +26,7 @@ SK_HD VecStruct<T, W> operator+(const VecStruct<T, W>& a, const VecStruct<T, W>&
 }
 
 template <class T, int W>
-SK_HD VecStruct<T, W> operator+(const VecStruct<T, W>& a, T s) {
+SK_HD VecStruct<T, W> operator+(VecStruct<T, W> a, T s) {
   VecStruct<T, W> r;
 #pragma unroll
   for (int i = 0; i < W; ++i) r.lane[i] = a.lane[i] + s;
@@ -33,7 +34,7 @@ SK_HD VecStruct<T, W> operator+(const VecStruct<T, W>& a, T s) {
 }
 
 template <class T, int W>
-SK_HD VecStruct<T, W> operator*(T s, const VecStruct<T, W>& a) {
+SK_HD VecStruct<T, W> operator*(T s, VecStruct<T, W> a) {
   VecStruct<T, W> r;
 #pragma unroll
   for (int i = 0; i < W; ++i) r.lane[i] = s * a.lane[i];
@@ -41,7 +42,7 @@ SK_HD VecStruct<T, W> operator*(T s, const VecStruct<T, W>& a) {
 }
 
 template <class T, int W>
-SK_HD VecStruct<T, W> operator*(const VecStruct<T, W>& a, const VecStruct<T, W>& b) {
+SK_HD VecStruct<T, W> operator*(VecStruct<T, W> a, VecStruct<T, W> b) {
   VecStruct<T, W> r;
 #pragma unroll
   for (int i = 0; i < W; ++i) r.lane[i] = a.lane[i] * b.lane[i];
@@ -84,7 +85,7 @@ SK_HD T mul_add(T s, T a, T acc) {
 
 #if defined(__CUDACC__)
 template <class T, int W>
-SK_HD VecStruct<T, W> mul_add(T s, const VecStruct<T, W>& a, const VecStruct<T, W>& acc) {
+SK_HD VecStruct<T, W> mul_add(T s, VecStruct<T, W> a, VecStruct<T, W> acc) {
   VecStruct<T, W> r;
 #pragma unroll
   for (int i = 0; i < W; ++i) r.lane[i] = mul_add(s, a.lane[i], acc.lane[i]);

@@ -7,6 +7,7 @@
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
+#include "permutohedral/lanes.h"
 
 namespace segkernels {
 namespace {
@@ -168,18 +169,12 @@ void launch_update(const Where& where, const MeanField& m, bool first, bool last
 template <class T, class V>
 void update(const Where& where, const MeanField& m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  if constexpr (sizeof(V) == sizeof(T)) {  // one class
-    launch_update<T, V, 1, 1>(where, m, first, last);
-  } else {
-    if (blocks <= 1) return launch_update<T, V, 1, 1>(where, m, first, last);
-    if (blocks <= 2) return launch_update<T, V, 2, 1>(where, m, first, last);
-    if (blocks <= 4) return launch_update<T, V, 4, 1>(where, m, first, last);
-    if (blocks <= 8) return launch_update<T, V, 8, 1>(where, m, first, last);
-    if (blocks <= 16) return launch_update<T, V, 16, 1>(where, m, first, last);
-    if (blocks <= 32) return launch_update<T, V, 32, 1>(where, m, first, last);
-    if (blocks <= 64) return launch_update<T, V, 32, 2>(where, m, first, last);
-    launch_update<T, V, 32, 0>(where, m, first, last);
-  }
+  with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+    constexpr int G = decltype(lanes)::value;
+    // Rows that are too long for the registers stay in memory.
+    constexpr int B = G == 32 ? 0 : decltype(vectors)::value;
+    launch_update<T, V, G, B>(where, m, first, last);
+  });
 }
 
 // Sums of a term, blurred, with its compatibility applied, in term.vertices.
@@ -199,9 +194,7 @@ void message(const Where& where, const MeanField& m, const MeanFieldTerm& term) 
         MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
         "dense_crf compatibility");
   } else {
-    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false);
-    parallel_rows(where, l.vertex_bound, l.counts, blocks,
-                  ScaleChannels<V>{vertices, compat, blocks}, "dense_crf compatibility");
+    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false, compat);
   }
 }
 

@@ -16,23 +16,29 @@ struct Resampling {
   bool align_corners;
   Rule rule;
 
+  bool same_size() const { return in_height == out_height && in_width == out_width; }
+
+  // Inputs along an axis that an output reads. On CUDA torch copies a map that keeps its size: a
+  // second tap, with the weight 0, would make NaN of its neighbour's infinity.
+  int taps() const { return rule == Rule::kCuda && same_size() ? 1 : taps_of(mode); }
+
   template <class A>
   Geometry<A> geometry() const {
     if (in_width * inner > INT32_MAX || out_width * inner > INT32_MAX || in_height > INT32_MAX ||
         out_height > INT32_MAX) {
       throw std::runtime_error("segkernels: rows and columns of 2^31 values or more");
     }
-    const bool same = in_height == out_height && in_width == out_width;
+    const bool same = same_size();
     return {planes, int32_t(inner),
             make_axis<A>(in_height, out_height, mode, align_corners, factor_y, rule, same),
             make_axis<A>(in_width, out_width, mode, align_corners, factor_x, rule, same)};
   }
 };
 
-// f(integral_constant<K>) with the number of taps of the mode.
+// f(integral_constant<K>) with the number of taps.
 template <class F>
-void with_taps(Mode mode, const F& f) {
-  switch (taps_of(mode)) {
+void with_taps(const Resampling& r, const F& f) {
+  switch (r.taps()) {
     case 1:
       return f(std::integral_constant<int, 1>{});
     case 2:

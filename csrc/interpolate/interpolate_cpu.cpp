@@ -56,9 +56,9 @@ void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, c
                      void* output) {
   with_acc(type, [&](auto acc) {
     using A = decltype(acc);
-    ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, taps_of(r.mode)};
+    ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, r.taps()};
     const Memory memory = memory_of(plan, threads_of(where));
-    with_taps(r.mode, [&](auto taps) {
+    with_taps(r, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);
     });
@@ -72,9 +72,9 @@ void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarTyp
     using A = decltype(acc);
     BackwardRows<A> plan{};
     plan.g = r.geometry<A>();
-    plan.taps = taps_of(r.mode);
+    plan.taps = r.taps();
     const Memory memory = memory_of(plan, threads_of(where));
-    with_taps(r.mode, [&](auto taps) {
+    with_taps(r, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);
     });
@@ -87,7 +87,7 @@ void interpolate_plain(const Where& where, const Resampling& r, ScalarType type,
                        void* output, int rows) {
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(r.mode, [&](auto taps) {
+    with_taps(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
       const int32_t lanes = lanes_of<T, taps.value>(g);
       const Forward<T, taps.value> f{g,    static_cast<const T*>(input), static_cast<T*>(output),
@@ -102,7 +102,7 @@ void interpolate_backward_plain(const Where& where, const Resampling& r, ScalarT
                                 bool direct) {
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(r.mode, [&](auto taps) {
+    with_taps(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
       const T* grad = static_cast<const T*>(grad_output);
       if (direct) {

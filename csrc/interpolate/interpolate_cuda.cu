@@ -25,7 +25,7 @@ void interpolate_cuda(const Where& where, const Resampling& r, ScalarType type, 
   const DeviceGuard guard(where.device);
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(r.mode, [&](auto taps) {
+    with_taps(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
       const int32_t lanes = lanes_of<T, taps.value>(g);
       const int rows = rows_a_thread(g.planes * g.y.out * lanes, g.y.out);
@@ -41,7 +41,7 @@ void interpolate_backward_cuda(const Where& where, const Resampling& r, ScalarTy
   const DeviceGuard guard(where.device);
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(r.mode, [&](auto taps) {
+    with_taps(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
       const Backward<T, taps.value> f{g, tiling_of(g, taps.value),
                                       static_cast<const T*>(grad_output),

@@ -9,7 +9,7 @@
 namespace segkernels {
 inline namespace SK_NS {
 
-inline int bits_for(int64_t values) {
+constexpr int bits_for(int64_t values) {
   int bits = 1;
   while ((int64_t(1) << bits) < values) ++bits;
   return bits;

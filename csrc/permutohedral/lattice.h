@@ -3,9 +3,9 @@
 //
 // Points are visited tile by tile. A tile is a rectangle of the grid the points lie on; a position
 // is a place in that order (the last tiles of a row or column may hold positions without a point).
-// Within a tile every distinct vertex is one "pair" (tile, vertex): values are summed into pairs
-// first, pairs into vertices next, both in a fixed order, so that a splat needs no atomics and
-// gives the same bits in every run.
+// Within a tile every distinct vertex is one "pair" (tile, vertex), or on CUDA several: values are
+// summed into pairs first, pairs into vertices next, both in a fixed order, so that a splat needs
+// no atomics and gives the same bits in every run.
 #pragma once
 
 #include "common/hd.h"
@@ -15,6 +15,7 @@ namespace segkernels {
 constexpr int kMaxDims = 16;
 constexpr uint16_t kSkipped = 0xFFFF;  // local id of a point that takes no part
 constexpr uint32_t kNoSlot = 0xFFFFFFFFu;
+constexpr int kLongestPair = 32;  // entries of a pair on CUDA
 
 struct Grid {
   int32_t batch, height, width;  // points of an image: height * width
@@ -34,11 +35,11 @@ struct Lattice {
   int32_t* vertex_pairs;  // [pair_bound]: pairs by vertex, tiles ascending
   int32_t* neighbours;    // [dims + 1, 2, vertex_bound]: vertex one step along an axis, or -1
   int32_t* counts;        // [2]: vertices, pairs
-  // CUDA only: the entries of each tile by pair, in order: the point of each within the tile, its
-  // weight; where each pair's begin.
+  // CUDA only: the entries of each tile by vertex, in order: the point of each within the tile, its
+  // weight; and which of them are each pair's.
   uint16_t* order;       // [tiles, tile_entries]
   void* order_weights;   // [tiles, tile_entries] T
-  uint16_t* pair_start;  // [tiles, tile_entries + 1]
+  uint32_t* pair_range;  // [tiles, tile_entries]: the first entry, and 65536 times their number
 };
 
 inline namespace SK_NS {

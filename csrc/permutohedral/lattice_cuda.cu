@@ -14,6 +14,7 @@
 #include "common/parallel_for.h"
 #include "permutohedral/dispatch.h"
 #include "permutohedral/global_build.h"
+#include "permutohedral/lanes.h"
 #include "permutohedral/permutohedral.h"
 
 namespace segkernels {
@@ -25,8 +26,13 @@ struct Differs {
   SK_HD bool operator()(uint32_t a, uint32_t b) const { return a != b; }
 };
 
+struct Larger {
+  SK_HD int operator()(int a, int b) const { return a < b ? b : a; }
+};
+
 // One tile a block: entries sorted by vertex, stably, so that a pair's entries stand in the order
-// of the points.
+// of the points. A run of entries with one vertex is cut into pairs of at most kLongestPair, and
+// pairs are numbered by length, longest first, so that the threads of a warp sum equally many.
 template <int I>
 __global__ void __launch_bounds__(kTile)
     number_pairs_kernel(Lattice l, const uint32_t* vertex_of_entry, int bits) {
@@ -38,6 +44,8 @@ __global__ void __launch_bounds__(kTile)
     typename Heads::TempStorage heads;
     typename Scan::TempStorage scan;
   } shared;
+  __shared__ uint16_t of_pair[kTile * I + 1];  // where each begins; then its number
+  __shared__ int rest;
 
   const int32_t tile = blockIdx.x;
   const int entries = kTile * (l.dims + 1);
@@ -57,25 +65,73 @@ __global__ void __launch_bounds__(kTile)
   int head[I];
   Heads(shared.heads).FlagHeads(head, vertex, Differs{});
   __syncthreads();
+  int run[I];  // where the entry's run begins
+#pragma unroll
+  for (int k = 0; k < I; ++k) run[k] = head[k] ? threadIdx.x * I + k : 0;
+  Scan(shared.scan).InclusiveScan(run, run, Larger{});
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    const int inside = threadIdx.x * I + k - run[k];
+    if (vertex[k] != none && inside % kLongestPair == 0) head[k] = 1;
+  }
   int rank[I];
-  int runs;
-  Scan(shared.scan).InclusiveSum(head, rank, runs);
+  int pairs;
+  Scan(shared.scan).InclusiveSum(head, rank, pairs);
 
-  uint16_t* start = l.pair_start + base + tile;
+  int32_t* pair_vertex = l.pair_vertex + base;
 #pragma unroll
   for (int k = 0; k < I; ++k) {
     const int i = threadIdx.x * I + k;
     // Where the run of entries without a vertex begins, the last pair ends.
-    if (head[k]) start[rank[k] - 1] = uint16_t(i);
-    if (head[k] && vertex[k] != none) l.pair_vertex[base + rank[k] - 1] = int32_t(vertex[k]);
+    if (head[k]) of_pair[rank[k] - 1] = uint16_t(i);
+    if (head[k] && vertex[k] != none) pair_vertex[rank[k] - 1] = int32_t(vertex[k]);
     if (i < entries) l.order[base + i] = entry[k];
-    if (entry[k] < entries)
-      l.local_ids[base + entry[k]] = vertex[k] == none ? kSkipped : uint16_t(rank[k] - 1);
   }
   if (threadIdx.x == kTile - 1) {
-    const bool all = vertex[I - 1] != none;
-    if (all) start[runs] = uint16_t(entries);
-    l.tile_start[tile] = all ? runs : runs - 1;
+    // Entries without a vertex are one run, which is no pair.
+    rest = vertex[I - 1] == none ? 1 : 0;
+    if (!rest) of_pair[pairs] = uint16_t(entries);
+  }
+  __syncthreads();
+  pairs -= rest;
+
+  uint32_t shorter[I];
+  uint16_t pair[I];
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    const int i = threadIdx.x * I + k;
+    shorter[k] = i < pairs ? kLongestPair - (of_pair[i + 1] - of_pair[i]) : kLongestPair;
+    pair[k] = uint16_t(i);
+  }
+  __syncthreads();
+  constexpr int length_bits = bits_for(kLongestPair + 1);
+  Sort(shared.sort).Sort(shorter, pair, 0, length_bits);
+  uint32_t begin[I];
+  int32_t to[I];
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    if (threadIdx.x * I + k >= pairs) break;
+    begin[k] = of_pair[pair[k]];
+    to[k] = pair_vertex[pair[k]];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    const int i = threadIdx.x * I + k;
+    if (i >= pairs) break;
+    l.pair_range[base + i] = begin[k] | (kLongestPair - shorter[k]) << 16;
+    pair_vertex[i] = to[k];
+    of_pair[pair[k]] = uint16_t(i);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < I; ++k) {
+    if (entry[k] < entries)
+      l.local_ids[base + entry[k]] = vertex[k] == none ? kSkipped : of_pair[rank[k] - 1];
+  }
+  if (threadIdx.x == 0) {
+    l.tile_start[tile] = pairs;
     if (tile + 1 == int32_t(gridDim.x)) l.tile_start[tile + 1] = 0;  // the scan reads it
   }
 }
@@ -215,7 +271,7 @@ void pack(const Where& where, const Grid& grid, const Strided& source, void* row
     using T = decltype(scalar);
     constexpr int W = sizeof(vector) / sizeof(T);
     const Pack<T, W> f{grid, source, static_cast<T*>(rows), channels, width, kind, status};
-    parallel_rows(where, position_count(grid), nullptr, width / W, f, "rows pack");
+    parallel_for(where, position_count(grid), PackRow<T, W>{f}, "rows pack");
   });
 }
 
@@ -230,28 +286,37 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
   });
 }
 
-// One tile a block: `lanes` neighbouring threads sum a pair's entries, in order.
-template <class T, class V>
+// One tile a block: G neighbouring threads sum a pair's entries, in order, each B vectors of them.
+template <class T, class V, int G, int B>
 __global__ void __launch_bounds__(kTile)
-    splat_kernel(Lattice l, const V* rows, const T* scale, V* pairs, int blocks, int lanes) {
+    splat_kernel(Lattice l, const V* rows, const T* scale, V* pairs, int blocks) {
   const int32_t tile = blockIdx.x;
   const int64_t base = int64_t(tile) * kTile * (l.dims + 1);
-  const uint16_t* start = l.pair_start + base + tile;
+  const uint32_t* range = l.pair_range + base;
   const uint16_t* order = l.order + base;
   const T* weights = static_cast<const T*>(l.order_weights) + base;
   const int32_t first = l.tile_start[tile];
   const int32_t count = l.tile_start[tile + 1] - first;
   const int64_t points = int64_t(tile) * kTile;
-  for (int32_t pair = threadIdx.x / lanes; pair < count; pair += kTile / lanes) {
-    for (int b = threadIdx.x % lanes; b < blocks; b += lanes) {
-      V sum{};
-#pragma unroll 4
-      for (int i = start[pair]; i < start[pair + 1]; ++i) {
+  for (int32_t pair = threadIdx.x / G; pair < count; pair += kTile / G) {
+    const int begin = range[pair] & 0xFFFF, end = begin + (range[pair] >> 16);
+    for (int b = threadIdx.x % G; b < blocks; b += G * B) {
+      V sum[B] = {};
+#pragma unroll(B < 4 ? 4 : 2)
+      for (int i = begin; i < end; ++i) {
         const int64_t p = points + order[i];
         const T w = scale != nullptr ? weights[i] * scale[p] : weights[i];
-        sum = mul_add(w, rows[p * blocks + b], sum);
+        const V* row = rows + p * blocks + b;
+#pragma unroll
+        for (int k = 0; k < B; ++k) {
+          if (b + k * G < blocks) sum[k] = mul_add(w, row[k * G], sum[k]);
+        }
       }
-      pairs[int64_t(first + pair) * blocks + b] = sum;
+      V* to = pairs + int64_t(first + pair) * blocks + b;
+#pragma unroll
+      for (int k = 0; k < B; ++k) {
+        if (b + k * G < blocks) to[k * G] = sum[k];
+      }
     }
   }
 }
@@ -323,10 +388,13 @@ void splat_pairs(const Where& where, const Lattice& l, const void* rows, const v
     using T = decltype(scalar);
     using V = decltype(vector);
     const int blocks = int(width * sizeof(T) / sizeof(V));
-    splat_kernel<T, V><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(
-        l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs),
-        blocks, lanes_for(blocks));
-    check_launch("permutohedral splat");
+    with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+      constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
+      splat_kernel<T, V, G, B><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(
+          l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs),
+          blocks);
+      check_launch("permutohedral splat");
+    });
   });
 }
 

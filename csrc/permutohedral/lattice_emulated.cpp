@@ -45,18 +45,30 @@ void number_pairs(const Lattice& l, const uint32_t* vertex_of_entry, int32_t til
   std::iota(order.begin(), order.end(), uint16_t(0));
   std::stable_sort(order.begin(), order.end(),
                    [&](uint16_t a, uint16_t b) { return vertex[a] < vertex[b]; });
-  uint16_t* start = l.pair_start + base + tile;
-  int pairs = 0;
+  struct Pair {
+    int begin, length;
+  };
+  std::vector<Pair> pairs;
   for (int i = 0; i < entries; ++i) {
     const uint32_t v = vertex[order[i]];
-    const bool head = i == 0 || vertex[order[i - 1]] != v;
-    if (head) start[v == kNoSlot ? pairs : pairs++] = uint16_t(i);
-    if (head && v != kNoSlot) l.pair_vertex[base + pairs - 1] = int32_t(v);
     l.order[base + i] = order[i];
-    l.local_ids[base + order[i]] = v == kNoSlot ? kSkipped : uint16_t(pairs - 1);
+    if (v == kNoSlot) {
+      l.local_ids[base + order[i]] = kSkipped;
+    } else if (i == 0 || vertex[order[i - 1]] != v || pairs.back().length == kLongestPair) {
+      pairs.push_back({i, 1});
+    } else {
+      ++pairs.back().length;
+    }
   }
-  if (vertex[order[entries - 1]] != kNoSlot) start[pairs] = uint16_t(entries);
-  l.tile_start[tile] = pairs;
+  std::stable_sort(pairs.begin(), pairs.end(),
+                   [](const Pair& a, const Pair& b) { return a.length > b.length; });
+  for (size_t k = 0; k < pairs.size(); ++k) {
+    const auto [begin, length] = pairs[k];
+    l.pair_range[base + k] = uint32_t(begin) | uint32_t(length) << 16;
+    l.pair_vertex[base + k] = int32_t(vertex[order[begin]]);
+    for (int i = begin; i < begin + length; ++i) l.local_ids[base + order[i]] = uint16_t(k);
+  }
+  l.tile_start[tile] = int32_t(pairs.size());
 }
 
 void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
@@ -124,11 +136,12 @@ void splat_rows(const Where& where, const Lattice& l, const FilterBuffers& b) {
   parallel_for(
       where, tile_count(l.grid),
       [&](int64_t tile) {
-        const uint16_t* start = l.pair_start + tile * (entries + 1);
+        const uint32_t* range = l.pair_range + tile * entries;
         for (int32_t pair = 0; pair < l.tile_start[tile + 1] - l.tile_start[tile]; ++pair) {
           for (int c = 0; c < b.width; ++c) {
             T sum = 0;
-            for (int i = start[pair]; i < start[pair + 1]; ++i) {
+            const int begin = range[pair] & 0xFFFF, end = begin + (range[pair] >> 16);
+            for (int i = begin; i < end; ++i) {
               const int64_t p = tile * tile_points(l.grid) + l.order[tile * entries + i];
               const T w = static_cast<const T*>(l.order_weights)[tile * entries + i];
               sum = mul_add(scale != nullptr ? w * scale[p] : w, rows[p * b.width + c], sum);

@@ -30,7 +30,7 @@ struct MergePairs {
   SK_HD void operator()(int64_t vertex, int block) const {
     const int32_t end = lattice.vertex_start[vertex + 1];
     V sum{};
-#pragma unroll 4
+#pragma unroll 8
     for (int32_t i = lattice.vertex_start[vertex]; i < end; ++i) {
       sum = sum + pairs[int64_t(lattice.vertex_pairs[i]) * blocks + block];
     }
@@ -38,13 +38,15 @@ struct MergePairs {
   }
 };
 
-// out = in + (in[up] + in[down]) / 2 along one axis; a vertex that is missing counts as zero.
+// out = in + (in[up] + in[down]) / 2 along one axis, times a factor a channel, if there is one; a
+// vertex that is missing counts as zero.
 template <class T, class V>
 struct Blur {
   const int32_t* up;
   const int32_t* down;
   const V* in;
   V* out;
+  const V* factor;  // [blocks] or null
   int blocks;
 
   SK_HD void operator()(int64_t vertex, int block) const {
@@ -52,7 +54,7 @@ struct Blur {
     V v = in[vertex * blocks + block];
     if (u >= 0) v = mul_add(T(0.5), in[int64_t(u) * blocks + block], v);
     if (d >= 0) v = mul_add(T(0.5), in[int64_t(d) * blocks + block], v);
-    out[vertex * blocks + block] = v;
+    out[vertex * blocks + block] = factor != nullptr ? v * factor[block] : v;
   }
 };
 
@@ -189,6 +191,16 @@ struct Pack {
   }
 };
 
+// One position, all of its channels: neighbouring threads then read neighbouring points.
+template <class T, int W>
+struct PackRow {
+  Pack<T, W> pack;
+
+  SK_HD void operator()(int64_t position) const {
+    for (int b = 0; b < pack.width / W; ++b) pack(position, b);
+  }
+};
+
 // The way back: one position.
 template <class T, int W>
 struct Unpack {
@@ -219,10 +231,10 @@ struct Unpack {
 };
 
 // Splat and blur are the same code for both compilers from here: pairs to vertices, then along
-// every axis. Leaves the result in `vertices`.
+// every axis. Leaves the result, times `factor` a channel if it is given, in `vertices`.
 template <class T, class V>
 void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch,
-                    int blocks, bool reverse) {
+                    int blocks, bool reverse, const V* factor = nullptr) {
   const int axes = l.dims + 1;
   V* from = axes % 2 == 0 ? vertices : scratch;
   V* to = axes % 2 == 0 ? scratch : vertices;
@@ -231,8 +243,10 @@ void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* ver
   for (int i = 0; i < axes; ++i) {
     const int axis = reverse ? axes - 1 - i : i;
     const int32_t* up = l.neighbours + int64_t(axis) * 2 * l.vertex_bound;
-    parallel_rows(where, l.vertex_bound, l.counts, blocks,
-                  Blur<T, V>{up, up + l.vertex_bound, from, to, blocks}, "blur");
+    parallel_rows(
+        where, l.vertex_bound, l.counts, blocks,
+        Blur<T, V>{up, up + l.vertex_bound, from, to, i + 1 == axes ? factor : nullptr, blocks},
+        "blur");
     V* t = from;
     from = to;
     to = t;

@@ -112,7 +112,7 @@ template <class F>
 void with_argmax(const ArgmaxCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(call.resampling.mode, [&](auto taps) {
+    with_taps(call.resampling, [&](auto taps) {
       const auto logits = logits_of<T>(call.resampling, call.classes, call.strides, call.logits);
       Acc<T>* confidence = static_cast<Acc<T>*>(call.confidence);
       if (confidence != nullptr) {

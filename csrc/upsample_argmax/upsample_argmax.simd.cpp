@@ -67,7 +67,7 @@ void rows(const Where& where, const LogitPlan<T>& plan, const ArgmaxCall& call) 
 void upsample_argmax_rows(const Where& where, const ArgmaxCall& call, const void* plan) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(call.resampling.mode, [&](auto taps) {
+    with_taps(call.resampling, [&](auto taps) {
       rows<T, taps.value>(where, *static_cast<const LogitPlan<T>*>(plan), call);
     });
   });

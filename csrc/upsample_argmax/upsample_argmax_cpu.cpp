@@ -24,7 +24,7 @@ LogitPlan<T> plan_of(const ArgmaxCall& call) {
           nullptr,
           nullptr,
           nullptr,
-          taps_of(call.resampling.mode)};
+          call.resampling.taps()};
 }
 
 int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
@@ -45,7 +45,7 @@ void upsample_argmax_cpu(const Where& where, const ArgmaxCall& call, void* works
     auto plan = plan_of<decltype(scalar)>(call);
     Arena arena(workspace);
     plan.take(arena, threads_of(where));
-    with_taps(call.resampling.mode, [&](auto taps) {
+    with_taps(call.resampling, [&](auto taps) {
       cpu::fill<taps.value>(plan.logits.y, plan.y);
       cpu::fill<taps.value>(plan.logits.x, plan.x);
     });

@@ -212,7 +212,7 @@ template <class F>
 void with_loss(const LossCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
     using A = Acc<decltype(scalar)>;
-    with_taps(call.resampling.mode, [&](auto taps) {
+    with_taps(call.resampling, [&](auto taps) {
       const A* weight = static_cast<const A*>(call.weight);
       if (call.binary) {
         f(scalar, taps,

@@ -21,7 +21,7 @@ template <class T>
 LossPlan<T> plan_of(const LossCall& call) {
   LossPlan<T> plan{};
   plan.logits.logits = logits_of<T>(call);
-  plan.logits.taps = taps_of(call.resampling.mode);
+  plan.logits.taps = call.resampling.taps();
   return plan;
 }
 
@@ -70,7 +70,7 @@ void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutpu
     auto plan = plan_of<T>(call);
     Arena arena(workspace);
     plan.take(arena, threads_of(where), false);
-    with_taps(call.resampling.mode, [&](auto taps) { fill_tables<taps.value>(plan, false); });
+    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, false); });
     rows_for_machine().forward(where, call, to, &plan);
     double loss = 0, weight = 0;
     for (int64_t row = 0; row < call.resampling.planes * call.resampling.out_height; ++row) {
@@ -87,7 +87,7 @@ void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const 
     auto plan = plan_of<decltype(scalar)>(call);
     Arena arena(workspace);
     plan.take(arena, threads_of(where), true);
-    with_taps(call.resampling.mode, [&](auto taps) { fill_tables<taps.value>(plan, true); });
+    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, true); });
     rows_for_machine().backward(where, call, g, &plan);
   });
 }

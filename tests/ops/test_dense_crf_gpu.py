@@ -84,7 +84,8 @@ def test_gradients_agree_with_the_cpu() -> None:
         p, i = (t.to(device, copy=True).requires_grad_() for t in (probs, img))
         mu = torch.eye(4, dtype=torch.float64, device=device).mul(-3).requires_grad_()
         out = segkernels.dense_crf(i, p, iterations=2, compat_bilateral=mu)
-        (out * torch.arange(out.numel(), device=device).view_as(out).cos()).sum().backward()
+        weight = torch.arange(out.numel(), dtype=torch.float64).cos().view_as(out)
+        (out * weight.to(device)).sum().backward()
         grads.append([t.grad.cpu() for t in (p, i, mu)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-7)

@@ -74,6 +74,7 @@ class TestGaussianFilter(suite.OpSuite):
         Sample("one point", (Float(1, 2, 1, 1), Float(1, 16, 1, 1)), {"normalization": "none"}),
     ]
     not_differentiable: ClassVar[tuple[str, ...]] = ("gaussian_filter_backward",)
+    same_sums_on_cuda = False  # torch's own, of the normalisation
     tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
         torch.float16: (1e-3, 1e-4),
         torch.bfloat16: (8e-3, 1e-3),
@@ -321,7 +322,7 @@ def test_a_far_query_is_still_an_average(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("high", 1e-6), ("default", 1e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("high", 4e-6), ("default", 1e-3)])
 @pytest.mark.parametrize(("count", "dims", "channels"), [(76_800, 5, 21), (20_001, 16, 150)])
 def test_precisions_on_cuda(count, dims, channels, precision, tolerance) -> None:
     features = torch.randn(1, dims, count, device="cuda") * (3 / dims**0.5)

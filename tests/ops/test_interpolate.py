@@ -265,6 +265,19 @@ def test_the_functors_that_cuda_runs(
         _close(_plain_backward(g, r, direct), grad, 2e-5 * scale)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_a_map_that_keeps_its_size_is_copied_on_cuda(mode: str, value: float) -> None:
+    """By CUDA's functors too, forward and backward, as torch's kernels do."""
+    x = torch.randn(1, 2, 4, 5)
+    x[0, :, 1, 2] = value
+    r = Resampling((4, 5), (4, 5), (0.0, 0.0), mode, False, 2, False)
+    for t in (x, x.contiguous(memory_format=torch.channels_last)):
+        assert suite.same_bits(_plain(t, r, 3), x)
+        for direct in (False, True):
+            assert suite.same_bits(_plain_backward(t, r.transposed(), direct), x)
+
+
 def _close(ours: torch.Tensor, theirs: torch.Tensor, atol: float) -> None:
     rtol = {torch.float16: 2**-9, torch.bfloat16: 2**-6}.get(ours.dtype, 0.0)
     if ours.dtype == torch.float64:
@@ -378,8 +391,10 @@ def test_double_backward_equals_torch() -> None:
 
 
 def test_dynamic_shapes_compile_once() -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch.compiler.reset()
-    count = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    count = CompileCounterWithBackend("aot_eager")
 
     @torch.compile(fullgraph=True, dynamic=True, backend=count)
     def f(x: torch.Tensor) -> torch.Tensor:

@@ -661,7 +661,10 @@ def test_gradients_of_layouts(device):
         leaf = view.detach().requires_grad_()
         out = permutohedral_filter(leaf, features)
         got = torch.autograd.grad(out, (leaf, features), grad)
-        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+        # On CUDA torch's sum over channels, of the norm's gradient, depends on the layout.
+        tolerance = 0 if device.type == "cpu" else 1e-12
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
 
 
 def test_points_in_rows(device):

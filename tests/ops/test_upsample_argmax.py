@@ -159,6 +159,17 @@ def test_the_functor_that_cuda_runs(
             torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_an_infinity_stays_where_it_is_at_the_same_size(mode: str) -> None:
+    """By the functor that CUDA runs, under CUDA's rule: torch copies there."""
+    x = torch.randn(1, 3, 4, 5)
+    x[0, 1, 1, 2] = float("inf")
+    r = _tail.resampling("test", x, (4, 5), mode, False)._replace(rule=2)
+    labels, confidence = _kernel.run(x, r, True, torch.int64, plain=True)
+    assert torch.equal(labels, x.argmax(1))
+    torch.testing.assert_close(confidence, x.softmax(1).amax(1), equal_nan=True)
+
+
 def test_ties_and_nan_as_torch_argmax() -> None:
     x = torch.zeros(1, 4, 2, 2)
     assert segkernels.upsample_argmax(x, 5).eq(0).all()

@@ -59,7 +59,7 @@ def gaussian_filter(
             as a query out of reach of all points has, gives 0.
         precision: on CUDA "default" multiplies weights and values as float16 and sums in float32:
             within 1e-3 of the sum of |weight * value|, weights below 2^-29 less exactly; "high"
-            within 1e-6 of it. On the CPU, and for float64, both are the dtype's own precision.
+            within 4e-6 of it. On the CPU, and for float64, both are the dtype's own precision.
 
     Returns:
         `(B, C, *query_spatial)` or `(M, C)`, else `values`' own shape and layout; of the dtype of

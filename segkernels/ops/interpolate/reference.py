@@ -37,15 +37,16 @@ def interpolate(
     out_size, factors = sizes_and_factors(input, size, scale_factor, recompute_scale_factor)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     x = input.to(compute)
-    same_size = tuple(input.shape[2:]) == out_size
+    on_cpu, same_size = input.device.type == "cpu", tuple(input.shape[2:]) == out_size
     # The width first, as torch's kernels do.
     for axis in (1, 0):
         n_in, n_out = input.size(2 + axis), out_size[axis]
         index, weight = taps(
             n_in, n_out, mode, bool(align_corners), factors[axis], coordinates or compute
         )
-        # torch copies an axis that keeps its size; on CUDA only where both do.
-        if mode == "bilinear" and (n_in == n_out if input.device.type == "cpu" else same_size):
+        # torch copies an axis that keeps its size in bilinear mode; on CUDA in every mode, where
+        # both axes do.
+        if n_in == n_out and mode == "bilinear" if on_cpu else same_size:
             index, weight = torch.arange(n_in).unsqueeze(1), torch.ones(n_in, 1)
         x = _along(x, 2 + axis, index.to(x.device), weight.to(x))
     return x.to(input.dtype)

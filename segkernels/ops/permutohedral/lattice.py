@@ -361,7 +361,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
             view,
             order=empty((entries,), i16),
             order_weights=empty((entries,), lattice.dtype),
-            pair_start=empty((entries + lattice.grid.tiles,), i16),
+            pair_range=empty((entries,), i32),
         )
         keys = entries
     else:
@@ -409,7 +409,10 @@ def _link_global(
         if read is not None:
             view.vertex_bound, view.pair_bound = read[i]
         else:
-            view.pair_bound = min(lattice.entries, lattice.grid.tiles * view.vertex_bound)
+            # A vertex has one pair in a tile, and one more for every so many entries.
+            longest = lattice.grid.tile_points * (lattice.dims + 1) // C.longest_pair
+            most = lattice.grid.tiles * (view.vertex_bound + longest)
+            view.pair_bound = min(lattice.entries, most)
         _hold_links(lattice)
         build.temporary_bytes = _workspace(lattice.device, 0, 0, view.pair_bound)
         lattice.hold(

@@ -1,0 +1,32 @@
+// How many neighbouring threads share a row on CUDA, and how many of its vectors each takes. Few
+// threads with several vectors: what belongs to the row (ids, weights) is read and computed once a
+// thread.
+#pragma once
+
+#include <type_traits>
+
+namespace segkernels {
+
+template <int N>
+using Int = std::integral_constant<int, N>;
+
+// f(Int<threads>, Int<vectors>), whose product covers `blocks` vectors; of more than 128 it is 128.
+template <class T, class V, class F>
+void with_lanes(int blocks, const F& f) {
+  if constexpr (sizeof(T) == sizeof(V)) {  // rows of one channel
+    f(Int<1>{}, Int<1>{});
+  } else {
+    if (blocks <= 1) return f(Int<1>{}, Int<1>{});
+    if (blocks <= 2) return f(Int<2>{}, Int<1>{});
+    if (blocks <= 4) return f(Int<2>{}, Int<2>{});
+    if (blocks <= 6) return f(Int<2>{}, Int<3>{});
+    if (blocks <= 8) return f(Int<2>{}, Int<4>{});
+    if (blocks <= 12) return f(Int<4>{}, Int<3>{});
+    if (blocks <= 16) return f(Int<4>{}, Int<4>{});
+    if (blocks <= 32) return f(Int<8>{}, Int<4>{});
+    if (blocks <= 64) return f(Int<16>{}, Int<4>{});
+    f(Int<32>{}, Int<4>{});
+  }
+}
+
+}  // namespace segkernels
