@@ -16,9 +16,10 @@ struct MeanFieldTerm {
   const void*
       compat;  // -mu * alpha: [width] (diagonal) or [width, width] (row: the channel that receives)
   bool compat_is_matrix;
-  void* pairs;     // [pair_bound, width]
-  void* vertices;  // [vertex_bound, width]
-  void* scratch;   // [vertex_bound, width]
+  void* splat_weights;  // CUDA: [positions, dims + 1], room for order_weights times scale_in
+  void* pairs;          // [pair_bound, width]
+  void* vertices;       // [vertex_bound, width]
+  void* scratch;        // [vertex_bound, width]
 };
 
 constexpr int kMaxTerms = 8;

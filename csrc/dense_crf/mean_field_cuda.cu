@@ -1,13 +1,19 @@
-// Mean field on CUDA. A step is: for every term, splat Q into pairs, merge and blur the pairs' sums
-// (shared with the filter), apply the compatibility to the vertices; then one kernel slices all
-// terms, adds the unary energy and takes the softmax. There a group of G neighbouring threads owns
-// a point, each with up to B vectors of its channels in registers. Nothing is atomic, so that the
+// Mean field on CUDA. An iteration is two kernels. One takes a tile a block: a group of G
+// neighbouring threads owns a point, each with up to B vectors of its channels in registers; it
+// slices all terms, adds the unary energy, takes the softmax into shared memory, and from there
+// splats Q into the tile's pairs. The other is a cooperative launch over all terms: pairs are
+// merged into vertices and these blurred axis by axis, with a barrier of the grid between, and the
+// compatibility applied to the vertices. Rows that are too long for shared memory, and devices
+// without cooperative launches, take a kernel for every such step. Nothing is atomic, so that the
 // bits are the same in every run; nothing allocates or synchronises, so that it can be captured in
 // a graph.
+#include <cooperative_groups.h>
+
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
 #include "permutohedral/lanes.h"
+#include "permutohedral/splat.h"
 
 namespace segkernels {
 namespace {
@@ -88,73 +94,223 @@ __device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t ti
   return true;
 }
 
+// Q of point p into `row`, by the G threads of a group: softmax of minus the energy and of the
+// terms' messages; the first time of minus the energy alone.
 template <class T, class V, int G, int B>
-__global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool first, bool last) {
+__device__ void update_point(const MeanField& m, bool first, bool last, int64_t p, int32_t tile,
+                             V* row) {
   constexpr int W = sizeof(V) / sizeof(T);
   const int blocks = m.width / W;
   const int lane = threadIdx.x % G;
   const int count = B > 0 ? B : (blocks - lane + G - 1) / G;
-  const int64_t positions = position_count(m.grid);
   const V* energy = static_cast<const V*>(m.energy);
+  Channels<V, B> z(row, lane);
+  for (int i = 0; i < count; ++i) {
+    V v{};
+    if (B == 0 || lane + i * G < blocks) {
+      v = energy[p * blocks + lane + i * G];
+    } else {
+      for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-3e38));
+    }
+    z.at(i, G) = v;
+  }
+  bool taken = true;
+  for (int k = 0; k < m.term_count; ++k) {
+    if (first) {
+      const Lattice& l = m.terms[k].lattice;
+      taken = taken && l.local_ids[p * (l.dims + 1)] != kSkipped;
+    } else {
+      taken = add_term<T, V, G, B>(m.terms[k], p, tile, lane, blocks, z) && taken;
+    }
+  }
+
+  T top = T(-3e38);
+  for (int i = 0; i < count; ++i) {
+    for (int c = 0; c < W; ++c) {
+      const T v = lane_value<T>(z.at(i, G), c);
+      top = v > top ? v : top;
+    }
+  }
+  top = group_max<T, G>(top);
+  const bool log_scores = last && m.log;
+  T sum = 0;
+  for (int i = 0; i < count; ++i) {
+    for (int c = 0; c < W; ++c) {
+      const T v = lane_value<T>(z.at(i, G), c) - top;
+      const T e = exp(v);
+      sum += e;
+      set_lane<T>(z.at(i, G), c, log_scores ? v : e);
+    }
+  }
+  sum = group_sum<T, G>(sum);
+  // A point whose scores are not finite gives NaN, and nothing to the others.
+  const bool good = taken && sum - sum == T(0);
+  const T faulty = last ? T(NAN) : T(0);
+  const T change = log_scores ? log(sum) : T(1) / sum;
+  for (int i = 0; i < count; ++i) {
+    if (B > 0 && lane + i * G >= blocks) continue;
+    V out{};
+    for (int c = 0; c < W; ++c) {
+      const T v = lane_value<T>(z.at(i, G), c);
+      set_lane<T>(out, c, !good ? faulty : log_scores ? v - change : v * change);
+    }
+    row[lane + i * G] = out;
+  }
+}
+
+template <class T, class V, int G, int B>
+__global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool first, bool last) {
+  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
+  const int64_t positions = position_count(m.grid);
   V* rows = static_cast<V*>(m.rows);
   // A block's threads hold whole groups, and positions come in whole tiles of 256, so that no
   // thread of a warp leaves the loop before the others.
   const int64_t step = int64_t(gridDim.x) * (kThreads / G);
   for (int64_t p = int64_t(blockIdx.x) * (kThreads / G) + threadIdx.x / G; p < positions;
        p += step) {
-    const int32_t tile = tile_of(m.grid, p);
-    Channels<V, B> z(rows + p * blocks, lane);
-    for (int i = 0; i < count; ++i) {
-      V v{};
-      if (B == 0 || lane + i * G < blocks) {
-        v = energy[p * blocks + lane + i * G];
-      } else {
-        for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-3e38));
-      }
-      z.at(i, G) = v;
-    }
-    bool taken = true;
-    for (int k = 0; k < m.term_count; ++k) {
-      if (first) {
-        const Lattice& l = m.terms[k].lattice;
-        taken = taken && l.local_ids[p * (l.dims + 1)] != kSkipped;
-      } else {
-        taken = add_term<T, V, G, B>(m.terms[k], p, tile, lane, blocks, z) && taken;
-      }
-    }
+    update_point<T, V, G, B>(m, first, last, p, tile_of(m.grid, p), rows + p * blocks);
+  }
+}
 
-    T top = T(-3e38);
-    for (int i = 0; i < count; ++i) {
-      for (int c = 0; c < W; ++c) {
-        const T v = lane_value<T>(z.at(i, G), c);
-        top = v > top ? v : top;
+constexpr int kSharedBytes = 48 * 1024;
+
+// One tile a block: Q of its points in shared memory only, and its sums into the pairs of all
+// terms.
+template <class T, class V, int G, int B>
+__global__ void __launch_bounds__(kThreads) update_and_splat_kernel(MeanField m, bool first) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  V* rows = reinterpret_cast<V*>(memory);  // [points of a tile, blocks]
+  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
+  const int32_t tile = blockIdx.x;
+  const int64_t base = int64_t(tile) * kThreads;
+  for (int i = threadIdx.x / G; i < kThreads; i += kThreads / G) {
+    update_point<T, V, G, B>(m, first, false, base + i, tile, rows + i * blocks);
+  }
+  __syncthreads();
+  for (int k = 0; k < m.term_count; ++k) {
+    const MeanFieldTerm& term = m.terms[k];
+    const Lattice& l = term.lattice;
+    const T* weights = static_cast<const T*>(term.splat_weights) + base * (l.dims + 1);
+    splat_tile<T, G, B>(l, tile, rows, weights, static_cast<const T*>(nullptr),
+                        static_cast<V*>(term.pairs), blocks);
+  }
+}
+
+// The weight of each entry, in the order of the splat, times the factor of its point.
+template <class T>
+struct ScaleWeights {
+  Lattice lattice;
+  const T* scale;
+  T* out;
+
+  SK_HD void operator()(int64_t i) const {
+    const int32_t points = tile_points(lattice.grid);
+    const int64_t tile = i / (points * (lattice.dims + 1));
+    out[i] =
+        static_cast<const T*>(lattice.order_weights)[i] * scale[tile * points + lattice.order[i]];
+  }
+};
+
+// Where the merged rows go, so that the last axis leaves its result in `vertices` (in `scratch`
+// where a matrix still has to be applied).
+template <class V>
+__device__ V* merged_rows(const MeanFieldTerm& term) {
+  const bool even = (term.lattice.dims + 1) % 2 == 0;
+  return static_cast<V*>(even != term.compat_is_matrix ? term.vertices : term.scratch);
+}
+
+template <class V>
+__device__ V* other_rows(const MeanFieldTerm& term) {
+  const bool even = (term.lattice.dims + 1) % 2 == 0;
+  return static_cast<V*>(even != term.compat_is_matrix ? term.scratch : term.vertices);
+}
+
+// A vertex's row from its pairs: `groups` times `lanes` neighbouring threads (a warp, if groups is
+// not 1) take every groups-th pair each, in order; their sums are added as a tree.
+template <class T, class V>
+__device__ void merge_rows(const MeanFieldTerm& term, int blocks, int lanes, int groups) {
+  const Lattice& l = term.lattice;
+  const V* pairs = static_cast<const V*>(term.pairs);
+  V* out = merged_rows<V>(term);
+  const int team = lanes * groups;
+  const int64_t teams = int64_t(gridDim.x) * (blockDim.x / team);
+  const int lane = threadIdx.x % lanes, group = threadIdx.x % team / lanes;
+  const int64_t rows = row_count(l.vertex_bound, l.counts);
+  for (int64_t row = int64_t(blockIdx.x) * (blockDim.x / team) + threadIdx.x / team; row < rows;
+       row += teams) {
+    const int32_t begin = l.vertex_start[row] + group, end = l.vertex_start[row + 1];
+    for (int b = lane; b < blocks || (b == lane && groups > 1); b += lanes) {
+      const int block = b < blocks ? b : blocks - 1;  // of a thread that only takes part
+      V sum{};
+#pragma unroll 4
+      for (int32_t i = begin; i < end; i += groups) {
+        sum = sum + pairs[int64_t(l.vertex_pairs[i]) * blocks + block];
+      }
+      for (int step = lanes; step < team; step *= 2) {
+        if constexpr (sizeof(V) == sizeof(T)) {
+          sum = sum + __shfl_xor_sync(0xFFFFFFFFu, sum, step);
+        } else {
+#pragma unroll
+          for (int c = 0; c < int(sizeof(V) / sizeof(T)); ++c)
+            sum[c] = sum[c] + __shfl_xor_sync(0xFFFFFFFFu, T(sum[c]), step);
+        }
+      }
+      if (group == 0 && b < blocks) out[row * blocks + b] = sum;
+    }
+  }
+}
+
+constexpr int kTogether = 512;  // threads of a block, of which two fit a multiprocessor
+
+// All terms' pairs into vertices, along every axis, times the compatibility.
+template <class T, class V>
+__global__ void __launch_bounds__(kTogether, 2) merge_and_blur_kernel(MeanField m, int lanes) {
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
+  const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = int64_t(gridDim.x) * blockDim.x;
+  int axes = 0;
+  bool matrices = false;
+  for (int k = 0; k < m.term_count; ++k) {
+    const MeanFieldTerm& term = m.terms[k];
+    // With few features a vertex has few pairs.
+    merge_rows<T, V>(term, blocks, lanes, term.lattice.dims > 2 ? 32 / lanes : 1);
+    axes = term.lattice.dims + 1 > axes ? term.lattice.dims + 1 : axes;
+    matrices = matrices || term.compat_is_matrix;
+  }
+  for (int axis = 0; axis < axes; ++axis) {
+    grid.sync();
+    for (int k = 0; k < m.term_count; ++k) {
+      const MeanFieldTerm& term = m.terms[k];
+      const Lattice& l = term.lattice;
+      if (axis > l.dims) continue;
+      V* merged = merged_rows<V>(term);
+      V* other = other_rows<V>(term);
+      const int32_t* up = l.neighbours + int64_t(axis) * 2 * l.vertex_bound;
+      const bool scaled = axis == l.dims && !term.compat_is_matrix;
+      const Blur<T, V> blur{up,
+                            up + l.vertex_bound,
+                            axis % 2 == 0 ? merged : other,
+                            axis % 2 == 0 ? other : merged,
+                            scaled ? static_cast<const V*>(term.compat) : nullptr,
+                            blocks};
+      const int64_t items = row_count(l.vertex_bound, l.counts) * blocks;
+      for (int64_t i = thread; i < items; i += threads) {
+        // Rows are below 2^31, and so are items of short rows; then division is quicker.
+        const int64_t row = items >> 32 == 0 ? int64_t(uint32_t(i) / uint32_t(blocks)) : i / blocks;
+        blur(row, int(i - row * blocks));
       }
     }
-    top = group_max<T, G>(top);
-    const bool log_scores = last && m.log;
-    T sum = 0;
-    for (int i = 0; i < count; ++i) {
-      for (int c = 0; c < W; ++c) {
-        const T v = lane_value<T>(z.at(i, G), c) - top;
-        const T e = exp(v);
-        sum += e;
-        set_lane<T>(z.at(i, G), c, log_scores ? v : e);
-      }
-    }
-    sum = group_sum<T, G>(sum);
-    // A point whose scores are not finite gives NaN, and nothing to the others.
-    const bool good = taken && sum - sum == T(0);
-    const T faulty = last ? T(NAN) : T(0);
-    const T change = log_scores ? log(sum) : T(1) / sum;
-    for (int i = 0; i < count; ++i) {
-      if (B > 0 && lane + i * G >= blocks) continue;
-      V out{};
-      for (int c = 0; c < W; ++c) {
-        const T v = lane_value<T>(z.at(i, G), c);
-        set_lane<T>(out, c, !good ? faulty : log_scores ? v - change : v * change);
-      }
-      rows[p * blocks + lane + i * G] = out;
-    }
+  }
+  if (!matrices) return;
+  grid.sync();
+  for (int k = 0; k < m.term_count; ++k) {
+    const MeanFieldTerm& term = m.terms[k];
+    if (!term.compat_is_matrix) continue;
+    const MixChannels<T, V> mix{static_cast<const T*>(term.scratch), static_cast<V*>(term.vertices),
+                                static_cast<const V*>(term.compat), m.width, blocks};
+    const int64_t items = row_count(term.lattice.vertex_bound, term.lattice.counts) * blocks;
+    for (int64_t i = thread; i < items; i += threads) mix(i / blocks, int(i % blocks));
   }
 }
 
@@ -177,16 +333,15 @@ void update(const Where& where, const MeanField& m, bool first, bool last) {
   });
 }
 
-// Sums of a term, blurred, with its compatibility applied, in term.vertices.
+// A term's pairs merged and blurred, with its compatibility applied, in term.vertices.
 template <class T, class V>
-void message(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
+void from_pairs(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const Lattice& l = term.lattice;
   V* vertices = static_cast<V*>(term.vertices);
   V* scratch = static_cast<V*>(term.scratch);
   const V* compat = static_cast<const V*>(term.compat);
   const V* pairs = static_cast<const V*>(term.pairs);
-  splat_pairs(where, l, m.rows, term.scale_in, term.pairs, m.width, sizeof(T) == sizeof(double));
   if (term.compat_is_matrix) {
     merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
     parallel_rows(
@@ -198,11 +353,87 @@ void message(const Where& where, const MeanField& m, const MeanFieldTerm& term) 
   }
 }
 
+// Blocks of merge_and_blur_kernel that are on the device at once; 0 where it cannot be launched.
+template <class T, class V>
+int blocks_together(int device) {
+  int can = 0, processors = 0, each = 0;
+  check_cuda(cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device), "device");
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
+  if (can == 0) return 0;
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, merge_and_blur_kernel<T, V>,
+                                                           kTogether, 0),
+             "device");
+  return processors * each;
+}
+
+template <class T, class V>
+void merge_and_blur_together(const Where& where, MeanField& m, int grid) {
+  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
+  int lanes = lanes_for(blocks);
+  int64_t items = 0;
+  for (int k = 0; k < m.term_count; ++k) items += m.terms[k].lattice.vertex_bound * blocks;
+  const int64_t most = (items + kTogether - 1) / kTogether;
+  if (most < grid) grid = most > 0 ? int(most) : 1;
+  void* arguments[] = {&m, &lanes};
+  check_cuda(cudaLaunchCooperativeKernel(
+                 reinterpret_cast<const void*>(&merge_and_blur_kernel<T, V>), dim3(unsigned(grid)),
+                 dim3(kTogether), arguments, 0, stream_of(where)),
+             "dense_crf merge and blur");
+}
+
+template <class T, class V>
+void update_and_splat(const Where& where, const MeanField& m, bool first) {
+  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
+  with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+    constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
+    if constexpr (G * B * int(sizeof(V)) * kThreads <= kSharedBytes) {
+      update_and_splat_kernel<T, V, G, B>
+          <<<tile_count(m.grid), kThreads, size_t(kThreads) * m.width * sizeof(T),
+             stream_of(where)>>>(m, first);
+      check_launch("dense_crf update and splat");
+    }
+  });
+}
+
+// Two kernels an iteration.
+template <class T, class V>
+void run_together(const Where& where, MeanField m, int grid) {
+  for (int k = 0; k < m.term_count; ++k) {
+    MeanFieldTerm& term = m.terms[k];
+    const Lattice& l = term.lattice;
+    if (term.scale_in == nullptr) {
+      term.splat_weights = l.order_weights;
+    } else {
+      parallel_for(where, position_count(m.grid) * (l.dims + 1),
+                   ScaleWeights<T>{l, static_cast<const T*>(term.scale_in),
+                                   static_cast<T*>(term.splat_weights)},
+                   "dense_crf weights");
+    }
+  }
+  for (int i = 0; i < m.iterations; ++i) {
+    update_and_splat<T, V>(where, m, i == 0);
+    if (grid > 0) {
+      merge_and_blur_together<T, V>(where, m, grid);
+    } else {
+      for (int k = 0; k < m.term_count; ++k) from_pairs<T, V>(where, m, m.terms[k]);
+    }
+  }
+  update<T, V>(where, m, false, true);
+}
+
 template <class T, class V>
 void run(const Where& where, const MeanField& m) {
+  if (m.iterations > 0 && m.width * sizeof(T) * kThreads <= kSharedBytes) {
+    return run_together<T, V>(where, m, blocks_together<T, V>(where.device));
+  }
   update<T, V>(where, m, true, m.iterations == 0);
   for (int i = 1; i <= m.iterations; ++i) {
-    for (int k = 0; k < m.term_count; ++k) message<T, V>(where, m, m.terms[k]);
+    for (int k = 0; k < m.term_count; ++k) {
+      const MeanFieldTerm& term = m.terms[k];
+      splat_pairs(where, term.lattice, m.rows, term.scale_in, term.pairs, m.width,
+                  sizeof(T) == sizeof(double));
+      from_pairs<T, V>(where, m, term);
+    }
     update<T, V>(where, m, false, i == m.iterations);
   }
 }

@@ -16,6 +16,7 @@
 #include "permutohedral/global_build.h"
 #include "permutohedral/lanes.h"
 #include "permutohedral/permutohedral.h"
+#include "permutohedral/splat.h"
 
 namespace segkernels {
 namespace {
@@ -286,39 +287,15 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
   });
 }
 
-// One tile a block: G neighbouring threads sum a pair's entries, in order, each B vectors of them.
+// One tile a block.
 template <class T, class V, int G, int B>
 __global__ void __launch_bounds__(kTile)
     splat_kernel(Lattice l, const V* rows, const T* scale, V* pairs, int blocks) {
   const int32_t tile = blockIdx.x;
-  const int64_t base = int64_t(tile) * kTile * (l.dims + 1);
-  const uint32_t* range = l.pair_range + base;
-  const uint16_t* order = l.order + base;
-  const T* weights = static_cast<const T*>(l.order_weights) + base;
-  const int32_t first = l.tile_start[tile];
-  const int32_t count = l.tile_start[tile + 1] - first;
-  const int64_t points = int64_t(tile) * kTile;
-  for (int32_t pair = threadIdx.x / G; pair < count; pair += kTile / G) {
-    const int begin = range[pair] & 0xFFFF, end = begin + (range[pair] >> 16);
-    for (int b = threadIdx.x % G; b < blocks; b += G * B) {
-      V sum[B] = {};
-#pragma unroll(B < 4 ? 4 : 2)
-      for (int i = begin; i < end; ++i) {
-        const int64_t p = points + order[i];
-        const T w = scale != nullptr ? weights[i] * scale[p] : weights[i];
-        const V* row = rows + p * blocks + b;
-#pragma unroll
-        for (int k = 0; k < B; ++k) {
-          if (b + k * G < blocks) sum[k] = mul_add(w, row[k * G], sum[k]);
-        }
-      }
-      V* to = pairs + int64_t(first + pair) * blocks + b;
-#pragma unroll
-      for (int k = 0; k < B; ++k) {
-        if (b + k * G < blocks) to[k * G] = sum[k];
-      }
-    }
-  }
+  const int64_t point = int64_t(tile) * kTile;
+  const T* weights = static_cast<const T*>(l.order_weights) + point * (l.dims + 1);
+  splat_tile<T, G, B>(l, tile, rows + point * blocks, weights,
+                      scale != nullptr ? scale + point : nullptr, pairs, blocks);
 }
 
 void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is_double) {
