@@ -42,7 +42,10 @@ WANTED = {"cpp": 3, "triton": 1, "python": 4}
 # Files whose lines decide results. The rest plans, times, prints or models another machine.
 SOURCES = {
     "cpp": ["csrc/**/*.h", "csrc/**/*.cpp"],
-    "triton": ["segkernels/ops/*/triton_kernels.py"],
+    "triton": [
+        "segkernels/ops/*/triton_kernels.py",
+        "segkernels/ops/dilated_conv2d/epilogue_kernel.py",
+    ],
     "python": [
         "segkernels/ops/**/*.py",
         "segkernels/nn/*.py",
@@ -53,7 +56,7 @@ SOURCES = {
     ],
 }
 LEFT_OUT = re.compile(
-    r"reference\.py|tuning\.py|plan\.py|launch\.py|_summary\.py|sm90\.py|triton_path\.py"
+    r"reference\.py|plan\.py|_summary\.py|sm90\.py"
     r"|csrc/bindings\.cpp|cuda|hopper|emulated|schedule|weight_gradient\.h|dilated_conv2d\.h"
     r"|ring\.h|tensor_map\.h|atomics\.h|simd\.h|global_build\.h|splat_tile\.h|unpool2d/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
@@ -123,7 +126,10 @@ CRF = (
     "tests/ops/test_permutohedral.py tests/ops/test_permutohedral_cuda_steps.py "
     "tests/ops/test_dense_crf.py tests/test_crf.py"
 )
-CONV = "tests/ops/test_dilated_conv2d.py tests/ops/test_dilated_conv2d_triton.py"
+CONV = (
+    "tests/ops/test_dilated_conv2d.py tests/ops/test_dilated_conv2d_dispatch.py "
+    "tests/ops/test_dilated_conv2d_epilogue.py"
+)
 MODELS = "tests/models"
 TESTS = [
     (r"csrc/(interpolate)/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),
@@ -132,7 +138,7 @@ TESTS = [
     (r"csrc/common/", f"{WINDOWS} {INTERPOLATE} {CRF}"),
     (r"csrc/(\w+)/", r"tests/ops/test_\1.py"),
     (r"ops/dilated_conv2d/", CONV),
-    (r"ops/(aspp|gaussian_filter)/triton", r"tests/ops/test_\1_triton.py"),
+    (r"ops/gaussian_filter/triton", "tests/ops/test_gaussian_filter_triton.py"),
     (r"ops/(permutohedral|dense_crf)/", CRF + " tests/test_crf_exact.py"),
     (r"ops/_windows", WINDOWS),
     (r"ops/interpolate/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),
@@ -170,7 +176,6 @@ REJECTED = {
     ("permutohedral/lattice.py", "// 2 > width:"): "how points are cut into tiles",
     ("permutohedral/lattice.py", "width = spatial[-2]"): "how points are cut into tiles",
     ("dense_crf/exact.py", "+ 8 * channels * 2)"): "an estimate in an error's text",
-    ("dilated_conv2d/dispatch.py", "> _LEAST"): "chooses between two right backends",
     (
         "dilated_conv2d/__init__.py",
         "input.dtype is torch.float16",
@@ -223,9 +228,10 @@ def _python_only(text: str) -> list[str]:
 
 def candidates(language: str, kind: str) -> Iterator[dict[str, str | int]]:
     """Every change that a rule of this kind makes to a line."""
+    kernels = {p for pattern in SOURCES["triton"] for p in ROOT.glob(pattern)}
     for path in sorted({p for pattern in SOURCES[language] for p in ROOT.glob(pattern)}):
         name = str(path.relative_to(ROOT))
-        if LEFT_OUT.search(name) or (language == "python" and "triton_kernels" in name):
+        if LEFT_OUT.search(name) or (language == "python" and path in kernels):
             continue
         whole = path.read_text().split("\n")
         for number, (line, code) in enumerate(zip(whole, code_only(path), strict=True), 1):

@@ -21,7 +21,7 @@ from timing import clock
 import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
-BACKENDS = ("auto", "triton", "sm90")
+BACKENDS = ("auto", "sm90")
 CUDA = clock.device.type == "cuda"
 # Of `auto` every kind, of a single backend one.
 CASES = pytest.mark.parametrize(

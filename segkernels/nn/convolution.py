@@ -12,7 +12,7 @@ from segkernels.ops import _op
 from segkernels.ops.dilated_conv2d import dilated_conv2d
 from segkernels.ops.dilated_conv2d.torch_path import has_cpu_kernels, may_crash
 
-Backend = Literal["auto", "sm90", "triton", "torch"]
+Backend = Literal["auto", "sm90", "torch"]
 Activation = Literal["relu"] | None
 Pair = int | tuple[int, int]
 
@@ -346,10 +346,8 @@ def _padding(kernel_size: Pair, stride: Pair, dilation: Pair) -> str | tuple[int
 
 def check_backend(backend: str, who: str) -> None:
     """Raise ValueError for a backend that `dilated_conv2d` does not know."""
-    if backend not in ("auto", "sm90", "triton", "torch"):
-        raise ValueError(
-            f"{who}: backend must be 'auto', 'sm90', 'triton' or 'torch', got {backend!r}"
-        )
+    if backend not in ("auto", "sm90", "torch"):
+        raise ValueError(f"{who}: backend must be 'auto', 'sm90' or 'torch', got {backend!r}")
 
 
 def check_activation(activation: str | None, who: str) -> None:

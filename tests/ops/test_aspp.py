@@ -16,6 +16,7 @@ from torch._inductor import config
 
 import segkernels
 from segkernels.ops.aspp import reference
+from segkernels.ops.dilated_conv2d import sm90
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -302,3 +303,58 @@ def test_the_meta_device_gives_shapes() -> None:
     with torch.device("meta"):
         x, weights = torch.zeros(2, 8, 7, 9), [torch.zeros(4, 8, 3, 3) for _ in range(2)]
         assert segkernels.aspp(x, weights, (2, 5)).shape == (2, 8, 7, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_dilated_branches_are_one_launch_on_hopper(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`backend="sm90"`, through the kernel's emulation."""
+    monkeypatch.setattr(sm90, "supported", lambda problem: "")
+    launched: list[int] = []
+    run = sm90.forward_branches
+
+    def counted(x: Any, weights: Any, *args: Any) -> Any:
+        launched.append(len(weights))
+        return run(x, weights, *args)
+
+    monkeypatch.setattr(sm90, "forward_branches", counted)
+    x = torch.randn(2, 16, 9, 8).to(dtype)
+    weights = [torch.randn(8, 16, k, k).to(dtype) for k in (1, 3, 3, 3)]
+    scale, shift, pooled = torch.rand(32) + 0.5, torch.randn(32), torch.randn(2, 5, 1, 1).to(dtype)
+    rates = (1, 2, 4, 6)
+    ours = segkernels.aspp(
+        x, weights, rates, scale=scale, shift=shift, pooled=pooled, activation="relu",
+        backend="sm90",
+    )  # fmt: skip
+    assert launched == [1, 3]
+    assert ours.is_contiguous()
+    exact = reference.aspp(
+        x.double(), [w.double() for w in weights], rates, scale=scale.double(),
+        shift=shift.double(), pooled=pooled.double(), activation="relu",
+    )  # fmt: skip
+    assert distance(ours, exact) <= ACCURACY[dtype]
+
+
+@pytest.mark.compiles
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["v3", "v2"])
+@pytest.mark.parametrize("backend", ["sm90", "auto"])
+def test_on_a_gpu_against_float64_and_the_same_bits(
+    backend: str, form: str, dtype: torch.dtype
+) -> None:
+    if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    layout = {"memory_format": torch.channels_last}
+    out_channels, kernels = (256, (1, 3, 3, 3)) if form == "v3" else (21, (3, 3, 3, 3))
+    rates = (1, 12, 24, 36) if form == "v3" else (6, 12, 18, 24)
+    x = torch.randn(8, 2048, 65, 65, device="cuda").to(dtype).contiguous(**layout)
+    weights = [
+        (torch.randn(out_channels, 2048, k, k, device="cuda") / (k * 45)).to(dtype) for k in kernels
+    ]
+    found = [segkernels.aspp(x, weights, rates, form=form, backend=backend) for _ in range(3)]
+    wide = [w.double() for w in weights]
+    exact = reference.aspp(x[:1].double(), wide, rates, form=form)
+    assert distance(found[0][:1], exact) <= ACCURACY[dtype]
+    assert all(torch.equal(found[0], again) for again in found[1:])

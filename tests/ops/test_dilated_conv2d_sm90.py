@@ -314,7 +314,7 @@ PROBLEM = Problem(
 def test_what_is_supported(
     change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(sm90, "_capability", lambda _: (9, 0))
 
     class Module:
         has_sm90a = True
@@ -326,8 +326,6 @@ def test_what_is_supported(
         assert re.search(reason, found), found
     else:
         assert found == ""
-    assert sm90.weight_gradient_supported(problem) != ""
-    monkeypatch.setattr(sm90, "_WEIGHT_GRADIENT_RAN_ON_A_GPU", True)
     if problem.dtype == torch.float32:
         assert "no float32" in sm90.weight_gradient_supported(problem)
     else:
@@ -335,7 +333,7 @@ def test_what_is_supported(
 
 
 def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(sm90, "_capability", lambda _: (8, 0))
 
     class Module:
         has_sm90a = True
@@ -512,24 +510,38 @@ def test_the_operator_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
         "residual": torch.randn(2, 16, 9, 9).half(),
     }
     found, expected = {}, {}
-    for proven in (False, True):
-        monkeypatch.setattr(sm90, "_WEIGHT_GRADIENT_RAN_ON_A_GPU", proven)
-        for results, backend in ((found, "sm90"), (expected, "torch")):
-            given = {
-                name: value.double() if backend == "torch" else value
-                for name, value in {"input": x, "weight": w, **extra}.items()
-            }
-            for value in given.values():
-                value.requires_grad_()
-            y = segkernels.dilated_conv2d(
-                **given, padding=2, dilation=2, activation="relu", backend=backend
-            )
-            grads = torch.autograd.grad(y.sum(), list(given.values()))
-            results.update(zip(["output", *given], [y, *grads], strict=True))
-        for name, value in expected.items():
-            assert error(found[name].detach(), value.detach()) <= 2e-3, name
-    convolved = ["forward", "input_gradient", "forward"]  # that gradient is a forward again
-    assert calls == [*convolved, *convolved, "weight_gradient"]
+    for results, backend in ((found, "sm90"), (expected, "torch")):
+        given = {
+            name: value.double() if backend == "torch" else value
+            for name, value in {"input": x, "weight": w, **extra}.items()
+        }
+        for value in given.values():
+            value.requires_grad_()
+        y = segkernels.dilated_conv2d(
+            **given, padding=2, dilation=2, activation="relu", backend=backend
+        )
+        grads = torch.autograd.grad(y.sum(), list(given.values()))
+        results.update(zip(["output", *given], [y, *grads], strict=True))
+    for name, value in expected.items():
+        assert error(found[name].detach(), value.detach()) <= 2e-3, name
+    # The input's gradient is a forward again.
+    assert calls == ["forward", "input_gradient", "forward", "weight_gradient"]
+
+
+def test_the_weight_gradient_of_float32_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sm90, "supported", lambda problem: "")
+
+    def never(*args: Any) -> Any:
+        raise AssertionError("there is no such kernel")
+
+    monkeypatch.setattr(sm90, "weight_gradient", never)
+    g = same((9, 9), 3, 2)
+    x, w = operands(2, 24, 16, g, torch.float32)
+    grad = torch.randn(2, 16, 9, 9)
+    c = Call((1, 1), (2, 2), (2, 2), 1, (9, 9), False, "sm90")
+    dx, dw = backends.gradients(grad, x, w, (True, True), c)
+    assert torch.equal(dx, sm90.input_gradient(grad, w, g).contiguous())
+    assert error(dw, weight_reference(grad, x, g)) <= 1e-6
 
 
 def test_branches_of_the_operator_go_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

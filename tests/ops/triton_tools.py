@@ -38,10 +38,9 @@ def run_interpreted(*arguments: str, cwd: Path, timeout: float = 300) -> str:
     return done.stdout
 
 
-def run_interpreted_tests(file: Path, least: int, nightly: bool) -> None:
+def run_interpreted_tests(file: Path, least: int) -> None:
     """Run a file of tests in the interpreter: at least that many, and none skipped."""
-    more = ["--nightly"] if nightly else []
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", *more, str(file))
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
     printed = run_interpreted(*command, cwd=file.parent, timeout=900)
     last = printed.strip().splitlines()[-1]
     assert re.match(r"\d+ passed", last), printed[-3000:]

@@ -17,14 +17,14 @@ _registry.register(
     _registry.Op(
         name="aspp",
         functions=("aspp", "ASPP"),
-        backends=(("cpu", "torch"), ("cuda", "triton")),
+        backends=(("cpu", "torch"), ("cuda", "torch, c++")),
         dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
         deterministic=True,
         differentiable=("input", "weights", "scale", "shift", "pooled"),
         library_ops=("segkernels::aspp",),
         note="differentiable any number of times; on CUDA the v3 form's dilated branches are one "
-        "launch where Triton is chosen for them; where cuDNN runs, its algorithms are "
+        "launch where our Hopper kernel is chosen for them; where cuDNN runs, its algorithms are "
         "deterministic under torch's deterministic mode",
     )
 )
@@ -57,13 +57,11 @@ def aspp(
     with batch normalisation (`scale` and `shift`: `segkernels.fold_batch_norm`), and the image
     pooling, one vector an image.
 
-    On CUDA neighbours of one shape (v3's dilated branches) are one launch of the Triton kernel that
-    writes each into its channels, where `segkernels.dilated_conv2d` would choose that kernel for
-    them together; else, and on the CPU, the branches run one by one through it, each moved to its
-    place, or added, before the next. ``backend="triton"`` sums v2's branches in one launch, and a
-    small second one that adds them in their order; "auto" leaves that sum to the branches one by
-    one, because nobody has measured the kernel. Nothing is kept for the backward pass but the
-    inputs and, with an activation, the output.
+    On CUDA neighbours of one shape (v3's dilated branches) are one launch of the Hopper kernel that
+    writes each into its channels, with ``backend="sm90"``, or where `segkernels.dilated_conv2d`
+    would choose that kernel for them together; else, and on the CPU, the branches run one by one
+    through it, each moved to its place, or added, before the next. Nothing is kept for the backward
+    pass but the inputs and, with an activation, the output.
 
     Under autocast the tensors are cast as for `torch.nn.functional.conv2d`, but `scale` and
     `shift`, which are left.

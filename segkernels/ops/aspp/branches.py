@@ -7,10 +7,8 @@ from itertools import groupby
 
 import torch
 
-from segkernels.ops.aspp import triton_path
 from segkernels.ops.aspp.spec import Spec
 from segkernels.ops.dilated_conv2d import backends, torch_path
-from segkernels.ops.dilated_conv2d import triton_path as triton_of_one
 from segkernels.ops.dilated_conv2d.call import Epilogue, laid_out
 
 
@@ -38,14 +36,8 @@ def forward(
 def _summed(
     x: torch.Tensor, weights: Sequence[torch.Tensor], e: Epilogue, spec: Spec
 ) -> torch.Tensor:
-    calls = spec.calls(x, weights)
-    problems = [call.problem(x, weight) for call, weight in zip(calls, weights, strict=True)]
-    alike = len({weight.shape for weight in weights}) == 1
-    # Nobody has measured this kernel, so "auto" leaves it.
-    if spec.backend == "triton" and alike and not any(map(triton_of_one.supported, problems)):
-        return triton_path.summed(x, weights, [p.geometry for p in problems], e)
     out = None
-    for i, (weight, call) in enumerate(zip(weights, calls, strict=True)):
+    for i, (weight, call) in enumerate(zip(weights, spec.calls(x, weights), strict=True)):
         of_one = Epilogue(None, e.scale, None if i else e.shift)
         branch = backends.forward(x, weight, of_one, call)
         out = branch if out is None else out.add_(branch)
@@ -61,7 +53,7 @@ def _side_by_side(
     spec: Spec,
 ) -> torch.Tensor:
     # What writes straight into its channels wants them side by side.
-    side_by_side = spec.channels_last or spec.backend in ("triton", "sm90") or x.is_cuda
+    side_by_side = spec.channels_last or spec.backend == "sm90" or x.is_cuda
     layout = torch.channels_last if side_by_side else torch.contiguous_format
     shape = (x.size(0), spec.channels(weights, pooled), x.size(2), x.size(3))
     out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)

@@ -18,14 +18,14 @@ _registry.register(
     _registry.Op(
         name="dilated_conv2d",
         functions=("dilated_conv2d",),
-        backends=(("cpu", "torch"), ("cuda", "triton")),
+        backends=(("cpu", "torch"), ("cuda", "torch, c++")),
         dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
         deterministic=True,
         differentiable=("input", "weight", "bias", "scale", "shift", "residual"),
         library_ops=("segkernels::dilated_conv2d", "segkernels::dilated_conv2d_backward"),
-        note="differentiable any number of times; on CUDA by shape Triton or cuDNN, whose "
-        "algorithms are deterministic under torch's deterministic mode; sm_90a C++ on request",
+        note="differentiable any number of times; on CUDA by shape cuDNN, whose algorithms are "
+        "deterministic under torch's deterministic mode, or on Hopper our own kernel",
     )
 )
 
@@ -73,11 +73,11 @@ def dilated_conv2d(
         shift: the same; None: 0.
         residual: [N, C_out, H_out, W_out] (or without N, as `input`), in the output's dtype.
         activation: None or "relu".
-        backend: "auto" chooses; "torch" (oneDNN, cuDNN) takes everything, "triton" and
-            "sm90" (CUDA; stride and groups 1, kernels up to 7 x 7, no float64) raise where they
-            cannot. They multiply float32 as tf32 where ``torch.backends.cudnn.conv`` lets cuDNN,
-            rounded first (with Triton 3.6, or tensors that are not aligned for its descriptors,
-            "triton" cuts off instead); else "triton" multiplies float32 slowly and "sm90" raises.
+        backend: "auto" chooses; "torch" (oneDNN, cuDNN) takes everything; "sm90" (compute
+            capability 9.0; stride and groups 1, kernels up to 7 x 7, no float64) raises where it
+            cannot. It multiplies float32 as tf32, rounded first, where
+            ``torch.backends.cudnn.conv`` lets cuDNN, else it raises; float32's weight gradient
+            is torch's.
 
     Returns:
         [N, C_out, H_out, W_out] (or without N), in `input`'s dtype. As torch's, channels_last where

@@ -39,7 +39,7 @@ def supported(problem: Problem) -> str:
         return (
             "segkernels was built without sm_90a (a CUDA toolkit, and 9.0 among the architectures)"
         )
-    capability = torch.cuda.get_device_capability(problem.device)
+    capability = _capability(problem.device.index)
     if capability != (9, 0):
         return f"it needs compute capability 9.0, this device has {capability[0]}.{capability[1]}"
     return _shape_problem(problem)
@@ -64,18 +64,17 @@ def _shape_problem(problem: Problem) -> str:
     return ""
 
 
-# Its operands lie in shared memory as PTX describes them, not as a kernel of ours that ran on a GPU
-# had them. Until tests/ops/test_dilated_conv2d_sm90.py has passed on one, nothing takes it unasked.
-_WEIGHT_GRADIENT_RAN_ON_A_GPU = False
-
-
 def weight_gradient_supported(problem: Problem) -> str:
-    """Why `weight_gradient` should not be given this problem, or ""."""
+    """Why `weight_gradient` cannot take this problem, or ""."""
     if problem.dtype == torch.float32:
         return "the weight's gradient has no float32"
-    if not _WEIGHT_GRADIENT_RAN_ON_A_GPU:
-        return supported(problem) or "the weight's gradient has not been run on a GPU yet"
     return supported(problem)
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    """Of the CUDA device `index`; asking torch for it costs time on every call."""
+    return torch.cuda.get_device_capability(index)
 
 
 def tf32_allowed() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from segkernels._dtypes import compute_dtype
-from segkernels.ops.dilated_conv2d import triton_path
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
 
@@ -103,8 +103,8 @@ def _padded(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[torch.Tenso
 
 def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
     """`e` on a fresh `out`, in place where it can be."""
-    if out.device.type == "cuda" and not triton_path.missing() and out.dtype != torch.float64:
-        return triton_path.epilogue_(out, e)
+    if out.is_cuda and out.dtype != torch.float64 and (in_one_pass := _fused_epilogue()):
+        return in_one_pass(out, e)
     if e.scale is not None:
         # Batch normalisation in evaluation is out * scale + shift in one pass and in float32.
         dtype = compute_dtype(out.dtype)
@@ -116,6 +116,18 @@ def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
     if e.residual is not None:
         out = out.add_(e.residual)
     return out.relu_() if e.activation == "relu" else out
+
+
+@cache
+def _fused_epilogue() -> Callable[[torch.Tensor, Epilogue], torch.Tensor] | None:
+    """The Triton kernel that has the epilogue in one pass, or None where there is no Triton."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return None
+    from segkernels.ops.dilated_conv2d import epilogue_kernel
+
+    return epilogue_kernel.apply
 
 
 def _whole(x: torch.Tensor, c: Call) -> bool:
