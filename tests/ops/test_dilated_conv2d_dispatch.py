@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -147,6 +148,28 @@ def test_each_part_goes_where_the_rule_says(
             backends.gradients(grad, x, w, mask, c), found[1:], mask, strict=True
         ):
             assert torch.equal(ours, wanted) if asked else ours.numel() == 0
+
+
+def test_a_first_call_in_a_graph_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Hopper, through the emulation: its schedule could not be copied to the device."""
+    monkeypatch.setattr(sm90, "_tables", OrderedDict())
+    monkeypatch.setattr(sm90, "supported", lambda problem: "")
+    monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
+    monkeypatch.setattr(dispatch, "choose", lambda kind, *problems: "sm90")
+    monkeypatch.setattr(_native, "capturing", lambda device: True)
+    x, w = torch.randn(2, 16, 9, 9).half(), torch.randn(24, 16, 3, 3).half() / 12
+    grad = torch.randn(2, 24, 9, 9).half()
+    c = Call((1, 1), (2, 2), (2, 2), 1, (9, 9), True, "auto")
+    out = backends.forward(x, w, Epilogue(), c)
+    assert torch.equal(out, torch_path.forward(x, w, Epilogue(), c))
+    into = torch.zeros_like(out)
+    assert not backends.forward_into(into, x, [w], Epilogue(), [c])
+    assert bool((into == 0).all())
+    theirs = torch_path.gradients(grad, x, w, c, (True, True))
+    for a, b in zip(backends.gradients(grad, x, w, (True, True), c), theirs, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="Call it once before capturing"):
+        backends.forward(x, w, Epilogue(), c._replace(backend="sm90"))
 
 
 # batch, channels, out channels, size, dilation

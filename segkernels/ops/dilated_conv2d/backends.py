@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -29,10 +30,12 @@ def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torc
             return laid_out(torch_path.forward(x, weight, e, c), c.channels_last)
     with torch.no_grad():
         problem = c.problem(x, weight)
+        out = None
         if _is_sm90s("forward", c.backend, problem):
-            g, shift = problem.geometry, e.folded_shift()
-            out = sm90.forward(x, weight, g, e.scale, shift, e.residual, e.activation)
-        else:
+            with _or_torch(c.backend):
+                g, shift = problem.geometry, e.folded_shift()
+                out = sm90.forward(x, weight, g, e.scale, shift, e.residual, e.activation)
+        if out is None:
             out = torch_path.forward(x, weight, e, c)
         return laid_out(out, c.channels_last)
 
@@ -61,10 +64,12 @@ def forward_into(
     problems = [c.problem(x, w) for w, c in zip(weights, calls, strict=True)]
     if not _is_sm90s("forward", calls[0].backend, *problems):
         return False
-    with torch.no_grad():
+    done = False
+    with torch.no_grad(), _or_torch(calls[0].backend):
         geometries, shift = [p.geometry for p in problems], e.folded_shift()
         sm90.forward_branches(x, weights, geometries, e.scale, shift, None, e.activation, into)
-    return True
+        done = True
+    return done
 
 
 def gradients(
@@ -78,10 +83,12 @@ def gradients(
     with torch.no_grad():
         if not _is_torchs(x, c):
             problem = c.problem(x, weight)
-            if mask[0] and _is_sm90s("input_gradient", c.backend, problem):
-                dx = sm90.input_gradient(grad, weight, problem.geometry)
-            if mask[1] and _is_sm90s("weight_gradient", c.backend, problem):
-                dw = sm90.weight_gradient(grad, x, problem.geometry)
+            with _or_torch(c.backend):
+                if mask[0] and _is_sm90s("input_gradient", c.backend, problem):
+                    dx = sm90.input_gradient(grad, weight, problem.geometry)
+            with _or_torch(c.backend):
+                if mask[1] and _is_sm90s("weight_gradient", c.backend, problem):
+                    dw = sm90.weight_gradient(grad, x, problem.geometry)
         rest = (mask[0] and dx is None, mask[1] and dw is None)
         if rest[0] or rest[1]:
             their_dx, their_dw = torch_path.gradients(grad, x, weight, c, rest)
@@ -91,6 +98,13 @@ def gradients(
             grad.new_empty(0) if dx is None else laid_out(dx, _op.is_channels_last(x)),
             grad.new_empty(0) if dw is None else laid_out(dw, _op.is_channels_last(weight)),
         )
+
+
+def _or_torch(asked: str) -> contextlib.AbstractContextManager[None]:
+    """Leaves what a captured graph cannot hold undone, unless "sm90" was asked for."""
+    if asked == "sm90":
+        return contextlib.nullcontext()
+    return contextlib.suppress(sm90.FirstCallInGraphError)
 
 
 def _is_torchs(x: torch.Tensor, c: Call) -> bool:

@@ -5,7 +5,7 @@ bytes are padded by a copy, since the copy engine needs rows of such a length. f
 as tf32. Sums are in float32 and in a fixed order: the same bits in every run on one kind of device.
 
 A schedule is made once a shape and kept, with its table in the device's memory; so the first call
-of a shape must not be captured into a CUDA graph.
+of a shape must not be captured into a CUDA graph (``backend="auto"`` takes torch there).
 
 On CPU tensors all of it is csrc's emulation, which only the tests use.
 """
@@ -280,6 +280,10 @@ def _where(x: torch.Tensor) -> tuple[int, int, int]:
     return _EMULATED if x.device.type == "cpu" else _native.where(x)
 
 
+class FirstCallInGraphError(RuntimeError):
+    """A schedule would have to be copied to the device while a CUDA graph is captured."""
+
+
 class _Table:
     """A schedule, with its words where the kernel reads them."""
 
@@ -320,7 +324,7 @@ def _table(make: _Maker, shape: tuple[Any, ...], device: torch.device) -> _Table
     table = _tables.get(key)
     if table is None:
         if _native.capturing(device):
-            raise RuntimeError(
+            raise FirstCallInGraphError(
                 "dilated_conv2d: the first call of a shape with the sm90 backend copies its "
                 "schedule to the device, which a CUDA graph cannot hold. Call it once before "
                 "capturing"
