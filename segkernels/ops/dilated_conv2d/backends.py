@@ -108,8 +108,13 @@ def _or_torch(asked: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _is_torchs(x: torch.Tensor, c: Call) -> bool:
-    """Whether the call is torch's without a further look."""
-    return c.backend == "torch" or (c.backend == "auto" and not x.is_cuda)
+    """Whether the call is torch's without a further look.
+
+    Contiguous maps are: a copy into channels_last takes about as long as what is gained.
+    """
+    if c.backend == "auto":
+        return not (x.is_cuda and c.channels_last)
+    return c.backend == "torch"
 
 
 def _is_sm90s(kind: str, asked: str, *problems: Problem) -> bool:

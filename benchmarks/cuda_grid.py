@@ -1,0 +1,192 @@
+"""Where the Hopper kernel is faster than cuDNN: times of every part of a convolution, on CUDA.
+
+    python benchmarks/cuda_grid.py [OUT.json]     the grid, in about a minute and a half on an H200
+    python benchmarks/cuda_grid.py --read OUT.json   what the rule of "auto" makes of such a file
+
+Milliseconds of `backend="torch"` (cuDNN, its algorithms searched) and `backend="sm90"`, each call
+replayed in a CUDA graph with a cold cache, so that no host's time is in them; and what dispatch.py
+chooses. The rates in dispatch.py were fitted to this grid.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from segkernels.ops.dilated_conv2d import backends, dispatch
+from segkernels.ops.dilated_conv2d.call import Call, Epilogue
+from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
+
+KINDS = ("forward", "fused", "input_gradient", "weight_gradient")
+_CALLS = 4  # in a graph
+_ROUNDS = 9
+Shape = tuple[int, int, int, int, int, int]  # batch, channels, out channels, height, width, rate
+
+
+def shapes() -> Iterator[tuple[Shape, torch.dtype]]:
+    """ASPP's and ResNet's convolutions over the rate, then further sizes; 3 x 3 taps."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for rate in (1, 2, 4, 6, 8, 9, 10, 12, 18, 24, 36):
+        yield (8, 2048, 256, 65, 65, rate), bf16
+    for channels, out in ((512, 512), (256, 256), (512, 1024), (1024, 256), (128, 128), (64, 64)):
+        for rate in (2, 4, 6, 9, 12, 24):
+            yield (8, channels, out, 65, 65, rate), bf16
+    for size in (
+        (8, 512, 1024, 41, 41, 12),
+        (8, 2048, 256, 33, 33, 6),
+        (8, 2048, 256, 33, 33, 12),
+        (8, 2048, 256, 33, 33, 18),
+        (1, 2048, 256, 65, 65, 6),
+        (1, 2048, 256, 65, 65, 12),
+        (1, 2048, 256, 65, 65, 24),
+        (2, 2048, 256, 65, 65, 12),
+        (1, 2048, 256, 128, 256, 6),
+        (1, 2048, 256, 128, 256, 12),
+        (1, 2048, 256, 128, 256, 24),
+        (1, 512, 512, 128, 256, 4),
+        (1, 512, 512, 128, 256, 12),
+        (2, 512, 512, 97, 97, 2),
+        (2, 512, 512, 97, 97, 4),
+        (16, 2048, 256, 33, 33, 6),
+        (16, 2048, 256, 33, 33, 12),
+        (8, 2048, 21, 65, 65, 6),
+        (8, 2048, 21, 65, 65, 12),
+        (8, 2048, 21, 65, 65, 24),
+        (8, 2048, 19, 41, 41, 12),
+        (8, 21, 21, 64, 64, 8),
+        (4, 19, 19, 128, 256, 8),
+        (1, 256, 256, 64, 128, 12),
+        (8, 320, 256, 33, 33, 12),
+        (8, 960, 256, 33, 33, 12),
+        (4, 1280, 256, 33, 33, 12),
+        (8, 96, 96, 65, 65, 12),
+        (8, 72, 200, 57, 43, 12),
+    ):
+        yield size, bf16
+    for rate in (6, 12):
+        for channels, out in ((2048, 256), (512, 512)):
+            yield (8, channels, out, 65, 65, rate), fp16
+    for rate in (1, 2, 4, 6, 12, 24):
+        for channels, out in ((2048, 256), (512, 512), (256, 256)):
+            yield (8, channels, out, 65, 65, rate), fp32
+    for size in (
+        (8, 512, 1024, 41, 41, 12),
+        (1, 2048, 256, 65, 65, 12),
+        (8, 2048, 21, 65, 65, 24),
+        (8, 2048, 256, 33, 33, 12),
+        (8, 128, 128, 65, 65, 4),
+    ):
+        yield size, fp32
+
+
+def chosen(kind: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> str:
+    """What "auto" takes."""
+    batch, channels, out, height, width, rate = shape
+    geometry = Geometry(height, width, height, width, (3, 3), (rate, rate), (rate, rate))
+    problem = Problem(batch, channels, out, geometry, (1, 1), 1, dtype, device)
+    return dispatch.choose("forward" if kind == "fused" else kind, problem)
+
+
+def milliseconds(call: Callable[[], Any], cold: torch.Tensor) -> float:
+    """The median of a call in a graph."""
+    for _ in range(2):
+        call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            call()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(_ROUNDS)]
+    for begin, end in pairs:
+        cold.zero_()
+        begin.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / _CALLS
+
+
+def measured(shape: Shape, dtype: torch.dtype, cold: torch.Tensor) -> dict[str, Any]:
+    """A row of the grid."""
+    batch, channels, out, height, width, rate = shape
+
+    def normal(*size: int) -> torch.Tensor:
+        values = torch.randn(*size, device="cuda").to(dtype)
+        return values.contiguous(memory_format=torch.channels_last)
+
+    x, weight = normal(batch, channels, height, width), normal(out, channels, 3, 3)
+    grad = normal(batch, out, height, width)
+    scale, shift = torch.rand(out, device="cuda"), torch.randn(out, device="cuda")
+    row: dict[str, Any] = {"shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+    for backend in ("torch", "sm90"):
+        c = Call((1, 1), (rate, rate), (rate, rate), 1, (height, width), True, backend)
+        calls: dict[str, Callable[[], Any]] = {
+            "forward": lambda c=c: backends.forward(x, weight, Epilogue(), c),
+            "fused": lambda c=c: backends.forward(
+                x, weight, Epilogue(None, scale, shift, None, "relu"), c
+            ),
+            "input_gradient": lambda c=c: backends.gradients(grad, x, weight, (True, False), c),
+            "weight_gradient": lambda c=c: backends.gradients(grad, x, weight, (False, True), c),
+        }
+        for kind, call in calls.items():
+            row[f"{kind} {backend}"] = round(milliseconds(call, cold), 4)
+    return row
+
+
+def told(row: dict[str, Any], device: torch.device) -> str:
+    """A row as text: each part's times, their ratio, and what "auto" takes."""
+    shape: Shape = tuple(row["shape"])
+    dtype = getattr(torch, row["dtype"])
+    batch, channels, out, height, width, rate = shape
+    parts = [f"N{batch} {channels}->{out} {height}x{width} d{rate} {row['dtype']}"]
+    for kind in KINDS:
+        theirs, ours = row[f"{kind} torch"], row[f"{kind} sm90"]
+        ratio = theirs / ours
+        auto = chosen(kind, shape, dtype, device)
+        wrong = "  <- slower" if (ratio < 0.97 if auto == "sm90" else ratio > 1.1) else ""
+        parts.append(f"  {kind:15s} {theirs:7.4f} {ours:7.4f} {ratio:5.2f}x {auto:5s}{wrong}")
+    return "\n".join(parts)
+
+
+def main(
+    file: Annotated[Path | None, typer.Argument(help="Where the times go.")] = None,
+    read: Annotated[bool, typer.Option("--read", help="Measure nothing, read the file.")] = False,
+    limit: Annotated[float, typer.Option(help="Seconds after which no shape begins.")] = 600.0,
+) -> None:
+    """Measure the grid, or read it."""
+    device = torch.device("cuda", 0)
+    if read:
+        if file is None:
+            raise typer.BadParameter("--read needs a file")
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+            print(told(row, device))
+        return
+    torch.backends.cudnn.benchmark = True
+    cold = torch.empty(48 << 20, dtype=torch.int32, device="cuda")
+    rows: list[dict[str, Any]] = []
+    start = time.monotonic()
+    for shape, dtype in shapes():
+        if time.monotonic() - start > limit:
+            print("no time for the rest")
+            break
+        rows.append(measured(shape, dtype, cold))
+        print(told(rows[-1], device), flush=True)
+    if file is not None:
+        versions = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
+        kept = {"device": torch.cuda.get_device_name(), **versions, "rows": rows}
+        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
