@@ -254,8 +254,7 @@ void bind_dense_crf(py::module_& m) {
   pointer(term, "scale_in", &MeanFieldTerm::scale_in);
   pointer(term, "scale_out", &MeanFieldTerm::scale_out);
   pointer(term, "compat", &MeanFieldTerm::compat);
-  pointer(term, "splat_entries", &MeanFieldTerm::splat_entries);
-  pointer(term, "slice_entries", &MeanFieldTerm::slice_entries);
+  pointer(term, "splat_weights", &MeanFieldTerm::splat_weights);
   pointer(term, "pairs", &MeanFieldTerm::pairs);
   pointer(term, "vertices", &MeanFieldTerm::vertices);
   pointer(term, "scratch", &MeanFieldTerm::scratch);

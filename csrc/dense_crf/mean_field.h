@@ -16,8 +16,7 @@ struct MeanFieldTerm {
   const void*
       compat;  // -mu * alpha: [width] (diagonal) or [width, width] (row: the channel that receives)
   bool compat_is_matrix;
-  void* splat_entries;  // CUDA: [positions, dims + 1] Entry, room for what the splat reads
-  void* slice_entries;  // CUDA: the same for the slice
+  void* splat_weights;  // CUDA: [positions, dims + 1], room for order_weights times scale_in
   void* pairs;          // [pair_bound, width]
   void* vertices;       // [vertex_bound, width]
   void* scratch;        // [vertex_bound, width]

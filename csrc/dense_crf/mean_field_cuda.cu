@@ -71,37 +71,34 @@ __device__ void set_lane(V& v, int i, T value) {
 
 // Adds a term's message to the channels; false for a point that the term's lattice skips.
 template <class T, class V, int G, int B>
-__device__ bool add_term(const MeanFieldTerm& term, int64_t position, int lane, int blocks,
-                         Channels<V, B>& z) {
-  const int n = term.lattice.dims + 1;
-  const Entry<T>* entries = static_cast<const Entry<T>*>(term.slice_entries) + position * n;
+__device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t tile, int lane,
+                         int blocks, Channels<V, B>& z) {
+  const Lattice& l = term.lattice;
+  const int n = l.dims + 1;
+  const uint16_t* ids = l.local_ids + position * n;
+  if (ids[0] == kSkipped) return false;
+  const T* weights = static_cast<const T*>(l.weights) + position * n;
+  const T* scale = static_cast<const T*>(term.scale_out);
+  const T s = scale != nullptr ? scale[position] : T(1);
+  const int32_t* vertices = tile_vertices(l, tile);
   const V* rows = static_cast<const V*>(term.vertices);
-  if (entries[0].index < 0) return false;
-#pragma unroll 3
   for (int k = 0; k < n; ++k) {
-    const Entry<T> e = entries[k];
-    const V* row = rows + int64_t(e.index) * blocks;
+    const V* row = rows + int64_t(vertices[ids[k]]) * blocks;
+    const T w = weights[k] * s;
     const int count = B > 0 ? B : (blocks - lane + G - 1) / G;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      if (B == 0 || lane + i * G < blocks) {
-        z.at(i, G) = mul_add(e.weight, row[lane + i * G], z.at(i, G));
-      }
+      if (B == 0 || lane + i * G < blocks) z.at(i, G) = mul_add(w, row[lane + i * G], z.at(i, G));
     }
   }
   return true;
 }
 
-// Blocks that a multiprocessor should hold: as many as leave registers enough for B vectors.
-template <class T>
-constexpr int blocks_at_once(int B) {
-  return B == 4 ? 2 : B == 2 || (B == 3 && sizeof(T) == 8) ? 3 : 4;
-}
-
 // Q of point p into `row`, by the G threads of a group: softmax of minus the energy and of the
 // terms' messages; the first time of minus the energy alone.
 template <class T, class V, int G, int B>
-__device__ void update_point(const MeanField& m, bool first, bool last, int64_t p, V* row) {
+__device__ void update_point(const MeanField& m, bool first, bool last, int64_t p, int32_t tile,
+                             V* row) {
   constexpr int W = sizeof(V) / sizeof(T);
   const int blocks = m.width / W;
   const int lane = threadIdx.x % G;
@@ -123,7 +120,7 @@ __device__ void update_point(const MeanField& m, bool first, bool last, int64_t 
       const Lattice& l = m.terms[k].lattice;
       taken = taken && l.local_ids[p * (l.dims + 1)] != kSkipped;
     } else {
-      taken = add_term<T, V, G, B>(m.terms[k], p, lane, blocks, z) && taken;
+      taken = add_term<T, V, G, B>(m.terms[k], p, tile, lane, blocks, z) && taken;
     }
   }
 
@@ -162,8 +159,7 @@ __device__ void update_point(const MeanField& m, bool first, bool last, int64_t 
 }
 
 template <class T, class V, int G, int B>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(B))
-    update_kernel(MeanField m, bool first, bool last) {
+__global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int64_t positions = position_count(m.grid);
   V* rows = static_cast<V*>(m.rows);
@@ -172,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, blocks_at_once<T>(B))
   const int64_t step = int64_t(gridDim.x) * (kThreads / G);
   for (int64_t p = int64_t(blockIdx.x) * (kThreads / G) + threadIdx.x / G; p < positions;
        p += step) {
-    update_point<T, V, G, B>(m, first, last, p, rows + p * blocks);
+    update_point<T, V, G, B>(m, first, last, p, tile_of(m.grid, p), rows + p * blocks);
   }
 }
 
@@ -181,47 +177,37 @@ constexpr int kSharedBytes = 48 * 1024;
 // One tile a block: Q of its points in shared memory only, and its sums into the pairs of all
 // terms.
 template <class T, class V, int G, int B>
-__global__ void __launch_bounds__(kThreads, blocks_at_once<T>(B))
-    update_and_splat_kernel(MeanField m, bool first) {
+__global__ void __launch_bounds__(kThreads) update_and_splat_kernel(MeanField m, bool first) {
   extern __shared__ __align__(16) unsigned char memory[];
   V* rows = reinterpret_cast<V*>(memory);  // [points of a tile, blocks]
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int32_t tile = blockIdx.x;
   const int64_t base = int64_t(tile) * kThreads;
   for (int i = threadIdx.x / G; i < kThreads; i += kThreads / G) {
-    update_point<T, V, G, B>(m, first, false, base + i, rows + i * blocks);
+    update_point<T, V, G, B>(m, first, false, base + i, tile, rows + i * blocks);
   }
   __syncthreads();
   for (int k = 0; k < m.term_count; ++k) {
     const MeanFieldTerm& term = m.terms[k];
     const Lattice& l = term.lattice;
-    const Entry<T>* entries =
-        static_cast<const Entry<T>*>(term.splat_entries) + base * (l.dims + 1);
-    splat_tile<T, G, B>(
-        l, tile, rows, [=](int i) { return entries[i]; }, static_cast<V*>(term.pairs), blocks);
+    const T* weights = static_cast<const T*>(term.splat_weights) + base * (l.dims + 1);
+    splat_tile<T, G, B>(l, tile, rows, weights, static_cast<const T*>(nullptr),
+                        static_cast<V*>(term.pairs), blocks);
   }
 }
 
-// Entry i as the splat reads it (weights times scale_in, points in the order of the pairs), and as
-// the slice does (times scale_out, vertices in the order of the points; -1 for a skipped point).
+// The weight of each entry, in the order of the splat, times the factor of its point.
 template <class T>
-struct PrepareEntries {
+struct ScaleWeights {
   Lattice lattice;
-  const T* scale_in;
-  const T* scale_out;
-  Entry<T>* splat;
-  Entry<T>* slice;
+  const T* scale;
+  T* out;
 
   SK_HD void operator()(int64_t i) const {
-    const uint32_t n = lattice.dims + 1, points = tile_points(lattice.grid);
-    const uint32_t position = uint32_t(i) / n, tile = position / points;
-    const int32_t p = lattice.order[i];
-    T w = static_cast<const T*>(lattice.order_weights)[i];
-    splat[i] = {scale_in != nullptr ? w * scale_in[tile * points + p] : w, p};
-    const uint16_t id = lattice.local_ids[i];
-    w = static_cast<const T*>(lattice.weights)[i];
-    slice[i] = {scale_out != nullptr ? w * scale_out[position] : w,
-                id == kSkipped ? -1 : tile_vertices(lattice, int32_t(tile))[id]};
+    const int32_t points = tile_points(lattice.grid);
+    const int64_t tile = i / (points * (lattice.dims + 1));
+    out[i] =
+        static_cast<const T*>(lattice.order_weights)[i] * scale[tile * points + lattice.order[i]];
   }
 };
 
@@ -412,6 +398,18 @@ void update_and_splat(const Where& where, const MeanField& m, bool first) {
 // Two kernels an iteration.
 template <class T, class V>
 void run_together(const Where& where, MeanField m, int grid) {
+  for (int k = 0; k < m.term_count; ++k) {
+    MeanFieldTerm& term = m.terms[k];
+    const Lattice& l = term.lattice;
+    if (term.scale_in == nullptr) {
+      term.splat_weights = l.order_weights;
+    } else {
+      parallel_for(where, position_count(m.grid) * (l.dims + 1),
+                   ScaleWeights<T>{l, static_cast<const T*>(term.scale_in),
+                                   static_cast<T*>(term.splat_weights)},
+                   "dense_crf weights");
+    }
+  }
   for (int i = 0; i < m.iterations; ++i) {
     update_and_splat<T, V>(where, m, i == 0);
     if (grid > 0) {
@@ -425,15 +423,6 @@ void run_together(const Where& where, MeanField m, int grid) {
 
 template <class T, class V>
 void run(const Where& where, const MeanField& m) {
-  for (int k = 0; k < m.term_count && m.iterations > 0; ++k) {
-    const MeanFieldTerm& term = m.terms[k];
-    parallel_for(where, position_count(m.grid) * (term.lattice.dims + 1),
-                 PrepareEntries<T>{term.lattice, static_cast<const T*>(term.scale_in),
-                                   static_cast<const T*>(term.scale_out),
-                                   static_cast<Entry<T>*>(term.splat_entries),
-                                   static_cast<Entry<T>*>(term.slice_entries)},
-                 "dense_crf entries");
-  }
   if (m.iterations > 0 && m.width * sizeof(T) * kThreads <= kSharedBytes) {
     return run_together<T, V>(where, m, blocks_together<T, V>(where.device));
   }

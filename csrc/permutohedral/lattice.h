@@ -42,13 +42,6 @@ struct Lattice {
   uint32_t* pair_range;  // [tiles, tile_entries]: the first entry, and 65536 times their number
 };
 
-// An entry's weight, and its point within the tile or its vertex: read at once.
-template <class T>
-struct alignas(2 * sizeof(T)) Entry {
-  T weight;
-  int32_t index;
-};
-
 inline namespace SK_NS {
 
 SK_HD int32_t ceil_div(int32_t a, int32_t b) { return (a + b - 1) / b; }

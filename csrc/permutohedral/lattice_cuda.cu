@@ -293,13 +293,9 @@ __global__ void __launch_bounds__(kTile)
     splat_kernel(Lattice l, const V* rows, const T* scale, V* pairs, int blocks) {
   const int32_t tile = blockIdx.x;
   const int64_t point = int64_t(tile) * kTile;
-  const uint16_t* order = l.order + point * (l.dims + 1);
   const T* weights = static_cast<const T*>(l.order_weights) + point * (l.dims + 1);
-  const auto entry = [=](int i) {
-    const int32_t p = order[i];
-    return Entry<T>{scale != nullptr ? weights[i] * scale[point + p] : weights[i], p};
-  };
-  splat_tile<T, G, B>(l, tile, rows + point * blocks, entry, pairs, blocks);
+  splat_tile<T, G, B>(l, tile, rows + point * blocks, weights,
+                      scale != nullptr ? scale + point : nullptr, pairs, blocks);
 }
 
 void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is_double) {

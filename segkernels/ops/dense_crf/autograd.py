@@ -76,11 +76,11 @@ def forward(
             prepared = native_compat(c.detach(), channels, width, alpha)
             term.compat, term.compat_is_matrix = prepared.data_ptr(), c.dim() == 2
             keep += [before, after, prepared, *lattice.buffers(width)]
+            if cuda and before is not None:
+                weights = lattice.empty((lattice.entries,), lattice.dtype)
+                term.splat_weights = weights.data_ptr()
+                keep.insert(0, weights)
             term.pairs, term.vertices, term.scratch = (b.data_ptr() for b in keep[-3:])
-            if cuda:
-                entries = lattice.empty((2, lattice.entries, 2), lattice.dtype)
-                term.splat_entries, term.slice_entries = (e.data_ptr() for e in entries)
-                keep.append(entries)
             terms.append(term)
         field.set_terms(terms)
         C.mean_field(where, field, scores.dtype == torch.float64)
