@@ -24,6 +24,7 @@ from segkernels.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CUDA = ROOT / "docs" / "cuda.md"
 # A block, with the comment that says what it needs where there is one.
 BLOCK = re.compile(r"(?:<!-- test: (\w+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
@@ -125,6 +126,20 @@ def test_cuda_block(names: dict[str, Any], folder: Path) -> None:
     run(text, there, folder)
     assert there["out"].is_cuda
     assert (there["out"].sum(dim=1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA.is_file(), reason="an sdist has no docs/")
+def test_blocks_of_the_cuda_page() -> None:
+    names: dict[str, Any] = {}
+    for need, language, text in BLOCK.findall(CUDA.read_text(encoding="utf-8")):
+        if language == "python":
+            assert need == "gpu"
+            exec(compile(text, "docs/cuda.md", "exec"), names)
+    assert (names["refined"].sum(dim=1) - 1).abs().max() < 1e-5
+    expected = segkernels.dense_crf(names["images"], logits=names["logits"])
+    torch.testing.assert_close(names["refined"], expected)
+    assert names["wider"].isfinite().all()
 
 
 def test_commands_run(folder: Path) -> None:
