@@ -25,7 +25,7 @@ __device__ void splat_tile(const Lattice& l, int32_t tile, const V* rows, const 
     const int begin = range[pair] & 0xFFFF, end = begin + (range[pair] >> 16);
     for (int b = threadIdx.x % G; b < blocks; b += G * B) {
       V sum[B] = {};
-#pragma unroll(B < 4 ? 4 : 2)
+#pragma unroll(B < 4 && sizeof(T) == 4 ? 4 : 2)
       for (int i = begin; i < end; ++i) {
         const int p = order[i];
         const T w = scale != nullptr ? weights[i] * scale[p] : weights[i];

@@ -26,7 +26,8 @@ _SLOW_FROM = {"forward": 10, "input_gradient": 12, "weight_gradient": 9}
 _SLOW_FROM_TF32 = {"forward": 6, "input_gradient": 12}
 _START = 0.006  # ms: the kernel that adds partial sums, and the first loads
 _TURNED = 1.17e-8  # ms an element: flipping and transposing the weight
-_MARGIN = 1.1  # how much faster the estimate must be
+_MARGIN = 1.1  # how much faster the estimate must be,
+_LEAST_GAIN = 0.03  # and by how many ms: a call takes that much longer on the host
 _LEAST_WORK = 20 * 132  # tiles times steps of the loop: fewer leave multiprocessors idle
 _NARROWEST = 64  # channels of the sums
 
@@ -36,17 +37,22 @@ def choose(kind: str, *problems: Problem) -> str:
 
     Several problems are the branches of one launch: their times count together.
     """
-    if not problems:
+    if not gains(kind, *problems):
         return "torch"
-    theirs = ours = 0.0
     supported = sm90.weight_gradient_supported if kind == "weight_gradient" else sm90.supported
+    return "torch" if any(map(supported, problems)) else "sm90"
+
+
+def gains(kind: str, *problems: Problem) -> bool:
+    """Whether the Hopper kernel would be faster, by the estimate."""
+    theirs = ours = 0.0
     for problem in problems:
         times = _milliseconds(kind, problem)
-        if times is None or supported(problem):
-            return "torch"
+        if times is None:
+            return False
         theirs += times[0]
         ours += times[1]
-    return "sm90" if ours * _MARGIN < theirs else "torch"
+    return ours * _MARGIN < theirs and theirs - ours > _LEAST_GAIN
 
 
 @functools.lru_cache(maxsize=1024)
