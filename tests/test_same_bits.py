@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,19 +44,26 @@ def pooling() -> Call:
     return trip, [torch.randn(2, 16, 33, 48)]
 
 
+def backend() -> str:
+    """The kernel of ours, where there is one."""
+    return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "auto"
+
+
 def convolution() -> Call:
     x, weight = (
         torch.randn(8, 256, 41, 41).bfloat16(),
         (torch.randn(256, 256, 3, 3) / 48).bfloat16(),
     )
     inputs = [t.contiguous(memory_format=torch.channels_last) for t in (x, weight)]
-    return lambda a, b: segkernels.dilated_conv2d(a, b, padding=12, dilation=12), inputs
+    kept: dict[str, Any] = {"padding": 12, "dilation": 12, "backend": backend()}
+    return lambda a, b: segkernels.dilated_conv2d(a, b, **kept), inputs
 
 
 def branches() -> Call:
     x = torch.randn(8, 256, 33, 33).bfloat16().contiguous(memory_format=torch.channels_last)
     weights = [(torch.randn(256, 256, k, k) / (16 * k)).bfloat16() for k in (1, 3, 3)]
-    return lambda a, *w: segkernels.aspp(a, list(w), (1, 12, 24)), [x, *weights]
+    rates = (1, 12, 24)
+    return lambda a, *w: segkernels.aspp(a, list(w), rates, backend=backend()), [x, *weights]
 
 
 @pytest.mark.gpu

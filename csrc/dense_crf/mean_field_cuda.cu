@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
   }
 }
 
-constexpr int kSharedBytes = 48 * 1024;
+constexpr int kSharedBytes = 48 * 1024;  // that a block has without asking for more
 
 // One tile a block: Q of its points in shared memory only, and its sums into the pairs of all
 // terms.

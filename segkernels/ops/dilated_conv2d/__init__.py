@@ -73,11 +73,13 @@ def dilated_conv2d(
         shift: the same; None: 0.
         residual: [N, C_out, H_out, W_out] (or without N, as `input`), in the output's dtype.
         activation: None or "relu".
-        backend: "auto" chooses; "torch" (oneDNN, cuDNN) takes everything; "sm90" (compute
+        backend: "auto" takes "sm90" where an estimate says that it is faster (channels_last, large
+            dilations), else "torch"; "torch" (oneDNN, cuDNN) takes everything; "sm90" (compute
             capability 9.0; stride and groups 1, kernels up to 7 x 7, no float64) raises where it
             cannot. It multiplies float32 as tf32, rounded first, where
             ``torch.backends.cudnn.conv`` lets cuDNN, else it raises; float32's weight gradient
-            is torch's.
+            is torch's. NaN and infinity in `input` can reach its weight's gradient at taps that
+            do not read them.
 
     Returns:
         [N, C_out, H_out, W_out] (or without N), in `input`'s dtype. As torch's, channels_last where
