@@ -44,7 +44,7 @@ SOURCES = {
     "cpp": ["csrc/**/*.h", "csrc/**/*.cpp"],
     "triton": [
         "segkernels/ops/*/triton_kernels.py",
-        "segkernels/ops/dilated_conv2d/epilogue_kernel.py",
+        "segkernels/ops/dilated_conv2d/triton_kernels.py",
     ],
     "python": [
         "segkernels/ops/**/*.py",

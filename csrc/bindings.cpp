@@ -1,7 +1,7 @@
 // segkernels._C: every native function on one page. The only file that includes pybind11.
 //
-// Functions take raw pointers (tensor.data_ptr()), sizes and a stream; Python has checked them and
-// keeps the tensors alive. They release the GIL while they compute.
+// Functions take tensors, sizes and a stream, which Python has checked. They release the GIL while
+// they compute.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -36,25 +36,57 @@ using segkernels::Grid;
 using segkernels::Lattice;
 using segkernels::MeanField;
 using segkernels::MeanFieldTerm;
+using segkernels::Resampling;
+using segkernels::ScalarType;
 using segkernels::Strided;
 using segkernels::Where;
 
-using Pointer = uintptr_t;
-using WhereTuple = std::tuple<int, Pointer, int>;  // as _native.where() gives it
+// Where a tensor's data lie; null of None. Python holds a call's arguments until it returns, so the
+// data stay. Any pointer takes it.
+struct Address {
+  void* data = nullptr;
 
-template <class T = void>
-T* as(Pointer p) {
-  return reinterpret_cast<T*>(p);
+  template <class T>
+  operator T*() const {
+    return static_cast<T*>(data);
+  }
+};
+
+}  // namespace
+
+template <>
+struct py::detail::type_caster<Address> {
+  PYBIND11_TYPE_CASTER(Address, const_name("Tensor | None"));
+
+  bool load(handle source, bool) {
+    PyObject* const tensor = source.ptr();
+    if (source.is_none()) return true;
+    static PyObject* const name = PyUnicode_InternFromString("data_ptr");
+    const auto data = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor, name));
+    if (!data && PyErr_ExceptionMatches(PyExc_AttributeError) != 0) {
+      PyErr_Clear();
+      return false;
+    }
+    if (data) value.data = PyLong_AsVoidPtr(data.ptr());
+    if (PyErr_Occurred() != nullptr) throw error_already_set();
+    return true;
+  }
+};
+
+namespace {
+
+using WhereTuple = std::tuple<int, uintptr_t, int>;  // as _native.where() gives it
+
+Where where_of(const WhereTuple& w) {
+  return {std::get<0>(w), reinterpret_cast<void*>(std::get<1>(w)), std::get<2>(w)};
 }
 
-Where where_of(const WhereTuple& w) { return {std::get<0>(w), as(std::get<1>(w)), std::get<2>(w)}; }
-
-// A struct's pointer as an integer attribute.
+// A struct's pointer: an integer to read, a tensor to set, which lives as long as the struct.
 template <class S, class P>
 void pointer(py::class_<S>& c, const char* name, P* S::* member) {
   c.def_property(
-      name, [member](const S& s) { return reinterpret_cast<Pointer>(s.*member); },
-      [member](S& s, Pointer p) { s.*member = as<P>(p); });
+      name, [member](const S& s) { return reinterpret_cast<uintptr_t>(s.*member); },
+      py::cpp_function([member](S& s, Address p) { s.*member = p; }, py::keep_alive<1, 2>()));
 }
 
 [[noreturn]] void without_cuda() { throw std::runtime_error("segkernels was built without CUDA"); }
@@ -78,24 +110,24 @@ void run_mean_field(const WhereTuple& w, const MeanField& m, bool is_double) {
 #endif
 }
 
-// (features, low, high, points) of the queries and of the keys; `a` is 0 for the filter itself.
-using PointsTuple = std::tuple<Pointer, Pointer, Pointer, int64_t>;
+// (features, low, high, points) of the queries and of the keys; `a` is None for the filter itself.
+using PointsTuple = std::tuple<Address, Address, Address, int64_t>;
 
 segkernels::GaussianPoints points_of(const PointsTuple& p) {
-  return {as(std::get<0>(p)), as(std::get<1>(p)), as(std::get<2>(p)), std::get<3>(p)};
+  return {std::get<0>(p), std::get<1>(p), std::get<2>(p), std::get<3>(p)};
 }
 
 void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const PointsTuple& keys,
-                         int64_t batch, int dims, int channels, double reach, Pointer a, Pointer b,
-                         Pointer out, bool is_double) {
+                         int64_t batch, int dims, int channels, double reach, Address a, Address b,
+                         Address out, bool is_double) {
   const segkernels::GaussianFilter f{
-      points_of(queries), points_of(keys), batch, dims, channels, reach, as(a), as(b), as(out)};
+      points_of(queries), points_of(keys), batch, dims, channels, reach, a, b, out};
   segkernels::gaussian_filter_cpu(where_of(w), f, is_double);
 }
 
-Pointer status_words(int device) {
+uintptr_t status_words(int device) {
 #if defined(SK_WITH_CUDA)
-  return reinterpret_cast<Pointer>(segkernels::status_words(device));
+  return reinterpret_cast<uintptr_t>(segkernels::status_words(device));
 #else
   (void)device;
   without_cuda();
@@ -185,61 +217,57 @@ void bind_permutohedral(py::module_& m) {
       Release());
   m.def(
       "lattice_embed_grad",
-      [](const WhereTuple& w, const Lattice& l, Pointer features, Pointer grad_weights,
-         Pointer grad_features, bool is_double) {
-        permutohedral(w).embed_grad(where_of(w), l, as(features), as(grad_weights),
-                                    as(grad_features), is_double);
+      [](const WhereTuple& w, const Lattice& l, Address features, Address grad_weights,
+         Address grad_features, bool is_double) {
+        permutohedral(w).embed_grad(where_of(w), l, features, grad_weights, grad_features,
+                                    is_double);
       },
       Release());
   m.def(
       "rows_pack",
-      [](const WhereTuple& w, const Grid& grid, Pointer source, int64_t batch, int64_t channel,
-         int64_t point, Pointer rows, int channels, int width, int kind, Pointer status,
+      [](const WhereTuple& w, const Grid& grid, Address source, int64_t batch, int64_t channel,
+         int64_t point, Address rows, int channels, int width, int kind, Address status,
          bool is_double) {
-        permutohedral(w).pack(where_of(w), grid, Strided{as(source), batch, channel, point},
-                              as(rows), channels, width, segkernels::RowKind(kind),
-                              as<int32_t>(status), is_double);
+        permutohedral(w).pack(where_of(w), grid, Strided{source, batch, channel, point}, rows,
+                              channels, width, segkernels::RowKind(kind), status, is_double);
       },
       Release());
   m.def(
       "rows_unpack",
-      [](const WhereTuple& w, const Grid& grid, Pointer rows, Pointer target, int64_t batch,
+      [](const WhereTuple& w, const Grid& grid, Address rows, Address target, int64_t batch,
          int64_t channel, int64_t point, int channels, int width, bool is_double) {
-        permutohedral(w).unpack(where_of(w), grid, as(rows),
-                                Strided{as(target), batch, channel, point}, channels, width,
-                                is_double);
+        permutohedral(w).unpack(where_of(w), grid, rows, Strided{target, batch, channel, point},
+                                channels, width, is_double);
       },
       Release());
   m.def(
       "lattice_splat",
-      [](const WhereTuple& w, const Lattice& l, Pointer rows, Pointer scale_in, Pointer pairs,
-         Pointer vertices, Pointer scratch, int width, bool reverse, bool is_double) {
-        const FilterBuffers b{as(rows),    as(scale_in), as(pairs), as(vertices),
-                              as(scratch), width,        reverse};
+      [](const WhereTuple& w, const Lattice& l, Address rows, Address scale_in, Address pairs,
+         Address vertices, Address scratch, int width, bool reverse, bool is_double) {
+        const FilterBuffers b{rows, scale_in, pairs, vertices, scratch, width, reverse};
         permutohedral(w).splat(where_of(w), l, b, is_double);
       },
       Release());
   m.def(
       "lattice_slice",
-      [](const WhereTuple& w, const Lattice& l, Pointer vertices, Pointer scale, double skipped,
-         Pointer rows, int width, bool is_double) {
-        permutohedral(w).slice(where_of(w), l, as(vertices), as(scale), skipped, as(rows), width,
-                               is_double);
+      [](const WhereTuple& w, const Lattice& l, Address vertices, Address scale, double skipped,
+         Address rows, int width, bool is_double) {
+        permutohedral(w).slice(where_of(w), l, vertices, scale, skipped, rows, width, is_double);
       },
       Release());
   m.def(
       "lattice_weights_grad",
-      [](const WhereTuple& w, const Lattice& l, Pointer x, Pointer g, Pointer vertices,
-         Pointer grad_vertices, Pointer grad_weights, int width, bool is_double) {
-        permutohedral(w).weights_grad(where_of(w), l, as(x), as(g), as(vertices), as(grad_vertices),
-                                      as(grad_weights), width, is_double);
+      [](const WhereTuple& w, const Lattice& l, Address x, Address g, Address vertices,
+         Address grad_vertices, Address grad_weights, int width, bool is_double) {
+        permutohedral(w).weights_grad(where_of(w), l, x, g, vertices, grad_vertices, grad_weights,
+                                      width, is_double);
       },
       Release());
   m.def(
       "rows_invert_norm",
-      [](const WhereTuple& w, int64_t positions, Pointer norm, Pointer out, bool root,
+      [](const WhereTuple& w, int64_t positions, Address norm, Address out, bool root,
          bool is_double) {
-        permutohedral(w).invert_norm(where_of(w), positions, as(norm), as(out), root, is_double);
+        permutohedral(w).invert_norm(where_of(w), positions, norm, out, root, is_double);
       },
       Release());
 }
@@ -249,7 +277,10 @@ void bind_dense_crf(py::module_& m) {
 
   py::class_<MeanFieldTerm> term(m, "MeanFieldTerm");
   term.def(py::init<>())
-      .def_readwrite("lattice", &MeanFieldTerm::lattice)
+      .def_property(
+          "lattice", [](MeanFieldTerm& t) -> Lattice& { return t.lattice; },
+          py::cpp_function([](MeanFieldTerm& t, const Lattice& l) { t.lattice = l; },
+                           py::keep_alive<1, 2>()))
       .def_readwrite("compat_is_matrix", &MeanFieldTerm::compat_is_matrix);
   pointer(term, "scale_in", &MeanFieldTerm::scale_in);
   pointer(term, "scale_out", &MeanFieldTerm::scale_out);
@@ -266,12 +297,15 @@ void bind_dense_crf(py::module_& m) {
       .def_readwrite("width", &MeanField::width)
       .def_readwrite("iterations", &MeanField::iterations)
       .def_readwrite("log", &MeanField::log)
-      .def("set_terms", [](MeanField& f, const std::vector<MeanFieldTerm>& terms) {
-        if (terms.size() > segkernels::kMaxTerms)
-          throw std::runtime_error("too many pairwise terms");
-        f.term_count = int32_t(terms.size());
-        for (size_t i = 0; i < terms.size(); ++i) f.terms[i] = terms[i];
-      });
+      .def(
+          "set_terms",
+          [](MeanField& f, const std::vector<MeanFieldTerm>& terms) {
+            if (terms.size() > segkernels::kMaxTerms)
+              throw std::runtime_error("too many pairwise terms");
+            f.term_count = int32_t(terms.size());
+            for (size_t i = 0; i < terms.size(); ++i) f.terms[i] = terms[i];
+          },
+          py::keep_alive<1, 2>());
   pointer(field, "energy", &MeanField::energy);
   pointer(field, "rows", &MeanField::rows);
   pointer(field, "scratch", &MeanField::scratch);
@@ -309,60 +343,48 @@ py::dict build_info() {
   return info;
 }
 
-using segkernels::ScalarType;
-
-// segkernels.ops.interpolate._resampling.native_args()
-using ResamplingArgs = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double,
-                                  double, int, bool, int>;
-
-segkernels::Resampling resampling_of(const ResamplingArgs& args) {
-  return std::apply(
-      [](auto... a) {
-        const auto make = [](int64_t planes, int64_t inner, int64_t ih, int64_t iw, int64_t oh,
-                             int64_t ow, double fy, double fx, int mode, bool align, int rule) {
-          return segkernels::Resampling{planes,
-                                        inner,
-                                        ih,
-                                        iw,
-                                        oh,
-                                        ow,
-                                        fy,
-                                        fx,
-                                        segkernels::Mode(mode),
-                                        align,
-                                        segkernels::Rule(rule)};
-        };
-        return make(a...);
-      },
-      args);
+// Pairs: height, width.
+Resampling make_resampling(int64_t planes, int64_t inner, std::array<int64_t, 2> in,
+                           std::array<int64_t, 2> out, std::array<double, 2> factors, int mode,
+                           bool align_corners, int rule) {
+  return {planes,
+          inner,
+          in[0],
+          in[1],
+          out[0],
+          out[1],
+          factors[0],
+          factors[1],
+          segkernels::Mode(mode),
+          align_corners,
+          segkernels::Rule(rule)};
 }
 
-void interpolate(const WhereTuple& args, const ResamplingArgs& r, int type, Pointer from,
-                 Pointer to, bool backward) {
+void interpolate(const WhereTuple& args, const Resampling& r, int type, Address from, Address to,
+                 bool backward) {
   const Where where = where_of(args);
   if (where.device < 0) {
     const auto run = backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
-    return run(where, resampling_of(r), ScalarType(type), as(from), as(to));
+    return run(where, r, ScalarType(type), from, to);
   }
 #if defined(SK_WITH_CUDA)
   const auto run = backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
-  run(where, resampling_of(r), ScalarType(type), as(from), as(to));
+  run(where, r, ScalarType(type), from, to);
 #else
   without_cuda();
 #endif
 }
 
-void interpolate_plain(const WhereTuple& where, const ResamplingArgs& r, int type, Pointer input,
-                       Pointer output, int rows) {
-  segkernels::interpolate_plain(where_of(where), resampling_of(r), ScalarType(type), as(input),
-                                as(output), rows);
+void interpolate_plain(const WhereTuple& where, const Resampling& r, int type, Address input,
+                       Address output, int rows) {
+  segkernels::interpolate_plain(where_of(where), r, ScalarType(type), input, output, rows);
 }
 
-void interpolate_backward_plain(const WhereTuple& where, const ResamplingArgs& r, int type,
-                                Pointer grad_output, Pointer grad_input, Pointer workspace,
+void interpolate_backward_plain(const WhereTuple& where, const Resampling& r, int type,
+                                Address grad_output, Address grad_input, Address workspace,
                                 bool direct) {
-  segkernels::interpolate_backward_plain(where_of(where), resampling_of(r), ScalarType(type),
-                                         as(grad_output), as(grad_input), as(workspace), direct);
+  segkernels::interpolate_backward_plain(where_of(where), r, ScalarType(type), grad_output,
+                                         grad_input, workspace, direct);
 }
 
 using StridesArgs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
@@ -371,28 +393,22 @@ segkernels::Strides strides_of(const StridesArgs& s) {
   return {std::get<0>(s), std::get<1>(s), std::get<2>(s), std::get<3>(s)};
 }
 
-segkernels::ArgmaxCall argmax_call(const ResamplingArgs& r, int classes, const StridesArgs& strides,
-                                   int type, int label_type, Pointer logits, Pointer labels,
-                                   Pointer confidence) {
-  return {resampling_of(r),
-          classes,
-          strides_of(strides),
-          ScalarType(type),
-          segkernels::LabelType(label_type),
-          as(logits),
-          as(labels),
-          as(confidence)};
+segkernels::ArgmaxCall argmax_call(const Resampling& r, int classes, const StridesArgs& strides,
+                                   int type, int label_type, Address logits, Address labels,
+                                   Address confidence) {
+  return {r,      classes, strides_of(strides), ScalarType(type), segkernels::LabelType(label_type),
+          logits, labels,  confidence};
 }
 
 int64_t upsample_argmax_workspace(const WhereTuple& where, const segkernels::ArgmaxCall& call) {
   return segkernels::upsample_argmax_workspace(where_of(where), call);
 }
 
-void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call, Pointer workspace,
+void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call, Address workspace,
                      bool plain) {
   const Where where = where_of(args);
   if (plain) return segkernels::upsample_argmax_plain(where, call);
-  if (where.device < 0) return segkernels::upsample_argmax_cpu(where, call, as(workspace));
+  if (where.device < 0) return segkernels::upsample_argmax_cpu(where, call, workspace);
 #if defined(SK_WITH_CUDA)
   segkernels::upsample_argmax_cuda(where, call);
 #else
@@ -400,25 +416,25 @@ void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call,
 #endif
 }
 
-segkernels::LossCall loss_call(const ResamplingArgs& r, int classes, const StridesArgs& strides,
-                               int type, bool binary, Pointer logits, Pointer target,
-                               int target_type, int64_t ignore_index, Pointer weight,
-                               Pointer pos_weight, double smoothing, int reduction,
-                               Pointer status) {
-  return {resampling_of(r),
+segkernels::LossCall loss_call(const Resampling& r, int classes, const StridesArgs& strides,
+                               int type, bool binary, Address logits, Address target,
+                               int target_type, int64_t ignore_index, Address weight,
+                               Address pos_weight, double smoothing, int reduction,
+                               Address status) {
+  return {r,
           classes,
           strides_of(strides),
           ScalarType(type),
           binary,
-          as(logits),
-          as(target),
+          logits,
+          target,
           segkernels::TargetType(target_type),
           ignore_index,
-          as(weight),
-          as(pos_weight),
+          weight,
+          pos_weight,
           smoothing,
           segkernels::Reduction(reduction),
-          as<int32_t>(status)};
+          status};
 }
 
 int64_t upsample_loss_workspace(const WhereTuple& where, const segkernels::LossCall& call,
@@ -426,12 +442,12 @@ int64_t upsample_loss_workspace(const WhereTuple& where, const segkernels::LossC
   return segkernels::upsample_loss_workspace(where_of(where), call, backward);
 }
 
-void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Pointer kept,
-                   Pointer losses, Pointer totals, Pointer workspace, bool plain) {
+void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Address kept,
+                   Address losses, Address totals, Address workspace, bool plain) {
   const Where where = where_of(args);
-  const segkernels::LossOutputs to{as(kept), as(losses), as(totals), as(workspace)};
+  const segkernels::LossOutputs to{kept, losses, totals, workspace};
   if (plain) return segkernels::upsample_loss_plain(where, call, to);
-  if (where.device < 0) return segkernels::upsample_loss_cpu(where, call, to, as(workspace));
+  if (where.device < 0) return segkernels::upsample_loss_cpu(where, call, to, workspace);
 #if defined(SK_WITH_CUDA)
   segkernels::upsample_loss_cuda(where, call, to);
 #else
@@ -439,15 +455,13 @@ void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Poi
 #endif
 }
 
-void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& call, Pointer grad,
-                            Pointer kept, Pointer totals, Pointer grad_logits,
-                            const StridesArgs& strides, Pointer workspace, bool plain) {
+void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& call, Address grad,
+                            Address kept, Address totals, Address grad_logits,
+                            const StridesArgs& strides, Address workspace, bool plain) {
   const Where where = where_of(args);
-  const segkernels::LossGradient g{as(grad), as(kept), as(totals), as(grad_logits),
-                                   strides_of(strides)};
-  if (plain) return segkernels::upsample_loss_backward_plain(where, call, g, as(workspace));
-  if (where.device < 0)
-    return segkernels::upsample_loss_backward_cpu(where, call, g, as(workspace));
+  const segkernels::LossGradient g{grad, kept, totals, grad_logits, strides_of(strides)};
+  if (plain) return segkernels::upsample_loss_backward_plain(where, call, g, workspace);
+  if (where.device < 0) return segkernels::upsample_loss_backward_cpu(where, call, g, workspace);
 #if defined(SK_WITH_CUDA)
   segkernels::upsample_loss_backward_cuda(where, call, g);
 #else
@@ -457,6 +471,7 @@ void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& 
 
 void bind_interpolate(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<Resampling>(m, "Resampling").def(py::init(&make_resampling));
   m.def("interpolate", &interpolate, nogil,
         "Forward, or backward with the gradients in the two places.");
   m.def("interpolate_plain", &interpolate_plain, nogil,
@@ -466,7 +481,9 @@ void bind_interpolate(py::module_& m) {
 
 void bind_upsample_argmax(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  py::class_<segkernels::ArgmaxCall>(m, "ArgmaxCall").def(py::init(&argmax_call));
+  py::class_<segkernels::ArgmaxCall>(m, "ArgmaxCall")
+      .def(py::init(&argmax_call), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
+           py::keep_alive<1, 9>());
   m.def("upsample_argmax_workspace", &upsample_argmax_workspace,
         "Bytes that upsample_argmax needs on the CPU.");
   m.def("upsample_argmax", &upsample_argmax, nogil,
@@ -475,7 +492,9 @@ void bind_upsample_argmax(py::module_& m) {
 
 void bind_upsample_cross_entropy(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
-  py::class_<segkernels::LossCall>(m, "LossCall").def(py::init(&loss_call));
+  py::class_<segkernels::LossCall>(m, "LossCall")
+      .def(py::init(&loss_call), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
+           py::keep_alive<1, 11>(), py::keep_alive<1, 12>(), py::keep_alive<1, 15>());
   m.attr("LOSS_PARTIALS") = 2 * segkernels::kMaxPartials;
   m.def("upsample_loss_workspace", &upsample_loss_workspace,
         "Bytes that the losses need on the CPU.");
@@ -528,21 +547,15 @@ pooling::Windows make_windows(int64_t planes, int64_t channels, Pair full, Pair 
           {dilation[0], dilation[1]}};
 }
 
-pooling::UnpoolBuffers unpool_buffers(int type, Pointer input, Pointer positions, bool wide,
-                                      Pointer output, Pointer winners, Pointer status) {
-  return {as(input),
-          as(positions),
-          as(output),
-          as(winners),
-          as<int32_t>(status),
-          wide,
-          segkernels::ScalarType(type)};
+pooling::UnpoolBuffers unpool_buffers(int type, Address input, Address positions, bool wide,
+                                      Address output, Address winners, Address status) {
+  return {input, positions, output, winners, status, wide, segkernels::ScalarType(type)};
 }
 
 // The status words if one is set, on the CPU; on CUDA they stay where `status` points.
 std::vector<int32_t> unpool(const WhereTuple& w, const pooling::Windows& windows, int type,
-                            Pointer input, Pointer positions, bool wide, Pointer output,
-                            Pointer winners, Pointer status) {
+                            Address input, Address positions, bool wide, Address output,
+                            Address winners, Address status) {
   std::array<int32_t, segkernels::kStatusCodes> words{};
   auto buffers = unpool_buffers(type, input, positions, wide, output, winners, status);
   if (std::get<0>(w) < 0) buffers.status = words.data();
@@ -558,51 +571,47 @@ void bind_pooling(py::module_& m) {
   py::class_<Windows>(m, "Windows").def(py::init(&make_windows));
   m.def(
       "max_pool2d",
-      [](const WhereTuple& w, const Windows& windows, int type, Pointer input, Pointer values,
-         Pointer codes, Pointer indices) {
-        max_pool2d(w).forward(
-            where_of(w), windows,
-            {as(input), as(values), as<uint8_t>(codes), as<int64_t>(indices), ScalarType(type)});
+      [](const WhereTuple& w, const Windows& windows, int type, Address input, Address values,
+         Address codes, Address indices) {
+        max_pool2d(w).forward(where_of(w), windows,
+                              {input, values, codes, indices, ScalarType(type)});
       },
       Release());
   m.def(
       "max_pool2d_backward",
-      [](const WhereTuple& w, const Windows& windows, int type, Pointer grad, Pointer positions,
-         bool wide, Pointer grad_input, Pointer sums) {
-        max_pool2d(w).backward(
-            where_of(w), windows,
-            {as(grad), as(positions), as(grad_input), as<float>(sums), wide, ScalarType(type)});
+      [](const WhereTuple& w, const Windows& windows, int type, Address grad, Address positions,
+         bool wide, Address grad_input, Address sums) {
+        max_pool2d(w).backward(where_of(w), windows,
+                               {grad, positions, grad_input, sums, wide, ScalarType(type)});
       },
       Release());
   m.def("max_unpool2d", &unpool, Release());
   m.def(
       "max_unpool2d_backward",
-      [](const WhereTuple& w, const Windows& windows, int type, Pointer grad, Pointer positions,
-         bool wide, Pointer grad_input, Pointer status) {
+      [](const WhereTuple& w, const Windows& windows, int type, Address grad, Address positions,
+         bool wide, Address grad_input, Address status) {
         max_unpool2d(w).backward(
             where_of(w), windows,
-            unpool_buffers(type, grad, positions, wide, grad_input, 0, status));
+            unpool_buffers(type, grad, positions, wide, grad_input, {}, status));
       },
       Release());
   m.def(
       "unpool_nearest",
-      [](const WhereTuple& w, const Windows& windows, int type, Pointer input, Pointer output) {
-        unpool2d(w).nearest(where_of(w), windows, {as(input), as(output), ScalarType(type)});
+      [](const WhereTuple& w, const Windows& windows, int type, Address input, Address output) {
+        unpool2d(w).nearest(where_of(w), windows, {input, output, ScalarType(type)});
       },
       Release());
   m.def(
       "unpool_nearest_backward",
-      [](const WhereTuple& w, const Windows& windows, int type, Pointer grad, Pointer grad_input) {
-        unpool2d(w).nearest_backward(where_of(w), windows,
-                                     {as(grad), as(grad_input), ScalarType(type)});
+      [](const WhereTuple& w, const Windows& windows, int type, Address grad, Address grad_input) {
+        unpool2d(w).nearest_backward(where_of(w), windows, {grad, grad_input, ScalarType(type)});
       },
       Release());
   m.def(
       "unpool_bed_of_nails",
-      [](const WhereTuple& w, const Windows& windows, int type, Pointer input, Pointer output,
+      [](const WhereTuple& w, const Windows& windows, int type, Address input, Address output,
          int cell) {
-        unpool2d(w).bed_of_nails(where_of(w), windows, {as(input), as(output), ScalarType(type)},
-                                 cell);
+        unpool2d(w).bed_of_nails(where_of(w), windows, {input, output, ScalarType(type)}, cell);
       },
       Release());
 }
@@ -665,10 +674,7 @@ struct Arguments {
   const py::dict& all;
 
   int64_t number(const char* name) const { return all[name].cast<int64_t>(); }
-  template <class T = void>
-  T* address(const char* name) const {
-    return as<T>(all[name].cast<Pointer>());
-  }
+  Address address(const char* name) const { return all[name].cast<Address>(); }
   template <class T, size_t kCount>
   void sizes(const char* name, T (&to)[kCount]) const {
     const auto values = all[name].cast<std::array<int64_t, kCount>>();
@@ -681,15 +687,15 @@ struct Arguments {
     c.workers = int32_t(number("workers"));
     c.segment_count = number("segments");
     c.fixup_count = number("fixups");
-    c.start = address<int32_t>("table");
+    c.start = address("table");
     c.segments = reinterpret_cast<const segkernels::dilated::Segment*>(c.start + c.workers + 1);
     c.fixups = reinterpret_cast<const segkernels::dilated::Fixup*>(c.segments + c.segment_count);
-    c.workspace = address<float>("workspace");
+    c.workspace = address("workspace");
   }
 };
 
 // Branch: (weight, kernel, dilation, padding, out_channels, offset).
-using ConvBranchTuple = std::tuple<Pointer, std::array<int, 2>, std::array<int, 2>,
+using ConvBranchTuple = std::tuple<Address, std::array<int, 2>, std::array<int, 2>,
                                    std::array<int, 2>, int64_t, int64_t>;
 
 void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
@@ -706,8 +712,8 @@ void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
   c.output = a.address("output");
   c.out_pitch = a.number("out_pitch");
   c.residual = a.address("residual");
-  c.scale = a.address<float>("scale");
-  c.shift = a.address<float>("shift");
+  c.scale = a.address("scale");
+  c.shift = a.address("shift");
   c.relu = a.number("relu") != 0;
   c.pairs = a.number("pairs") != 0;
   a.schedule(c);
@@ -717,7 +723,7 @@ void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
        arguments["branches"].cast<std::vector<ConvBranchTuple>>()) {
     if (c.branches == dilated::kMaxBranches) throw std::invalid_argument("too many branches");
     dilated::ConvBranch& b = c.branch[c.branches++];
-    b.weight = as(weight);
+    b.weight = weight;
     for (int i = 0; i < 2; ++i) {
       b.kernel[i] = kernel[i], b.dilation[i] = dilation[i], b.padding[i] = padding[i];
     }

@@ -12,19 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from segkernels import _native
-from segkernels.ops._op import laid_out_like, through_dispatcher
+from segkernels import _dtypes
+from segkernels.ops import _arguments
+from segkernels.ops._operator import laid_out_like, through_dispatcher
 from segkernels.ops.dense_crf import MAX_TERMS, exact, mean_field
 from segkernels.ops.dense_crf.config import Config
 from segkernels.ops.permutohedral import check_bound
-from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS, Normalization
+from segkernels.ops.permutohedral.native import MAX_DIMS, NORMALIZATIONS, Normalization
 
 Array = npt.NDArray[Any]
 Numbers = float | Sequence[float] | torch.Tensor
 Method = Literal["lattice", "exact"]
 METHODS = ("lattice", "exact")
 Compat = float | Sequence[float] | Sequence[Sequence[float]] | Array | torch.Tensor
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _Scores = TypeVar("_Scores", torch.Tensor, Array)
 
 
@@ -133,11 +133,10 @@ def dense_crf(
         )
     (kind,) = kinds
     iterations = _iterations(iterations, "dense_crf")
-    _check_normalization(normalization)
-    _check_method(method, "dense_crf")
+    _check(normalization, method, "dense_crf")
     scores = _scores(given[kind], kind)
     batched, channels, spatial = scores.shape[0], scores.shape[1], scores.shape[2:]
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = _dtypes.compute_dtype(scores.dtype)
 
     terms: list[tuple[torch.Tensor, torch.Tensor, Normalization]] = []
     if compat_gaussian is not None:
@@ -152,7 +151,7 @@ def dense_crf(
         terms.append((features, compat, normalization))
     for i, term in enumerate(pairwise):
         name = f"pairwise[{i}]"
-        _check_normalization(term.normalization or normalization)
+        _check(term.normalization or normalization, method, "dense_crf")
         compat = _compat(term.compat, f"{name}.compat", channels, dtype, scores.device)
         features = _term_features(term.features, scores, f"{name}.features", dtype)
         terms.append((features, compat, term.normalization or normalization))
@@ -197,7 +196,7 @@ def _exact(
     log: bool,
 ) -> torch.Tensor:
     """Mean field with exact filters; the first term is the spatial one if it has a sigma."""
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    dtype = _dtypes.compute_dtype(scores.dtype)
     spatial = scores.shape[2:]
     filters: list[exact.PointFilter | exact.SpatialFilter] = []
     if spatial_sigma is not None:
@@ -226,9 +225,9 @@ def _exact(
     return out.view(scores.shape)
 
 
-def _check_method(method: str, what: str) -> None:
-    if method not in METHODS:
-        raise ValueError(f"{what}: method must be one of {', '.join(METHODS)}, got {method!r}")
+def _check(normalization: str, method: str, what: str) -> None:
+    _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, what)
+    _arguments.check_choice(method, "method", METHODS, what)
 
 
 def _scores(given: Any, kind: str) -> torch.Tensor:
@@ -243,7 +242,7 @@ def _scores(given: Any, kind: str) -> torch.Tensor:
         raise TypeError(
             f"dense_crf: {kind} must be a torch tensor or a numpy array, got {type(given).__name__}"
         )
-    if given.dtype not in _FLOATS:
+    if given.dtype not in _dtypes.FLOATING:
         raise TypeError(_score_type(kind, str(given.dtype)))
     if given.dim() not in (3, 4, 5):
         raise ValueError(
@@ -252,9 +251,12 @@ def _scores(given: Any, kind: str) -> torch.Tensor:
         )
     if given.numel() == 0:
         raise ValueError(f"dense_crf: {kind} must not be empty, got shape {tuple(given.shape)}")
-    if not through_dispatcher(given):
-        _native.where(given)
+    _arguments.check_device(given)
     return given.unsqueeze(0) if given.dim() == 3 else given
+
+
+def _check_device(tensor: torch.Tensor, name: str, device: torch.device) -> None:
+    _arguments.check_same_device(tensor, name, device, "the scores are", "dense_crf")
 
 
 def _score_type(kind: str, dtype: str) -> str:
@@ -278,8 +280,8 @@ def _sigmas(
 ) -> torch.Tensor:
     """`value` as a tensor of `count` standard deviations."""
     if isinstance(value, torch.Tensor):
-        if value.device != device and value.dim() > 0:
-            raise ValueError(f"dense_crf: {name} is on {value.device}, the scores on {device}")
+        if value.dim() > 0:
+            _check_device(value, name, device)
         if value.numel() not in (1, count) or value.dim() > 1:
             raise ValueError(_sigma_shape(name, count, tuple(value.shape)))
         if value.device.type == "cpu" and not through_dispatcher(value):
@@ -345,8 +347,7 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
         image = img
         if image.dtype == torch.bool or image.dtype.is_complex:
             raise TypeError(f"dense_crf: img must hold integers or floats, got {image.dtype}")
-        if image.device != scores.device:
-            raise ValueError(f"dense_crf: img is on {image.device}, the scores on {scores.device}")
+        _check_device(image, "img", scores.device)
         if image.dim() == rank - 1 and scores.shape[0] == 1:
             image = image.unsqueeze(0)
     else:
@@ -369,11 +370,7 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
         image = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
         image = image.movedim(-1, 1) if image.dim() == rank else image
         image = image.to(scores.device)
-    fits = image.dim() == rank and (image.shape[0], *image.shape[2:]) == (
-        scores.shape[0],
-        *scores.shape[2:],
-    )
-    if not fits or image.shape[1] < 1:
+    if not _arguments.matches(image, scores.shape) or image.shape[1] < 1:
         order = "channels first" if isinstance(img, torch.Tensor) else "channels last"
         got = tuple(img.shape) if hasattr(img, "shape") else tuple(np.asarray(img).shape)
         raise ValueError(
@@ -404,8 +401,8 @@ def _compat(
         return torch.full((), float(value), dtype=dtype, device=device)
     if isinstance(value, torch.Tensor):
         compat = value
-        if compat.device != device and compat.dim() > 0:
-            raise ValueError(f"dense_crf: {name} is on {compat.device}, the scores on {device}")
+        if compat.dim() > 0:
+            _check_device(compat, name, device)
         compat = compat.to(device=device, dtype=dtype)
     else:
         compat = torch.from_numpy(np.array(value, dtype=np.float64)).to(device, dtype)
@@ -426,14 +423,9 @@ def _term_features(
     if not isinstance(features, torch.Tensor) or not features.dtype.is_floating_point:
         got = getattr(features, "dtype", type(features).__name__)
         raise TypeError(f"dense_crf: {name} must be a floating-point torch tensor, got {got}")
-    if features.device != scores.device:
-        raise ValueError(f"dense_crf: {name} is on {features.device}, not on {scores.device}")
+    _check_device(features, name, scores.device)
     batched = features.unsqueeze(0) if features.dim() == scores.dim() - 1 else features
-    fits = batched.dim() == scores.dim() and (batched.shape[0], *batched.shape[2:]) == (
-        scores.shape[0],
-        *scores.shape[2:],
-    )
-    if not fits or batched.shape[1] < 1:
+    if not _arguments.matches(batched, scores.shape) or batched.shape[1] < 1:
         raise ValueError(
             f"dense_crf: {name} must be (B, d, *spatial) with the scores' batch and spatial sizes "
             f"{(scores.shape[0], *scores.shape[2:])}, got shape {tuple(features.shape)}"
@@ -447,14 +439,6 @@ def _iterations(iterations: int, what: str) -> int:
     if iterations < 0:
         raise ValueError(f"{what}: iterations must be an int of 0 or more, got {iterations!r}")
     return int(iterations)
-
-
-def _check_normalization(normalization: str) -> None:
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"dense_crf: normalization must be one of {', '.join(NORMALIZATIONS)}, "
-            f"got {normalization!r}"
-        )
 
 
 class DenseCRF(nn.Module):
@@ -497,11 +481,10 @@ class DenseCRF(nn.Module):
         super().__init__()
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
             raise ValueError(f"DenseCRF: num_classes must be a positive int, got {num_classes!r}")
-        _check_normalization(normalization)
+        _check(normalization, method, "DenseCRF")
         self.num_classes = num_classes
         self.iterations = _iterations(iterations, "DenseCRF")
         self.normalization: Normalization = normalization
-        _check_method(method, "DenseCRF")
         self.method: Method = method
         for name, compat in (
             ("compat_gaussian", compat_gaussian),

@@ -15,7 +15,7 @@ from segkernels import _native, _status
 from segkernels.images import PictureError, read_image, save_picture, write_atomically
 from segkernels.label_maps import LabelMap, Meaning, read_labels, write_labels
 from segkernels.labels import probs_from_labels
-from segkernels.ops.permutohedral.lattice import Normalization
+from segkernels.ops.permutohedral.native import Normalization
 from segkernels.overlay import side_by_side
 
 __all__ = ["Options", "Refined", "doubt", "find_device", "load", "refine_labels", "write_refined"]

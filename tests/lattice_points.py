@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import segkernels
-from segkernels.ops.permutohedral.lattice import MAX_DIMS
+from segkernels.ops.permutohedral.native import MAX_DIMS
 from segkernels.ops.permutohedral.reference import barycentric, elevate, simplex
 
 # Each number of dimensions is a kernel of its own; a few of them in the quick part.

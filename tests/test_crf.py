@@ -769,7 +769,7 @@ def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], object]]
     for bad in (-1, 2.0, True, None, "5"):
         match = rf"iterations must be an int of 0 or more, got {bad!r}"
         yield f"iterations={bad!r}", ValueError, match, call(iterations=bad)
-    match = "normalization must be one of symmetric, before, after, none, got 'sym'"
+    match = "normalization must be one of 'symmetric', 'before', 'after', 'none', got 'sym'"
     yield "normalization", ValueError, match, call(normalization="sym")
     term = PairwiseTerm(TERM.features, 1.0, "sym")
     yield "a term's normalization", ValueError, match, call(pairwise=[term])
@@ -911,20 +911,36 @@ def test_what_the_refused_calls_start_from():
 
 def test_scores_on_another_device_are_refused():
     meta = torch.zeros(2, 4, 5, device="meta")
-    with pytest.raises(RuntimeError, match="CPU and CUDA devices"):
-        dense_crf(torch.zeros(3, 4, 5, device="meta"), meta)
+    with pytest.raises(ValueError, match="img must be on meta, as the scores are, got cpu"):
+        dense_crf(torch.zeros(3, 4, 5), meta)
 
 
 def elsewhere() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    other = {"device": "meta"}
-    yield "img", r"img is on meta, the scores on cpu", {"img": torch.zeros(3, 4, 5, **other)}
+    other, tells = {"device": "meta"}, "must be on cpu, as the scores are, got meta"
+    yield (
+        "img",
+        rf"img {tells}",
+        {"img": torch.zeros(3, 4, 5, **other)},
+    )
     for name in ("sxy_gaussian", "sxy_bilateral"):
-        yield name, rf"{name} is on meta, the scores on cpu", {name: torch.ones(2, **other)}
-    yield "srgb", "srgb is on meta", {"srgb": torch.ones(3, **other)}
+        yield (
+            name,
+            rf"{name} {tells}",
+            {name: torch.ones(2, **other)},
+        )
+    yield (
+        "srgb",
+        f"srgb {tells}",
+        {"srgb": torch.ones(3, **other)},
+    )
     for name in ("compat_gaussian", "compat_bilateral"):
-        yield name, rf"{name} is on meta, the scores on cpu", {name: torch.ones(2, **other)}
+        yield (
+            name,
+            rf"{name} {tells}",
+            {name: torch.ones(2, **other)},
+        )
     term = PairwiseTerm(torch.zeros(2, 4, 5, **other), 1.0)
-    yield "features", r"pairwise\[0\].features is on meta, not on cpu", {"pairwise": [term]}
+    yield "features", rf"pairwise\[0\].features {tells}", {"pairwise": [term]}
 
 
 @pytest.mark.parametrize(

@@ -310,9 +310,11 @@ def test_too_many_points_are_refused_with_what_they_would_take(monkeypatch):
 def test_errors():
     scores, img = uniform(1, 3, 6, 7), 255 * uniform(1, 3, 6, 7)
     bad: Any = "brute force"
-    with pytest.raises(ValueError, match="method must be one of lattice, exact, got 'brute force'"):
+    with pytest.raises(
+        ValueError, match="method must be one of 'lattice', 'exact', got 'brute force'"
+    ):
         dense_crf(img, scores, method=bad)
-    with pytest.raises(ValueError, match="DenseCRF: method must be one of lattice, exact"):
+    with pytest.raises(ValueError, match="DenseCRF: method must be one of 'lattice', 'exact'"):
         DenseCRF(3, method=bad)
     for place, what in (((0, 1, 2, 3), "probs, logits or unary"), (None, "features")):
         s, i = scores.clone(), img.clone()

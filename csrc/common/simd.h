@@ -5,9 +5,19 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <type_traits>
+
 namespace segkernels {
 
-enum class Isa { kBase, kAvx2, kAvx512 };
+// Each has a second name, that of the namespace: Isa::SK_ISA is a *.simd.cpp file's own.
+enum class Isa {
+  kBase,
+  kAvx2,
+  kAvx512,
+  isa_base = kBase,
+  isa_avx2 = kAvx2,
+  isa_avx512 = kAvx512,
+};
 
 inline Isa best_isa() {
 #if defined(SK_HAVE_X86_ISAS)
@@ -24,6 +34,17 @@ inline Isa best_isa() {
 #else
   return Isa::kBase;
 #endif
+}
+
+// f(integral_constant<Isa>) with the best.
+template <class F>
+void with_best_isa(const F& f) {
+#if defined(SK_HAVE_X86_ISAS)
+  static const Isa isa = best_isa();
+  if (isa == Isa::kAvx512) return f(std::integral_constant<Isa, Isa::kAvx512>{});
+  if (isa == Isa::kAvx2) return f(std::integral_constant<Isa, Isa::kAvx2>{});
+#endif
+  f(std::integral_constant<Isa, Isa::kBase>{});
 }
 
 }  // namespace segkernels

@@ -435,38 +435,31 @@ void backward_rows(const Where& where, const BackwardRows<Acc<T>>& p, const T* g
   });
 }
 
-void forward(const Where& where, ScalarType type, const void* plan, const void* input,
-             void* output) {
-  with_scalar_type(type, [&](auto scalar) {
-    using T = decltype(scalar);
-    const auto& p = *static_cast<const ForwardRows<Acc<T>>*>(plan);
-    const T* in = static_cast<const T*>(input);
-    T* out = static_cast<T*>(output);
-    if (p.taps == 1) {
-      copy_rows<T>(where, p, in, out);
-    } else if (p.taps == 2 && p.g.inner >= kWidth<T> && !rows_are_shared<T>(p)) {
-      forward_pixels<T>(where, p, in, out);
-    } else if (p.taps == 2) {
-      forward_rows<T, 2>(where, p, in, out);
-    } else {
-      forward_rows<T, 4>(where, p, in, out);
-    }
-  });
-}
-
-void backward(const Where& where, ScalarType type, const void* plan, const void* grad_output,
-              void* grad_input) {
-  with_scalar_type(type, [&](auto scalar) {
-    using T = decltype(scalar);
-    backward_rows<T>(where, *static_cast<const BackwardRows<Acc<T>>*>(plan),
-                     static_cast<const T*>(grad_output), static_cast<T*>(grad_input));
-  });
-}
-
-const InterpolateRows& interpolate_rows() {
-  static const InterpolateRows rows{forward, backward};
-  return rows;
-}
-
 }  // namespace SK_ISA
+
+template <Isa kIsa, class T>
+void InterpolateRows<kIsa, T>::forward(const Where& where, const ForwardRows<Acc<T>>& p,
+                                       const T* input, T* output) {
+  if (p.taps == 1) {
+    copy_rows<T>(where, p, input, output);
+  } else if (p.taps == 2 && p.g.inner >= kWidth<T> && !rows_are_shared<T>(p)) {
+    forward_pixels<T>(where, p, input, output);
+  } else if (p.taps == 2) {
+    forward_rows<T, 2>(where, p, input, output);
+  } else {
+    forward_rows<T, 4>(where, p, input, output);
+  }
+}
+
+template <Isa kIsa, class T>
+void InterpolateRows<kIsa, T>::backward(const Where& where, const BackwardRows<Acc<T>>& p,
+                                        const T* grad_output, T* grad_input) {
+  backward_rows<T>(where, p, grad_output, grad_input);
+}
+
+template struct InterpolateRows<Isa::SK_ISA, Half>;
+template struct InterpolateRows<Isa::SK_ISA, BFloat16>;
+template struct InterpolateRows<Isa::SK_ISA, float>;
+template struct InterpolateRows<Isa::SK_ISA, double>;
+
 }  // namespace segkernels

@@ -11,28 +11,9 @@
 namespace segkernels {
 namespace {
 
-const InterpolateRows& rows_for_machine() {
-#if defined(SK_HAVE_X86_ISAS)
-  static const Isa isa = best_isa();
-  if (isa == Isa::kAvx512) return isa_avx512::interpolate_rows();
-  if (isa == Isa::kAvx2) return isa_avx2::interpolate_rows();
-#endif
-  return isa_base::interpolate_rows();
-}
-
 constexpr std::align_val_t kAlignment{64};  // the pieces of an Arena's
 
 int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
-
-// f(A{}): what the type is computed in.
-template <class F>
-void with_acc(ScalarType type, const F& f) {
-  if (type == ScalarType::kDouble) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
 
 struct Freed {
   void operator()(void* data) const { ::operator delete(data, kAlignment); }
@@ -54,22 +35,27 @@ Memory memory_of(Plan& plan, int threads) {
 
 void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, const void* input,
                      void* output) {
-  with_acc(type, [&](auto acc) {
-    using A = decltype(acc);
+  with_scalar_type(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = Acc<T>;
     ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, r.taps()};
     const Memory memory = memory_of(plan, threads_of(where));
     with_taps(r, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);
     });
-    rows_for_machine().forward(where, type, &plan, input, output);
+    with_best_isa([&](auto isa) {
+      InterpolateRows<isa.value, T>::forward(where, plan, static_cast<const T*>(input),
+                                             static_cast<T*>(output));
+    });
   });
 }
 
 void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarType type,
                               const void* grad_output, void* grad_input) {
-  with_acc(type, [&](auto acc) {
-    using A = decltype(acc);
+  with_scalar_type(type, [&](auto scalar) {
+    using T = decltype(scalar);
+    using A = Acc<T>;
     BackwardRows<A> plan{};
     plan.g = r.geometry<A>();
     plan.taps = r.taps();
@@ -79,7 +65,10 @@ void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarTyp
       cpu::fill<taps.value>(plan.g.x, plan.x);
     });
     plan.pad();
-    rows_for_machine().backward(where, type, &plan, grad_output, grad_input);
+    with_best_isa([&](auto isa) {
+      InterpolateRows<isa.value, T>::backward(where, plan, static_cast<const T*>(grad_output),
+                                              static_cast<T*>(grad_input));
+    });
   });
 }
 

@@ -90,22 +90,12 @@ struct BackwardRows {
   int64_t row_stride() const { return (int64_t(g.x.out) * g.inner + 15) / 16 * 16; }
 };
 
+// The loops, defined in interpolate.simd.cpp for its instruction set.
+template <Isa kIsa, class T>
 struct InterpolateRows {
-  void (*forward)(const Where&, ScalarType, const void* plan, const void* input, void* output);
-  void (*backward)(const Where&, ScalarType, const void* plan, const void* grad_output,
-                   void* grad_input);
+  static void forward(const Where&, const ForwardRows<Acc<T>>&, const T* input, T* output);
+  static void backward(const Where&, const BackwardRows<Acc<T>>&, const T* grad_output,
+                       T* grad_input);
 };
-
-namespace isa_base {
-const InterpolateRows& interpolate_rows();
-}
-#if defined(SK_HAVE_X86_ISAS)
-namespace isa_avx2 {
-const InterpolateRows& interpolate_rows();
-}
-namespace isa_avx512 {
-const InterpolateRows& interpolate_rows();
-}
-#endif
 
 }  // namespace segkernels

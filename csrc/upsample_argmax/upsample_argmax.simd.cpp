@@ -2,7 +2,6 @@
 // parallel, a block of pixels at a time, its classes in cache.
 #include <math.h>
 
-#include "interpolate/logit_rows.h"
 #include "upsample_argmax/rows.h"
 
 namespace segkernels {
@@ -64,14 +63,17 @@ void rows(const Where& where, const LogitPlan<T>& plan, const ArgmaxCall& call) 
   });
 }
 
-void upsample_argmax_rows(const Where& where, const ArgmaxCall& call, const void* plan) {
-  with_scalar_type(call.type, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_taps(call.resampling, [&](auto taps) {
-      rows<T, taps.value>(where, *static_cast<const LogitPlan<T>*>(plan), call);
-    });
-  });
+}  // namespace SK_ISA
+
+template <Isa kIsa, class T>
+void ArgmaxRows<kIsa, T>::run(const Where& where, const ArgmaxCall& call,
+                              const LogitPlan<T>& plan) {
+  with_taps(call.resampling, [&](auto taps) { rows<T, taps.value>(where, plan, call); });
 }
 
-}  // namespace SK_ISA
+template struct ArgmaxRows<Isa::SK_ISA, Half>;
+template struct ArgmaxRows<Isa::SK_ISA, BFloat16>;
+template struct ArgmaxRows<Isa::SK_ISA, float>;
+template struct ArgmaxRows<Isa::SK_ISA, double>;
+
 }  // namespace segkernels

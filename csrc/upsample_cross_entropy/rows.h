@@ -1,4 +1,4 @@
-// The CPU's loops of the losses, one copy an instruction set.
+// The CPU's loops of the losses, and what they work in.
 #pragma once
 
 #include "common/simd.h"
@@ -31,21 +31,11 @@ struct LossPlan {
   }
 };
 
+// The loops, defined in upsample_cross_entropy.simd.cpp for its instruction set.
+template <Isa kIsa, class T>
 struct LossRows {
-  void (*forward)(const Where&, const LossCall&, const LossOutputs&, const void* plan);
-  void (*backward)(const Where&, const LossCall&, const LossGradient&, const void* plan);
+  static void forward(const Where&, const LossCall&, const LossOutputs&, const LossPlan<T>&);
+  static void backward(const Where&, const LossCall&, const LossGradient&, const LossPlan<T>&);
 };
-
-namespace isa_base {
-const LossRows& upsample_loss_rows();
-}
-#if defined(SK_HAVE_X86_ISAS)
-namespace isa_avx2 {
-const LossRows& upsample_loss_rows();
-}
-namespace isa_avx512 {
-const LossRows& upsample_loss_rows();
-}
-#endif
 
 }  // namespace segkernels

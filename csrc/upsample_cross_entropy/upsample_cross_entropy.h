@@ -207,23 +207,27 @@ Logits<T> logits_of(const LossCall& call) {
           call.classes, call.strides, static_cast<const T*>(call.logits)};
 }
 
+// f(integral_constant<K>, loss) of a call on logits of type T.
+template <class T, class F>
+void with_loss(const LossCall& call, const F& f) {
+  using A = Acc<T>;
+  with_taps(call.resampling, [&](auto taps) {
+    const A* weight = static_cast<const A*>(call.weight);
+    if (call.binary) {
+      f(taps, BinaryLoss<A>{call.target, call.target_type, call.ignore_index, weight,
+                            static_cast<const A*>(call.pos_weight), call.status});
+    } else {
+      f(taps, SoftmaxLoss<A>{call.target, call.target_type, call.ignore_index, weight,
+                             A(call.smoothing), call.classes, call.status});
+    }
+  });
+}
+
 // f(T{}, integral_constant<K>, loss) with the call's types.
 template <class F>
-void with_loss(const LossCall& call, const F& f) {
+void with_typed_loss(const LossCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
-    using A = Acc<decltype(scalar)>;
-    with_taps(call.resampling, [&](auto taps) {
-      const A* weight = static_cast<const A*>(call.weight);
-      if (call.binary) {
-        f(scalar, taps,
-          BinaryLoss<A>{call.target, call.target_type, call.ignore_index, weight,
-                        static_cast<const A*>(call.pos_weight), call.status});
-      } else {
-        f(scalar, taps,
-          SoftmaxLoss<A>{call.target, call.target_type, call.ignore_index, weight,
-                         A(call.smoothing), call.classes, call.status});
-      }
-    });
+    with_loss<decltype(scalar)>(call, [&](auto taps, const auto& loss) { f(scalar, taps, loss); });
   });
 }
 

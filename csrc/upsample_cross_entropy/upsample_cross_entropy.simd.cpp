@@ -254,24 +254,27 @@ void backward_rows(const Where& where, const LossPlan<T>& plan, const P& loss, c
       });
 }
 
-void forward(const Where& where, const LossCall& call, const LossOutputs& to, const void* plan) {
-  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
-    using T = decltype(scalar);
-    forward_rows<T, taps.value>(where, *static_cast<const LossPlan<T>*>(plan), loss, to);
-  });
-}
-
-void backward(const Where& where, const LossCall& call, const LossGradient& g, const void* plan) {
-  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
-    using T = decltype(scalar);
-    backward_rows<T, taps.value>(where, *static_cast<const LossPlan<T>*>(plan), loss, call, g);
-  });
-}
-
-const LossRows& upsample_loss_rows() {
-  static const LossRows rows{forward, backward};
-  return rows;
-}
-
 }  // namespace SK_ISA
+
+template <Isa kIsa, class T>
+void LossRows<kIsa, T>::forward(const Where& where, const LossCall& call, const LossOutputs& to,
+                                const LossPlan<T>& plan) {
+  with_loss<T>(call, [&](auto taps, const auto& loss) {
+    forward_rows<T, taps.value>(where, plan, loss, to);
+  });
+}
+
+template <Isa kIsa, class T>
+void LossRows<kIsa, T>::backward(const Where& where, const LossCall& call, const LossGradient& g,
+                                 const LossPlan<T>& plan) {
+  with_loss<T>(call, [&](auto taps, const auto& loss) {
+    backward_rows<T, taps.value>(where, plan, loss, call, g);
+  });
+}
+
+template struct LossRows<Isa::SK_ISA, Half>;
+template struct LossRows<Isa::SK_ISA, BFloat16>;
+template struct LossRows<Isa::SK_ISA, float>;
+template struct LossRows<Isa::SK_ISA, double>;
+
 }  // namespace segkernels

@@ -6,15 +6,6 @@
 namespace segkernels {
 namespace {
 
-const LossRows& rows_for_machine() {
-#if defined(SK_HAVE_X86_ISAS)
-  static const Isa isa = best_isa();
-  if (isa == Isa::kAvx512) return isa_avx512::upsample_loss_rows();
-  if (isa == Isa::kAvx2) return isa_avx2::upsample_loss_rows();
-#endif
-  return isa_base::upsample_loss_rows();
-}
-
 int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
 
 template <class T>
@@ -71,7 +62,7 @@ void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutpu
     Arena arena(workspace);
     plan.take(arena, threads_of(where), false);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, false); });
-    rows_for_machine().forward(where, call, to, &plan);
+    with_best_isa([&](auto isa) { LossRows<isa.value, T>::forward(where, call, to, plan); });
     double loss = 0, weight = 0;
     for (int64_t row = 0; row < call.resampling.planes * call.resampling.out_height; ++row) {
       loss += plan.partial[2 * row];
@@ -84,16 +75,17 @@ void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutpu
 void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g,
                                 void* workspace) {
   with_scalar_type(call.type, [&](auto scalar) {
-    auto plan = plan_of<decltype(scalar)>(call);
+    using T = decltype(scalar);
+    auto plan = plan_of<T>(call);
     Arena arena(workspace);
     plan.take(arena, threads_of(where), true);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, true); });
-    rows_for_machine().backward(where, call, g, &plan);
+    with_best_isa([&](auto isa) { LossRows<isa.value, T>::backward(where, call, g, plan); });
   });
 }
 
 void upsample_loss_plain(const Where&, const LossCall& call, const LossOutputs& to) {
-  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
+  with_typed_loss(call, [&](auto scalar, auto taps, const auto& loss) {
     using T = decltype(scalar);
     using A = Acc<T>;
     const LossForward<T, taps.value, std::decay_t<decltype(loss)>> f{
@@ -106,7 +98,7 @@ void upsample_loss_plain(const Where&, const LossCall& call, const LossOutputs& 
 
 void upsample_loss_backward_plain(const Where&, const LossCall& call, const LossGradient& g,
                                   void* workspace) {
-  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
+  with_typed_loss(call, [&](auto scalar, auto taps, const auto& loss) {
     using T = decltype(scalar);
     using A = Acc<T>;
     using P = std::decay_t<decltype(loss)>;

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
 
 void upsample_loss_cuda(const Where& where, const LossCall& call, const LossOutputs& to) {
   const DeviceGuard guard(where.device);
-  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
+  with_typed_loss(call, [&](auto scalar, auto taps, const auto& loss) {
     using T = decltype(scalar);
     using A = Acc<T>;
     const LossForward<T, taps.value, std::decay_t<decltype(loss)>> f{
@@ -83,7 +83,7 @@ void upsample_loss_cuda(const Where& where, const LossCall& call, const LossOutp
 
 void upsample_loss_backward_cuda(const Where& where, const LossCall& call, const LossGradient& g) {
   const DeviceGuard guard(where.device);
-  with_loss(call, [&](auto scalar, auto taps, const auto& loss) {
+  with_typed_loss(call, [&](auto scalar, auto taps, const auto& loss) {
     using T = decltype(scalar);
     using A = Acc<T>;
     using P = std::decay_t<decltype(loss)>;

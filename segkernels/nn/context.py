@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.nn.convolution import Backend, check_backend, convolve
-from segkernels.ops import _op
+from segkernels.ops import _operator
 
 
 class ContextModule(torch.nn.Module):
@@ -126,7 +126,7 @@ class ContextModule(torch.nn.Module):
         for conv in dilated:
             out = convolve(out, conv, conv.bias, activation="relu", backend=self.backend)
         out = convolve(out, last, last.bias, backend=self.backend)
-        return out if _op.is_channels_last(input) else out.contiguous()
+        return out if _operator.is_channels_last(input) else out.contiguous()
 
     def _plain(self, x: torch.Tensor) -> torch.Tensor:
         *dilated, last = self.convs

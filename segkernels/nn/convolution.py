@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.nn.folding import BatchNorm, foldable, folded, forget
-from segkernels.ops import _op
+from segkernels.ops import _operator
 from segkernels.ops.dilated_conv2d import dilated_conv2d
 from segkernels.ops.dilated_conv2d.torch_path import has_cpu_kernels, may_crash
 
@@ -209,9 +209,9 @@ def _plainly_on_cpu(
         and conv.padding_mode == "zeros"
         and not torch.is_autocast_enabled("cpu")
         and (bn is None or foldable(conv, bn))
-        and not _op.through_dispatcher(x, conv.weight, residual)
-        and not _op.wants_grad(x, residual, conv.weight, conv.bias)
-        and (bn is None or not _op.wants_grad(bn.weight, bn.bias))
+        and not _operator.through_dispatcher(x, conv.weight, residual)
+        and not _operator.wants_grad(x, residual, conv.weight, conv.bias)
+        and (bn is None or not _operator.wants_grad(bn.weight, bn.bias))
     )
 
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 
 from segkernels import _native
-from segkernels.ops import _op
+from segkernels.ops import _operator
 
 BatchNorm = torch.nn.BatchNorm2d | torch.nn.SyncBatchNorm
 Pair = tuple[torch.nn.Conv2d, BatchNorm]
@@ -113,8 +113,8 @@ def folded(x: torch.Tensor, owner: torch.nn.Module, pairs: Sequence[Pair]) -> Fo
     watched = _watched(vectors, pairs)
     if (
         x.is_meta
-        or _op.through_dispatcher(x, *vectors)
-        or _op.wants_grad(*vectors)
+        or _operator.through_dispatcher(x, *vectors)
+        or _operator.wants_grad(*vectors)
         or any(tensor.is_inference() for tensor in watched)
     ):
         return _fold(pairs)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from segkernels import _native
-
-Pair = tuple[int, int]
+from segkernels.ops._arguments import Pair
 
 # Codes are one byte.
 MAX_CELLS = 256
@@ -62,28 +59,6 @@ class Windows(NamedTuple):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-# `Windows` in the schema of a torch.library operator.
-SCHEMA = (
-    "SymInt[2] full, SymInt[2] pooled, int[2] kernel_size, int[2] stride, int[2] padding, "
-    "int[2] dilation, bool channels_last"
-)
-FIELDS = len(Windows._fields)
-
-
-def from_schema(args: Sequence[Any]) -> Windows:
-    """The `Windows` of an operator's arguments."""
-    full, pooled, kernel_size, stride, padding, dilation, channels_last = args[:FIELDS]
-    return Windows(
-        tuple(full),
-        tuple(pooled),
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-        channels_last,
-    )
-
-
 @functools.lru_cache(maxsize=1024)
 def _native_windows(w: Windows, batch: int, channels: int) -> Any:
     planes, inner = (batch, channels) if w.channels_last else (batch * channels, 1)
@@ -109,34 +84,6 @@ def empty(
         device=x.device,
         memory_format=w.memory_format,
     )
-
-
-def pair(value: Any, name: str, function: str) -> Pair:
-    """`value` for rows and columns: one int for both, or one or two in a sequence.
-
-    Raises:
-        TypeError: not ints.
-        RuntimeError: another number of them (torch's kind of error).
-    """
-    if type(value) is int:
-        return value, value
-    values = value if isinstance(value, (tuple, list)) else (value,)
-    if not 1 <= len(values) <= 2:
-        raise RuntimeError(
-            f"{function}: {name} must either be a single int, or a tuple of two ints, got {value}"
-        )
-    found = []
-    for one in values:
-        try:
-            if isinstance(one, bool):
-                raise TypeError
-            found.append(operator.index(one))
-        except TypeError:
-            raise TypeError(
-                f"{function}(): argument '{name}' must be an int or a tuple of two ints, "
-                f"got {value!r}"
-            ) from None
-    return found[0], found[-1]
 
 
 def check_positive(w: Windows, function: str) -> None:

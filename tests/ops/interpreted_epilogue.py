@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.ops.dilated_conv2d.call import Epilogue
-from segkernels.ops.dilated_conv2d.epilogue_kernel import apply
+from segkernels.ops.dilated_conv2d.triton_kernels import apply
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 torch.set_num_threads(1)

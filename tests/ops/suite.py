@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Make = Callable[[torch.Generator], torch.Tensor]
@@ -53,6 +54,9 @@ class Sample:
         grad: small enough for gradcheck, and differentiable.
         compile: torch.compile is tried on it (slow: one or two an op).
         only_gpu: on the CPU it is one call of torch's, and would test that.
+        traces: torch.jit.trace takes it, as torch's operators compute it there.
+        refuses_vmap: cases of `test_vmap` that must be refused: "all" floats batched, the "first"
+            alone, the "last" alone.
     """
 
     id: str
@@ -61,6 +65,8 @@ class Sample:
     grad: bool = False
     compile: bool = False
     only_gpu: bool = False
+    traces: bool = False
+    refuses_vmap: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,7 @@ class OpSuite:
     # The backward pass adds up in another order for channels_last.
     same_sums: ClassVar[bool] = True
     same_sums_on_cuda: ClassVar[bool] = True
+    forward_mode: ClassVar[bool] = True
     # (rtol, atol) against the reference in float64, rounded to the dtype; None: the same bits.
     tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
         torch.float16: (1e-3, 1e-6),
@@ -482,6 +489,135 @@ class OpSuite:
             ):
                 assert same_bits(mine, theirs)
 
+    def test_forward_mode(self, grad_sample: Sample, device: str) -> None:
+        call = build(grad_sample, torch.float64, device, grad=True)
+        function = with_floats(call, type(self).function)
+        tangents = tuple(torch.ones_like(x) for x in call.floats)
+        plain = tuple(x.detach() for x in call.floats)
+        if not self.forward_mode:
+            with pytest.raises(NotImplementedError, match=r"forward-mode.*not implemented"):
+                torch.func.jvp(function, plain, tangents)
+            with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+                function(*map(forward_ad.make_dual, plain, tangents))
+            return
+        fast = sum(x.numel() for x in call.floats) > 100
+        assert torch.autograd.gradcheck(
+            function,
+            tuple(call.floats),
+            fast_mode=fast,
+            check_forward_ad=True,
+            check_backward_ad=False,
+            check_undefined_grad=False,
+        )
+        outputs, found = torch.func.jvp(function, plain, tangents)
+        with forward_ad.dual_level():
+            duals = function(*map(forward_ad.make_dual, plain, tangents))
+            expected = [forward_ad.unpack_dual(out) for out in duals]
+        for out, tangent, (primal, other) in zip(outputs, found, expected, strict=True):
+            assert same_bits(out, primal)
+            assert same_bits(tangent, other)
+
+    def test_functional_gradients(self, grad_sample: Sample, device: str) -> None:
+        call = build(grad_sample, torch.float64, device, grad=True)
+        function = with_floats(call, type(self).function)
+        outputs, pull = torch.func.vjp(function, *(x.detach() for x in call.floats))
+        given = cotangents(call.of(type(self).function))
+        assert len(outputs) == len(given)
+        for mine, theirs in zip(
+            pull(tuple(given)), gradients(call, type(self).function), strict=True
+        ):
+            assert same_bits(mine, theirs)
+
+    def test_vmap(self, sample: Sample, device: str) -> None:
+        """Over all floats, and over the first alone: as calls one by one."""
+        call = build(sample, torch.float64, device, grad=True)
+        function = with_floats(call, type(self).function, differentiable=False)
+        plain = [x.detach() for x in call.floats]
+        several = [torch.stack([x, x.flip(-1), x.roll(1, -1)]) for x in plain]
+        others = [None] * (len(plain) - 1)
+        cases: dict[str, Any] = {"all": (several, [0] * len(plain))}
+        if others:
+            cases["first"] = [several[0], *plain[1:]], [0, *others]
+            cases["last"] = [*plain[:-1], several[-1].movedim(0, -1)], [*others, -1]
+        for name, (batched, dims) in cases.items():
+            over = torch.func.vmap(function, tuple(dims))
+            if name in sample.refuses_vmap:
+                with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+                    over(*batched)
+                continue
+            found = over(*batched)
+            for i in range(3):
+                one = [
+                    x if dim is None else x.select(dim, i)
+                    for x, dim in zip(batched, dims, strict=True)
+                ]
+                for mine, theirs in zip(found, function(*one), strict=True):
+                    assert mine[i].dtype == theirs.dtype
+                    torch.testing.assert_close(mine[i], theirs, rtol=1e-12, atol=1e-12)
+
+    def test_per_sample_gradients(self, grad_sample: Sample, device: str) -> None:
+        """`torch.func.vmap` of a gradient, for a batch of the first float."""
+        call = build(grad_sample, torch.float64, device, grad=True)
+        if ("first" if len(call.floats) > 1 else "all") in grad_sample.refuses_vmap:
+            return
+        function = with_floats(call, type(self).function)
+        first, *rest = (x.detach() for x in call.floats)
+        given = cotangents(call.of(type(self).function))
+
+        def pulled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            _, pull = torch.func.vjp(function, x, *rest)
+            return pull(tuple(given))
+
+        several = torch.stack([first, first.flip(-1)])
+        found = torch.func.vmap(pulled)(several)
+        for i in range(2):
+            for mine, theirs in zip(found, pulled(several[i]), strict=True):
+                torch.testing.assert_close(mine[i], theirs, rtol=1e-11, atol=1e-11)
+
+    def test_negated_views(self, sample: Sample, device: str) -> None:
+        """As the imaginary part of a conjugate is: a flag says that the signs are turned."""
+        for grad in (False, True) if sample.grad else (False,):
+            plain = build(sample, torch.float32, device, grad=True)
+            function = with_floats(plain, type(self).function, differentiable=False)
+            leaves = [x.detach().requires_grad_(grad) for x in plain.floats]
+            views = [torch._neg_view(-x) for x in leaves]
+            assert all(view.is_neg() for view in views)
+            results = [function(*views), function(*leaves)]
+            for mine, theirs in zip(*results, strict=True):
+                assert same_bits(mine.resolve_neg(), theirs)
+            if grad:
+                found = [
+                    torch.autograd.grad(
+                        [o for o in outs if o.requires_grad], leaves, cotangents(outs)
+                    )
+                    for outs in results
+                ]
+                for mine, theirs in zip(*found, strict=True):
+                    assert same_bits(mine.resolve_neg(), theirs)
+
+    def test_meta_tensors(self, sample: Sample, dtype: torch.dtype) -> None:
+        for layout in ("contiguous", "channels_last"):
+            expected = build(sample, dtype, layout=layout).of(type(self).function)
+            found = build(sample, dtype, "meta", layout).of(type(self).function)
+            for mine, theirs in zip(found, expected, strict=True):
+                assert mine.device.type == "meta"
+                assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+                assert mine.stride() == theirs.stride()
+
+    def test_jit_trace(self, compile_sample: Sample, device: str) -> None:
+        """torch.jit.trace: torch's own operators take the call, or an error names torch.export."""
+        call = build(compile_sample, torch.float32, device, grad=True)
+        function = with_floats(call, type(self).function, differentiable=False)
+        plain = tuple(x.detach() for x in call.floats)
+        if not compile_sample.traces:
+            with pytest.raises(NotImplementedError, match=r"torch\.jit\.trace.*torch\.export"):
+                torch.jit.trace(function, plain)
+            return
+        traced = torch.jit.trace(function, plain)
+        for values in (plain, tuple(x.flip(-1).contiguous() for x in plain)):
+            for mine, theirs in zip(traced(*values), function(*values), strict=True):
+                self.assert_close(mine, theirs, torch.float32)
+
     def test_errors(self, error: Error, device: str) -> None:
         with pytest.raises(error.kind, match=error.match):
             error.call(device)
@@ -534,8 +670,10 @@ def widened(
     return Call(args, kwargs, floats)
 
 
-def with_floats(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of `call`'s floats alone, returning the outputs that are differentiable."""
+def with_floats(
+    call: Call, function: Callable[..., Any], differentiable: bool = True
+) -> Callable[..., Any]:
+    """`function` of `call`'s floats alone, returning its floating outputs, or all."""
     places = {id(x): i for i, x in enumerate(call.floats)}
 
     def of(*floats: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -543,7 +681,8 @@ def with_floats(call: Call, function: Callable[..., Any]) -> Callable[..., Any]:
         kwargs = {
             name: floats[places[id(a)]] if id(a) in places else a for name, a in call.kwargs.items()
         }
-        return tuple(out for out in as_tuple(function(*args, **kwargs)) if out.requires_grad)
+        found = as_tuple(function(*args, **kwargs))
+        return tuple(out for out in found if out.is_floating_point() or not differentiable)
 
     return of
 

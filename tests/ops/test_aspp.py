@@ -16,7 +16,7 @@ from torch._inductor import config
 
 import segkernels
 from segkernels.ops.aspp import reference
-from segkernels.ops.dilated_conv2d import sm90
+from segkernels.ops.dilated_conv2d import native as sm90
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -75,6 +75,7 @@ class TestAspp(suite.OpSuite):
             },
             grad=True,
             compile=True,
+            refuses_vmap=("all",),
         ),
         Sample(
             "v2",
@@ -82,24 +83,30 @@ class TestAspp(suite.OpSuite):
             {"rates": (1, 2), "shift": Float(2), "form": "v2"},
             grad=True,
             compile=True,
+            refuses_vmap=("all", "last"),
         ),
         Sample(
             "v2, scaled",
             (Float(1, 2, 3, 3), Float(2, 2, 1, 3), Float(2, 2, 3, 1)),
             {"rates": (1, 2), "scale": Float(2), "activation": "relu", "form": "v2"},
             grad=True,
+            refuses_vmap=("all", "last"),
         ),
         Sample(
-            "far", (Float(1, 3, 6, 5), Float(2, 3, 3, 3), Float(3, 3, 3, 3)), {"rates": (6, 24)}
+            "far",
+            (Float(1, 3, 6, 5), Float(2, 3, 3, 3), Float(3, 3, 3, 3)),
+            {"rates": (6, 24)},
+            refuses_vmap=("all", "last"),
         ),
         Sample(
             "21 channels",
             (Float(1, 21, 9, 9), Float(21, 21, 3, 3), Float(5, 21, 1, 3)),
             {"rates": (6, 12), "pooled": Float(1, 2, 1, 1)},
+            refuses_vmap=("all",),
         ),
     ]
     errors = [
-        Error("form", call(form="v4"), ValueError, "form must be 'v2' or 'v3', got 'v4'"),
+        Error("form", call(form="v4"), ValueError, "form must be one of 'v2', 'v3', got 'v4'"),
         Error("activation", call(activation="gelu"), ValueError, "activation.*'gelu'"),
         Error("backend", call(backend="cudnn"), ValueError, "backend.*'cudnn'"),
         Error("none", call([], []), ValueError, "a branch at least, got 0 and 0"),
@@ -132,7 +139,10 @@ class TestAspp(suite.OpSuite):
             message("weights[0] must be torch.float32, got torch.float64"),
         ),
         Error(
-            "scale", call(scale=torch.zeros(4)), ValueError, message("scale must be [8], got [4]")
+            "scale",
+            call(scale=torch.zeros(4)),
+            ValueError,
+            message("scale must have shape [8], got [4]"),
         ),
         Error(
             "shift device",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import segkernels
-from segkernels.ops.permutohedral import lattice as native
+from segkernels.ops.permutohedral import native
 
 pytestmark = pytest.mark.gpu
 

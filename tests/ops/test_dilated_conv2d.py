@@ -61,11 +61,18 @@ class TestDilatedConv2d(suite.OpSuite):
             EPILOGUE,
             grad=True,
             compile=True,
+            traces=True,
         ),
         Sample(
             "plain", (Float(2, 3, 6, 5), Float(4, 3, 3, 3), None, 1, 1), grad=True, only_gpu=True
         ),
-        Sample("bias", (Float(1, 3, 4, 5), Float(2, 3, 1, 1), Float(2)), grad=True, compile=True),
+        Sample(
+            "bias",
+            (Float(1, 3, 4, 5), Float(2, 3, 1, 1), Float(2)),
+            grad=True,
+            compile=True,
+            traces=True,
+        ),
         Sample(
             "scaled",
             (Float(2, 2, 4, 5), Float(3, 2, 3, 3), None, 1, "same", 2),

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 import segkernels
 from segkernels import _native
-from segkernels.ops.dilated_conv2d import backends, dispatch, sm90, torch_path
+from segkernels.ops.dilated_conv2d import backends, dispatch, torch_path
+from segkernels.ops.dilated_conv2d import native as sm90
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 

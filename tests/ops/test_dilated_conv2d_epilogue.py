@@ -26,7 +26,7 @@ def compiles(
     dtype: str, which: set[str], constants: dict[str, Any], arch: int, ones: bool = False
 ) -> Any:
     """The kernel as its launch finds it; with `ones`, sizes that are 1."""
-    from segkernels.ops.dilated_conv2d.epilogue_kernel import epilogue
+    from segkernels.ops.dilated_conv2d.triton_kernels import epilogue
 
     types, constants = {"y": f"*{dtype}"}, {**constants, "RELU": True}
     for name in ("bias", "scale", "shift", "residual"):
@@ -66,7 +66,7 @@ def test_sizes_of_one_compile() -> None:
 
 
 def test_other_numbers_of_rows_need_no_other_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    from segkernels.ops.dilated_conv2d.epilogue_kernel import apply
+    from segkernels.ops.dilated_conv2d.triton_kernels import apply
 
     seen = triton_tools.note_compiles(monkeypatch)
     for batch, height, width in ((1, 1, 1), (2, 65, 65), (8, 16, 16), (3, 7, 5)):
@@ -88,7 +88,7 @@ def test_other_numbers_of_rows_need_no_other_compile(monkeypatch: pytest.MonkeyP
 def test_on_a_gpu_against_float64_and_the_same_bits(
     shape: Any, dtype: torch.dtype, layout: Any
 ) -> None:
-    from segkernels.ops.dilated_conv2d.epilogue_kernel import apply
+    from segkernels.ops.dilated_conv2d.triton_kernels import apply
 
     channels = shape[1]
     y, residual = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
@@ -132,7 +132,7 @@ def test_on_a_gpu_behind_cudnn_in_a_graph() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_on_a_gpu_more_than_2_31_elements(layout: Any) -> None:
-    from segkernels.ops.dilated_conv2d.epilogue_kernel import apply
+    from segkernels.ops.dilated_conv2d.triton_kernels import apply
 
     side = int((2**31 / 64) ** 0.5) + 64
     y = torch.empty(1, 64, side, side, device="cuda", dtype=torch.bfloat16, memory_format=layout)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import segkernels
 from segkernels import _native
-from segkernels.ops.dilated_conv2d import backends, sm90
+from segkernels.ops.dilated_conv2d import backends
+from segkernels.ops.dilated_conv2d import native as sm90
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 

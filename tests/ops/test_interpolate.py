@@ -13,15 +13,15 @@ from ops.suite import Error, Float, Sample
 
 import segkernels
 from segkernels import _dtypes, _native
-from segkernels.ops._op import is_channels_last
-from segkernels.ops.interpolate import _plan, _resampling, reference
+from segkernels.ops._operator import is_channels_last
+from segkernels.ops.interpolate import _plan, native, reference
 from segkernels.ops.interpolate._resampling import Resampling
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
 
 def sample(id: str, *shape: int, grad: bool = True, compile: bool = False, **kwargs: Any) -> Sample:
-    return Sample(id, (Float(*shape),), kwargs, grad=grad, compile=compile)
+    return Sample(id, (Float(*shape),), kwargs, grad=grad, compile=compile, traces=True)
 
 
 class TestInterpolate(suite.OpSuite):
@@ -216,24 +216,23 @@ def test_gradient_equals_torch(mode: str) -> None:
 
 
 def _plain(x: torch.Tensor, r: Resampling, rows: int) -> torch.Tensor:
-    out = _resampling.empty_result(x, r.out_size)
-    args = _resampling.native_args(r, x.size(0), x.size(1), is_channels_last(x))
-    dtype = _dtypes.FLOATING[x.dtype]
-    _native.C().interpolate_plain(_native.where(x), args, dtype, x.data_ptr(), out.data_ptr(), rows)
+    out = native.empty_result(x, r.out_size)
+    args = native.resampling_of(x, r), _dtypes.FLOATING[x.dtype], x, out, rows
+    _native.C().interpolate_plain(_native.where(x), *args)
     return out
 
 
 def _plain_backward(grad: torch.Tensor, r: Resampling, direct: bool) -> torch.Tensor:
-    out = _resampling.empty_result(grad, r.in_size)
+    out = native.empty_result(grad, r.in_size)
     memory = torch.full((48 * 1024 // 8,), float("nan"), dtype=torch.float64)
-    args = _resampling.native_args(r, grad.size(0), grad.size(1), is_channels_last(grad))
+    resampling = native.resampling_of(grad, r)
     _native.C().interpolate_backward_plain(
         _native.where(grad),
-        args,
+        resampling,
         _dtypes.FLOATING[grad.dtype],
-        grad.data_ptr(),
-        out.data_ptr(),
-        memory.data_ptr(),
+        grad,
+        out,
+        memory,
         direct,
     )
     return out
@@ -255,10 +254,10 @@ def test_the_functors_that_cuda_runs(
     found = _plan(x, **arguments)
     assert found is not None
     r = found._replace(rule=rule)
-    expected = _resampling.run(x, r)
+    expected = native.resample(x, r)
     _close(_plain(x, r, rows), expected, 1e-5)
     g = torch.randn_like(expected)
-    grad = _resampling.run(g, r.transposed())
+    grad = native.resample(g, r.transposed())
     # Sums of many terms in another order.
     scale = grad.double().abs().max().item() + 1
     for direct in (False, True):
@@ -302,7 +301,7 @@ def test_tiles_of_extreme_ratios(
     g = g.contiguous(memory_format=torch.channels_last)
     for mode in MODES:
         r = Resampling(in_size, out_size, (0.0, 0.0), mode, False, 2, True)
-        expected = _resampling.run(g, r)
+        expected = native.resample(g, r)
         if out_size[1] <= 6000:
             torch.testing.assert_close(
                 _plain_backward(g, r, False), expected, rtol=1e-11, atol=1e-11

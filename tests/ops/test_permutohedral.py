@@ -23,9 +23,8 @@ from lattice_points import (
 from torch.autograd.gradcheck import GradcheckError
 
 from segkernels import PermutohedralLattice, permutohedral_filter
-from segkernels.ops.permutohedral import lattice as native
-from segkernels.ops.permutohedral import reference
-from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS
+from segkernels.ops.permutohedral import native, reference
+from segkernels.ops.permutohedral.native import MAX_DIMS, NORMALIZATIONS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DTYPES = (torch.float32, torch.float64)
@@ -353,7 +352,7 @@ def test_second_derivative_is_refused(form, device):
     else:
         out = PermutohedralLattice(features).filter(values)
     (grad,) = torch.autograd.grad(out.square().sum(), values, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
         grad.sum().backward()
 
 
@@ -563,20 +562,20 @@ def bad_calls() -> Iterator[tuple[str, type[Exception], str, tuple]]:
         (torch.zeros(8, 2), points),
     )
     for dtype in (torch.int64, torch.uint8, torch.bool, torch.complex64):
-        name = rf"must be float16, bfloat16, float32 or float64, got {dtype}"
+        name = rf"must be one of float16, bfloat16, float32, float64, got {dtype}"
         yield f"{dtype} values", TypeError, f"values {name}", (values.to(dtype), features)
         yield f"{dtype} features", TypeError, f"features {name}", (values, features.to(dtype))
     yield (
         "numpy values",
         TypeError,
-        "values must be a torch tensor, got ndarray",
+        "argument 'values' must be Tensor, not .*ndarray",
         (
             values.numpy(),
             features,
         ),
     )
-    yield "a list", TypeError, "features must be a torch tensor, got list", (values, [1.0])
-    match = "normalization must be one of symmetric, before, after, none, got 'mean'"
+    yield "a list", TypeError, "argument 'features' must be Tensor, not .*list", (values, [1.0])
+    match = "normalization must be one of 'symmetric', 'before', 'after', 'none', got 'mean'"
     yield "normalization", ValueError, match, (values, features, "mean")
 
 
@@ -584,7 +583,7 @@ def bad_calls() -> Iterator[tuple[str, type[Exception], str, tuple]]:
     ("error", "match", "arguments"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
 )
 def test_what_is_refused(error, match, arguments):
-    with pytest.raises(error, match=f"^permutohedral_filter: {match}"):
+    with pytest.raises(error, match=rf"^permutohedral_filter(\(\))?: {match}"):
         permutohedral_filter(*arguments)
 
 
@@ -601,12 +600,12 @@ def test_what_a_lattice_refuses():
 def test_another_device_is_refused():
     meta = torch.zeros(7, 2, device="meta")
     with pytest.raises(RuntimeError, match="CPU and CUDA devices"):
-        permutohedral_filter(meta, meta)
+        PermutohedralLattice(meta)
 
 
 @pytest.mark.gpu
 def test_devices_that_differ_are_refused():
-    with pytest.raises(ValueError, match="must be on one device, got cuda:0 and cpu"):
+    with pytest.raises(ValueError, match="values must be on cpu, as the features are, got cuda:0"):
         permutohedral_filter(torch.zeros(7, 2, device="cuda"), torch.zeros(7, 2))
 
 
@@ -863,9 +862,9 @@ def test_opcheck(way, shape, device):
     for grad in (False, True):
         leaves = [t.detach().requires_grad_(grad) for t in (values, features)]
         torch.library.opcheck(op, (*leaves, *way, spatial))
-    torch.library.opcheck(
-        backward, (normal(*values.shape).to(device), values, features, *way, spatial)
-    )
+    grad = normal(*values.shape).to(device)
+    for wanted in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(backward, (grad, values, features, *wanted, *way, spatial))
 
 
 def compiled_agrees(backend: str, device: torch.device, dynamic: bool | None) -> None:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from segkernels import _status
-from segkernels.ops.dense_crf import autograd as crf
-from segkernels.ops.permutohedral import lattice as native
-from segkernels.ops.permutohedral.lattice import Lattice
+from segkernels.ops.dense_crf import Config
+from segkernels.ops.dense_crf import native as crf
+from segkernels.ops.permutohedral import native
+from segkernels.ops.permutohedral.native import Lattice
 
 
 @pytest.fixture
@@ -86,12 +87,12 @@ def test_same_lattice_and_same_results(
             native.emulate_cuda = emulate
             results.append(lattice.filter(values, normalization, transpose))
         torch.testing.assert_close(results[1], results[0], atol=tolerance, rtol=tolerance)
-    config = crf.Config("unary", ("after",), 3, False, spatial)
-    compat = [torch.tensor(2.0, dtype=dtype)]
+    config = Config("unary", ("after",), 3, False, spatial)
+    terms = [features, torch.tensor(2.0, dtype=dtype)]
     native.emulate_cuda = False
-    expected = crf.forward(values, [features], compat, config, [own])
+    expected = crf.mean_field(values, terms, config._replace(lattices=(own,)))
     native.emulate_cuda = True
-    got = crf.forward(values, [features], compat, config, [other])
+    got = crf.mean_field(values, terms, config._replace(lattices=(other,)))
     torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
 
 

@@ -13,7 +13,8 @@ from ops.suite import Error, Float, Sample
 import segkernels
 from segkernels import _dtypes
 from segkernels.ops.interpolate import _tail
-from segkernels.ops.upsample_argmax import _kernel, reference
+from segkernels.ops.upsample_argmax import native, reference
+from segkernels.ops.upsample_argmax.native import Argmax
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
@@ -143,7 +144,7 @@ def test_equals_torch_on_cuda(call: tuple[torch.Tensor, tuple[int, int], dict[st
     check(*call)
 
 
-@given(calls(), st.sampled_from(list(_kernel.LABELS)))
+@given(calls(), st.sampled_from(list(native.LABELS)))
 def test_the_functor_that_cuda_runs(
     call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]], dtype: torch.dtype
 ) -> None:
@@ -152,8 +153,8 @@ def test_the_functor_that_cuda_runs(
     for rule in (0, 2):
         r = r._replace(rule=rule)
         for confidence in (False, True):
-            expected, theirs = _kernel.run(x, r, confidence, dtype)
-            labels, ours = _kernel.run(x, r, confidence, dtype, plain=True)
+            expected, theirs = native.argmax(x, Argmax(r, confidence, dtype))
+            labels, ours = native.argmax(x, Argmax(r, confidence, dtype), plain=True)
             sure = ~near_ties(x, size, **kwargs)
             assert torch.equal(labels[sure], expected[sure])
             torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)
@@ -165,7 +166,7 @@ def test_an_infinity_stays_where_it_is_at_the_same_size(mode: str) -> None:
     x = torch.randn(1, 3, 4, 5)
     x[0, 1, 1, 2] = float("inf")
     r = _tail.resampling("test", x, (4, 5), mode, False)._replace(rule=2)
-    labels, confidence = _kernel.run(x, r, True, torch.int64, plain=True)
+    labels, confidence = native.argmax(x, Argmax(r, True, torch.int64), plain=True)
     assert torch.equal(labels, x.argmax(1))
     torch.testing.assert_close(confidence, x.softmax(1).amax(1), equal_nan=True)
 
@@ -194,7 +195,7 @@ def test_confidence_where_logits_are_not_finite(device: str, classes: int, value
     runs = [segkernels.upsample_argmax(x, 2, mode="nearest", return_confidence=True)]
     if device == "cpu":
         r = _tail.resampling("test", x, (2, 2), "nearest", False)
-        runs.append(_kernel.run(x, r, True, torch.int64, plain=True))
+        runs.append(native.argmax(x, Argmax(r, True, torch.int64), plain=True))
     for labels, confidence in runs:
         assert torch.equal(labels, full.argmax(1))
         torch.testing.assert_close(confidence, full.softmax(1).amax(1), equal_nan=True)

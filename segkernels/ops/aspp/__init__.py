@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _op
+from segkernels.ops import _arguments, _operator
 from segkernels.ops.aspp import autograd
 from segkernels.ops.aspp.spec import Spec
-from segkernels.ops.dilated_conv2d import backends
+from segkernels.ops.dilated_conv2d import ACTIVATIONS, backends
 
 _registry.register(
     _registry.Op(
@@ -90,23 +90,21 @@ def aspp(
             `activation`, `form` or `backend`; a `backend` that cannot take this call.
         TypeError: arguments of another type.
     """
-    if form not in ("v2", "v3"):
-        raise ValueError(f"aspp: form must be 'v2' or 'v3', got {form!r}")
-    if activation not in (None, "relu"):
-        raise ValueError(f"aspp: activation must be None or 'relu', got {activation!r}")
-    if backend not in backends.BACKENDS:
-        names = ", ".join(repr(name) for name in backends.BACKENDS)
-        raise ValueError(f"aspp: backend must be one of {names}, got {backend!r}")
+    _operator.check_not_traced("aspp")
+    _arguments.check_choice(form, "form", ("v2", "v3"), "aspp")
+    _arguments.check_choice(activation, "activation", ACTIVATIONS, "aspp")
+    _arguments.check_choice(backend, "backend", backends.BACKENDS, "aspp")
     weights, rates = list(weights), [*rates]
     _check_types(input, weights, rates, scale, shift, pooled)
-    input, pooled, *weights = _autocast(input, pooled, *weights)
+    input, pooled, *weights = _arguments.autocast(input, pooled, *weights)
     _check_input_and_weights(input, weights, rates, form)
-    channels_last = any(map(_op.is_channels_last, (input, *weights)))
+    channels_last = any(map(_operator.is_channels_last, (input, *weights)))
     spec = Spec(tuple(rates), activation, form == "v2", channels_last, backend)
     _check_others(input, spec.channels(weights, None), scale, shift, pooled, form)
     for weight, call in zip(weights, spec.calls(input, weights), strict=True):
         backends.check(input, weight, call)
-    return autograd.join(input, weights, scale, shift, pooled, spec)
+    out: torch.Tensor = autograd.join(input, scale, shift, pooled, weights, spec)
+    return out
 
 
 def _check_types(
@@ -115,8 +113,7 @@ def _check_types(
     tensors = [("input", input), *((f"weights[{i}]", w) for i, w in enumerate(weights))]
     optional = (("scale", scale), ("shift", shift), ("pooled", pooled))
     for name, value in [*tensors, *(pair for pair in optional if pair[1] is not None)]:
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"aspp(): argument '{name}' must be Tensor, not {type(value)}")
+        _arguments.check_tensor(value, name, "aspp")
     if not weights or len(rates) != len(weights):
         raise ValueError(
             "aspp: weights and rates must have one element a branch, and a branch at least, got "
@@ -127,18 +124,6 @@ def _check_types(
             raise TypeError(f"aspp(): argument 'rates[{i}]' must be int, not {type(rate)}")
         if rate < 1:
             raise ValueError(f"aspp: rates must be at least 1, got rates[{i}] = {rate}")
-
-
-def _autocast(*tensors: Any) -> list[Any]:
-    """What autocast hands to a convolution: floating tensors in its dtype, but for float64."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
 
 
 def _check_input_and_weights(
@@ -167,7 +152,7 @@ def _check_input_and_weights(
                 f"aspp: {name} must have as many output channels as weights[0], which is "
                 f"{list(weights[0].shape)}, got {shape}"
             )
-        _check_like(name, weight, input, {input.dtype})
+        _arguments.check_like(weight, name, shape, {input.dtype}, input, "aspp")
 
 
 def _check_others(
@@ -178,12 +163,8 @@ def _check_others(
     pooled: torch.Tensor | None,
     form: str,
 ) -> None:
-    for name, vector in (("scale", scale), ("shift", shift)):
-        if vector is None:
-            continue
-        if tuple(vector.shape) != (channels,):
-            raise ValueError(f"aspp: {name} must be [{channels}], got {list(vector.shape)}")
-        _check_like(name, vector, input, {input.dtype, _dtypes.compute_dtype(input.dtype)})
+    _arguments.check_vector(scale, "scale", channels, input, "aspp")
+    _arguments.check_vector(shift, "shift", channels, input, "aspp")
     if pooled is None:
         return
     if form == "v2":
@@ -192,14 +173,4 @@ def _check_others(
         raise ValueError(
             f"aspp: pooled must be [{input.size(0)}, C, 1, 1], got {list(pooled.shape)}"
         )
-    _check_like("pooled", pooled, input, {input.dtype})
-
-
-def _check_like(
-    name: str, value: torch.Tensor, input: torch.Tensor, dtypes: set[torch.dtype]
-) -> None:
-    if value.dtype not in dtypes:
-        wanted = " or ".join(sorted(map(str, dtypes)))
-        raise ValueError(f"aspp: {name} must be {wanted}, got {value.dtype}")
-    if value.device != input.device:
-        raise ValueError(f"aspp: {name} must be on {input.device} as input is, got {value.device}")
+    _arguments.check_like(pooled, "pooled", pooled.shape, {input.dtype}, input, "aspp")

@@ -1,4 +1,4 @@
-"""aspp for autograd and for torch's dispatcher.
+"""The derivatives of aspp.
 
 Nothing is saved but the inputs and, with ReLU, the output: each branch's result lives in its place
 of the output only. The gradients are those of dilated_conv2d, branch by branch, the input's added
@@ -13,95 +13,43 @@ from typing import Any
 import torch
 
 from segkernels._dtypes import compute_dtype
-from segkernels.ops import _op
+from segkernels.ops._operator import Operator
 from segkernels.ops.aspp import branches
-from segkernels.ops.aspp.spec import FIELDS, SCHEMA, Spec, from_schema
-from segkernels.ops.dilated_conv2d.autograd import gradients
+from segkernels.ops.aspp.spec import Spec
+from segkernels.ops.dilated_conv2d.autograd import added, count, gradients
+from segkernels.ops.dilated_conv2d.call import Wanted
 
-_op.library.define(
-    "aspp(Tensor input, Tensor[] weights, Tensor? scale, Tensor? shift, Tensor? pooled, "
-    f"{SCHEMA}) -> Tensor"
-)
-
-Grads = tuple[Any, ...]
+Weights = Sequence[torch.Tensor]
 
 
-def join(
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    pooled: torch.Tensor | None,
-    spec: Spec,
-) -> torch.Tensor:
-    """`aspp` of the 4-D `x`, on the way that this call needs."""
-    if x.is_meta or _op.through_dispatcher(x, *weights, scale, shift, pooled):
-        out: torch.Tensor = torch.ops.segkernels.aspp(x, weights, scale, shift, pooled, *spec)
-        return out
-    if _op.wants_grad(x, *weights, scale, shift, pooled):
-        recorded: torch.Tensor = ASPP.apply(x, scale, shift, pooled, spec, *weights)
-        return recorded
-    return branches.forward(x, weights, scale, shift, pooled, spec)
+def _fake(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    _, _, pooled, weights, spec = args
+    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
+    shape = (x.size(0), spec.channels(weights, pooled), x.size(2), x.size(3))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
-class ASPP(torch.autograd.Function):
-    """Joins the branches; gradients reach the tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        shift: torch.Tensor | None,
-        pooled: torch.Tensor | None,
-        spec: Spec,
-        *weights: torch.Tensor,
-    ) -> Any:
-        out = branches.forward(x, weights, scale, shift, pooled, spec)
-        _save(ctx, x, weights, scale, shift, pooled, spec, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        needs = ctx.needs_input_grad
-        wanted = (needs[0], needs[5:], *needs[1:4])
-        dx, d_weights, d_scale, d_shift, d_pooled = _backward(ctx, grads[0], wanted)
-        return dx, d_scale, d_shift, d_pooled, None, *d_weights
+def _save(*args: Any) -> Sequence[torch.Tensor | None]:
+    x, scale, _, pooled, weights, spec, out = args
+    return x, scale, pooled, out if spec.activation == "relu" else None, *weights
 
 
-def _save(
-    ctx: Any,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    pooled: torch.Tensor | None,
-    spec: Spec,
-    out: torch.Tensor,
-) -> None:
-    ctx.spec = spec
-    ctx.dtypes = [None if t is None else t.dtype for t in (shift, pooled)]
-    ctx.save_for_backward(x, scale, out if spec.activation == "relu" else None, *weights)
+def _backward(ctx: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
+    """As of dilated_conv2d: with W the weight's gradient of the plain convolution, a branch has
 
-
-def _backward(ctx: Any, grad: torch.Tensor, wanted: Grads) -> Grads:
-    """Gradients of input, weights, scale, shift and pooled.
-
-    As of dilated_conv2d: with W the weight's gradient of the plain convolution, a branch has
-    d weight = scale * W, and d scale = <weight, W> of each output channel, summed over the
-    branches in the sum.
+    d weight = scale * W, and d scale = <weight, W> of each output channel, summed over the branches
+    in the sum.
     """
-    x, scale, out, *weights = ctx.saved_tensors
-    spec: Spec = ctx.spec
-    of_x, of_weights, of_scale, of_shift, of_pooled = wanted
+    x, scale, _, out, *weights = ctx.saved_tensors
+    spec: Spec = ctx.record
+    of_x, of_scale, of_shift, of_pooled, *of_weights = ctx.needs_input_grad[:-1]
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
     places = spec.places(weights)
     total = places[-1].stop
     d_shift = d_pooled = dx = None
     if of_shift:
-        wide = compute_dtype(grad.dtype)
-        d_shift = grad[:, :total].sum((0, 2, 3), dtype=wide).to(ctx.dtypes[0])
+        d_shift = grad[:, :total].sum((0, 2, 3), dtype=compute_dtype(grad.dtype))
     if of_pooled:
         d_pooled = grad[:, total:].sum((2, 3), keepdim=True)
     d_weights: list[torch.Tensor | None] = []
@@ -109,11 +57,11 @@ def _backward(ctx: Any, grad: torch.Tensor, wanted: Grads) -> Grads:
     calls = spec.calls(x, weights)
     for weight, call, place, of_weight in zip(weights, calls, places, of_weights, strict=True):
         per_channel = None if scale is None else scale[place][:, None, None, None]
-        mask = (of_x, of_weight or of_scale)
+        wanted = Wanted(of_x, of_weight or of_scale, call)
         d_weight = None
-        if any(mask):
+        if wanted.of_input or wanted.of_weight:
             scaled = weight if per_channel is None else (weight * per_channel).to(weight.dtype)
-            to_x, dw = gradients(_laid_out(grad[:, place], spec), x, scaled, mask, call)
+            to_x, dw = gradients(_laid_out(grad[:, place], spec), x, scaled, wanted)
             if of_x:
                 dx = to_x if dx is None else dx + to_x
             if of_weight:
@@ -126,7 +74,7 @@ def _backward(ctx: Any, grad: torch.Tensor, wanted: Grads) -> Grads:
     if of_scale and scale is not None:
         joined = torch.stack(d_scales).sum(0) if spec.summed else torch.cat(d_scales)
         d_scale = joined.to(scale.dtype)
-    return dx, d_weights, d_scale, d_shift, d_pooled
+    return dx, d_scale, d_shift, d_pooled, *d_weights
 
 
 def _laid_out(grad: torch.Tensor, spec: Spec) -> torch.Tensor:
@@ -134,31 +82,53 @@ def _laid_out(grad: torch.Tensor, spec: Spec) -> torch.Tensor:
     return grad.contiguous(memory_format=layout)
 
 
-def _impl(x: torch.Tensor, weights: list[torch.Tensor], *args: Any) -> torch.Tensor:
-    scale, shift, pooled, *spec = args
-    return branches.forward(x, weights, scale, shift, pooled, from_schema(spec))
+def _jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+    x, scale, pooled, out, *weights = ctx.saved_tensors
+    spec: Spec = ctx.record._replace(activation=None)
+    dx, d_scale, d_shift, d_pooled, *given = tangents
+
+    def plain(input: torch.Tensor, of: Weights) -> torch.Tensor:
+        joined: torch.Tensor = join(input, None, None, None, of, spec)
+        return joined
+
+    found = None if dx is None else plain(dx, weights)
+    if any(d is not None for d in given):
+        d_weights = [
+            torch.zeros_like(w) if d is None else d for w, d in zip(weights, given, strict=True)
+        ]
+        found = added(found, plain(x, d_weights))
+    if found is not None and scale is not None:
+        found = found * scale[:, None, None]
+    if d_scale is not None:
+        found = added(found, plain(x, weights) * d_scale[:, None, None])
+    found = added(found, None if d_shift is None else d_shift[:, None, None])
+    shape = (x.size(0), spec.channels(weights, None), x.size(2), x.size(3))
+    found = x.new_zeros(shape) if found is None else found.to(x.dtype).expand(shape)
+    if pooled is not None:
+        rest = torch.zeros_like(pooled) if d_pooled is None else d_pooled
+        found = torch.cat([found, rest.expand(-1, -1, x.size(2), x.size(3))], dim=1)
+    return found if out is None else torch.ops.aten.threshold_backward(found, out, 0)
 
 
-def _fake(x: torch.Tensor, weights: list[torch.Tensor], *args: Any) -> torch.Tensor:
-    _, _, pooled, *fields = args
-    spec = from_schema(fields)
-    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-    shape = (x.size(0), spec.channels(weights, pooled), x.size(2), x.size(3))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
+    out: torch.Tensor = join.fold(size, dims, *args, without_batch=("weights", "scale", "shift"))
+    return out
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, scale, shift, pooled, *spec = inputs
-    _save(ctx, x, weights, scale, shift, pooled, from_schema(spec), output)
+def _flops(x_shape: Any, *args: Any, **_: Any) -> int:
+    batch, _, height, width = x_shape
+    return sum(count(x_shape, w, (batch, w[0], height, width)) for w in args[3])
 
 
-def _recorded_backward(ctx: Any, grad: torch.Tensor) -> Grads:
-    return (*_backward(ctx, grad, ctx.needs_input_grad[:5]), *[None] * FIELDS)
-
-
-for _key in ("CPU", "CUDA"):
-    _op.library.impl("aspp", _impl, _key)
-torch.library.register_fake("segkernels::aspp", _fake, lib=_op.library)
-torch.library.register_autograd(
-    "segkernels::aspp", _recorded_backward, setup_context=_setup_context, lib=_op.library
+join: Operator = Operator(
+    "aspp",
+    "Tensor input, Tensor? scale, Tensor? shift, Tensor? pooled, Tensor[] weights",
+    Spec,
+    kernel=branches.forward,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    jvp=_jvp,
+    vmap=_vmap,
+    flops=_flops,
 )

@@ -14,10 +14,10 @@ from segkernels.ops.dilated_conv2d.call import Epilogue, laid_out
 
 def forward(
     x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     pooled: torch.Tensor | None,
+    weights: Sequence[torch.Tensor],
     spec: Spec,
 ) -> torch.Tensor:
     """All of `aspp`, of a 4-D `x`, out of autograd's sight."""

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from segkernels.ops.dilated_conv2d.call import Call
-
-# `Spec`, as a torch.library schema has it.
-SCHEMA = "int[] rates, str? activation, bool summed, bool channels_last, str backend"
-FIELDS = 5
 
 
 class Spec(NamedTuple):
@@ -60,9 +56,3 @@ class Spec(NamedTuple):
         """Of the output."""
         of_branches = int(self.places(weights)[-1].stop)
         return of_branches if pooled is None else of_branches + pooled.size(1)
-
-
-def from_schema(args: Sequence[Any]) -> Spec:
-    """A `Spec` of what a torch.library operator was given."""
-    rates, activation, summed, channels_last, backend = args
-    return Spec(tuple(rates), activation, summed, channels_last, backend)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from segkernels import _dtypes
 from segkernels._registry import Op, register
-from segkernels.ops._op import through_dispatcher, wants_grad
+from segkernels.ops._operator import through_dispatcher, wants_grad
 from segkernels.ops.dense_crf import autograd
 from segkernels.ops.dense_crf.config import Config
 
@@ -18,7 +19,7 @@ register(
         name="dense_crf",
         functions=("dense_crf", "DenseCRF"),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=("float16", "bfloat16", "float32", "float64"),
+        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,
         differentiable=("probs", "logits", "unary", "img", "compat", "sigmas"),
@@ -49,19 +50,8 @@ def mean_field(
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, algorithm 1.
     """
-    if through_dispatcher(scores, *features, *compat):
-        out: torch.Tensor = torch.ops.segkernels.dense_crf(
-            scores,
-            list(features),
-            list(compat),
-            config.kind,
-            list(config.normalization),
-            config.iterations,
-            config.log,
-            list(config.spatial),
-        )
-        return out
-    if wants_grad(scores, *features, *compat):
-        return autograd.MeanField.apply(config, len(features), scores, *features, *compat)
-    lattices = autograd.build(features, config)
-    return autograd.forward(scores, features, compat, config, lattices)
+    tensors = scores, *features, *compat
+    if wants_grad(*tensors) and not through_dispatcher(*tensors):
+        config = config._replace(lattices=tuple(config.on(features)))  # for the backward pass too
+    out: torch.Tensor = autograd.mean_field(scores, [*features, *compat], config)
+    return out

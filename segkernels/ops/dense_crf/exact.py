@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 
 from segkernels import _status
-from segkernels.ops._op import through_dispatcher
-from segkernels.ops.dense_crf.reference import compat_matrix, energy
-from segkernels.ops.gaussian_filter.autograd import Apply
+from segkernels.ops._operator import through_dispatcher
+from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
+from segkernels.ops.gaussian_filter.autograd import Kernel, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
 
 EPSILON = 1e-20
@@ -41,13 +41,9 @@ class PointFilter:
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """K values."""
-        if self.plan is not None and not through_dispatcher(values):
-            out: torch.Tensor = Apply.apply(values, self.features, None, self.plan)
-            return out
-        filtered: torch.Tensor = torch.ops.segkernels.gaussian_filter(
-            values.contiguous(), self.features, None, "none", "default"
-        )
-        return filtered
+        kernel = Kernel("default", self.plan)
+        out: torch.Tensor = apply(values.contiguous(), self.features, None, kernel)
+        return out
 
     def faults(self) -> torch.Tensor:
         """Points with features that are not finite: (B, 1, N)."""
@@ -149,7 +145,7 @@ def _mean_field(
     for one in filters:
         found = one.faults()
         faults = faults if found is None else faults | found
-    unary = -energy(scores, kind)
+    unary = _minus_energy(scores, kind)
     scales = [_scales(f, n, unary) for f, n in zip(filters, normalization, strict=True)]
     terms = list(zip(filters, compat, scales, strict=True))
     z = unary
@@ -164,13 +160,19 @@ def _mean_field(
     return out.masked_fill(faults, float("nan"))
 
 
+def _minus_energy(scores: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "probs":
+        return scores.clamp(SMALLEST_PROB, 1).log()
+    return scores if kind == "logits" else -scores
+
+
 def _mixed(message: torch.Tensor, compat: torch.Tensor) -> torch.Tensor:
     """mu message, over the channels."""
     if compat.dim() == 0:
         return message * -compat
     if compat.dim() == 1:
         return message * compat.unsqueeze(1)
-    return compat_matrix(compat, message.shape[1]) @ message
+    return (compat + compat.T) / 2 @ message
 
 
 def _scales(

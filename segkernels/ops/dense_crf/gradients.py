@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 
 from segkernels.ops.dense_crf.config import Config
-from segkernels.ops.dense_crf.reference import SMALLEST_PROB
-from segkernels.ops.permutohedral import lattice as native
-from segkernels.ops.permutohedral.lattice import Lattice, Normalization
+from segkernels.ops.dense_crf.native import grid_of
+from segkernels.ops.permutohedral.native import Lattice, Normalization, pack, scaled, unpack
+
+SMALLEST_PROB = 1e-5  # kSmallestProb
 
 
 @dataclass
@@ -64,7 +65,7 @@ class _Term:
         if not self.wants_features:
             return lattice.slice(grad_vertices, self.before, 0.0)
         vertices = self.vertices.pop()
-        x, g = _scaled(q, self.before), _scaled(dz, self.after)
+        x, g = scaled(q, self.before), scaled(dz, self.after)
         grad = lattice.weights_grad(x, g, vertices, grad_vertices)
         self.grad_weights = _plus(self.grad_weights, grad)
         plain = lattice.slice(grad_vertices, None, 0.0)
@@ -73,7 +74,7 @@ class _Term:
         if self.after is not None:
             message = lattice.slice(vertices, None, 0.0)
             self.grad_after = self.grad_after + (message * dz).sum(dim=1)
-        return _scaled(plain, self.before)
+        return scaled(plain, self.before)
 
     def grad_features(self) -> torch.Tensor:
         """The gradient of the features, the normalisation's share included."""
@@ -82,49 +83,31 @@ class _Term:
             return torch.zeros_like(lattice.features)
         grad_weights = self.grad_weights
         if self.normalization != "none":
-            grad_weights = grad_weights + self._grad_through_norm()
+            grads = self.grad_before + self.grad_after
+            grad_weights = grad_weights + lattice.norm_grad(grads, self.normalization)
         return lattice.embed_grad(grad_weights)
-
-    def _grad_through_norm(self) -> torch.Tensor:
-        """The gradient of the weights through n = K 1."""
-        lattice = self.lattice
-        if self.normalization == "symmetric":
-            root = lattice.inverse_norm(True)
-            grad_norm = -0.5 * (self.grad_before + self.grad_after) * root**3
-        else:
-            grad_norm = -(self.grad_before + self.grad_after) * lattice.inverse_norm(False) ** 2
-        # A point that takes no part has no norm.
-        g = grad_norm.nan_to_num(nan=0.0).view(-1, 1)
-        ones = torch.ones_like(g)
-        vertices = lattice.splat(ones, None, False)
-        return lattice.weights_grad(ones, g, vertices, lattice.splat(g, None, True))
 
 
 def gradients(
     grad: torch.Tensor,
     scores: torch.Tensor,
-    features: Sequence[torch.Tensor],
-    compat: Sequence[torch.Tensor],
+    terms: Sequence[torch.Tensor],
     needs: Sequence[bool],
     config: Config,
-    lattices: Sequence[Lattice],
 ) -> list[torch.Tensor | None]:
-    """Gradients of scores, features and compat, in that order, None where not needed.
+    """Gradients of scores and terms (features, then compat), None where not needed.
 
     A point that the forward pass leaves out (a score or a feature is not finite; CUDA only, as the
     CPU raises) takes no part here either, and its scores get no gradient.
     """
-    count, channels = len(features), scores.shape[1]
-    grid = (
-        lattices[0].grid
-        if lattices
-        else native.make_grid(scores.device, scores.shape[0], config.spatial, 1)
-    )
-    unary = native.pack(grid, scores, config.kind)
+    count, channels = len(terms) // 2, scores.shape[1]
+    lattices, compat = config.on(terms[:count]), terms[count:]
+    grid = grid_of(scores, lattices, config)
+    unary = pack(grid, scores, config.kind)
     left_out = ~unary[:, :channels].isfinite().all(dim=1, keepdim=True)
     for lattice in lattices:
         left_out |= lattice.left_out()
-    terms = [
+    messages = [
         _Term(
             lattice=lattice,
             compat=_rows_compat(c, channels, unary.shape[1]),
@@ -136,15 +119,15 @@ def gradients(
             zip(lattices, compat, config.normalization, strict=True)
         )
     ]
-    steps = config.iterations if terms else 0
+    steps = config.iterations if messages else 0
     q = [unary.softmax(dim=1).masked_fill_(left_out, 0)]
     for _ in range(steps):
         z = unary.clone()
-        for term in terms:
+        for term in messages:
             z += term.message(q[-1])
         q.append(z.softmax(dim=1).masked_fill_(left_out, 0))
 
-    dq = native.pack(grid, grad, "values")
+    dq = pack(grid, grad, "values")
     total = torch.zeros_like(unary)
     for step in range(steps, -1, -1):
         p = q.pop()
@@ -155,14 +138,14 @@ def gradients(
         total += dz.masked_fill_(left_out, 0)
         if step > 0:
             dq = torch.zeros_like(dz)
-            for term in terms:
+            for term in messages:
                 dq += term.adjoint(dz, q[-1])
 
     out: list[torch.Tensor | None] = [None]
     if needs[0]:
-        out[0] = _scores_grad(native.unpack(grid, total, torch.empty_like(scores)), scores, config)
-    out += [t.grad_features() if t.wants_features else None for t in terms]
-    for term, c in zip(terms, compat, strict=True):
+        out[0] = _scores_grad(unpack(grid, total, torch.empty_like(scores)), scores, config)
+    out += [t.grad_features() if t.wants_features else None for t in messages]
+    for term, c in zip(messages, compat, strict=True):
         if not term.wants_compat:
             out.append(None)
             continue
@@ -181,10 +164,6 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _plus(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
     return b if a is None else a.add_(b)
-
-
-def _scaled(rows: torch.Tensor, diagonal: torch.Tensor | None) -> torch.Tensor:
-    return rows if diagonal is None else rows * diagonal.view(-1, 1).nan_to_num(nan=0.0)
 
 
 def _rows_compat(compat: torch.Tensor, channels: int, width: int) -> torch.Tensor:

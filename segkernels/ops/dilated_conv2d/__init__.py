@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _op
+from segkernels.ops import _arguments, _operator
 from segkernels.ops.dilated_conv2d import autograd, backends, torch_path
-from segkernels.ops.dilated_conv2d.call import Call, Epilogue
+from segkernels.ops.dilated_conv2d.call import Call, Convolution
 from segkernels.ops.dilated_conv2d.geometry import Pair
 
 _registry.register(
@@ -29,7 +29,7 @@ _registry.register(
     )
 )
 
-_ACTIVATIONS = (None, "relu")
+ACTIVATIONS = (None, "relu")
 _FORMATS = (torch.contiguous_format, torch.channels_last)
 
 
@@ -91,20 +91,19 @@ def dilated_conv2d(
             `activation` or `backend`; a `backend` that cannot take this call, and why.
         TypeError: arguments of another type.
     """
-    _check_options(activation, backend)
+    _arguments.check_choice(activation, "activation", ACTIVATIONS, "dilated_conv2d")
+    _arguments.check_choice(backend, "backend", backends.BACKENDS, "dilated_conv2d")
     for name, value in (("scale", scale), ("shift", shift), ("residual", residual)):
-        if value is not None and not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f"dilated_conv2d(): argument '{name}' must be Tensor, not {type(value)}"
-            )
+        if value is not None:
+            _arguments.check_tensor(value, name, "dilated_conv2d")
     if scale is shift is residual is None and _is_torchs(input, weight, bias, stride, backend):
         plain: Any = (stride, padding, dilation, groups)
         out = F.conv2d(input, weight, bias, *plain)
-        last = _op.is_channels_last(input) or _op.is_channels_last(weight)
+        last = _operator.is_channels_last(input) or _operator.is_channels_last(weight)
         out = out.contiguous(memory_format=_FORMATS[last])
         # The convolution's gradient does not need its result.
         return out.relu_() if activation == "relu" else out
-    input, weight, bias, residual = _autocast(input, weight, bias, residual)
+    input, weight, bias, residual = _arguments.autocast(input, weight, bias, residual)
     c = _plan(input, weight, bias, stride, padding, dilation, groups, backend)
     if c is None:
         # Wrong, and then torch says how; or nothing that the layers below know.
@@ -116,13 +115,13 @@ def dilated_conv2d(
     shape = (*batch, weight.size(0), *c.out_size)
     _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
     backends.check(input, weight, c)
+    record = Convolution(c, activation)
     if input.dim() == 4:
-        return autograd.convolve(
-            input, weight, Epilogue(bias, scale, shift, residual, activation), c
-        )
+        y: torch.Tensor = autograd.convolve(input, weight, bias, scale, shift, residual, record)
+        return y
     residual = None if residual is None else residual.unsqueeze(0)
-    e = Epilogue(bias, scale, shift, residual, activation)
-    return autograd.convolve(input.unsqueeze(0), weight, e, c).squeeze(0)
+    tensors = input.unsqueeze(0), weight, bias, scale, shift, residual
+    return autograd.convolve(*tensors, record).squeeze(0)
 
 
 def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
@@ -139,50 +138,17 @@ def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) ->
         and input.device.type == "cpu"
         and input.dim() == weight.dim() == 4
         and backend in ("auto", "torch")
-        and not _op.through_dispatcher(input, weight, bias)
+        and not _operator.through_dispatcher(input, weight, bias)
         and not torch.is_autocast_enabled("cpu")
         and not torch_path.may_crash(input, stride)
         and (
             input.dtype is torch.float32
-            or (torch_path.has_cpu_kernels(input.dtype) and not _op.wants_grad(input, weight, bias))
+            or (
+                torch_path.has_cpu_kernels(input.dtype)
+                and not _operator.wants_grad(input, weight, bias)
+            )
         )
     )
-
-
-def _check_options(activation: str | None, backend: str) -> None:
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"dilated_conv2d: activation must be None or 'relu', got {activation!r}")
-    if backend not in backends.BACKENDS:
-        names = ", ".join(repr(name) for name in backends.BACKENDS)
-        raise ValueError(f"dilated_conv2d: backend must be one of {names}, got {backend!r}")
-
-
-def _autocast(*tensors: Any) -> list[Any]:
-    """What autocast hands to a convolution: floating tensors in its dtype, but for float64."""
-    first = tensors[0]
-    device = first.device.type if isinstance(first, torch.Tensor) else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype)
-        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
-        else t
-        for t in tensors
-    ]
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt))
-
-
-def _pair(value: Any) -> Pair | None:
-    """One or two ints as two; None for anything else."""
-    if _whole(value):
-        return (value, value)
-    if isinstance(value, Sequence) and len(value) in (1, 2) and all(map(_whole, value)):
-        return (value[0], value[-1])
-    return None
 
 
 def _plan(
@@ -198,6 +164,8 @@ def _plan(
     """The call, or None for what is torch's to take or to refuse."""
     if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
+    if _operator.traced():
+        return None
     if bias is not None and not isinstance(bias, torch.Tensor):
         return None
     if input.dtype not in _dtypes.FLOATING or input.device.type not in ("cpu", "cuda", "meta"):
@@ -206,8 +174,8 @@ def _plan(
         t.dtype != input.dtype or t.device != input.device for t in (weight, bias) if t is not None
     ):
         return None
-    steps, gaps = _pair(stride), _pair(dilation)
-    if steps is None or gaps is None or not _whole(groups):
+    steps, gaps = _arguments.pair_of(stride), _arguments.pair_of(dilation)
+    if steps is None or gaps is None or not _arguments.is_int(groups):
         return None
     if min(*steps, *gaps, groups) < 1 or input.dim() not in (3, 4) or weight.dim() != 4:
         return None
@@ -229,7 +197,7 @@ def _plan(
         return None
     out_size = (room[0] // steps[0] + 1, room[1] // steps[1] + 1)
     image = input if input.dim() == 4 else input.unsqueeze(0)
-    channels_last = _op.is_channels_last(image) or _op.is_channels_last(weight)
+    channels_last = _operator.is_channels_last(image) or _operator.is_channels_last(weight)
     return Call(steps, before, gaps, groups, out_size, channels_last, backend)
 
 
@@ -242,7 +210,7 @@ def _pads(padding: Any, reach: list[int], stride: Pair) -> tuple[Pair, Pair] | N
         return before, (reach[0] - before[0], reach[1] - before[1])
     if padding == "valid":
         return (0, 0), (0, 0)
-    pads = _pair(padding)
+    pads = _arguments.pair_of(padding)
     return None if pads is None else (pads, pads)
 
 
@@ -254,25 +222,11 @@ def _check_epilogue(
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
 ) -> None:
-    vector = {like.dtype, _dtypes.compute_dtype(like.dtype)}
-    for name, value, size, dtypes in (
-        ("scale", scale, (out_channels,), vector),
-        ("shift", shift, (out_channels,), vector),
-        ("residual", residual, tuple(shape), {like.dtype}),
-    ):
-        if value is None:
-            continue
-        if tuple(value.shape) != size:
-            raise ValueError(
-                f"dilated_conv2d: {name} must have shape {list(size)}, got {list(value.shape)}"
-            )
-        if value.dtype not in dtypes:
-            wanted = " or ".join(sorted(map(str, dtypes)))
-            raise ValueError(f"dilated_conv2d: {name} must be {wanted}, got {value.dtype}")
-        if value.device != like.device:
-            raise ValueError(
-                f"dilated_conv2d: {name} must be on {like.device} as input is, got {value.device}"
-            )
+    _arguments.check_vector(scale, "scale", out_channels, like, "dilated_conv2d")
+    _arguments.check_vector(shift, "shift", out_channels, like, "dilated_conv2d")
+    if residual is not None:
+        dtypes = {like.dtype}
+        _arguments.check_like(residual, "residual", shape, dtypes, like, "dilated_conv2d")
 
 
 def _plain_epilogue(

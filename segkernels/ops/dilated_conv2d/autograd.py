@@ -1,4 +1,4 @@
-"""dilated_conv2d for autograd and for torch's dispatcher.
+"""The derivatives of dilated_conv2d.
 
 Nothing is saved but the inputs and, with ReLU, the output, which whoever comes next keeps anyway:
 its sign is the mask. (A mask of its own would be one byte more to write and to keep, to read one
@@ -16,87 +16,53 @@ gradients are convolutions and gradients again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from segkernels._dtypes import compute_dtype
-from segkernels.ops import _op
+from segkernels.ops._operator import Operator, in_front, is_channels_last, unfolded
 from segkernels.ops.dilated_conv2d import backends
-from segkernels.ops.dilated_conv2d.call import FIELDS, SCHEMA, Call, Epilogue, from_schema
+from segkernels.ops.dilated_conv2d.call import Call, Convolution, Epilogue, Wanted
 
-_EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, str? activation"
-_op.library.define(f"dilated_conv2d(Tensor input, Tensor weight, {_EPILOGUE}, {SCHEMA}) -> Tensor")
-_op.library.define(
-    "dilated_conv2d_backward(Tensor grad, Tensor input, Tensor weight, bool of_input, "
-    f"bool of_weight, {SCHEMA}) -> (Tensor, Tensor)"
-)
-
-Mask = tuple[bool, bool]
+Tensors = tuple[torch.Tensor | None, ...]
+_PER_CHANNEL = ("weight", "bias", "scale", "shift")
 
 
-def convolve(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
-    """Convolve the 4-D `x`, with the epilogue `e`."""
-    *tensors, _ = e
-    if x.is_meta or _op.through_dispatcher(x, weight, *tensors):
-        out: torch.Tensor = torch.ops.segkernels.dilated_conv2d(x, weight, *e, *c)
-        return out
-    if _op.wants_grad(x, weight, *tensors):
-        recorded: torch.Tensor = DilatedConv2d.apply(x, weight, *e, c)
-        return recorded
-    return backends.forward(x, weight, e, c)
+def plain(x: torch.Tensor, weight: torch.Tensor, c: Call) -> torch.Tensor:
+    """The convolution without an epilogue."""
+    out: torch.Tensor = convolve(x, weight, None, None, None, None, Convolution(c, None))
+    return out
 
 
-def gradients(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: Mask, c: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the plain convolution's input and weight; an empty tensor for one not wanted."""
-    found: tuple[torch.Tensor, torch.Tensor]
-    if grad.is_meta or _op.through_dispatcher(grad, x, weight):
-        found = torch.ops.segkernels.dilated_conv2d_backward(grad, x, weight, *mask, *c)
-    elif _op.wants_grad(grad, x, weight):
-        found = DilatedConv2dBackward.apply(grad, x, weight, mask, c)
-    else:
-        found = backends.gradients(grad, x, weight, mask, c)
-    return found
+def added(*terms: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of the terms that are there."""
+    total = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
+    return total
 
 
-class DilatedConv2d(torch.autograd.Function):
-    """Convolves; gradients reach the tensors."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        shift: torch.Tensor | None,
-        residual: torch.Tensor | None,
-        activation: str | None,
-        c: Call,
-    ) -> Any:
-        e = Epilogue(bias, scale, shift, residual, activation)
-        out = backends.forward(x, weight, e, c)
-        _save(ctx, x, weight, e, c, out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (*_backward(ctx, grads[0]), None, None)
+def _forward(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    bias, scale, shift, residual, c = rest
+    return backends.forward(x, weight, Epilogue(bias, scale, shift, residual, c.activation), c.call)
 
 
-def _save(
-    ctx: Any, x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call, out: torch.Tensor
-) -> None:
-    ctx.call = c
-    ctx.shift_dtype = None if e.shift is None else e.shift.dtype
-    ctx.save_for_backward(x, weight, e.bias, e.scale, out if e.activation == "relu" else None)
+def _fake(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    c = rest[-1].call
+    shape = (x.size(0), weight.size(0), *c.out_size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=c.memory_format)
 
 
-def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _save(*args: Any) -> Tensors:
+    x, weight, bias, scale, _, _, c, out = args
+    return x, weight, bias, scale, out if c.activation == "relu" else None
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> Tensors:
     x, weight, bias, scale, out = ctx.saved_tensors
-    c: Call = ctx.call
     of_x, of_weight, of_bias, of_scale, of_shift, of_residual = ctx.needs_input_grad[:6]
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
@@ -106,7 +72,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         total = grad.sum((0, 2, 3), dtype=compute_dtype(grad.dtype))
     if of_x or of_weight or of_scale:
         scaled = weight if per_channel is None else (weight * per_channel).to(weight.dtype)
-        dx, dw = gradients(grad, x, scaled, (of_x, of_weight or of_scale), c)
+        wanted = Wanted(of_x, of_weight or of_scale, ctx.record.call)
+        dx, dw = gradients(grad, x, scaled, wanted)
     if of_weight and dw is not None:
         d_weight = dw if per_channel is None else (dw * per_channel).to(weight.dtype)
     if of_scale and dw is not None:
@@ -122,111 +89,182 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_weight,
         d_bias,
         d_scale,
-        total.to(ctx.shift_dtype) if of_shift and total is not None else None,
+        total if of_shift else None,
         grad if of_residual else None,
     )
 
 
-class DilatedConv2dBackward(torch.autograd.Function):
-    """The plain convolution's gradients, differentiable again."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: Mask, c: Call
-    ) -> Any:
-        ctx.save_for_backward(grad, x, weight)
-        ctx.mask, ctx.call = mask, c
-        return backends.gradients(grad, x, weight, mask, c)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return (*_backward_twice(ctx, *grads), None, None)
-
-
-def _backward_twice(
-    ctx: Any, to_x: torch.Tensor, to_weight: torch.Tensor
-) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of `gradients`: input' = T(grad, weight) and weight' = W(grad, input)."""
-    grad, x, weight = ctx.saved_tensors
-    c: Call = ctx.call
-    of_grad, of_x, of_weight = ctx.needs_input_grad[:3]
-    to_x_too, to_weight_too = ctx.mask
-    d_grad = d_x = d_weight = None
-    if of_grad:
-        if to_x_too:
-            d_grad = convolve(to_x, weight, Epilogue(), c)
-        if to_weight_too:
-            also = convolve(x, to_weight, Epilogue(), c)
-            d_grad = also if d_grad is None else d_grad + also
-    if of_x and to_weight_too:
-        d_x = gradients(grad, x, to_weight, (True, False), c)[0]
-    if of_weight and to_x_too:
-        d_weight = gradients(grad, to_x, weight, (False, True), c)[1]
-    return d_grad, d_x, d_weight
-
-
-def _kernel(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-    return backends.forward(x, weight, Epilogue(*args[:5]), from_schema(args[5:]))
-
-
-def _fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
-    c = from_schema(args[5:])
+def _jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
+    x, weight, bias, scale, out = ctx.saved_tensors
+    dx, d_weight, d_bias, d_scale, d_shift, d_residual = tangents
+    c = ctx.record.call
+    found = added(
+        None if dx is None else plain(dx, weight, c),
+        None if d_weight is None else plain(x, d_weight, c),
+        None if d_bias is None else d_bias[:, None, None],
+    )
+    if found is not None and scale is not None:
+        found = found * scale[:, None, None]
+    if d_scale is not None:
+        y = plain(x, weight, c)
+        y = y if bias is None else y + bias[:, None, None]
+        found = added(found, y * d_scale[:, None, None])
+    found = added(found, None if d_shift is None else d_shift[:, None, None], d_residual)
     shape = (x.size(0), weight.size(0), *c.out_size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=c.memory_format)
+    assert found is not None  # some tangent is there
+    found = found.to(x.dtype).expand(shape)
+    return found if out is None else torch.ops.aten.threshold_backward(found, out, 0)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight = inputs[:2]
-    _save(ctx, x, weight, Epilogue(*inputs[2:7]), from_schema(inputs[7:]), output)
+def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
+    if dims[1:5] == (None,) * 4:
+        out: torch.Tensor = convolve.fold(size, dims, *args, without_batch=_PER_CHANNEL)
+        return out
+    # A weight each: the batch becomes groups of channels.
+    x, *given, residual = (
+        None if t is None else in_front(t, dim, size)
+        for t, dim in zip(args[:6], dims, strict=False)
+    )
+    per_channel = (None if t is None else t.flatten(0, 1) for t in given)
+    groups = (None if t is None else _as_groups(t) for t in (x, residual))
+    c: Convolution = args[6]
+    c = c._replace(call=_grouped(c.call, size))
+    return _from_groups(convolve(next(groups), *per_channel, next(groups), c), size)
 
 
-def _recorded_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    return (*_backward(ctx, grad), *[None] * (1 + FIELDS))
+def _as_groups(t: torch.Tensor) -> torch.Tensor:
+    """[B, N, C, H, W] as [N, B * C, H, W]."""
+    return t.movedim(0, 1).flatten(1, 2)
 
 
-def _gradients_kernel(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *args: Any
+def _from_groups(t: torch.Tensor, size: int) -> torch.Tensor:
+    return t.unflatten(1, (size, t.size(1) // size)).movedim(1, 0)
+
+
+def _grouped(c: Call, size: int) -> Call:
+    return c._replace(groups=c.groups * size)
+
+
+def _gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, w: Wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return backends.gradients(grad, x, weight, (args[0], args[1]), from_schema(args[2:]))
+    return backends.gradients(grad, x, weight, w[:2], w.call)
 
 
 def _gradients_fake(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *args: Any
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, w: Wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    of_x, of_weight = args[:2]
-    return _fake_gradient(x, of_x), _fake_gradient(weight, of_weight)
+    return _fake_gradient(x, w.of_input), _fake_gradient(weight, w.of_weight)
 
 
 def _fake_gradient(given: torch.Tensor, wanted: bool) -> torch.Tensor:
     if not wanted:
         return given.new_empty(0)
-    layout = torch.channels_last if _op.is_channels_last(given) else torch.contiguous_format
+    layout = torch.channels_last if is_channels_last(given) else torch.contiguous_format
     return torch.empty(given.shape, dtype=given.dtype, device=given.device, memory_format=layout)
 
 
-def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    grad, x, weight, of_input, of_weight = inputs[:5]
-    ctx.save_for_backward(grad, x, weight)
-    ctx.mask, ctx.call = (of_input, of_weight), from_schema(inputs[5:])
+def _backward_twice(ctx: Any, to_x: torch.Tensor | None, to_weight: torch.Tensor | None) -> Tensors:
+    """Gradients of `gradients`: input' = T(grad, weight) and weight' = W(grad, input)."""
+    grad, x, weight = ctx.saved_tensors
+    of_grad, of_x, of_weight = ctx.needs_input_grad[:3]
+    wanted: Wanted = ctx.record
+    c = wanted.call
+    to_x = to_x if wanted.of_input else None
+    to_weight = to_weight if wanted.of_weight else None
+    d_grad = d_x = d_weight = None
+    if of_grad:
+        d_grad = added(
+            None if to_x is None else plain(to_x, weight, c),
+            None if to_weight is None else plain(x, to_weight, c),
+        )
+    if of_x and to_weight is not None:
+        d_x = gradients(grad, x, to_weight, Wanted(True, False, c))[0]
+    if of_weight and to_x is not None:
+        d_weight = gradients(grad, to_x, weight, Wanted(False, True, c))[1]
+    return d_grad, d_x, d_weight
 
 
-def _recorded_backward_twice(
-    ctx: Any, to_x: torch.Tensor, to_weight: torch.Tensor
-) -> tuple[Any, ...]:
-    return (*_backward_twice(ctx, to_x, to_weight), *[None] * (2 + FIELDS))
+def _gradients_jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    grad, x, weight = ctx.saved_tensors
+    d_grad, d_x, d_weight = tangents
+    w: Wanted = ctx.record
+    of_x, of_weight = Wanted(True, False, w.call), Wanted(False, True, w.call)
+    to_x = to_weight = None
+    if w.of_input:
+        to_x = added(
+            None if d_grad is None else gradients(d_grad, x, weight, of_x)[0],
+            None if d_weight is None else gradients(grad, x, d_weight, of_x)[0],
+        )
+    if w.of_weight:
+        to_weight = added(
+            None if d_grad is None else gradients(d_grad, x, weight, of_weight)[1],
+            None if d_x is None else gradients(grad, d_x, weight, of_weight)[1],
+        )
+    return (
+        to_x if to_x is not None else torch.zeros_like(x) if w.of_input else grad.new_empty(0),
+        to_weight
+        if to_weight is not None
+        else torch.zeros_like(weight)
+        if w.of_weight
+        else grad.new_empty(0),
+    )
 
 
-for _key in ("CPU", "CUDA"):
-    _op.library.impl("dilated_conv2d", _kernel, _key)
-    _op.library.impl("dilated_conv2d_backward", _gradients_kernel, _key)
-torch.library.register_fake("segkernels::dilated_conv2d", _fake, lib=_op.library)
-torch.library.register_fake("segkernels::dilated_conv2d_backward", _gradients_fake, lib=_op.library)
-torch.library.register_autograd(
-    "segkernels::dilated_conv2d", _recorded_backward, setup_context=_setup, lib=_op.library
+def _gradients_vmap(
+    size: int, dims: Sequence[int | None], *args: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    w: Wanted = args[3]
+    if dims[2] is None and not w.of_weight:
+        out: tuple[torch.Tensor, torch.Tensor] = gradients.fold(
+            size, dims, *args, without_batch=("weight",)
+        )
+        return out
+    grad, x, weight = (in_front(t, dim, size) for t, dim in zip(args[:3], dims, strict=False))
+    w = w._replace(call=_grouped(w.call, size))
+    dx, dw = gradients(_as_groups(grad), _as_groups(x), weight.flatten(0, 1), w)
+    return _from_groups(dx, size) if w.of_input else dx.new_empty(size, 0), unfolded(dw, size)
+
+
+def count(x_shape: Any, weight_shape: Any, out_shape: Any) -> int:
+    """Floating-point operations of a convolution, as torch counts its own."""
+    from torch.utils.flop_counter import conv_flop_count  # loaded where this is called
+
+    return int(conv_flop_count(x_shape, weight_shape, out_shape))
+
+
+def _flops(x_shape: Any, weight_shape: Any, *_: Any, out_shape: Any, **__: Any) -> int:
+    return count(x_shape, weight_shape, out_shape)
+
+
+def _gradients_flops(grad_shape: Any, x_shape: Any, weight_shape: Any, *rest: Any, **_: Any) -> int:
+    of_x, of_weight = rest[:2]
+    return (of_x + of_weight) * count(x_shape, weight_shape, grad_shape)
+
+
+convolve: Operator = Operator(
+    "dilated_conv2d",
+    "Tensor input, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual",
+    Convolution,
+    kernel=_forward,
+    fake=_fake,
+    save=_save,
+    backward=_backward,
+    jvp=_jvp,
+    vmap=_vmap,
+    flops=_flops,
 )
-torch.library.register_autograd(
-    "segkernels::dilated_conv2d_backward",
-    _recorded_backward_twice,
-    setup_context=_setup_gradients,
-    lib=_op.library,
+gradients: Operator = Operator(
+    "dilated_conv2d_backward",
+    "Tensor grad, Tensor input, Tensor weight",
+    Wanted,
+    returns="(Tensor, Tensor)",
+    kernel=_gradients,
+    fake=_gradients_fake,
+    differentiable=2,
+    save=lambda grad, x, weight, *_: (grad, x, weight),
+    backward=_backward_twice,
+    jvp=_gradients_jvp,
+    vmap=_gradients_vmap,
+    flops=_gradients_flops,
 )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels.ops import _op
-from segkernels.ops.dilated_conv2d import dispatch, sm90, torch_path
+from segkernels.ops._operator import is_channels_last
+from segkernels.ops.dilated_conv2d import dispatch, native, torch_path
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue, laid_out
 from segkernels.ops.dilated_conv2d.geometry import Problem
 
@@ -17,7 +17,7 @@ BACKENDS = ("auto", "sm90", "torch")
 
 def check(x: torch.Tensor, weight: torch.Tensor, c: Call) -> None:
     """Raise ValueError where the backend that was asked for cannot take this call."""
-    if c.backend == "sm90" and (why := sm90.supported(c.problem(x, weight))):
+    if c.backend == "sm90" and (why := native.supported(c.problem(x, weight))):
         raise ValueError(f"dilated_conv2d: backend={c.backend!r} cannot take this call: {why}")
 
 
@@ -34,7 +34,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torc
         if _is_sm90s("forward", c.backend, problem):
             with _or_torch(c.backend):
                 g, shift = problem.geometry, e.folded_shift()
-                out = sm90.forward(x, weight, g, e.scale, shift, e.residual, e.activation)
+                out = native.forward(x, weight, g, e.scale, shift, e.residual, e.activation)
         if out is None:
             out = torch_path.forward(x, weight, e, c)
         return laid_out(out, c.channels_last)
@@ -67,7 +67,7 @@ def forward_into(
     done = False
     with torch.no_grad(), _or_torch(calls[0].backend):
         geometries, shift = [p.geometry for p in problems], e.folded_shift()
-        sm90.forward_branches(x, weights, geometries, e.scale, shift, None, e.activation, into)
+        native.forward_branches(x, weights, geometries, e.scale, shift, None, e.activation, into)
         done = True
     return done
 
@@ -85,18 +85,18 @@ def gradients(
             problem = c.problem(x, weight)
             with _or_torch(c.backend):
                 if mask[0] and _is_sm90s("input_gradient", c.backend, problem):
-                    dx = sm90.input_gradient(grad, weight, problem.geometry)
+                    dx = native.input_gradient(grad, weight, problem.geometry)
             with _or_torch(c.backend):
                 if mask[1] and _is_sm90s("weight_gradient", c.backend, problem):
-                    dw = sm90.weight_gradient(grad, x, problem.geometry)
+                    dw = native.weight_gradient(grad, x, problem.geometry)
         rest = (mask[0] and dx is None, mask[1] and dw is None)
         if rest[0] or rest[1]:
             their_dx, their_dw = torch_path.gradients(grad, x, weight, c, rest)
             dx = their_dx if rest[0] else dx
             dw = their_dw if rest[1] else dw
         return (
-            grad.new_empty(0) if dx is None else laid_out(dx, _op.is_channels_last(x)),
-            grad.new_empty(0) if dw is None else laid_out(dw, _op.is_channels_last(weight)),
+            grad.new_empty(0) if dx is None else laid_out(dx, is_channels_last(x)),
+            grad.new_empty(0) if dw is None else laid_out(dw, is_channels_last(weight)),
         )
 
 
@@ -104,7 +104,7 @@ def _or_torch(asked: str) -> contextlib.AbstractContextManager[None]:
     """Leaves what a captured graph cannot hold undone, unless "sm90" was asked for."""
     if asked == "sm90":
         return contextlib.nullcontext()
-    return contextlib.suppress(sm90.FirstCallInGraphError)
+    return contextlib.suppress(native.FirstCallInGraphError)
 
 
 def _is_torchs(x: torch.Tensor, c: Call) -> bool:
@@ -124,5 +124,5 @@ def _is_sm90s(kind: str, asked: str, *problems: Problem) -> bool:
     """
     if asked == "auto":
         return dispatch.choose(kind, *problems) == "sm90"
-    supported = sm90.weight_gradient_supported if kind == "weight_gradient" else sm90.supported
+    supported = native.weight_gradient_supported if kind == "weight_gradient" else native.supported
     return not any(map(supported, problems))

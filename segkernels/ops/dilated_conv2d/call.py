@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from segkernels._dtypes import compute_dtype
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Pair, Problem
-
-# `Call`, as a torch.library schema has it.
-SCHEMA = (
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, SymInt[2] out_size, "
-    "bool channels_last, str backend"
-)
-FIELDS = 7
 
 
 class Call(NamedTuple):
@@ -60,11 +53,19 @@ class Call(NamedTuple):
         )
 
 
-def from_schema(args: tuple[Any, ...]) -> Call:
-    """A `Call` of what a torch.library operator was given."""
-    stride, padding, dilation, groups, out_size, channels_last, backend = args
-    pairs = [(p[0], p[1]) for p in (stride, padding, dilation, out_size)]
-    return Call(pairs[0], pairs[1], pairs[2], groups, pairs[3], channels_last, backend)
+class Convolution(NamedTuple):
+    """A call, and what follows the sums and the epilogue's tensors: None or "relu"."""
+
+    call: Call
+    activation: str | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a call's input and weight are wanted."""
+
+    of_input: bool
+    of_weight: bool
+    call: Call
 
 
 class Epilogue(NamedTuple):

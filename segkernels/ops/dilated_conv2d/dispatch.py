@@ -14,7 +14,7 @@ import functools
 
 import torch
 
-from segkernels.ops.dilated_conv2d import sm90
+from segkernels.ops.dilated_conv2d import native
 from segkernels.ops.dilated_conv2d.geometry import Problem
 
 _HALVES = (torch.bfloat16, torch.float16)
@@ -39,7 +39,7 @@ def choose(kind: str, *problems: Problem) -> str:
     """
     if not gains(kind, *problems):
         return "torch"
-    supported = sm90.weight_gradient_supported if kind == "weight_gradient" else sm90.supported
+    supported = native.weight_gradient_supported if kind == "weight_gradient" else native.supported
     return "torch" if any(map(supported, problems)) else "sm90"
 
 

@@ -125,9 +125,9 @@ def _fused_epilogue() -> Callable[[torch.Tensor, Epilogue], torch.Tensor] | None
         import triton  # noqa: F401
     except ImportError:
         return None
-    from segkernels.ops.dilated_conv2d import epilogue_kernel
+    from segkernels.ops.dilated_conv2d import triton_kernels
 
-    return epilogue_kernel.apply
+    return triton_kernels.apply
 
 
 def _whole(x: torch.Tensor, c: Call) -> bool:

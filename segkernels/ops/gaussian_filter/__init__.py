@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from segkernels import _native
+from segkernels import _dtypes
 from segkernels._registry import Op, register
-from segkernels.ops._op import laid_out_like, through_dispatcher, wants_grad
+from segkernels.ops import _arguments
+from segkernels.ops._operator import laid_out_like, through_dispatcher
 from segkernels.ops.gaussian_filter import autograd
+from segkernels.ops.gaussian_filter.autograd import Kernel
 from segkernels.ops.gaussian_filter.plan import PRECISIONS, Plan, Precision
-from segkernels.ops.permutohedral.lattice import MAX_DIMS, NORMALIZATIONS, Normalization
+from segkernels.ops.permutohedral.native import MAX_DIMS, NORMALIZATIONS, Normalization
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OP = "gaussian_filter"
 
 register(
@@ -22,7 +22,7 @@ register(
         name="gaussian_filter",
         functions=("gaussian_filter",),
         backends=(("cpu", "c++ simd"), ("cuda", "triton")),
-        dtypes=("float16", "bfloat16", "float32", "float64"),
+        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,
         differentiable=("values", "features", "query_features"),
@@ -81,10 +81,8 @@ def gaussian_filter(
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, equation 3; the sum itself, as in attention without a softmax.
     """
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(_choice("normalization", NORMALIZATIONS, normalization))
-    if precision not in PRECISIONS:
-        raise ValueError(_choice("precision", PRECISIONS, precision))
+    _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, _OP)
+    _arguments.check_choice(precision, "precision", PRECISIONS, _OP)
     given = [values, features] if query_features is None else [values, features, query_features]
     for tensor, name in zip(given, ("values", "features", "query_features"), strict=False):
         _check_tensor(tensor, name)
@@ -105,15 +103,10 @@ def gaussian_filter(
         dtype = torch.promote_types(dtype, tensor.dtype)
     v, f = _flat(values, dtype), _flat(features, dtype)
     q = None if query_features is None else _flat(query_features, dtype)
-    if through_dispatcher(*given):
-        out = torch.ops.segkernels.gaussian_filter(v, f, q, normalization, precision)
-    else:
+    plan = None
+    if not through_dispatcher(v, f, q):  # for the sums of weights and the backward pass too
         plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
-        if wants_grad(v, f, q):
-            out = autograd.filter_(v, f, q, plan, normalization)
-        else:
-            with torch.no_grad():
-                out = autograd.filter_(v, f, q, plan, normalization)
+    out = autograd.filter_(v, f, q, Kernel(precision, plan), normalization)
     out = out.squeeze(0).T if values.dim() == 2 else out.view(shape)
     return laid_out_like(out, values) if out.shape == values.shape else out.to(values.dtype)
 
@@ -124,20 +117,11 @@ def _flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _choice(name: str, choices: Sequence[str], got: object) -> str:
-    return f"{_OP}: {name} must be one of {', '.join(choices)}, got {got!r}"
-
-
 def _check_tensor(tensor: torch.Tensor, name: str) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{_OP}: {name} must be a torch tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(
-            f"{_OP}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
-        )
-    unknown = tensor.device.type != "cuda" or torch.version.hip is not None
-    if unknown and not through_dispatcher(tensor):
-        _native.where(tensor)  # tells what segkernels runs on
+    _arguments.check_tensor(tensor, name, _OP)
+    _arguments.check_floating(tensor, name, _OP)
+    if tensor.device.type != "cuda" or torch.version.hip is not None:
+        _arguments.check_device(tensor)
     if tensor.dim() < 2:
         raise ValueError(
             f"{_OP}: {name} must be (N, n) or (B, n, *spatial), got shape {tuple(tensor.shape)}"
@@ -154,15 +138,7 @@ def _check_shapes(
             f"{_OP}: features must have 1 to {MAX_DIMS} channels in dimension 1, "
             f"got shape {tuple(features.shape)}"
         )
-    fits = values.dim() == features.dim() and (values.shape[0], *values.shape[2:]) == (
-        features.shape[0],
-        *features.shape[2:],
-    )
-    if not fits:
-        raise ValueError(
-            f"{_OP}: values must match the features {tuple(features.shape)} in all dimensions but "
-            f"the second, got shape {tuple(values.shape)}"
-        )
+    _arguments.check_matches(values, "values", features.shape, "features", _OP)
     queries = features if query_features is None else query_features
     same_kind = (queries.dim() == 2) == (features.dim() == 2)
     same_batch = features.dim() == 2 or queries.shape[0] == features.shape[0]
@@ -172,9 +148,6 @@ def _check_shapes(
             f"{_OP}: query_features must be {kind} with the batch and the d of the features "
             f"{tuple(features.shape)}, got shape {tuple(queries.shape)}"
         )
-    for tensor, name in ((features, "features"), (queries, "query_features")):
-        if tensor.device != values.device:
-            raise ValueError(
-                f"{_OP}: {name} is on {tensor.device}, the values are on {values.device}"
-            )
+    _arguments.check_same_device(features, "features", values.device, "the values are", _OP)
+    _arguments.check_same_device(queries, "query_features", values.device, "the values are", _OP)
     return queries

@@ -31,7 +31,7 @@ def _run(
 ) -> torch.Tensor:
     boxes = queries.boxes(TILE), keys.boxes(TILE)
     sides = [
-        (p.features.data_ptr(), low.data_ptr(), high.data_ptr(), p.features.shape[2])
+        (p.features, low, high, p.features.shape[2])
         for p, (low, high) in zip((queries, keys), boxes, strict=True)
     ]
     _native.C().gaussian_filter(
@@ -41,9 +41,9 @@ def _run(
         queries.features.shape[1],
         b.shape[2],
         reach,
-        0 if a is None else a.data_ptr(),
-        b.data_ptr(),
-        out.data_ptr(),
+        a,
+        b,
+        out,
         b.dtype == torch.float64,
     )
     return out

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
+from segkernels.ops import _arguments, _operator
 from segkernels.ops.interpolate import _resampling, autograd
 from segkernels.ops.interpolate._resampling import Resampling
 
@@ -71,7 +72,8 @@ def interpolate(
         ValueError, NotImplementedError, RuntimeError, TypeError: those of
             `torch.nn.functional.interpolate`, with its messages.
 
-    Other modes ("area"), dtypes and numbers of dimensions are handed to torch.
+    Other modes ("area"), dtypes and numbers of dimensions are handed to torch, and so are all calls
+    under torch.jit.trace.
     """
     found = _plan(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     if found is None:
@@ -84,7 +86,8 @@ def interpolate(
             recompute_scale_factor,
             antialias,
         )
-    return autograd.apply(input, found)
+    out: torch.Tensor = autograd.interpolate(input, found)
+    return out
 
 
 def _plan(
@@ -101,9 +104,10 @@ def _plan(
         not isinstance(input, torch.Tensor)
         or input.dim() != 4
         or input.dtype not in _dtypes.FLOATING
-        or input.device.type not in ("cpu", "cuda")
+        or input.device.type not in ("cpu", "cuda", "meta")
         or mode not in _resampling.MODES
         or antialias
+        or _operator.traced()
         or (size is None) == (scale_factor is None)
         or (size is not None and recompute_scale_factor)
         or (align_corners is not None and mode.startswith("nearest"))
@@ -112,12 +116,12 @@ def _plan(
     height, width = input.size(2), input.size(3)
     factors = (0.0, 0.0)
     if size is not None:
-        pair = _pair(size, (int, torch.SymInt))
+        pair = _arguments.pair_of(size, lengths=(2,))
         if pair is None:
             return None
         out_size = (pair[0], pair[1])
     else:
-        scales = _pair(scale_factor, (int, float))
+        scales = _arguments.pair_of(scale_factor, _is_number, lengths=(2,))
         if scales is None:
             return None
         # As torch: a product of float64, rounded down.
@@ -135,8 +139,5 @@ def _plan(
     )
 
 
-def _pair(value: Any, kinds: tuple[type, ...]) -> Any:
-    values = value if isinstance(value, (list, tuple)) else (value, value)
-    if len(values) == 2 and all(isinstance(v, kinds) and type(v) is not bool for v in values):
-        return values
-    return None
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

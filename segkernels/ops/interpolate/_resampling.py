@@ -1,4 +1,4 @@
-"""One 2-D resampling, described and run: what interpolate and the fused tails share."""
+"""One 2-D resampling: what interpolate and the operators on upsampled logits share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from segkernels import _dtypes, _native
-from segkernels.ops._op import is_channels_last
+from segkernels.ops._operator import is_contiguous
 
 # enum class Mode in csrc/interpolate/axis.h
 MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2, "bicubic": 3}
@@ -51,50 +50,5 @@ def rule_for(input: torch.Tensor, out_size: tuple[int, int], mode: str) -> int:
         return _CUDA
     if not mode.startswith("nearest"):
         return _CPU
-    channels_last = input.size(1) > 3 and input.is_contiguous(memory_format=torch.channels_last)
+    channels_last = input.size(1) > 3 and is_contiguous(input, torch.channels_last)
     return _CPU_SMALL if channels_last or out_size[0] + out_size[1] <= 128 else _CPU
-
-
-def native_args(
-    r: Resampling, batch: int, channels: int, channels_last: bool
-) -> tuple[int | float | bool, ...]:
-    """`r` on a batch in the order of csrc/bindings.cpp: channels are planes, or innermost."""
-    planes, inner = (batch, channels) if channels_last else (batch * channels, 1)
-    return (
-        planes,
-        inner,
-        *r.in_size,
-        *r.out_size,
-        *r.factors,
-        MODES[r.mode],
-        r.align_corners,
-        r.rule,
-    )
-
-
-def empty_result(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """An uninitialised tensor of `x`'s batch, channels, dtype and layout, and another size."""
-    return _empty(x, size, is_channels_last(x))
-
-
-def _empty(x: torch.Tensor, size: tuple[int, int], channels_last: bool) -> torch.Tensor:
-    shape = (x.size(0), x.size(1), *size)
-    if not channels_last:  # this costs less
-        return x.new_empty(shape)
-    layout = torch.channels_last
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-def run(x: torch.Tensor, r: Resampling) -> torch.Tensor:
-    """Resample `x` with the native kernels; copies it first when it is a strided view."""
-    channels_last = is_channels_last(x)
-    out = _empty(x, r.result_size(), channels_last)
-    if out.numel() == 0:
-        return out
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()
-    native = _native.C()
-    where = _native.where(x)
-    args = native_args(r, x.size(0), x.size(1), channels_last)
-    dtype = _dtypes.FLOATING[x.dtype]
-    native.interpolate(where, args, dtype, x.data_ptr(), out.data_ptr(), r.transpose)
-    return out

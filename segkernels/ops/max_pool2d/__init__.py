@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _op, _windows
-from segkernels.ops._windows import Pair, Windows
+from segkernels.ops import _arguments, _operator, _windows
+from segkernels.ops._arguments import Pair
+from segkernels.ops._windows import Windows
 from segkernels.ops.max_pool2d import autograd
+from segkernels.ops.max_pool2d.native import Pooling
 
 _registry.register(
     _registry.Op(
@@ -75,11 +77,16 @@ def max_pool2d(
         TypeError: arguments of another type; codes of an integer `input`.
         ValueError: `return_codes` with more than 256 cells, or with `return_indices`.
     """
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"max_pool2d(): argument 'input' must be Tensor, not {type(input)}")
+    _arguments.check_tensor(input, "input", "max_pool2d")
     if return_codes and return_indices:
         raise ValueError("max_pool2d: give return_indices or return_codes, not both")
-    if input.dtype not in _dtypes.FLOATING or input.device.type not in ("cpu", "cuda", "meta"):
+    if return_codes:
+        _operator.check_not_traced("max_pool2d")
+    if (
+        input.dtype not in _dtypes.FLOATING
+        or input.device.type not in ("cpu", "cuda", "meta")
+        or _operator.traced()
+    ):
         if return_codes:
             raise TypeError(
                 f"max_pool2d: return_codes needs a floating input ({', '.join(_dtypes.names())}) "
@@ -87,15 +94,15 @@ def max_pool2d(
             )
         args: tuple[Any, ...] = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return F.max_pool2d(input, *args)
-    kernel = _windows.pair(kernel_size, "kernel_size", "max_pool2d")
+    kernel = _arguments.pair(kernel_size, "kernel_size", "max_pool2d")
     steps = kernel
     if stride is not None and not (isinstance(stride, (tuple, list)) and len(stride) == 0):
-        steps = _windows.pair(stride, "stride", "max_pool2d")
-    pads = _windows.pair(padding, "padding", "max_pool2d")
-    gaps = _windows.pair(dilation, "dilation", "max_pool2d")
+        steps = _arguments.pair(stride, "stride", "max_pool2d")
+    pads = _arguments.pair(padding, "padding", "max_pool2d")
+    gaps = _arguments.pair(dilation, "dilation", "max_pool2d")
     batched = input.dim() == 4
-    plan = _plan if _op.through_dispatcher(input) else _known_plan
-    channels_last = batched and _op.is_channels_last(input)
+    plan = _plan if _operator.through_dispatcher(input) else _known_plan
+    channels_last = batched and _operator.is_channels_last(input)
     w = plan(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode))
     if return_codes and _windows.many_cells(kernel):
         raise ValueError(
@@ -104,7 +111,7 @@ def max_pool2d(
         )
     x = input if batched else input.unsqueeze(0)
     if return_indices or return_codes:
-        values, positions = autograd.pool(x, w, return_indices)
+        values, positions = autograd.pool_positions(x, Pooling(w, bool(return_indices)))
         return (values, positions) if batched else (values.squeeze(0), positions.squeeze(0))
     values = autograd.pool_values(x, w)
     return values if batched else values.squeeze(0)

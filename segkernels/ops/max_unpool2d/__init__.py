@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _op, _windows
-from segkernels.ops._windows import Pair, Windows
+from segkernels.ops import _arguments, _operator, _windows
+from segkernels.ops._arguments import Pair
+from segkernels.ops._windows import Windows
 from segkernels.ops.max_unpool2d import autograd
 
 _registry.register(
@@ -78,8 +79,8 @@ def max_unpool2d(
         TypeError: arguments of another type.
     """
     for name, value in (("input", input), ("indices", indices)):
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"max_unpool2d(): argument '{name}' must be Tensor, not {type(value)}")
+        _arguments.check_tensor(value, name, "max_unpool2d")
+    _operator.check_not_traced("max_unpool2d")  # which torch's own fails under, too
     if input.dtype not in _dtypes.FLOATING or input.device.type not in ("cpu", "cuda", "meta"):
         if indices.dtype == torch.uint8:
             raise TypeError(
@@ -88,15 +89,15 @@ def max_unpool2d(
             )
         args: tuple[Any, ...] = (kernel_size, stride, padding, output_size)
         return F.max_unpool2d(input, indices, *args)
-    kernel = _windows.pair(kernel_size, "kernel_size", "max_unpool2d")
-    steps = kernel if stride is None else _windows.pair(stride, "stride", "max_unpool2d")
-    pads = _windows.pair(padding, "padding", "max_unpool2d")
-    gaps = _windows.pair(dilation, "dilation", "max_unpool2d")
+    kernel = _arguments.pair(kernel_size, "kernel_size", "max_unpool2d")
+    steps = kernel if stride is None else _arguments.pair(stride, "stride", "max_unpool2d")
+    pads = _arguments.pair(padding, "padding", "max_unpool2d")
+    gaps = _arguments.pair(dilation, "dilation", "max_unpool2d")
     batched = input.dim() == 4
     size = None if output_size is None else tuple(output_size)
     known = size is None or all(type(n) is int for n in size)
-    plan = _known_plan if known and not _op.through_dispatcher(input, indices) else _plan
-    channels_last = batched and _op.is_channels_last(input)
+    plan = _known_plan if known and not _operator.through_dispatcher(input, indices) else _plan
+    channels_last = batched and _operator.is_channels_last(input)
     given = input.shape, indices.shape, indices.dtype, channels_last
     w = plan(*given, kernel, steps, pads, gaps, size)
     if input.device != indices.device:

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels import _native
+from segkernels import _dtypes
 from segkernels._registry import Op, register
-from segkernels.ops._op import laid_out_like, through_dispatcher, wants_grad
-from segkernels.ops.permutohedral import autograd, lattice
-from segkernels.ops.permutohedral.lattice import (
+from segkernels.ops import _arguments
+from segkernels.ops._operator import laid_out_like, through_dispatcher, wants_grad
+from segkernels.ops.permutohedral import autograd, native
+from segkernels.ops.permutohedral.autograd import Filter
+from segkernels.ops.permutohedral.native import (
     MAX_DIMS,
     NORMALIZATIONS,
     Lattice,
     Normalization,
 )
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 register(
     Op(
         name="permutohedral",
         functions=("PermutohedralLattice", "permutohedral_filter"),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=("float16", "bfloat16", "float32", "float64"),
+        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,
         differentiable=("values", "features"),
@@ -68,9 +68,10 @@ class PermutohedralLattice:
         check_bound(max_vertices, "PermutohedralLattice")
         self.shape = features.shape
         self._flat = flat
+        self._spatial = tuple(spatial)
         self._lattice: Lattice | None = None
         if flat.numel() > 0:
-            (self._lattice,) = lattice.build(
+            (self._lattice,) = native.build(
                 [flat.detach()], spatial, max_vertices=max_vertices, op="PermutohedralLattice"
             )
 
@@ -106,16 +107,12 @@ class PermutohedralLattice:
             TypeError: values that are not floating point.
         """
         what = "PermutohedralLattice.filter"
-        _check_normalization(normalization, what)
+        _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, what)
         flat = _values(values, self.shape, self._flat, what)
         if self._lattice is None or flat.numel() == 0:
             return values.clone()
-        flat = flat.to(self._flat.dtype)
-        if wants_grad(flat, self._flat):
-            out = autograd.filter_(flat, self._flat, self._lattice, normalization, transpose)
-        else:
-            out = self._lattice.filter(flat, normalization, transpose)
-        return _shaped(out, values)
+        record = Filter(normalization, transpose, self._spatial, self._lattice)
+        return _shaped(autograd.filter_(flat.to(self._flat.dtype), self._flat, record), values)
 
 
 def permutohedral_filter(
@@ -141,24 +138,19 @@ def permutohedral_filter(
         ValueError, TypeError: as `PermutohedralLattice`.
     """
     what = "permutohedral_filter"
-    _check_normalization(normalization, what)
+    _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, what)
     flat_features, spatial = _features(features, what)
     flat = _values(values, features.shape, flat_features, what)
     if flat.numel() == 0 or flat_features.numel() == 0:
         return values.clone()
     dtype = torch.promote_types(torch.promote_types(values.dtype, features.dtype), torch.float32)
     flat, flat_features = flat.to(dtype), flat_features.to(dtype)
-    if through_dispatcher(values, features):
-        out = torch.ops.segkernels.permutohedral_filter(
-            flat, flat_features, normalization, transpose, list(spatial)
-        )
-    else:
-        (built,) = lattice.build([flat_features.detach()], spatial, op=what)
-        if wants_grad(flat, flat_features):
-            out = autograd.filter_(flat, flat_features, built, normalization, transpose)
-        else:
-            out = built.filter(flat, normalization, transpose)
-    return _shaped(out, values)
+    built = None
+    if wants_grad(flat, flat_features) and not through_dispatcher(flat, flat_features):
+        # For the backward pass too.
+        (built,) = native.build([flat_features.detach()], spatial, op=what)
+    record = Filter(normalization, transpose, tuple(spatial), built)
+    return _shaped(autograd.filter_(flat, flat_features, record), values)
 
 
 def _features(features: torch.Tensor, what: str) -> tuple[torch.Tensor, Sequence[int]]:
@@ -176,8 +168,10 @@ def _features(features: torch.Tensor, what: str) -> tuple[torch.Tensor, Sequence
         )
     dtype = torch.promote_types(features.dtype, torch.float32)
     if features.dim() == 2:
-        return features.to(dtype).T.unsqueeze(0).contiguous(), features.shape[:1]
-    return features.to(dtype).flatten(2).contiguous(), features.shape[2:]
+        flat, spatial = features.T.unsqueeze(0), features.shape[:1]
+    else:
+        flat, spatial = features.flatten(2), features.shape[2:]
+    return flat.to(dtype).resolve_neg().contiguous(), spatial
 
 
 def _values(
@@ -185,20 +179,8 @@ def _values(
 ) -> torch.Tensor:
     """(B, C, N) values, a view where that can be."""
     _check_tensor(values, "values", what)
-    fits = values.dim() == len(shape) and (values.shape[0], *values.shape[2:]) == (
-        shape[0],
-        *shape[2:],
-    )
-    if not fits:
-        raise ValueError(
-            f"{what}: values must match the features {tuple(shape)} in all dimensions but the "
-            f"second, got shape {tuple(values.shape)}"
-        )
-    if values.device != features.device:
-        raise ValueError(
-            f"{what}: values and features must be on one device, "
-            f"got {values.device} and {features.device}"
-        )
+    _arguments.check_matches(values, "values", shape, "features", what)
+    _arguments.check_same_device(values, "values", features.device, "the features are", what)
     return values.T.unsqueeze(0) if values.dim() == 2 else values.flatten(2)
 
 
@@ -208,22 +190,9 @@ def _shaped(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def _check_tensor(tensor: torch.Tensor, name: str, what: str) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{what}: {name} must be a torch tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(
-            f"{what}: {name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
-        )
-    if not through_dispatcher(tensor):
-        _native.where(tensor)
-
-
-def _check_normalization(normalization: str, what: str) -> None:
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(
-            f"{what}: normalization must be one of {', '.join(NORMALIZATIONS)}, "
-            f"got {normalization!r}"
-        )
+    _arguments.check_tensor(tensor, name, what)
+    _arguments.check_floating(tensor, name, what)
+    _arguments.check_device(tensor)
 
 
 def check_bound(max_vertices: int | None, what: str) -> None:

@@ -1,192 +1,112 @@
-"""Autograd and the dispatcher operator of the lattice filter.
+"""The derivatives of the lattice filter.
 
-`filter_` composes two Functions -- features to weights, and the filter without normalisation --
-with the normalisation in torch, so that autograd finds every path from the features: through the
+The gradient of the features holds the simplex of each point fixed, and reaches them through the
 splat, the slice and the norm.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from segkernels.ops._op import library, recording_within_an_operator
-from segkernels.ops.permutohedral import lattice as native
-from segkernels.ops.permutohedral.lattice import Lattice, Normalization
-from segkernels.ops.permutohedral.reference import EPSILON
+from segkernels.ops._operator import Operator
+from segkernels.ops.permutohedral import native
+from segkernels.ops.permutohedral.native import Lattice, Normalization
 
 
-class Weights(torch.autograd.Function):
-    """The barycentric weights of a built lattice as a function of its features (B, d, N)."""
+class Filter(NamedTuple):
+    """How to filter.
 
-    @staticmethod
-    def forward(ctx: Any, features: torch.Tensor, lattice: Lattice) -> torch.Tensor:
-        ctx.lattice = lattice
-        ctx.save_for_backward(features)  # torch then tells when they were changed in place
-        return lattice.weights.detach()
+    Attributes:
+        normalization, transpose: as in `segkernels.PermutohedralLattice.filter`.
+        spatial: sizes of the grid that the points lie on.
+        lattice: of the features, where it was built before; else each pass builds it.
+    """
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        _ = ctx.saved_tensors
-        return ctx.lattice.embed_grad(grad), None
+    normalization: Normalization
+    transpose: bool
+    spatial: tuple[int, ...]
+    lattice: Lattice | None = None
 
-
-class Apply(torch.autograd.Function):
-    """K values or K^T values, (B, C, N), without normalisation."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, values: torch.Tensor, weights: torch.Tensor, lattice: Lattice, transpose: bool
-    ) -> torch.Tensor:
-        ctx.lattice, ctx.transpose = lattice, transpose
-        ctx.save_for_backward(values)
-        rows = native.pack(lattice.grid, values, "values")
-        rows = lattice.slice(lattice.splat(rows, None, transpose), None)
-        return native.unpack(lattice.grid, rows, torch.empty_like(values))
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        lattice: Lattice = ctx.lattice
-        (values,) = ctx.saved_tensors
-        g = native.pack(lattice.grid, grad, "values")
-        grad_vertices = lattice.splat(g, None, not ctx.transpose)
-        grad_values = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            rows = lattice.slice(grad_vertices, None)
-            grad_values = native.unpack(lattice.grid, rows, torch.empty_like(values))
-        if ctx.needs_input_grad[1]:
-            x = native.pack(lattice.grid, values, "values")
-            vertices = lattice.splat(x, None, ctx.transpose)
-            grad_weights = lattice.weights_grad(x, g, vertices, grad_vertices)
-        return grad_values, grad_weights, None, None
+    def on(self, features: torch.Tensor) -> Lattice:
+        """The lattice."""
+        if self.lattice is not None:
+            return self.lattice
+        plain = features.detach().contiguous()
+        return native.build([plain], self.spatial, op="permutohedral_filter")[0]
 
 
-Scales = tuple[torch.Tensor | None, torch.Tensor | None]
+class Wanted(NamedTuple):
+    """Which gradients of a filter's values and features are wanted."""
+
+    of_values: bool
+    of_features: bool
+    filter: Filter
 
 
-def scales(lattice: Lattice, weights: torch.Tensor, normalization: Normalization) -> Scales:
-    """The diagonals before and after K as (B, 1, N), differentiable with respect to the weights."""
-    if normalization == "none":
-        return None, None
-    batch, _, points = lattice.features.shape
-    ones = torch.ones(batch, 1, points, dtype=lattice.dtype, device=lattice.device)
-    norm = Apply.apply(ones, weights, lattice, False) + EPSILON
-    if normalization == "symmetric":
-        root = norm.rsqrt()
-        return root, root
-    return (norm.reciprocal(), None) if normalization == "before" else (None, norm.reciprocal())
+def _forward(values: torch.Tensor, features: torch.Tensor, f: Filter) -> torch.Tensor:
+    return f.on(features).filter(values, f.normalization, f.transpose)
 
 
-def apply_scaled(
-    values: torch.Tensor,
-    weights: torch.Tensor,
-    lattice: Lattice,
-    diagonals: Scales,
-    transpose: bool,
-) -> torch.Tensor:
-    """The filter with its diagonals."""
-    before, after = diagonals[::-1] if transpose else diagonals
-    if before is not None:
-        values = values * before
-    values = Apply.apply(values, weights, lattice, transpose)
-    return values if after is None else values * after
+def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, Any]:
+    of_values, of_features = ctx.needs_input_grad[:2]
+    wanted = Wanted(of_values, of_features, ctx.record)
+    d_values, d_features = filter_backward(grad, *ctx.saved_tensors, wanted)
+    return d_values if of_values else None, d_features if of_features else None
 
 
-def filter_(
-    values: torch.Tensor,
-    features: torch.Tensor,
-    lattice: Lattice,
-    normalization: Normalization,
-    transpose: bool,
-) -> torch.Tensor:
-    """The normalised filter of (B, C, N) values, differentiable; the features are the lattice's."""
-    weights = Weights.apply(features, lattice)
-    diagonals = scales(lattice, weights, normalization)
-    return apply_scaled(values, weights, lattice, diagonals, transpose)
+def _jvp(ctx: Any, d_values: torch.Tensor | None, d_features: torch.Tensor | None) -> torch.Tensor:
+    if d_values is None or d_features is not None:
+        raise NotImplementedError(
+            "permutohedral_filter: forward-mode differentiation with respect to features is not "
+            "implemented; use reverse mode"
+        )
+    out: torch.Tensor = filter_(d_values, ctx.saved_tensors[1], ctx.record)
+    return out
 
 
-library.define(
-    "permutohedral_filter(Tensor values, Tensor features, str normalization, bool transpose, "
-    "SymInt[] spatial) -> Tensor"
-)
-library.define(
-    "permutohedral_filter_backward(Tensor grad, Tensor values, Tensor features, "
-    "str normalization, bool transpose, SymInt[] spatial) -> (Tensor, Tensor)"
-)
-_NAME = "segkernels::permutohedral_filter"
-
-
-def _forward(
-    values: torch.Tensor,
-    features: torch.Tensor,
-    normalization: Normalization,
-    transpose: bool,
-    spatial: list[int],
-) -> torch.Tensor:
-    features = features.contiguous()
-    (lattice,) = native.build([features], spatial, op="permutohedral_filter")
-    return lattice.filter(values, normalization, transpose)
-
-
-def _backward(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    features: torch.Tensor,
-    normalization: Normalization,
-    transpose: bool,
-    spatial: list[int],
+def _gradients(
+    grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, w: Wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    features = features.detach().contiguous().requires_grad_()
-    values = values.detach().requires_grad_()
-    (lattice,) = native.build([features.detach()], spatial, op="permutohedral_filter")
-    with recording_within_an_operator():
-        out = filter_(values, features, lattice, normalization, transpose)
-    grad_values, grad_features = torch.autograd.grad(out, (values, features), grad)
-    return grad_values, grad_features
+    f = w.filter
+    found = f.on(features).filter_grad(grad, values, f.normalization, f.transpose, w[:2])
+    none = grad.new_empty(0)
+    return none if found[0] is None else found[0], none if found[1] is None else found[1]
 
 
-for _device in ("CPU", "CUDA"):
-    library.impl("permutohedral_filter", _forward, _device)
-    library.impl("permutohedral_filter_backward", _backward, _device)
-
-
-@torch.library.register_fake(_NAME)
-def _fake(
-    values: torch.Tensor, features: torch.Tensor, normalization: str, transpose: bool, spatial: Any
-) -> torch.Tensor:
-    return torch.empty_like(values)
-
-
-@torch.library.register_fake(f"{_NAME}_backward")
-def _fake_backward(
-    grad: torch.Tensor,
-    values: torch.Tensor,
-    features: torch.Tensor,
-    normalization: str,
-    transpose: bool,
-    spatial: Any,
+def _gradients_fake(
+    grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, w: Wanted
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(values), torch.empty(features.shape, **_like(features))
+    return (
+        torch.empty_like(values) if w.of_values else grad.new_empty(0),
+        features.new_empty(features.shape) if w.of_features else grad.new_empty(0),
+    )
 
 
-def _like(tensor: torch.Tensor) -> dict[str, Any]:
-    return {"dtype": tensor.dtype, "device": tensor.device}
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "permutohedral_filter can be differentiated once: its gradient has no gradient"
+    )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    values, features, *ctx.rest = inputs
-    ctx.save_for_backward(values, features)
-
-
-def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-    values, features = ctx.saved_tensors
-    grads = torch.ops.segkernels.permutohedral_filter_backward(grad, values, features, *ctx.rest)
-    return *grads, None, None, None
-
-
-torch.library.register_autograd(_NAME, _autograd, setup_context=_setup)
+filter_: Operator = Operator(
+    "permutohedral_filter",
+    "Tensor values, Tensor features",
+    Filter,
+    kernel=_forward,
+    fake=lambda values, features, f: torch.empty_like(values),
+    save=lambda values, features, *_: (values, features),
+    backward=_backward,
+    jvp=_jvp,
+)
+filter_backward: Operator = Operator(
+    "permutohedral_filter_backward",
+    "Tensor grad, Tensor values, Tensor features",
+    Wanted,
+    returns="(Tensor, Tensor)",
+    kernel=_gradients,
+    fake=_gradients_fake,
+    differentiable=2,
+    backward=_no_second_derivative,
+)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from segkernels import _dtypes, _registry
-from segkernels.ops import _op, _windows
-from segkernels.ops._windows import Pair
+from segkernels.ops import _arguments, _operator, _windows
+from segkernels.ops._arguments import Pair
+from segkernels.ops._windows import Windows
 from segkernels.ops.unpool2d import autograd
+from segkernels.ops.unpool2d.native import Nails
 
 _registry.register(
     _registry.Op(
@@ -54,10 +56,11 @@ def unpool_nearest(input: torch.Tensor, kernel_size: int | Sequence[int]) -> tor
         RuntimeError: another number of dimensions; a `kernel_size` that is not positive.
         ValueError: an output of 2^31 rows or columns.
     """
-    kernel = _kernel(input, kernel_size, "unpool_nearest")
+    blocks = _blocks_of(input, kernel_size, "unpool_nearest")
     if input.dim() == 4:
-        return autograd.nearest(input, kernel)
-    return autograd.nearest(input.unsqueeze(0), kernel).squeeze(0)
+        out: torch.Tensor = autograd.nearest(input, blocks)
+        return out
+    return autograd.nearest(input.unsqueeze(0), blocks).squeeze(0)
 
 
 def unpool_bed_of_nails(
@@ -85,42 +88,43 @@ def unpool_bed_of_nails(
         RuntimeError: another number of dimensions; a `kernel_size` that is not positive.
         ValueError: a `cell` outside the block; an output of 2^31 rows or columns.
     """
-    kernel = _kernel(input, kernel_size, "unpool_bed_of_nails")
-    row, column = _windows.pair(cell, "cell", "unpool_bed_of_nails")
+    blocks = _blocks_of(input, kernel_size, "unpool_bed_of_nails")
+    kernel = blocks.kernel_size
+    row, column = _arguments.pair(cell, "cell", "unpool_bed_of_nails")
     if not (0 <= row < kernel[0] and 0 <= column < kernel[1]):
         raise ValueError(
             f"unpool_bed_of_nails: cell must lie in the block of kernel_size {kernel}, got "
             f"{(row, column)}"
         )
+    nails = Nails(blocks, (row, column))
     if input.dim() == 4:
-        return autograd.nails(input, kernel, (row, column))
-    return autograd.nails(input.unsqueeze(0), kernel, (row, column)).squeeze(0)
+        out: torch.Tensor = autograd.nails(input, nails)
+        return out
+    return autograd.nails(input.unsqueeze(0), nails).squeeze(0)
 
 
-def _kernel(input: torch.Tensor, kernel_size: int | Sequence[int], function: str) -> Pair:
-    if not isinstance(input, torch.Tensor):
-        raise TypeError(f"{function}(): argument 'input' must be Tensor, not {type(input)}")
-    if input.dtype not in _dtypes.FLOATING:
-        raise TypeError(
-            f"{function}: input must be one of {', '.join(_dtypes.names())}, got {input.dtype}"
-        )
+def _blocks_of(input: torch.Tensor, kernel_size: int | Sequence[int], function: str) -> Windows:
+    """The blocks of a plane's values, checked."""
+    _operator.check_not_traced(function)
+    _arguments.check_tensor(input, "input", function)
+    _arguments.check_floating(input, "input", function)
     if input.dim() not in (3, 4):
         raise RuntimeError(
             f"{function}: input must be [N, C, H, W] or [C, H, W], got shape {list(input.shape)}"
         )
-    kernel = _windows.pair(kernel_size, "kernel_size", function)
-    if _op.through_dispatcher(input):
-        _check(input.size(-2), input.size(-1), kernel, function)
-    else:
-        _known_check(input.size(-2), input.size(-1), kernel, function)
-    return kernel
+    kernel = _arguments.pair(kernel_size, "kernel_size", function)
+    channels_last = input.dim() == 4 and _operator.is_channels_last(input)
+    plan = _blocks if _operator.through_dispatcher(input) else _known_blocks
+    return plan(input.size(-2), input.size(-1), kernel, channels_last, function)
 
 
-def _check(height: int, width: int, kernel: Pair, function: str) -> None:
-    w = autograd.blocks(height, width, kernel, channels_last=False)
+def _blocks(height: int, width: int, kernel: Pair, channels_last: bool, function: str) -> Windows:
+    full = (height * kernel[0], width * kernel[1])
+    w = Windows(full, (height, width), kernel, kernel, (0, 0), (1, 1), channels_last)
     _windows.check_positive(w, function)
     _windows.check_range(w, function)
+    return w
 
 
 # Of sizes that are known, that is all but those of tracing.
-_known_check = functools.lru_cache(maxsize=1024)(_check)
+_known_blocks = functools.lru_cache(maxsize=1024)(_blocks)

@@ -8,7 +8,8 @@ import torch
 
 from segkernels import _dtypes, _registry
 from segkernels.ops.interpolate import _tail
-from segkernels.ops.upsample_argmax import _kernel, autograd
+from segkernels.ops.upsample_argmax import autograd
+from segkernels.ops.upsample_argmax.native import LABELS, Argmax
 
 _registry.register(
     _registry.Op(
@@ -58,7 +59,7 @@ def upsample_argmax(
     """
     name = "upsample_argmax"
     _tail.check_logits(name, logits)
-    if dtype not in _kernel.LABELS:
+    if dtype not in LABELS:
         raise TypeError(f"{name}: dtype must be torch.uint8, int16, int32 or int64, got {dtype}")
     if logits.size(1) - 1 > torch.iinfo(dtype).max:
         raise ValueError(
@@ -66,5 +67,5 @@ def upsample_argmax(
             f"{torch.iinfo(dtype).max}"
         )
     r = _tail.resampling(name, logits, size, mode, align_corners)
-    labels, confidence = autograd.apply(logits, r, return_confidence, dtype)
+    labels, confidence = autograd.argmax(logits.detach(), Argmax(r, return_confidence, dtype))
     return (labels, confidence) if return_confidence else labels

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _dtypes, _registry
+from segkernels.ops import _arguments
 from segkernels.ops.interpolate import _resampling, _tail, interpolate
-from segkernels.ops.upsample_cross_entropy import _kernel, autograd
-from segkernels.ops.upsample_cross_entropy._kernel import Loss, Tensors
+from segkernels.ops.upsample_cross_entropy import autograd, native
+from segkernels.ops.upsample_cross_entropy.native import Loss
 
 _registry.register(
     _registry.Op(
@@ -70,7 +71,7 @@ def upsample_cross_entropy(
     """
     name = "upsample_cross_entropy"
     _tail.check_logits(name, logits)
-    if target.dtype not in _kernel.LABELS:
+    if target.dtype not in native.LABELS:
         raise TypeError(
             f"{name}: target must hold labels in int64, int32, int16 or uint8, got {target.dtype}"
         )
@@ -92,9 +93,11 @@ def upsample_cross_entropy(
         return F.cross_entropy(
             upsampled, target.long(), weight, None, ignore_index, None, reduction, label_smoothing
         )
-    loss = Loss(False, ignore_index, reduction, label_smoothing, mode, bool(align_corners), r.rule)
-    weight = _computing(weight, logits)
-    return autograd.apply(Tensors(logits, target.contiguous(), weight, None), loss)
+    loss = Loss(False, ignore_index, reduction, label_smoothing, r)
+    value: torch.Tensor = autograd.loss(
+        logits, target.contiguous(), _computing(weight, logits), None, loss
+    )[0]
+    return value
 
 
 def upsample_binary_cross_entropy(
@@ -145,7 +148,7 @@ def upsample_binary_cross_entropy(
         target = target.to(torch.uint8)
     elif target.is_floating_point():
         target = target.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
-    if target.dtype not in _kernel.TARGETS:
+    if target.dtype not in native.TARGETS:
         raise TypeError(
             f"{name}: target must be floating, bool, uint8, int16, int32 or int64, got "
             f"{target.dtype}"
@@ -169,16 +172,14 @@ def upsample_binary_cross_entropy(
             f"{name}: target must not be over 700 times as wide as logits, got "
             f"{target.size(-1)} and {logits.size(-1)}"
         )
-    loss = Loss(True, ignore_index, reduction, 0.0, mode, bool(align_corners), r.rule)
+    loss = Loss(True, ignore_index, reduction, 0.0, r)
     weight, pos_weight = _computing(weight, logits), _computing(pos_weight, logits)
-    return autograd.apply(Tensors(logits, target.contiguous(), weight, pos_weight), loss)
+    value: torch.Tensor = autograd.loss(logits, target.contiguous(), weight, pos_weight, loss)[0]
+    return value
 
 
 def _check(name: str, logits: torch.Tensor, reduction: str, **tensors: torch.Tensor | None) -> None:
-    if reduction not in _kernel.REDUCTIONS:
-        raise ValueError(
-            f"{name}: reduction must be one of {', '.join(_kernel.REDUCTIONS)}, got {reduction!r}"
-        )
+    _arguments.check_choice(reduction, "reduction", native.REDUCTIONS, name)
     for argument, x in tensors.items():
         if x is not None and x.device != logits.device:
             raise RuntimeError(

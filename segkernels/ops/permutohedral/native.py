@@ -89,7 +89,9 @@ class Lattice:
     Attributes:
         features: (B, d, N), kept for their gradient.
         grid: the native Grid; what has the same grid has the same positions.
-        view: the native struct that points into `tensors`.
+        view: the native struct, which keeps the tensors that it points into.
+        weights: (positions, d + 1) barycentric weights.
+        local_ids: (entries,) int16, the vertices of each position's simplex in its tile.
         counts: (2,) int32 on the device: vertices, pairs of a tile and a vertex.
         image_start: (B + 1,) int32 on the device: vertices before each image.
     """
@@ -101,10 +103,10 @@ class Lattice:
         self.dtype, self.device = features.dtype, features.device
         self.double = features.dtype == torch.float64
         self.counts = counts
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._building: dict[str, torch.Tensor] = {}
         self.view = _native.C().Lattice()
         self.view.grid, self.view.dims = grid, self.dims
+        self.weights = self.empty((grid.positions, self.dims + 1), self.dtype)
+        self.local_ids = self.empty((self.entries,), torch.int16)
         self.image_start = self.empty((grid.batch + 1,), torch.int32)
         self._inverse_norms: dict[tuple[bool, int], torch.Tensor] = {}
 
@@ -112,26 +114,10 @@ class Lattice:
         """Uninitialised memory on the lattice\'s device."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
-    def hold(self, target: Any, **tensors: torch.Tensor) -> None:
-        """Point `target`'s fields at tensors; those of the build are kept until `release`."""
-        kept = self.tensors if target is self.view else self._building
-        for name, tensor in tensors.items():
-            setattr(target, name, tensor.data_ptr())
-            kept[name] = tensor
-
-    def release(self) -> None:
-        """Let go of what only the build needed."""
-        self._building.clear()
-
     @property
     def entries(self) -> int:
         """Pairs of a position and a vertex of its simplex."""
         return int(self.grid.positions) * (self.dims + 1)
-
-    @property
-    def weights(self) -> torch.Tensor:
-        """(positions, d + 1) barycentric weights."""
-        return self.tensors["weights"]
 
     def num_vertices(self) -> list[int]:
         """Occupied vertices of each image; synchronises."""
@@ -160,11 +146,11 @@ class Lattice:
         _native.C().lattice_splat(
             _where(rows),
             self.view,
-            rows.data_ptr(),
-            _pointer(scale),
-            pairs.data_ptr(),
-            vertices.data_ptr(),
-            scratch.data_ptr(),
+            rows,
+            scale,
+            pairs,
+            vertices,
+            scratch,
             rows.shape[1],
             reverse,
             self.double,
@@ -182,10 +168,10 @@ class Lattice:
         _native.C().lattice_slice(
             _where(rows),
             self.view,
-            vertices.data_ptr(),
-            _pointer(scale),
+            vertices,
+            scale,
             skipped,
-            rows.data_ptr(),
+            rows,
             rows.shape[1],
             self.double,
         )
@@ -193,7 +179,7 @@ class Lattice:
 
     def left_out(self) -> torch.Tensor:
         """Which positions take no part, because a feature is not finite: (positions, 1) bool."""
-        ids = self.tensors["local_ids"].view(self.grid.positions, self.dims + 1)
+        ids = self.local_ids.view(self.grid.positions, self.dims + 1)
         return ids[:, :1] == _LEFT_OUT
 
     def inverse_norm(self, root: bool) -> torch.Tensor:
@@ -210,8 +196,8 @@ class Lattice:
             _native.C().rows_invert_norm(
                 _where(norm),
                 self.grid.positions,
-                norm.data_ptr(),
-                norm.data_ptr(),
+                norm,
+                norm,
                 root,
                 self.double,
             )
@@ -243,6 +229,51 @@ class Lattice:
         rows = self.slice(self.splat(rows, before, transpose), after)
         return unpack(self.grid, rows, torch.empty_like(values))
 
+    def filter_grad(
+        self,
+        grad: torch.Tensor,
+        values: torch.Tensor,
+        normalization: Normalization,
+        transpose: bool,
+        needs: tuple[bool, bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Gradients of `filter`'s values and of the features, None where not needed."""
+        before, after = self.scales(normalization)
+        if transpose:
+            before, after = after, before
+        g = pack(self.grid, grad, "values")
+        grad_vertices = self.splat(g, after, not transpose)
+        grad_values = grad_features = None
+        if needs[0]:
+            rows = self.slice(grad_vertices, before)
+            grad_values = unpack(self.grid, rows, torch.empty_like(values))
+        if needs[1]:
+            x = pack(self.grid, values, "values")
+            vertices = self.splat(x, before, transpose)
+            pair = scaled(x, before), scaled(g, after)
+            grad_weights = self.weights_grad(*pair, vertices, grad_vertices)
+            if normalization != "none":
+                total = self.weights.new_zeros(())
+                if before is not None:
+                    total = total + (self.slice(grad_vertices, None, 0.0) * x).sum(dim=1)
+                if after is not None:
+                    total = total + (self.slice(vertices, None, 0.0) * g).sum(dim=1)
+                grad_weights += self.norm_grad(total, normalization)
+            grad_features = self.embed_grad(grad_weights)
+        return grad_values, grad_features
+
+    def norm_grad(self, grad_scales: torch.Tensor, normalization: Normalization) -> torch.Tensor:
+        """The gradient of the weights through n = K 1, from that of the diagonals, summed."""
+        if normalization == "symmetric":
+            grad_norm = -0.5 * grad_scales * self.inverse_norm(True) ** 3
+        else:
+            grad_norm = -grad_scales * self.inverse_norm(False) ** 2
+        # A point that takes no part has no norm.
+        g = grad_norm.nan_to_num(nan=0.0).view(-1, 1)
+        ones = torch.ones_like(g)
+        vertices = self.splat(ones, None, False)
+        return self.weights_grad(ones, g, vertices, self.splat(g, None, True))
+
     def weights_grad(
         self,
         x: torch.Tensor,
@@ -255,11 +286,11 @@ class Lattice:
         _native.C().lattice_weights_grad(
             _where(x),
             self.view,
-            x.data_ptr(),
-            g.data_ptr(),
-            vertices.data_ptr(),
-            grad_vertices.data_ptr(),
-            out.data_ptr(),
+            x,
+            g,
+            vertices,
+            grad_vertices,
+            out,
             x.shape[1],
             self.double,
         )
@@ -272,9 +303,9 @@ class Lattice:
         _native.C().lattice_embed_grad(
             _where(out),
             self.view,
-            self.features.data_ptr(),
-            grad_weights.data_ptr(),
-            out.data_ptr(),
+            self.features,
+            grad_weights,
+            out,
             self.double,
         )
         return out
@@ -326,6 +357,7 @@ def build(
         with _status.watch(first, op, first.dtype) as status:
             build = _embed(lattice, max_vertices, status)
         _link_by_tile(lattice, build)
+        del build  # whose memory the next lattice may have
     return lattices
 
 
@@ -336,28 +368,31 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
     globally = _global_build(lattice.device)
     i32, i16 = torch.int32, torch.int16
     view, build = lattice.view, C.BuildBuffers()
-    view.counts = lattice.counts.data_ptr()
-    build.features = lattice.features.data_ptr()
-    build.image_start = lattice.image_start.data_ptr()
-    build.status = status.data_ptr()
     empty = lattice.empty
-    lattice.hold(
+    _point(
         view,
-        weights=empty((positions, lattice.dims + 1), lattice.dtype),
-        local_ids=empty((entries,), i16),
+        counts=lattice.counts,
+        weights=lattice.weights,
+        local_ids=lattice.local_ids,
         tile_start=empty((lattice.grid.tiles + 1,), i32),
         pair_vertex=empty((entries,), i32),
     )
-    lattice.hold(build, records=empty((positions * C.record_size(lattice.dims),), i32))
+    _point(
+        build,
+        features=lattice.features,
+        image_start=lattice.image_start,
+        status=status,
+        records=empty((positions * C.record_size(lattice.dims),), i32),
+    )
     where = _where(lattice.features)
     if globally:
         build.temporary_bytes = _workspace(lattice.device, entries, lattice.grid.tiles, 0)
-        lattice.hold(
+        _point(
             build,
             rank_of=empty((entries + 1,), i32),
             temporary=empty((build.temporary_bytes,), torch.uint8),
         )
-        lattice.hold(
+        _point(
             view,
             order=empty((entries,), i16),
             order_weights=empty((entries,), lattice.dtype),
@@ -368,7 +403,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         tile_entries = lattice.grid.tile_points * (lattice.dims + 1)
         build.tile_capacity = 2 ** (2 * tile_entries - 1).bit_length()
         threads = max(1, where[2])
-        lattice.hold(
+        _point(
             build,
             tile_slots=torch.zeros(threads * build.tile_capacity, dtype=i32, device=lattice.device),
             tile_keys=empty((threads * tile_entries * (lattice.dims + 1),), i32),
@@ -377,7 +412,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         keys = int(lattice.counts[1])
     view.vertex_bound = keys if max_vertices is None else min(keys, max_vertices)
     build.capacity = max(16, keys + keys // 2)
-    lattice.hold(
+    _point(
         build,
         slots=empty((build.capacity,), torch.int64),
         slot_of=empty((keys,), i32),
@@ -395,7 +430,6 @@ def _link_by_tile(lattice: Lattice, build: Any) -> None:
     view.vertex_bound, view.pair_bound = lattice.counts.tolist()
     _hold_links(lattice)
     _native.C().lattice_link(_where(lattice.features), view, build)
-    lattice.release()
 
 
 def _link_global(
@@ -404,8 +438,8 @@ def _link_global(
     C = _native.C()
     bounded = max_vertices is not None or _native.capturing(counts.device)
     read = None if bounded else counts.tolist()
-    for i, (lattice, build) in enumerate(zip(lattices, built, strict=True)):
-        view = lattice.view
+    for i, lattice in enumerate(lattices):
+        view, build = lattice.view, built.pop(0)  # whose memory the next lattice may have
         if read is not None:
             view.vertex_bound, view.pair_bound = read[i]
         else:
@@ -415,19 +449,18 @@ def _link_global(
             view.pair_bound = min(lattice.entries, most)
         _hold_links(lattice)
         build.temporary_bytes = _workspace(lattice.device, 0, 0, view.pair_bound)
-        lattice.hold(
+        _point(
             build,
             temporary=lattice.empty((build.temporary_bytes,), torch.uint8),
             sort_keys=lattice.empty((2 * view.pair_bound,), torch.int32),
             sort_values=lattice.empty((view.pair_bound,), torch.int32),
         )
         C.lattice_link(_where(lattice.features), view, build)
-        lattice.release()
 
 
 def _hold_links(lattice: Lattice) -> None:
     view = lattice.view
-    lattice.hold(
+    _point(
         view,
         vertex_start=lattice.empty((view.vertex_bound + 1,), torch.int32),
         vertex_pairs=lattice.empty((view.pair_bound,), torch.int32),
@@ -435,8 +468,15 @@ def _hold_links(lattice: Lattice) -> None:
     )
 
 
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _point(target: Any, **tensors: torch.Tensor) -> None:
+    """Point the fields of a native struct, which keeps them, at tensors."""
+    for name, tensor in tensors.items():
+        setattr(target, name, tensor)
+
+
+def scaled(rows: torch.Tensor, diagonal: torch.Tensor | None) -> torch.Tensor:
+    """Rows times a diagonal, 0 at points that take no part."""
+    return rows if diagonal is None else rows * diagonal.view(-1, 1).nan_to_num(nan=0.0)
 
 
 def pack(
@@ -449,13 +489,13 @@ def pack(
     _native.C().rows_pack(
         _where(values),
         grid,
-        values.data_ptr(),
+        values,
         *values.stride(),
-        rows.data_ptr(),
+        rows,
         channels,
         width,
         ROW_KINDS[kind],
-        _pointer(status),
+        status,
         values.dtype == torch.float64,
     )
     return rows
@@ -466,8 +506,8 @@ def unpack(grid: Any, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     _native.C().rows_unpack(
         _where(out),
         grid,
-        rows.data_ptr(),
-        out.data_ptr(),
+        rows,
+        out,
         *out.stride(),
         out.shape[1],
         rows.shape[1],

@@ -155,19 +155,14 @@ def forward_branches(
     workspace = table.workspace()
     branches, offset = [], 0
     for w, g in zip(weights, geometries, strict=True):
-        branches.append((w.data_ptr(), g.kernel, g.dilation, g.padding, w.size(0), offset))
+        branches.append((w, g.kernel, g.dilation, g.padding, w.size(0), offset))
         offset += w.size(0)
-    addresses = {
-        "output": out.data_ptr(),
-        "residual": _address(residual),
-        "scale": _address(scale),
-        "shift": _address(shift),
-    }
+    written = {"output": out, "residual": residual, "scale": scale, "shift": shift}
     arguments: dict[str, Any] = {
         **table.plan,
-        **addresses,
+        **written,
         "type": _dtypes.FLOATING[x.dtype],
-        "input": x.data_ptr(),
+        "input": x,
         "batch": x.size(0),
         "channels": x.size(1),
         "in_size": (g.height, g.width),
@@ -176,9 +171,9 @@ def forward_branches(
         "out_pitch": pitch,
         "relu": activation == "relu",
         "pairs": not any(count % 2 for count in (pitch, *(w.size(0) for w in weights)))
-        and not any(address % 8 for address in addresses.values()),
-        "table": table.words.data_ptr(),
-        "workspace": workspace.data_ptr(),
+        and not any(t.data_ptr() % 8 for t in written.values() if t is not None),
+        "table": table.words,
+        "workspace": workspace,
         "branches": branches,
     }
     _native.C().dilated_conv2d(_where(x), arguments)
@@ -217,19 +212,19 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> 
     arguments: dict[str, Any] = {
         **table.plan,
         "type": _dtypes.FLOATING[x.dtype],
-        "grad": grad.data_ptr(),
-        "input": x.data_ptr(),
+        "grad": grad,
+        "input": x,
         "batch": x.size(0),
         "in_size": sizes[0],
         "channels": x.size(1),
         "out_size": sizes[1],
         "out_channels": grad.size(1),
-        "output": out.data_ptr(),
+        "output": out,
         "kernel": g.kernel,
         "dilation": g.dilation,
         "padding": g.padding,
-        "table": table.words.data_ptr(),
-        "workspace": workspace.data_ptr(),
+        "table": table.words,
+        "workspace": workspace,
     }
     _native.C().dilated_conv2d_weight(_where(x), arguments)
     if out.shape[:2] == (out_channels, channels):
@@ -270,10 +265,6 @@ def _rows(t: torch.Tensor, aligned: int) -> torch.Tensor:
 
 def _vector(v: torch.Tensor | None) -> torch.Tensor | None:
     return None if v is None else v.to(torch.float32).contiguous()
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _where(x: torch.Tensor) -> tuple[int, int, int]:

@@ -1,0 +1,380 @@
+"""An operator stated once: its kernel, its fake, what it saves, its backward.
+
+`Operator` makes of these the torch.library operator "segkernels::<name>" and the
+`torch.autograd.Function`, and picks the way of each call:
+
+- straight to the kernel in eager mode where no gradient is wanted: this costs least;
+- through the Function where one is, in reverse or forward mode, and under `torch.func`;
+- through torch's dispatcher while compiling, exporting or tracing, under a dispatch mode, and for
+  tensors that a kernel cannot read as they are (subclasses, meta tensors, negated views).
+
+The dispatcher's autograd kernel is the same Function, so every way has the same derivatives.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+from segkernels.ops import _flops
+
+# Definitions of every operator: "segkernels::<name>".
+library = torch.library.Library("segkernels", "DEF")
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_SCHEMA_TYPES = {
+    bool: "bool",
+    int: "SymInt",
+    float: "float",
+    str: "str",
+    str | None: "str?",
+    torch.dtype: "ScalarType",
+    tuple[int, int]: "SymInt[2]",
+    tuple[int, ...]: "SymInt[]",
+    tuple[float, float]: "float[2]",
+    tuple[bool, ...]: "bool[]",
+}
+
+
+def under_functorch() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp, ...) is open."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def through_dispatcher(*tensors: Any) -> bool:
+    """Whether a kernel cannot read these tensors, or what is done must be recorded by torch."""
+    return torch.compiler.is_compiling() or under_functorch() or _recorded(tensors)
+
+
+def traced() -> bool:
+    """Whether torch.jit.trace (or an exporter that uses it) records what is done."""
+    return torch._C._get_tracing_state() is not None
+
+
+def check_not_traced(function: str) -> None:
+    """Raise NotImplementedError under torch.jit.trace, which would record a wrong constant."""
+    if traced():
+        raise NotImplementedError(
+            f"{function}: torch.jit.trace cannot record this call; use torch.export"
+        )
+
+
+def _recorded(tensors: Iterable[Any]) -> bool:
+    """`through_dispatcher`, but for what is checked before."""
+    if _len_torch_dispatch_stack() > 0 or traced():
+        return True
+    for t in tensors:
+        if isinstance(t, torch.Tensor) and (
+            type(t) not in _PLAIN
+            or not (t.is_cpu or t.is_cuda)
+            or t.is_neg()
+            or t._is_zerotensor()
+            or is_functorch_wrapped_tensor(t)  # left over from a transform that is closed
+        ):
+            return True
+    return False
+
+
+def wants_grad(*tensors: Any) -> bool:
+    """Whether a derivative of a call on these tensors may be asked for, in either mode."""
+    if forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return True
+    return False
+
+
+class Operator:
+    """One operator.
+
+    Its Python functions take the tensors, then one record: a NamedTuple of all other arguments. A
+    list of tensors may stand last among the tensors.
+
+    Args:
+        name: in torch.library, after "segkernels::".
+        tensors: of the schema, such as "Tensor input, Tensor? weight, Tensor[] terms".
+        record: the NamedTuple's class. Its annotations give the rest of the schema; fields with a
+            default are not in it, so the dispatcher's kernels see the default.
+        kernel: computes the outputs: a tensor, a tuple of tensors, or a list.
+        fake: the same without values: outputs of the right shape, dtype and layout.
+        returns: of the schema.
+        differentiable: how many outputs, from the first, have gradients.
+        save: the tensors (or None) that the derivatives need, of the arguments and the outputs.
+        backward: `(ctx, *grads)`, gradients of the outputs to gradients of the tensors. As in
+            `torch.autograd.Function`, with `ctx.saved_tensors`, `ctx.needs_input_grad` (lists of
+            tensors spread) and `ctx.record`. Where an operator has several outputs, a gradient is
+            None that nothing contributes to.
+        jvp: `(ctx, *tangents)`, tangents of the tensors (or None, and lists spread) to tangents
+            of the outputs.
+        transpose: in place of `save`, `backward` and `jvp`, for operators that are linear in their
+            first tensor, and whose others have no gradient: `(grad, *others, record)`.
+        vmap: `(size, dims, *arguments)`: a batch of calls as one call, its outputs with the batch
+            in front; None: `fold`.
+        flops: what `torch.utils.flop_counter.FlopCounterMode` counts, of the schema's arguments
+            with shapes for tensors, and `out_shape`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tensors: str,
+        record: type[Any],
+        *,
+        kernel: Callable[..., Any],
+        fake: Callable[..., Any],
+        returns: str = "Tensor",
+        differentiable: int = 1,
+        save: Callable[..., Sequence[torch.Tensor | None]] | None = None,
+        backward: Callable[..., Sequence[Any]] | None = None,
+        jvp: Callable[..., Any] | None = None,
+        transpose: Callable[..., torch.Tensor] | None = None,
+        vmap: Callable[..., Any] | None = None,
+        flops: Callable[..., int] | None = None,
+    ) -> None:
+        self.name = name
+        self._layout = _Layout(record)
+        self.kernel = kernel
+        self.tensors = [argument.split()[-1] for argument in tensors.split(",")]
+        self._has_list = "Tensor[]" in tensors
+        self._count = len(self.tensors)
+        self._returns_list = returns == "Tensor[]"
+        self._differentiable = differentiable
+        self._save, self._backward, self._jvp = save, backward, jvp
+        self._vmap = vmap or self.fold
+        if transpose is not None:
+            self._be_linear(transpose)
+        library.define(f"{name}({tensors}, {self._layout.schema}) -> {returns}")
+        self.overload = getattr(torch.ops.segkernels, name).default
+        for key in ("CPU", "CUDA"):
+            library.impl(name, lambda *args: kernel(*self._inflated(args)), key)
+        library.impl(name, self._autograd_kernel, "Autograd")
+        torch.library.register_fake(
+            f"segkernels::{name}", lambda *args: fake(*self._inflated(args)), lib=library
+        )
+        if flops is not None:
+            _flops.register(name, flops)
+        direct = self._function(self._forward)
+        # torch's own apply looks into signatures, which only functorch needs, for microseconds.
+        self._recorded = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
+        self._transformed = self._function(self._forward_by_dispatcher).apply
+
+    def __call__(self, *args: Any) -> Any:
+        """The outputs for the tensors and the record, on the way that this call needs."""
+        if torch.compiler.is_compiling():
+            return self._dispatched(args)
+        tensors = self._spread(args)[:-1] if self._has_list else args[:-1]
+        if under_functorch():
+            return self._listed(self._transformed(*tensors, self._layout.bare(args[-1])))
+        if _recorded(tensors):
+            return self._dispatched(args)
+        if self._differentiable and wants_grad(*tensors):
+            return self._listed(self._recorded(*tensors, args[-1]))
+        return self.kernel(*args)
+
+    def is_direct(self, *tensors: Any) -> bool:
+        """Whether a call on these tensors goes straight to the kernel."""
+        return not (through_dispatcher(*tensors) or wants_grad(*tensors))
+
+    def fold(
+        self, size: int, dims: Sequence[int | None], *args: Any, without_batch: Sequence[str] = ()
+    ) -> Any:
+        """A batch of calls as one whose first axis holds both batches, for `vmap`.
+
+        Args:
+            size: of the batch.
+            dims: where each of the arguments, lists spread, has it.
+            args: the tensors, lists spread, and the record.
+            without_batch: tensors that have no batch axis themselves, so that none folds in.
+
+        Raises:
+            NotImplementedError: one of those is batched.
+        """
+        out = self(*self.folded(size, dims, *args, without_batch=without_batch))
+        if isinstance(out, (tuple, list)):
+            return tuple(unfolded(o, size) for o in out)
+        return unfolded(out, size)
+
+    def folded(
+        self, size: int, dims: Sequence[int | None], *args: Any, without_batch: Sequence[str] = ()
+    ) -> tuple[Any, ...]:
+        """The arguments of that call."""
+        *tensors, record = args
+        found = []
+        for i, (t, dim) in enumerate(zip(tensors, dims, strict=False)):
+            name = self.tensors[min(i, self._count - 1)]
+            if name in without_batch:
+                self.refuse_batch(name, dim)
+            folds = t is not None and name not in without_batch
+            found.append(in_front(t, dim, size).flatten(0, 1) if folds else t)
+        return self._grouped((*found, record))
+
+    def refuse_batch(self, name: str, dim: int | None) -> None:
+        """Raise NotImplementedError where torch.vmap has a batch of what cannot have one."""
+        if dim is not None:
+            raise NotImplementedError(
+                f"{self.name}: torch.vmap over {name} is not supported, as one call has one {name} "
+                "for its whole batch"
+            )
+
+    # Arguments: grouped as the public functions give them, spread (lists are several arguments)
+    # as autograd wants them, or flat, as the dispatcher wants them.
+
+    def _spread(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*args[:-2], *args[-2], args[-1]) if self._has_list else args
+
+    def _grouped(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not self._has_list:
+            return args
+        first = self._count - 1
+        return (*args[:first], list(args[first:-1]), args[-1])
+
+    def _inflated(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*args[: self._count], self._layout.built(iter(args[self._count :])))
+
+    def _listed(self, out: Any) -> Any:
+        return list(out) if self._returns_list else out
+
+    def _dispatched(self, args: tuple[Any, ...]) -> Any:
+        check_not_traced(self.name)
+        return self.overload(*args[:-1], *self._layout.flat(args[-1]))
+
+    def _autograd_kernel(self, *args: Any) -> Any:
+        return self._listed(self._transformed(*self._spread(self._inflated(args))))
+
+    def _forward(self, *args: Any) -> Any:
+        out = self.kernel(*self._grouped(args))
+        return tuple(out) if self._returns_list else out
+
+    def _forward_by_dispatcher(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            out = self._dispatched(self._grouped(args))
+        return tuple(out) if self._returns_list else out
+
+    def _be_linear(self, transpose: Callable[..., torch.Tensor]) -> None:
+        def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+            others = ctx.saved_tensors
+            return transpose(grad, *others, ctx.record), *[None] * len(others)
+
+        self._save = lambda *args: args[1 : self._count]
+        self._backward = backward
+        self._jvp = lambda ctx, tangent, *_: self(tangent, *ctx.saved_tensors, ctx.record)
+
+    def _function(self, forward: Callable[..., Any]) -> Any:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            outs = output if isinstance(output, tuple) else (output,)
+            ctx.record = inputs[-1]
+            if self._save is not None:
+                saved = self._save(*self._grouped(inputs), *outs)
+                ctx.save_for_backward(*saved)
+                if forward_ad._current_level >= 0:
+                    ctx.save_for_forward(*saved)
+            if self._differentiable < len(outs):
+                ctx.mark_non_differentiable(*outs[self._differentiable :])
+            if len(outs) > 1:
+                ctx.set_materialize_grads(False)
+
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            grads = grads[: self._differentiable]
+            if self._backward is None or all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            return *self._backward(ctx, *grads), None
+
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            if self._jvp is None:
+                raise NotImplementedError(
+                    f"{self.name}: forward-mode differentiation (torch.func.jvp, jacfwd, "
+                    "torch.autograd.forward_ad) is not implemented; use reverse mode"
+                )
+            return self._jvp(ctx, *tangents[:-1])
+
+        def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
+            out = self._vmap(info.batch_size, dims, *args)
+            return out, (0,) * len(out) if isinstance(out, tuple) else 0
+
+        members = {f.__name__: staticmethod(f) for f in (setup_context, backward, jvp, vmap)}
+        return type(self.name, (torch.autograd.Function,), {**members, "forward": forward})
+
+
+def in_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """`t` with the batch of `torch.vmap` as its first axis, expanded where it has none."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def unfolded(t: torch.Tensor, size: int) -> torch.Tensor:
+    """The first axis as two, a batch of `torch.vmap` in front."""
+    return t.unflatten(0, (size, t.size(0) // size))
+
+
+def _schema_type(kind: Any) -> str:
+    """How a schema names the type of a record's field."""
+    if typing.get_origin(kind) is typing.Literal:
+        return "str"
+    if typing.get_origin(kind) is tuple and typing.get_origin(typing.get_args(kind)[0]):
+        return f"{_schema_type(typing.get_args(kind)[0])}[]"
+    return _SCHEMA_TYPES[kind]
+
+
+class _Layout:
+    """How a record's fields, those of records in it among them, stand in a schema."""
+
+    def __init__(self, record: type[Any]) -> None:
+        hints = typing.get_type_hints(record)
+        names = [name for name in record._fields if name not in record._field_defaults]
+        kinds = [hints[name] for name in names]
+        self.record = record
+        # Of each field the layout if it is a record, else None.
+        self.fields = tuple(_Layout(k) if hasattr(k, "_fields") else None for k in kinds)
+        self.schema: str = ", ".join(
+            f"{_schema_type(kind)} {name}" if field is None else field.schema
+            for name, kind, field in zip(names, kinds, self.fields, strict=True)
+        )
+
+    def flat(self, record: Any) -> list[Any]:
+        """The fields as the dispatcher takes them."""
+        found: list[Any] = []
+        for field, value in zip(self.fields, record, strict=False):
+            found += [value] if field is None else field.flat(value)
+        return found
+
+    def bare(self, record: Any) -> Any:
+        """The record with nothing that is not in the schema."""
+        return self.built(iter(self.flat(record)))
+
+    def built(self, values: Iterator[Any]) -> Any:
+        """The record of what the dispatcher was given, lists as tuples."""
+        found = []
+        for field in self.fields:
+            value = next(values) if field is None else field.built(values)
+            found.append(tuple(value) if isinstance(value, list) else value)
+        return self.record(*found)
+
+
+def laid_out_like(out: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """`out` in the dtype and layout of `given`, which has its shape; copied only if need be."""
+    like = torch.empty_like(given, device="meta")
+    if out.dtype == like.dtype and out.stride() == like.stride():
+        return out
+    return torch.empty_like(given, requires_grad=False).copy_(out)
+
+
+def is_contiguous(x: torch.Tensor, memory_format: torch.memory_format) -> bool:
+    """Whether `x` is contiguous in that format; not under `torch.func`, whose tensors know none."""
+    return not under_functorch() and x.is_contiguous(memory_format=memory_format)
+
+
+def is_channels_last(x: torch.Tensor) -> bool:
+    """Whether results from the 4-D `x` are to be channels_last: it is, or is a view of such."""
+    if x.is_contiguous():
+        return False
+    if is_contiguous(x, torch.channels_last):
+        return True
+    batch, channel, row, column = x.stride()
+    return channel < column <= row <= batch and channel * x.size(1) <= column

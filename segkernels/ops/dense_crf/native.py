@@ -1,0 +1,76 @@
+"""The native call of the mean field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from segkernels import _native, _status
+from segkernels.ops.dense_crf.config import Config
+from segkernels.ops.permutohedral import native as permutohedral
+from segkernels.ops.permutohedral.native import Lattice
+
+OP = "dense_crf"
+_BATCH = 16  # points that a CPU thread takes through a step together
+
+
+def native_compat(compat: torch.Tensor, channels: int, width: int, alpha: float) -> torch.Tensor:
+    """-mu * alpha as the kernels want it: (width,), or (width, width) by columns."""
+    if compat.dim() == 0:
+        out = compat.new_zeros(width)
+        out[:channels] = compat * alpha
+        return out
+    out = compat.new_zeros((width,) * compat.dim())
+    if compat.dim() == 1:
+        out[:channels] = compat * -alpha
+    else:
+        out[:channels, :channels] = (compat + compat.T) * (-alpha / 2)
+    return out
+
+
+def grid_of(scores: torch.Tensor, lattices: Sequence[Lattice], config: Config) -> Any:
+    """How the points are cut into tiles, lattices or none."""
+    if lattices:
+        return lattices[0].grid
+    return permutohedral.make_grid(scores.device, scores.shape[0], config.spatial, 1)
+
+
+def mean_field(scores: torch.Tensor, terms: Sequence[torch.Tensor], config: Config) -> torch.Tensor:
+    """Mean field of (B, C, N) scores; terms: the features of each, then their compatibilities."""
+    C = _native.C()
+    count, cuda = len(terms) // 2, scores.device.type == "cuda"
+    lattices = config.on(terms[:count])
+    grid = grid_of(scores, lattices, config)
+    with _status.watch(scores, OP, scores.dtype) as status:
+        rows = permutohedral.pack(grid, scores, config.kind, status)
+        out = torch.empty_like(rows) if cuda else rows
+        where = _native.where(scores)
+        width = rows.shape[1]
+        field = C.MeanField()  # it keeps the tensors that it points to
+        field.grid, field.channels, field.width = grid, scores.shape[1], width
+        field.iterations = config.iterations if lattices else 0
+        field.log = config.log
+        field.energy, field.rows, field.status = rows, out, status
+        field.scratch = rows.new_empty(0 if cuda else max(1, where[2]) * _BATCH * width)
+        each = zip(lattices, terms[count:], config.normalization, strict=True)
+        field.set_terms([_term(*one, scores.shape[1], width) for one in each])
+        C.mean_field(where, field, scores.dtype == torch.float64)
+        del field  # before the result is allocated
+    return permutohedral.unpack(grid, out, torch.empty_like(scores))
+
+
+def _term(
+    lattice: Lattice, compat: torch.Tensor, normalization: Any, channels: int, width: int
+) -> Any:
+    term = _native.C().MeanFieldTerm()
+    term.lattice = lattice.view
+    term.scale_in, term.scale_out = lattice.scales(normalization)
+    alpha = 1 / (1 + 2.0**-lattice.dims)
+    term.compat = native_compat(compat.detach(), channels, width, alpha)
+    term.compat_is_matrix = compat.dim() == 2
+    if lattice.device.type == "cuda" and term.scale_in:
+        term.splat_weights = lattice.empty((lattice.entries,), lattice.dtype)
+    term.pairs, term.vertices, term.scratch = lattice.buffers(width)
+    return term

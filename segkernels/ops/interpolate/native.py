@@ -1,0 +1,53 @@
+"""The native call of interpolate, and how a native call is told of a resampling."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from segkernels import _dtypes, _native
+from segkernels.ops._operator import is_channels_last
+from segkernels.ops.interpolate._resampling import MODES, Resampling
+
+
+@functools.lru_cache(maxsize=1024)
+def native_resampling(r: Resampling, planes: int, inner: int) -> Any:
+    """`r` on that many planes of `inner` channels each, as native functions take it."""
+    return _native.C().Resampling(
+        planes, inner, r.in_size, r.out_size, r.factors, MODES[r.mode], r.align_corners, r.rule
+    )
+
+
+def resampling_of(x: torch.Tensor, r: Resampling) -> Any:
+    """`r` on the 4-D `x`: its channels are planes, or innermost where it is channels_last."""
+    if is_channels_last(x):
+        return native_resampling(r, x.size(0), x.size(1))
+    return native_resampling(r, x.size(0) * x.size(1), 1)
+
+
+def empty_result(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """An uninitialised tensor of `x`'s batch, channels, dtype and layout, and another size."""
+    return _empty(x, size, is_channels_last(x))
+
+
+def _empty(x: torch.Tensor, size: tuple[int, int], channels_last: bool) -> torch.Tensor:
+    shape = (x.size(0), x.size(1), *size)
+    if not channels_last:  # this costs less
+        return x.new_empty(shape)
+    layout = torch.channels_last
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def resample(x: torch.Tensor, r: Resampling) -> torch.Tensor:
+    """Resample `x`; copies it first when it is a strided view."""
+    channels_last = is_channels_last(x)
+    out = _empty(x, r.result_size(), channels_last)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()
+    planes, inner = (x.size(0), x.size(1)) if channels_last else (x.size(0) * x.size(1), 1)
+    resampling, dtype = native_resampling(r, planes, inner), _dtypes.FLOATING[x.dtype]
+    _native.C().interpolate(_native.where(x), resampling, dtype, x, out, r.transpose)
+    return out

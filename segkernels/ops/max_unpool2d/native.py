@@ -1,0 +1,58 @@
+"""The native calls of max_unpool2d."""
+
+from __future__ import annotations
+
+import torch
+
+from segkernels import _dtypes, _native, _status
+from segkernels.ops import _windows
+from segkernels.ops._windows import Windows
+
+
+def unpool(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
+    """Unpool the 4-D `x`; `positions` are uint8 codes or int64 indices."""
+    out = _windows.empty(x, w.full, w)
+    if out.numel() == 0:
+        return out
+    x = x.contiguous(memory_format=w.memory_format)
+    positions = positions.contiguous(memory_format=w.memory_format)
+    wide = positions.dtype == torch.int64
+    where = _native.where(x)
+    winners = None
+    if wide and (where[0] >= 0 or where[2] == 0):
+        sources = w.pooled[0] * w.pooled[1]
+        dtype = torch.int32 if sources < 2**31 else torch.int64
+        winners = _windows.empty(x, w.full, w, dtype)
+    windows, dtype_code = _windows.native(w, x), _dtypes.FLOATING[x.dtype]
+    args = where, windows, dtype_code, x, positions, wide, out, winners
+    if where[0] < 0:
+        _status.raise_found(_native.C().max_unpool2d(*args, None), "max_unpool2d")
+        return out
+    with _status.watch(x, "max_unpool2d") as status:
+        _native.C().max_unpool2d(*args, status)
+    return out
+
+
+def read(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
+    """The values of the plane `grad` at the positions; 0 for a position outside the plane.
+
+    Positions were checked by the forward pass, and are not reported again.
+    """
+    out = _windows.empty(grad, w.pooled, w)
+    if out.numel() == 0:
+        return out
+    if grad.numel() == 0:
+        return out.zero_()
+    grad = grad.contiguous(memory_format=w.memory_format)
+    positions = positions.contiguous(memory_format=w.memory_format)
+    _native.C().max_unpool2d_backward(
+        _native.where(grad),
+        _windows.native(w, grad),
+        _dtypes.FLOATING[grad.dtype],
+        grad,
+        positions,
+        positions.dtype == torch.int64,
+        out,
+        None,
+    )
+    return out

@@ -1,0 +1,55 @@
+"""The native calls of unpool_nearest and unpool_bed_of_nails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from segkernels import _dtypes, _native
+from segkernels.ops import _windows
+from segkernels.ops._arguments import Pair
+from segkernels.ops._windows import Windows
+
+
+class Nails(NamedTuple):
+    """The blocks, and the cell of each that holds its value."""
+
+    windows: Windows
+    cell: Pair
+
+
+def nearest(x: torch.Tensor, w: Windows) -> torch.Tensor:
+    """Repeat every value of the 4-D `x` over its block."""
+    return _run(_native.C().unpool_nearest, x, w.full, w)
+
+
+def nearest_backward(grad: torch.Tensor, w: Windows) -> torch.Tensor:
+    """The sum of every block."""
+    return _run(_native.C().unpool_nearest_backward, grad, w.pooled, w)
+
+
+def nails(x: torch.Tensor, n: Nails) -> torch.Tensor:
+    """Every value of the 4-D `x` at the cell of its block."""
+    w = n.windows
+    cell = n.cell[0] * w.kernel_size[1] + n.cell[1]
+    return _run(_native.C().unpool_bed_of_nails, x, w.full, w, cell)
+
+
+def nails_backward(grad: torch.Tensor, n: Nails) -> torch.Tensor:
+    """The value at the cell of every block."""
+    w, (row, column) = n
+    out = _windows.empty(grad, w.pooled, w)
+    return out.copy_(grad[:, :, row :: w.kernel_size[0], column :: w.kernel_size[1]])
+
+
+def _run(
+    function: Callable[..., Any], x: torch.Tensor, size: Pair, w: Windows, *args: int
+) -> torch.Tensor:
+    out = _windows.empty(x, size, w)
+    if out.numel() > 0:
+        x = x.contiguous(memory_format=w.memory_format)
+        windows = _windows.native(w, x)
+        function(_native.where(x), windows, _dtypes.FLOATING[x.dtype], x, out, *args)
+    return out

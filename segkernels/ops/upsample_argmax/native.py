@@ -1,0 +1,58 @@
+"""The native call of upsample_argmax."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from segkernels import _dtypes, _native
+from segkernels.ops.interpolate._resampling import Resampling
+from segkernels.ops.interpolate.native import native_resampling
+
+# enum class LabelType in csrc/upsample_argmax/upsample_argmax.h, and the most classes each holds
+LABELS = {torch.uint8: 0, torch.int16: 1, torch.int32: 2, torch.int64: 3}
+
+
+class Argmax(NamedTuple):
+    """The resampling, whether confidences are asked for, and the labels' dtype."""
+
+    resampling: Resampling
+    confidence: bool
+    dtype: torch.dtype
+
+
+def outputs(logits: torch.Tensor, a: Argmax) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised labels and confidences; the latter empty when they are not asked for."""
+    shape = (logits.size(0), *a.resampling.out_size)
+    labels = torch.empty(shape, dtype=a.dtype, device=logits.device)
+    compute = _dtypes.compute_dtype(logits.dtype)
+    none = (logits.size(0), 0, 0)
+    return labels, torch.empty(shape if a.confidence else none, dtype=compute, device=logits.device)
+
+
+def argmax(
+    logits: torch.Tensor, a: Argmax, plain: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels and confidences; plain: by the CUDA kernel's functor, on the CPU."""
+    labels, confidences = outputs(logits, a)
+    if labels.numel() == 0:
+        return labels, confidences
+    native = _native.C()
+    where = _native.where(logits)
+    call = native.ArgmaxCall(
+        native_resampling(a.resampling, logits.size(0), 1),
+        logits.size(1),
+        logits.stride(),
+        _dtypes.FLOATING[logits.dtype],
+        LABELS[a.dtype],
+        logits,
+        labels,
+        confidences if a.confidence else None,
+    )
+    workspace = None
+    if where[0] < 0:
+        needed = native.upsample_argmax_workspace(where, call)
+        workspace = torch.empty(needed, dtype=torch.uint8)
+    native.upsample_argmax(where, call, workspace, plain)
+    return labels, confidences
