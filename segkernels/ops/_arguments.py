@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,12 @@ def check_floating(tensor: torch.Tensor, name: str, function: str) -> None:
 
 def check_device(tensor: torch.Tensor) -> None:
     """Raise RuntimeError when a kernel is to read `tensor` and cannot run on its device."""
-    if not through_dispatcher(tensor):
+    if not (tensor.is_cpu or through_dispatcher(tensor)):
         _native.where(tensor)
 
 
-def check_choice(value: Any, name: str, choices: Iterable[Any], function: str) -> None:
+def check_choice(value: Any, name: str, choices: Collection[Any], function: str) -> None:
     """Raise ValueError unless `value` is one of the choices."""
-    choices = tuple(choices)
     if value not in choices:
         names = ", ".join(map(repr, choices))
         raise ValueError(f"{function}: {name} must be one of {names}, got {value!r}")

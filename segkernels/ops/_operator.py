@@ -14,13 +14,15 @@ The dispatcher's autograd kernel is the same Function, so every way has the same
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch import is_grad_enabled
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from segkernels.ops import _flops
 
@@ -44,48 +46,51 @@ _SCHEMA_TYPES = {
 
 def under_functorch() -> bool:
     """Whether a transform of `torch.func` (vmap, grad, jvp, ...) is open."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def through_dispatcher(*tensors: Any) -> bool:
-    """Whether a kernel cannot read these tensors, or what is done must be recorded by torch."""
-    return torch.compiler.is_compiling() or under_functorch() or _recorded(tensors)
+    return peek_interpreter_stack() is not None
 
 
 def traced() -> bool:
     """Whether torch.jit.trace (or an exporter that uses it) records what is done."""
-    return torch._C._get_tracing_state() is not None
+    return _get_tracing_state() is not None
 
 
 def check_not_traced(function: str) -> None:
     """Raise NotImplementedError under torch.jit.trace, which would record a wrong constant."""
-    if traced():
+    if _get_tracing_state() is not None:
         raise NotImplementedError(
             f"{function}: torch.jit.trace cannot record this call; use torch.export"
         )
 
 
-def _recorded(tensors: Iterable[Any]) -> bool:
-    """`through_dispatcher`, but for what is checked before."""
-    if _len_torch_dispatch_stack() > 0 or traced():
+def is_eager(t: torch.Tensor) -> bool:
+    """Whether a call on `t` is computed at once, so that its sizes are ints and no symbols."""
+    return not is_compiling() and _len_torch_dispatch_stack() == 0 and type(t) in _PLAIN
+
+
+def through_dispatcher(*tensors: Any) -> bool:
+    """Whether a kernel cannot read these tensors, or what is done must be recorded by torch."""
+    if is_compiling() or peek_interpreter_stack() is not None:
+        return True
+    if _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None:
         return True
     for t in tensors:
         if isinstance(t, torch.Tensor) and (
-            type(t) not in _PLAIN
-            or not (t.is_cpu or t.is_cuda)
-            or t.is_neg()
-            or t._is_zerotensor()
-            or is_functorch_wrapped_tensor(t)  # left over from a transform that is closed
+            type(t) not in _PLAIN or t.is_neg() or _cannot_be_read(t)
         ):
             return True
     return False
+
+
+def _cannot_be_read(t: torch.Tensor) -> bool:
+    """Whether `t` has no memory here: that of a transform of `torch.func` which is closed, too."""
+    return is_functorch_wrapped_tensor(t) or t._is_zerotensor() or not (t.is_cpu or t.is_cuda)
 
 
 def wants_grad(*tensors: Any) -> bool:
     """Whether a derivative of a call on these tensors may be asked for, in either mode."""
     if forward_ad._current_level >= 0:
         return True
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for t in tensors:
             if isinstance(t, torch.Tensor) and t.requires_grad:
                 return True
@@ -103,8 +108,10 @@ class Operator:
         tensors: of the schema, such as "Tensor input, Tensor? weight, Tensor[] terms".
         record: the NamedTuple's class. Its annotations give the rest of the schema; fields with a
             default are not in it, so the dispatcher's kernels see the default.
-        kernel: computes the outputs: a tensor, a tuple of tensors, or a list.
+        kernel: computes the outputs: a tensor, a tuple of tensors, or a list. An output that this
+            call does not have is None; the dispatcher gives an empty tensor for it.
         fake: the same without values: outputs of the right shape, dtype and layout.
+        direct: the kernel where no gradient follows, if it can do without what is saved.
         returns: of the schema.
         differentiable: how many outputs, from the first, have gradients.
         save: the tensors (or None) that the derivatives need, of the arguments and the outputs.
@@ -130,6 +137,7 @@ class Operator:
         *,
         kernel: Callable[..., Any],
         fake: Callable[..., Any],
+        direct: Callable[..., Any] | None = None,
         returns: str = "Tensor",
         differentiable: int = 1,
         save: Callable[..., Sequence[torch.Tensor | None]] | None = None,
@@ -145,6 +153,7 @@ class Operator:
         self.tensors = [argument.split()[-1] for argument in tensors.split(",")]
         self._has_list = "Tensor[]" in tensors
         self._count = len(self.tensors)
+        self._direct = direct or kernel
         self._returns_list = returns == "Tensor[]"
         self._differentiable = differentiable
         self._save, self._backward, self._jvp = save, backward, jvp
@@ -154,34 +163,53 @@ class Operator:
         library.define(f"{name}({tensors}, {self._layout.schema}) -> {returns}")
         self.overload = getattr(torch.ops.segkernels, name).default
         for key in ("CPU", "CUDA"):
-            library.impl(name, lambda *args: kernel(*self._inflated(args)), key)
+            library.impl(name, lambda *args: self._filled(kernel, args), key)
         library.impl(name, self._autograd_kernel, "Autograd")
         torch.library.register_fake(
-            f"segkernels::{name}", lambda *args: fake(*self._inflated(args)), lib=library
+            f"segkernels::{name}", lambda *args: self._filled(fake, args), lib=library
         )
         if flops is not None:
             _flops.register(name, flops)
-        direct = self._function(self._forward)
+        function = self._function(self._forward)
         # torch's own apply looks into signatures, which only functorch needs, for microseconds.
-        self._recorded = super(torch.autograd.Function, direct).apply  # type: ignore[misc]
+        self._recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
         self._transformed = self._function(self._forward_by_dispatcher).apply
 
     def __call__(self, *args: Any) -> Any:
         """The outputs for the tensors and the record, on the way that this call needs."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._dispatched(args)
         tensors = self._spread(args)[:-1] if self._has_list else args[:-1]
-        if under_functorch():
+        if peek_interpreter_stack() is not None:
             return self._listed(self._transformed(*tensors, self._layout.bare(args[-1])))
-        if _recorded(tensors):
+        if _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None:
             return self._dispatched(args)
-        if self._differentiable and wants_grad(*tensors):
+        recording = is_grad_enabled()
+        wanted = forward_ad._current_level >= 0
+        for t in tensors:
+            if t is None:
+                continue
+            if type(t) not in _PLAIN or t.is_neg():
+                return self._dispatched(args)
+            if recording and t.requires_grad:
+                wanted = True
+        if wanted:
             return self._listed(self._recorded(*tensors, args[-1]))
-        return self.kernel(*args)
+        try:
+            return self._direct(*args)
+        except RuntimeError:
+            return self._run_instead(args)
 
-    def is_direct(self, *tensors: Any) -> bool:
-        """Whether a call on these tensors goes straight to the kernel."""
-        return not (through_dispatcher(*tensors) or wants_grad(*tensors))
+    def _run_instead(self, args: tuple[Any, ...]) -> Any:
+        """What a kernel could not read, by the dispatcher; any other error again."""
+        for t in self._spread(args)[:-1]:
+            if t is not None and _cannot_be_read(t):
+                return self._dispatched(args)
+        raise
+
+    def whole(self, *args: Any) -> Any:
+        """Every output, also what only derivatives need: what a rule for `torch.vmap` must give."""
+        return self._listed(self._transformed(*self._spread(args)))
 
     def fold(
         self, size: int, dims: Sequence[int | None], *args: Any, without_batch: Sequence[str] = ()
@@ -197,10 +225,10 @@ class Operator:
         Raises:
             NotImplementedError: one of those is batched.
         """
-        out = self(*self.folded(size, dims, *args, without_batch=without_batch))
+        out = self.whole(*self.folded(size, dims, *args, without_batch=without_batch))
         if isinstance(out, (tuple, list)):
-            return tuple(unfolded(o, size) for o in out)
-        return unfolded(out, size)
+            return tuple(unfolded(o, size, args[0]) for o in out)
+        return unfolded(out, size, args[0])
 
     def folded(
         self, size: int, dims: Sequence[int | None], *args: Any, without_batch: Sequence[str] = ()
@@ -239,6 +267,13 @@ class Operator:
     def _inflated(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*args[: self._count], self._layout.built(iter(args[self._count :])))
 
+    def _filled(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Outputs for the dispatcher, which knows no None."""
+        out = function(*self._inflated(args))
+        if not isinstance(out, (tuple, list)):
+            return out
+        return type(out)(args[0].new_empty(0) if o is None else o for o in out)
+
     def _listed(self, out: Any) -> Any:
         return list(out) if self._returns_list else out
 
@@ -250,7 +285,11 @@ class Operator:
         return self._listed(self._transformed(*self._spread(self._inflated(args))))
 
     def _forward(self, *args: Any) -> Any:
-        out = self.kernel(*self._grouped(args))
+        args = self._grouped(args)
+        try:
+            out = self.kernel(*args)
+        except RuntimeError:
+            out = self._run_instead(args)
         return tuple(out) if self._returns_list else out
 
     def _forward_by_dispatcher(self, *args: Any) -> Any:
@@ -276,14 +315,18 @@ class Operator:
                 ctx.save_for_backward(*saved)
                 if forward_ad._current_level >= 0:
                     ctx.save_for_forward(*saved)
-            if self._differentiable < len(outs):
-                ctx.mark_non_differentiable(*outs[self._differentiable :])
             if len(outs) > 1:
                 ctx.set_materialize_grads(False)
+            if self._differentiable < len(outs):
+                rest = outs[self._differentiable :]
+                ctx.mark_non_differentiable(*(out for out in rest if out is not None))
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            grads = grads[: self._differentiable]
-            if self._backward is None or all(grad is None for grad in grads):
+            if len(grads) > 1:
+                grads = grads[: self._differentiable]
+                if all(grad is None for grad in grads):
+                    return (None,) * len(ctx.needs_input_grad)
+            if self._backward is None:
                 return (None,) * len(ctx.needs_input_grad)
             return *self._backward(ctx, *grads), None
 
@@ -308,8 +351,10 @@ def in_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def unfolded(t: torch.Tensor, size: int) -> torch.Tensor:
-    """The first axis as two, a batch of `torch.vmap` in front."""
+def unfolded(t: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
+    """The first axis as two, a batch of `torch.vmap` in front; empty for what is not there."""
+    if t is None:
+        return like.new_empty(size, 0)
     return t.unflatten(0, (size, t.size(0) // size))
 
 

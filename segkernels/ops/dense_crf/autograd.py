@@ -29,16 +29,15 @@ def _backward(ctx: Any, grad: torch.Tensor) -> list[torch.Tensor | None]:
 
 def _gradients(
     grad: torch.Tensor, scores: torch.Tensor, terms: list[torch.Tensor], w: Wanted
-) -> list[torch.Tensor]:
-    found = gradients(grad, scores, terms, w.needs, w.config)
-    return [grad.new_empty(0) if g is None else g for g in found]
+) -> list[torch.Tensor | None]:
+    return gradients(grad, scores, terms, w.needs, w.config)
 
 
 def _gradients_fake(
     grad: torch.Tensor, scores: torch.Tensor, terms: list[torch.Tensor], w: Wanted
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor | None]:
     found = [torch.empty_like(scores), *(t.new_empty(t.shape) for t in terms)]
-    return [g if n else g.new_empty(0) for g, n in zip(found, w.needs, strict=True)]
+    return [g if needed else None for g, needed in zip(found, w.needs, strict=True)]
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
@@ -54,7 +53,7 @@ def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
         in_front(t, dim, size).flatten(0, 1)
         for t, dim in zip((scores, *terms[:count]), dims, strict=False)
     ]
-    return unfolded(mean_field(folded[0], [*folded[1:], *terms[count:]], config), size)
+    return unfolded(mean_field(folded[0], [*folded[1:], *terms[count:]], config), size, scores)
 
 
 def _gradients_vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:

@@ -138,7 +138,7 @@ def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) ->
         and input.device.type == "cpu"
         and input.dim() == weight.dim() == 4
         and backend in ("auto", "torch")
-        and not _operator.through_dispatcher(input, weight, bias)
+        and _operator.is_eager(input)
         and not torch.is_autocast_enabled("cpu")
         and not torch_path.may_crash(input, stride)
         and (

@@ -145,21 +145,19 @@ def _grouped(c: Call, size: int) -> Call:
     return c._replace(groups=c.groups * size)
 
 
-def _gradients(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, w: Wanted
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, w: Wanted) -> Tensors:
     return backends.gradients(grad, x, weight, w[:2], w.call)
 
 
 def _gradients_fake(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, w: Wanted
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Tensors:
     return _fake_gradient(x, w.of_input), _fake_gradient(weight, w.of_weight)
 
 
-def _fake_gradient(given: torch.Tensor, wanted: bool) -> torch.Tensor:
+def _fake_gradient(given: torch.Tensor, wanted: bool) -> torch.Tensor | None:
     if not wanted:
-        return given.new_empty(0)
+        return None
     layout = torch.channels_last if is_channels_last(given) else torch.contiguous_format
     return torch.empty(given.shape, dtype=given.dtype, device=given.device, memory_format=layout)
 
@@ -185,7 +183,7 @@ def _backward_twice(ctx: Any, to_x: torch.Tensor | None, to_weight: torch.Tensor
     return d_grad, d_x, d_weight
 
 
-def _gradients_jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _gradients_jvp(ctx: Any, *tangents: torch.Tensor | None) -> Tensors:
     grad, x, weight = ctx.saved_tensors
     d_grad, d_x, d_weight = tangents
     w: Wanted = ctx.record
@@ -201,14 +199,11 @@ def _gradients_jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tens
             None if d_grad is None else gradients(d_grad, x, weight, of_weight)[1],
             None if d_x is None else gradients(grad, d_x, weight, of_weight)[1],
         )
-    return (
-        to_x if to_x is not None else torch.zeros_like(x) if w.of_input else grad.new_empty(0),
-        to_weight
-        if to_weight is not None
-        else torch.zeros_like(weight)
-        if w.of_weight
-        else grad.new_empty(0),
-    )
+    if w.of_input and to_x is None:
+        to_x = torch.zeros_like(x)
+    if w.of_weight and to_weight is None:
+        to_weight = torch.zeros_like(weight)
+    return to_x, to_weight
 
 
 def _gradients_vmap(
@@ -223,7 +218,8 @@ def _gradients_vmap(
     grad, x, weight = (in_front(t, dim, size) for t, dim in zip(args[:3], dims, strict=False))
     w = w._replace(call=_grouped(w.call, size))
     dx, dw = gradients(_as_groups(grad), _as_groups(x), weight.flatten(0, 1), w)
-    return _from_groups(dx, size) if w.of_input else dx.new_empty(size, 0), unfolded(dw, size)
+    dx = weight.new_empty(size, 0) if dx is None else _from_groups(dx, size)
+    return dx, unfolded(dw, size, weight)
 
 
 def count(x_shape: Any, weight_shape: Any, out_shape: Any) -> int:

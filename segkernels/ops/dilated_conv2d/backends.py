@@ -74,11 +74,8 @@ def forward_into(
 
 def gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: tuple[bool, bool], c: Call
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the plain convolution, each laid out as what it is the gradient of.
-
-    One that is not wanted is an empty tensor.
-    """
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the plain convolution, each laid out as what it is the gradient of, or None."""
     dx = dw = None
     with torch.no_grad():
         if not _is_torchs(x, c):
@@ -95,8 +92,8 @@ def gradients(
             dx = their_dx if rest[0] else dx
             dw = their_dw if rest[1] else dw
         return (
-            grad.new_empty(0) if dx is None else laid_out(dx, is_channels_last(x)),
-            grad.new_empty(0) if dw is None else laid_out(dw, is_channels_last(weight)),
+            None if dx is None else laid_out(dx, is_channels_last(x)),
+            None if dw is None else laid_out(dw, is_channels_last(weight)),
         )
 
 

@@ -81,31 +81,25 @@ def _gradients(
     features: torch.Tensor,
     query_features: torch.Tensor | None,
     w: Wanted,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     plan = w.kernel.on(features, query_features)
     back = plan if plan.to_itself else plan.transposed()
-    none = grad.new_empty(0)
-    to_values = back.apply(grad) if w.needs[0] else none
-    to_features = to_queries = none
+    to_values = back.apply(grad).contiguous() if w.needs[0] else None
+    to_features = to_queries = None
     if plan.to_itself:
         if w.needs[1]:
             both = torch.cat([grad, values], dim=1), torch.cat([values, grad], dim=1)
-            to_features = plan.pull(*both)
+            to_features = plan.pull(*both).contiguous()
     else:
-        to_features = back.pull(values, grad) if w.needs[1] else none
-        to_queries = plan.pull(grad, values) if w.needs[2] else none
-    return to_values.contiguous(), to_features.contiguous(), to_queries.contiguous()
+        to_features = back.pull(values, grad).contiguous() if w.needs[1] else None
+        to_queries = plan.pull(grad, values).contiguous() if w.needs[2] else None
+    return to_values, to_features, to_queries
 
 
-def _gradients_fake(
-    grad: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _gradients_fake(grad: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
     *tensors, w = rest
-    values, features, queries = (
-        t.new_empty(t.shape) if needed else grad.new_empty(0)
-        for t, needed in zip(tensors, w.needs, strict=True)
-    )
-    return values, features, queries
+    pairs = zip(tensors, w.needs, strict=True)
+    return tuple(t.new_empty(t.shape) if needed else None for t, needed in pairs)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:

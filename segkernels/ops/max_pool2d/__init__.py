@@ -101,20 +101,21 @@ def max_pool2d(
     pads = _arguments.pair(padding, "padding", "max_pool2d")
     gaps = _arguments.pair(dilation, "dilation", "max_pool2d")
     batched = input.dim() == 4
-    plan = _plan if _operator.through_dispatcher(input) else _known_plan
+    plan = _known_plan if _operator.is_eager(input) else _plan
     channels_last = batched and _operator.is_channels_last(input)
-    w = plan(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode))
+    shown = bool(return_codes), bool(return_indices)
+    p = plan(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode), *shown)
     if return_codes and _windows.many_cells(kernel):
         raise ValueError(
             f"max_pool2d: return_codes needs a window of at most {_windows.MAX_CELLS} cells "
             f"(16x16), got kernel_size={kernel}"
         )
     x = input if batched else input.unsqueeze(0)
-    if return_indices or return_codes:
-        values, positions = autograd.pool_positions(x, Pooling(w, bool(return_indices)))
-        return (values, positions) if batched else (values.squeeze(0), positions.squeeze(0))
-    values = autograd.pool_values(x, w)
-    return values if batched else values.squeeze(0)
+    values, codes, indices = autograd.pool(x, p)
+    if not (return_codes or return_indices):
+        return values if batched else values.squeeze(0)
+    positions = codes if return_codes else indices
+    return (values, positions) if batched else (values.squeeze(0), positions.squeeze(0))
 
 
 def _plan(
@@ -125,7 +126,9 @@ def _plan(
     pads: Pair,
     gaps: Pair,
     ceil_mode: bool,
-) -> Windows:
+    return_codes: bool,
+    return_indices: bool,
+) -> Pooling:
     """The windows, checked as torch checks them and in its order."""
     if len(shape) not in (3, 4):
         raise RuntimeError(
@@ -155,7 +158,7 @@ def _plan(
         )
     w = w._replace(pooled=pooled)
     _windows.check_range(w, "max_pool2d")
-    return w
+    return Pooling(w, return_codes, return_indices)
 
 
 # Of shapes that are known, that is all but those of tracing.

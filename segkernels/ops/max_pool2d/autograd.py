@@ -17,22 +17,6 @@ from segkernels.ops.max_pool2d import native
 from segkernels.ops.max_pool2d.native import Pooling
 
 
-def pool_values(x: torch.Tensor, w: Windows) -> torch.Tensor:
-    """The values of the 4-D `x`, with no positions where no gradient needs them."""
-    if pool.is_direct(x):
-        return native.pool_values(x, w)
-    values: torch.Tensor = pool(x, Pooling(w, False))[0]
-    return values
-
-
-def pool_positions(x: torch.Tensor, p: Pooling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values, and indices or codes."""
-    if pool.is_direct(x):
-        return native.pool_positions(x, p)
-    values, codes, indices = pool(x, p)
-    return values, indices if p.return_indices else codes
-
-
 def _read(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
     from segkernels.ops.max_unpool2d.autograd import read  # which imports this module
 
@@ -40,7 +24,7 @@ def _read(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tens
     return out
 
 
-def _save(x: torch.Tensor, p: Pooling, *found: torch.Tensor) -> tuple[torch.Tensor]:
+def _save(x: torch.Tensor, p: Pooling, *found: Any) -> tuple[torch.Tensor]:
     _, codes, indices = found
     return (indices if p.windows.many_cells else codes,)
 
@@ -61,6 +45,7 @@ pool: Operator = Operator(
     returns="(Tensor values, Tensor codes, Tensor indices)",
     kernel=native.pool,
     fake=native.outputs,
+    direct=native.pool_direct,
     save=_save,
     backward=_backward,
     jvp=_jvp,

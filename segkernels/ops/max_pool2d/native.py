@@ -10,78 +10,51 @@ from segkernels import _dtypes, _native
 from segkernels.ops import _windows
 from segkernels.ops._windows import Windows
 
-Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# Values, codes and indices.
+Found = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 class Pooling(NamedTuple):
-    """What is pooled, and whether indices are asked for."""
+    """What is pooled, and which positions are asked for."""
 
     windows: Windows
+    return_codes: bool
     return_indices: bool
 
 
-def outputs(x: torch.Tensor, p: Pooling) -> Three:
-    """Uninitialised values, codes and indices.
+def outputs(x: torch.Tensor, p: Pooling) -> Found:
+    """Uninitialised values, and codes, or indices where a window has too many cells for codes.
 
-    Codes are empty where a window has too many cells for them, indices where it has not and nobody
-    asked for them.
+    Indices also where they are asked for.
     """
-    w, many = p.windows, p.windows.many_cells
+    many = p.windows.many_cells
+    return _empty(x, p.windows, not many, many or p.return_indices)
+
+
+def pool(x: torch.Tensor, p: Pooling) -> Found:
+    """Values and positions of the 4-D `x`; codes or indices are there for the backward pass."""
+    return _run(x, p.windows, outputs(x, p))
+
+
+def pool_direct(x: torch.Tensor, p: Pooling) -> Found:
+    """Values, and only the positions that are asked for."""
+    return _run(x, p.windows, _empty(x, *p))
+
+
+def _empty(x: torch.Tensor, w: Windows, codes: bool, indices: bool) -> Found:
     return (
         _windows.empty(x, w.pooled, w),
-        _windows.empty(x, (0, 0) if many else w.pooled, w, torch.uint8),
-        _windows.empty(x, w.pooled if many or p.return_indices else (0, 0), w, torch.int64),
+        _windows.empty(x, w.pooled, w, torch.uint8) if codes else None,
+        _windows.empty(x, w.pooled, w, torch.int64) if indices else None,
     )
 
 
-def pool(x: torch.Tensor, p: Pooling) -> Three:
-    """Values, codes and indices of the 4-D `x`."""
-    values, codes, indices = found = outputs(x, p)
-    _run(
-        x,
-        p.windows,
-        values,
-        codes if codes.numel() else None,
-        indices if indices.numel() else None,
-    )
-    return found
-
-
-def pool_values(x: torch.Tensor, w: Windows) -> torch.Tensor:
-    """Values alone."""
-    values = _windows.empty(x, w.pooled, w)
-    _run(x, w, values, None, None)
-    return values
-
-
-def pool_positions(x: torch.Tensor, p: Pooling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values, and indices or codes."""
-    w = p.windows
-    values = _windows.empty(x, w.pooled, w)
-    positions = _windows.empty(x, w.pooled, w, torch.int64 if p.return_indices else torch.uint8)
-    _run(x, w, values, *((None, positions) if p.return_indices else (positions, None)))
-    return values, positions
-
-
-def _run(
-    x: torch.Tensor,
-    w: Windows,
-    values: torch.Tensor,
-    codes: torch.Tensor | None,
-    indices: torch.Tensor | None,
-) -> None:
-    if values.numel() == 0:
-        return
-    x = x.contiguous(memory_format=w.memory_format)
-    _native.C().max_pool2d(
-        _native.where(x),
-        _windows.native(w, x),
-        _dtypes.FLOATING[x.dtype],
-        x,
-        values,
-        codes,
-        indices,
-    )
+def _run(x: torch.Tensor, w: Windows, to: Found) -> Found:
+    if to[0].numel() > 0:
+        x = x.contiguous(memory_format=w.memory_format)
+        where, windows = _native.where(x), _windows.native(w, x)
+        _native.C().max_pool2d(where, windows, _dtypes.FLOATING[x.dtype], x, *to)
+    return to
 
 
 def send_back(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:

@@ -96,7 +96,7 @@ def max_unpool2d(
     batched = input.dim() == 4
     size = None if output_size is None else tuple(output_size)
     known = size is None or all(type(n) is int for n in size)
-    plan = _known_plan if known and not _operator.through_dispatcher(input, indices) else _plan
+    plan = _known_plan if known and _operator.is_eager(input) else _plan
     channels_last = batched and _operator.is_channels_last(input)
     given = input.shape, indices.shape, indices.dtype, channels_last
     w = plan(*given, kernel, steps, pads, gaps, size)

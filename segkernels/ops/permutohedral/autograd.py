@@ -68,19 +68,17 @@ def _jvp(ctx: Any, d_values: torch.Tensor | None, d_features: torch.Tensor | Non
 
 def _gradients(
     grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, w: Wanted
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     f = w.filter
-    found = f.on(features).filter_grad(grad, values, f.normalization, f.transpose, w[:2])
-    none = grad.new_empty(0)
-    return none if found[0] is None else found[0], none if found[1] is None else found[1]
+    return f.on(features).filter_grad(grad, values, f.normalization, f.transpose, w[:2])
 
 
 def _gradients_fake(
     grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, w: Wanted
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (
-        torch.empty_like(values) if w.of_values else grad.new_empty(0),
-        features.new_empty(features.shape) if w.of_features else grad.new_empty(0),
+        torch.empty_like(values) if w.of_values else None,
+        features.new_empty(features.shape) if w.of_features else None,
     )
 
 

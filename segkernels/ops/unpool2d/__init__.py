@@ -114,7 +114,7 @@ def _blocks_of(input: torch.Tensor, kernel_size: int | Sequence[int], function: 
         )
     kernel = _arguments.pair(kernel_size, "kernel_size", function)
     channels_last = input.dim() == 4 and _operator.is_channels_last(input)
-    plan = _blocks if _operator.through_dispatcher(input) else _known_blocks
+    plan = _known_blocks if _operator.is_eager(input) else _blocks
     return plan(input.size(-2), input.size(-1), kernel, channels_last, function)
 
 

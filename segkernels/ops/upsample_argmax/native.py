@@ -22,18 +22,20 @@ class Argmax(NamedTuple):
     dtype: torch.dtype
 
 
-def outputs(logits: torch.Tensor, a: Argmax) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised labels and confidences; the latter empty when they are not asked for."""
+Found = tuple[torch.Tensor, torch.Tensor | None]
+
+
+def outputs(logits: torch.Tensor, a: Argmax) -> Found:
+    """Uninitialised labels, and confidences if they are asked for."""
     shape = (logits.size(0), *a.resampling.out_size)
     labels = torch.empty(shape, dtype=a.dtype, device=logits.device)
+    if not a.confidence:
+        return labels, None
     compute = _dtypes.compute_dtype(logits.dtype)
-    none = (logits.size(0), 0, 0)
-    return labels, torch.empty(shape if a.confidence else none, dtype=compute, device=logits.device)
+    return labels, torch.empty(shape, dtype=compute, device=logits.device)
 
 
-def argmax(
-    logits: torch.Tensor, a: Argmax, plain: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def argmax(logits: torch.Tensor, a: Argmax, plain: bool = False) -> Found:
     """Labels and confidences; plain: by the CUDA kernel's functor, on the CPU."""
     labels, confidences = outputs(logits, a)
     if labels.numel() == 0:
@@ -48,7 +50,7 @@ def argmax(
         LABELS[a.dtype],
         logits,
         labels,
-        confidences if a.confidence else None,
+        confidences,
     )
     workspace = None
     if where[0] < 0:

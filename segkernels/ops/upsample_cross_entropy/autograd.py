@@ -35,9 +35,9 @@ def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> tuple[torch.Tens
             f"{record.name()}: torch.vmap needs reduction='none', got {record.reduction!r}"
         )
     whole = _without_batch(record)
-    value, kept, _ = loss(*loss.folded(size, dims, *args, without_batch=whole))
+    value, kept, _ = loss.whole(*loss.folded(size, dims, *args, without_batch=whole))
     # The totals are those of the whole batch, and nothing reads them.
-    return unfolded(value, size), unfolded(kept, size), value.new_empty(size, 3)
+    return unfolded(value, size, value), unfolded(kept, size, value), value.new_empty(size, 3)
 
 
 def _gradient_vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
@@ -66,7 +66,7 @@ loss: Operator = Operator(
 )
 loss_backward: Operator = Operator(
     "upsample_cross_entropy_backward",
-    f"Tensor grad, {_TENSORS}, Tensor kept, Tensor totals",
+    f"Tensor grad, {_TENSORS}, Tensor? kept, Tensor totals",
     Loss,
     kernel=native.backward,
     fake=lambda grad, logits, *rest: native.empty_gradient(logits),

@@ -39,7 +39,8 @@ class Loss(NamedTuple):
         return "upsample_binary_cross_entropy" if self.binary else "upsample_cross_entropy"
 
 
-Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# The loss, or a value a pixel for "none"; what is kept of a pixel; [loss, weight, weights].
+Found = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def outputs(
@@ -48,18 +49,17 @@ def outputs(
     weight: torch.Tensor | None,
     pos_weight: torch.Tensor | None,
     loss: Loss,
-) -> Three:
-    """Uninitialised: the loss, or a value a pixel for "none"; kept values; [loss, weight, weights].
+) -> Found:
+    """Uninitialised results.
 
     Nothing is kept of the binary loss: a pixel's gradient needs its own logit alone.
     """
     compute = _dtypes.compute_dtype(logits.dtype)
     device = logits.device
     shape = target.shape if loss.reduction == "none" else ()
-    kept = (logits.size(0), 0) if loss.binary else target.shape
     return (
         torch.empty(shape, dtype=compute, device=device),
-        torch.empty(kept, dtype=compute, device=device),
+        None if loss.binary else torch.empty(target.shape, dtype=compute, device=device),
         torch.empty(3, dtype=compute, device=device),
     )
 
@@ -108,7 +108,7 @@ def forward(
     pos_weight: torch.Tensor | None,
     loss: Loss,
     plain: bool = False,
-) -> Three:
+) -> Found:
     """The loss, kept values and totals; plain: by the CUDA kernel's functor, on the CPU."""
     value, kept, totals = outputs(logits, target, weight, pos_weight, loss)
     where = _native.where(logits)
@@ -131,7 +131,7 @@ def backward(
     target: torch.Tensor,
     weight: torch.Tensor | None,
     pos_weight: torch.Tensor | None,
-    kept: torch.Tensor,
+    kept: torch.Tensor | None,
     totals: torch.Tensor,
     loss: Loss,
     plain: bool = False,
