@@ -69,6 +69,8 @@ struct py::detail::type_caster<Address> {
     }
     if (data) value.data = PyLong_AsVoidPtr(data.ptr());
     if (PyErr_Occurred() != nullptr) throw error_already_set();
+    if (value.data == nullptr && source.attr("numel")().cast<int64_t>() != 0)
+      throw std::runtime_error("a tensor has values but no memory");
     return true;
   }
 };

@@ -310,25 +310,23 @@ class Operator:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             outs = output if isinstance(output, tuple) else (output,)
             ctx.record = inputs[-1]
+            ctx.set_materialize_grads(False)
             if self._save is not None:
                 saved = self._save(*self._grouped(inputs), *outs)
                 ctx.save_for_backward(*saved)
                 if forward_ad._current_level >= 0:
                     ctx.save_for_forward(*saved)
-            if len(outs) > 1:
-                ctx.set_materialize_grads(False)
             if self._differentiable < len(outs):
                 rest = outs[self._differentiable :]
                 ctx.mark_non_differentiable(*(out for out in rest if out is not None))
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-            if len(grads) > 1:
-                grads = grads[: self._differentiable]
-                if all(grad is None for grad in grads):
-                    return (None,) * len(ctx.needs_input_grad)
-            if self._backward is None:
-                return (None,) * len(ctx.needs_input_grad)
-            return *self._backward(ctx, *grads), None
+            grads = grads[: self._differentiable]
+            if self._backward is not None:
+                for grad in grads:
+                    if grad is not None:
+                        return *self._backward(ctx, *grads), None
+            return (None,) * len(ctx.needs_input_grad)
 
         def jvp(ctx: Any, *tangents: Any) -> Any:
             if self._jvp is None:

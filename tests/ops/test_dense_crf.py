@@ -659,3 +659,82 @@ def test_without_recording(mode, device):
     assert want.requires_grad
     assert not got.requires_grad
     assert torch.equal(got, want)
+
+
+def crf_inputs(*batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return 255 * torch.rand(*batch, 3, 6, 7), torch.randn(*batch, 4, 6, 7)
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+def test_torch_func(method):
+    img, logits = crf_inputs(2)
+
+    def loss(x: torch.Tensor, i: torch.Tensor) -> torch.Tensor:
+        return segkernels.dense_crf(i, logits=x, iterations=2, method=method)[:, 0].square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (logits, img)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.func.grad(loss, (0, 1))(logits, img)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    if method == "lattice":
+        with pytest.raises(NotImplementedError, match=r"dense_crf: forward-mode"):
+            torch.func.jvp(loss, (logits, img), (logits, img))
+    else:
+        small = torch.randn_like(logits)
+        _, found = torch.func.jvp(lambda x: loss(x, img), (logits,), (small,))
+        torch.testing.assert_close(found, (expected[0] * small).sum(), rtol=1e-4, atol=1e-6)
+        with pytest.raises(NotImplementedError, match=r"gaussian_filter.*respect to features"):
+            torch.func.jvp(lambda i: loss(logits, i), (img,), (img,))
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+def test_vmap(method):
+    img, logits = crf_inputs(3, 2)
+
+    def refined(i: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return segkernels.dense_crf(i, logits=x, iterations=2, method=method)
+
+    for dims in ((0, 0), (None, 0)):
+        first = img if dims[0] == 0 else img[0]
+        found = torch.func.vmap(refined, dims)(first, logits)
+        for k in range(3):
+            expected = refined(img[k if dims[0] == 0 else 0], logits[k])
+            torch.testing.assert_close(found[k], expected)
+
+
+def test_vmap_refuses_a_compatibility_each():
+    img, logits = crf_inputs(2)
+    with pytest.raises(NotImplementedError, match=r"dense_crf: torch\.vmap over compat"):
+        torch.func.vmap(lambda c: segkernels.dense_crf(img, logits=logits, compat_gaussian=c))(
+            torch.ones(3)
+        )
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_negated_views(kind, method):
+    img, _ = crf_inputs(2)
+    scores = scores_of(kind, 2, 4, 6, 7).float()
+    expected = segkernels.dense_crf(img, **{kind: scores}, method=method)
+    for i in (img, torch._neg_view(-img)):
+        for s in (scores, torch._neg_view(-scores)):
+            assert torch.equal(segkernels.dense_crf(i, **{kind: s}, method=method), expected)
+    leaf = scores.clone().requires_grad_()
+    (want,) = torch.autograd.grad(
+        segkernels.dense_crf(img, **{kind: leaf}, method=method)[:, 0].sum(), leaf
+    )
+    out = segkernels.dense_crf(img, **{kind: torch._neg_view(-leaf)}, method=method)
+    (got,) = torch.autograd.grad(out[:, 0].sum(), leaf)
+    assert torch.equal(got.resolve_neg(), want)
+
+
+@pytest.mark.parametrize("method", ["lattice", "exact"])
+def test_meta_and_tracing(method):
+    img, logits = (t.to("meta") for t in crf_inputs(2))
+    assert segkernels.dense_crf(img, logits=logits, method=method).shape == logits.shape
+    img, logits = crf_inputs(2)
+    with pytest.raises(NotImplementedError, match=r"torch\.export"):
+        torch.jit.trace(
+            lambda i, x: segkernels.dense_crf(i, logits=x, method=method), (img, logits)
+        )

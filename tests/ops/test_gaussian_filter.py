@@ -519,3 +519,24 @@ def test_memory_is_that_of_the_points():
         high(torch.rand(1, 1, 20_000), torch.rand(1, 2, 20_000) * 200)
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < 50e6
+
+
+@pytest.mark.parametrize("device", suite.DEVICES)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_forward_mode_in_the_values(normalization: Any, device: str) -> None:
+    values, tangent = (torch.randn(2, 3, 20, dtype=torch.float64, device=device) for _ in range(2))
+    features = torch.randn(2, 2, 20, dtype=torch.float64, device=device)
+    for queries in (None, features[:, :, :7] + 0.1):
+
+        def call(v: torch.Tensor, q: Any = queries) -> torch.Tensor:
+            return gaussian_filter(v, features, query_features=q, normalization=normalization)
+
+        out, found = torch.func.jvp(call, (values,), (tangent,))
+        torch.testing.assert_close(out, call(values))
+        torch.testing.assert_close(found, call(tangent))
+        with pytest.raises(NotImplementedError, match=r"gaussian_filter.*respect to features"):
+            torch.func.jvp(
+                lambda f: gaussian_filter(values, f, normalization=normalization),
+                (features,),
+                (features,),
+            )

@@ -20,6 +20,7 @@ from lattice_points import (
     told_by_check,
     weights_of,
 )
+from torch.autograd import forward_ad
 from torch.autograd.gradcheck import GradcheckError
 
 from segkernels import PermutohedralLattice, permutohedral_filter
@@ -931,3 +932,84 @@ def test_autocast_changes_nothing(device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         got = permutohedral_filter(values, features)
     assert torch.equal(got, want)
+
+
+def filter_calls(features):
+    """Both ways to filter, as functions of the values."""
+    lattice = PermutohedralLattice(features)
+    return (
+        lambda v: permutohedral_filter(v, features, "symmetric", True),
+        lambda v: lattice.filter(v, "symmetric", True),
+    )
+
+
+def test_forward_mode_in_the_values(device):
+    features, values, tangent = (
+        inside((2, 3, 6, 5)).to(device),
+        *(normal(2, 4, 6, 5).to(device) for _ in range(2)),
+    )
+    for call in filter_calls(features):
+        out, found = torch.func.jvp(call, (values,), (tangent,))
+        assert torch.equal(out, call(values))
+        assert torch.equal(found, call(tangent))
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(call(forward_ad.make_dual(values, tangent)))
+        assert torch.equal(dual.tangent, found)
+    for call in (permutohedral_filter, lambda v, f: permutohedral_filter(values, f)):
+        tangents = tangent, torch.ones_like(features)
+        with pytest.raises(NotImplementedError, match=r"permutohedral_filter.*respect to features"):
+            torch.func.jvp(call, (values, features), tangents)
+
+
+def test_functional_gradients(device):
+    features, values = inside((2, 3, 6, 5)).to(device), normal(2, 4, 6, 5).to(device)
+
+    def loss(v, f):
+        return permutohedral_filter(v, f, "before").square().sum()
+
+    leaves = [t.clone().requires_grad_() for t in (values, features)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    found = torch.func.grad(loss, (0, 1))(values, features)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    one_by_one = torch.func.vmap(torch.func.grad(loss, (0, 1)))(
+        values.unsqueeze(1), features.unsqueeze(1)
+    )
+    for a, b in zip(one_by_one, expected, strict=True):
+        torch.testing.assert_close(a.squeeze(1), b)
+
+
+def test_vmap(device):
+    features, values = inside((3, 2, 3, 6, 5)).to(device), normal(3, 2, 4, 6, 5).to(device)
+    found = torch.func.vmap(permutohedral_filter)(values, features)
+    for i in range(3):
+        torch.testing.assert_close(found[i], permutohedral_filter(values[i], features[i]))
+    for call in filter_calls(features[0]):
+        found = torch.func.vmap(call, 4, 1)(values.movedim(0, 4))
+        for i in range(3):
+            torch.testing.assert_close(found[:, i], call(values[i]))
+
+
+def test_negated_views(device):
+    """A view may say that its signs are turned: torch.complex(a, b).conj().imag."""
+    features, values = inside((2, 3, 6, 5)).to(device), normal(2, 4, 6, 5).to(device)
+    turned = torch._neg_view(-features), torch._neg_view(-values)
+    expected = permutohedral_filter(values, features)
+    for f in (features, turned[0]):
+        for v in (values, turned[1]):
+            assert torch.equal(permutohedral_filter(v, f), expected)
+            assert torch.equal(PermutohedralLattice(f).filter(v), expected)
+    leaves = [t.clone().requires_grad_() for t in (values, features)]
+    expected = torch.autograd.grad(permutohedral_filter(*leaves).square().sum(), leaves)
+    out = permutohedral_filter(*(torch._neg_view(-t) for t in leaves))
+    found = torch.autograd.grad(out.square().sum(), leaves)
+    assert all(torch.equal(a.resolve_neg(), b) for a, b in zip(found, expected, strict=True))
+
+
+def test_meta_and_tracing():
+    values, features = (
+        torch.empty(2, 4, 6, 5, device="meta"),
+        torch.empty(2, 3, 6, 5, device="meta"),
+    )
+    assert permutohedral_filter(values, features).shape == values.shape
+    with pytest.raises(NotImplementedError, match=r"permutohedral_filter.*torch\.export"):
+        torch.jit.trace(permutohedral_filter, (normal(2, 4, 6, 5), normal(2, 3, 6, 5)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -126,8 +127,10 @@ def mean_field(
     Returns:
         (B, C, N) probabilities, or log-probabilities. Autograd keeps those of every iteration.
     """
-    # Under autocast the products would be in half precision.
-    with torch.autocast(scores.device.type, enabled=False):
+    # Under autocast, which meta tensors do not have, the products would be in half precision.
+    kind_of_device = scores.device.type
+    autocast = torch.amp.autocast_mode.is_autocast_available(kind_of_device)
+    with torch.autocast(kind_of_device, enabled=False) if autocast else nullcontext():
         return _mean_field(scores, filters, compat, normalization, kind, iterations, log)
 
 
