@@ -100,12 +100,12 @@ def where(tensor: torch.Tensor) -> tuple[int, int, int]:
         RuntimeError: another kind of device, a ROCm torch, or a CUDA tensor where segkernels was
             built without CUDA.
     """
-    device = tensor.device
-    if device.type == "cpu":
+    if tensor.is_cpu:
         return -1, 0, num_threads()
-    if device.type == "cuda" and _has_cuda and torch.version.hip is None:
-        return device.index, torch._C._cuda_getCurrentRawStream(device.index), 0
-    raise RuntimeError(_unsupported(device))
+    if tensor.is_cuda and _has_cuda and torch.version.hip is None:
+        index = tensor.get_device()
+        return index, torch._C._cuda_getCurrentRawStream(index), 0
+    raise RuntimeError(_unsupported(tensor.device))
 
 
 def has_cuda() -> bool:

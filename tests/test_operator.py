@@ -232,6 +232,7 @@ def test_aspp_is_counted_as_its_branches() -> None:
     assert flops(lambda: segkernels.aspp(x, w, (1, 2))) == branches
 
 
+@pytest.mark.slow
 def test_operations_are_counted_whichever_module_comes_first() -> None:
     code = (
         "{}\n"
@@ -250,6 +251,7 @@ def test_operations_are_counted_whichever_module_comes_first() -> None:
         assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "32\n"
 
 
+@pytest.mark.slow
 def test_importing_does_not_import_triton() -> None:
     code = "import segkernels, sys; print('triton' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -134,7 +134,9 @@ def test_forked_child_runs_on_one_thread() -> None:
 
 def on_device(name: str) -> torch.Tensor:
     """Something with a device that this machine need not have."""
-    return types.SimpleNamespace(device=torch.device(name))  # type: ignore[return-value]
+    device = torch.device(name)
+    kinds = {f"is_{kind}": device.type == kind for kind in ("cpu", "cuda")}
+    return types.SimpleNamespace(device=device, **kinds)  # type: ignore[return-value]
 
 
 def test_other_devices_are_refused_by_name() -> None:

@@ -28,6 +28,11 @@ def check_floating(tensor: torch.Tensor, name: str, function: str) -> None:
         )
 
 
+def is_taken(tensor: torch.Tensor) -> bool:
+    """Whether the operators take a tensor's dtype and device; torch's take the others."""
+    return tensor.dtype in _dtypes.FLOATING and (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
+
+
 def check_device(tensor: torch.Tensor) -> None:
     """Raise RuntimeError when a kernel is to read `tensor` and cannot run on its device."""
     if not (tensor.is_cpu or through_dispatcher(tensor)):

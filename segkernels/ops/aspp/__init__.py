@@ -136,7 +136,7 @@ def _check_input_and_weights(
     if input.dtype not in _dtypes.FLOATING:
         names = ", ".join(_dtypes.names())
         raise ValueError(f"aspp: input must be one of {names}, got {input.dtype}")
-    if input.device.type not in ("cpu", "cuda", "meta"):
+    if not _arguments.is_taken(input):
         raise ValueError(f"aspp: input must be on CPU or CUDA, got {input.device}")
     for i, weight in enumerate(weights):
         name, shape = f"weights[{i}]", list(weight.shape)

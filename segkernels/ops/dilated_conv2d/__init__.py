@@ -135,7 +135,7 @@ def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) ->
         and isinstance(weight, torch.Tensor)
         and input.dtype is weight.dtype
         and (input.dtype is torch.float32 or input.dtype is torch.bfloat16)
-        and input.device.type == "cpu"
+        and input.is_cpu
         and input.dim() == weight.dim() == 4
         and backend in ("auto", "torch")
         and _operator.is_eager(input)
@@ -168,7 +168,7 @@ def _plan(
         return None
     if bias is not None and not isinstance(bias, torch.Tensor):
         return None
-    if input.dtype not in _dtypes.FLOATING or input.device.type not in ("cpu", "cuda", "meta"):
+    if not _arguments.is_taken(input):
         return None
     if any(
         t.dtype != input.dtype or t.device != input.device for t in (weight, bias) if t is not None

@@ -103,8 +103,7 @@ def _plan(
     if (
         not isinstance(input, torch.Tensor)
         or input.dim() != 4
-        or input.dtype not in _dtypes.FLOATING
-        or input.device.type not in ("cpu", "cuda", "meta")
+        or not _arguments.is_taken(input)
         or mode not in _resampling.MODES
         or antialias
         or _operator.traced()

@@ -46,7 +46,7 @@ class Resampling(NamedTuple):
 
 def rule_for(input: torch.Tensor, out_size: tuple[int, int], mode: str) -> int:
     """Which of torch's arithmetics applies: its CPU kernels compute nearest indices in two ways."""
-    if input.device.type == "cuda":
+    if input.is_cuda:
         return _CUDA
     if not mode.startswith("nearest"):
         return _CPU

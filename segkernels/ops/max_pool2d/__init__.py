@@ -82,11 +82,7 @@ def max_pool2d(
         raise ValueError("max_pool2d: give return_indices or return_codes, not both")
     if return_codes:
         _operator.check_not_traced("max_pool2d")
-    if (
-        input.dtype not in _dtypes.FLOATING
-        or input.device.type not in ("cpu", "cuda", "meta")
-        or _operator.traced()
-    ):
+    if not _arguments.is_taken(input) or _operator.traced():
         if return_codes:
             raise TypeError(
                 f"max_pool2d: return_codes needs a floating input ({', '.join(_dtypes.names())}) "

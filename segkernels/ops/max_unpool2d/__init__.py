@@ -81,7 +81,7 @@ def max_unpool2d(
     for name, value in (("input", input), ("indices", indices)):
         _arguments.check_tensor(value, name, "max_unpool2d")
     _operator.check_not_traced("max_unpool2d")  # which torch's own fails under, too
-    if input.dtype not in _dtypes.FLOATING or input.device.type not in ("cpu", "cuda", "meta"):
+    if not _arguments.is_taken(input):
         if indices.dtype == torch.uint8:
             raise TypeError(
                 f"max_unpool2d: codes need a floating input ({', '.join(_dtypes.names())}) on CPU "
