@@ -42,10 +42,7 @@ WANTED = {"cpp": 3, "triton": 1, "python": 4}
 # Files whose lines decide results. The rest plans, times, prints or models another machine.
 SOURCES = {
     "cpp": ["csrc/**/*.h", "csrc/**/*.cpp"],
-    "triton": [
-        "segkernels/ops/*/triton_kernels.py",
-        "segkernels/ops/dilated_conv2d/triton_kernels.py",
-    ],
+    "triton": ["segkernels/ops/*/triton_kernels.py"],
     "python": [
         "segkernels/ops/**/*.py",
         "segkernels/nn/*.py",
@@ -56,7 +53,7 @@ SOURCES = {
     ],
 }
 LEFT_OUT = re.compile(
-    r"reference\.py|plan\.py|_summary\.py|sm90\.py"
+    r"reference\.py|plan\.py|_summary\.py|dilated_conv2d/native\.py|_flops\.py"
     r"|csrc/bindings\.cpp|cuda|hopper|emulated|schedule|weight_gradient\.h|dilated_conv2d\.h"
     r"|ring\.h|tensor_map\.h|atomics\.h|simd\.h|global_build\.h|splat_tile\.h|unpool2d/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
@@ -143,7 +140,7 @@ TESTS = [
     (r"ops/_windows", WINDOWS),
     (r"ops/interpolate/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),
     (r"ops/(\w+)/", r"tests/ops/test_\1.py"),
-    (r"ops/_op\.py", "tests/ops/test_max_pool2d.py"),
+    (r"ops/_(operator|arguments)\.py", "tests/test_operator.py tests/ops/test_max_pool2d.py"),
     (r"nn/folding", "tests/nn/test_convolution.py tests/nn/test_aspp.py"),
     (r"nn/(aspp|context|convolution)", r"tests/nn/test_\1.py"),
     (r"nn/pooling", "tests/test_pooling_modules.py"),
@@ -163,25 +160,25 @@ REJECTED = {
     ("interpolate/kernels.h", "base = i <= last"): "a sum of none either way",
     ("window/runs.h", "w_.pooled[1] < kMost"): "chooses between two right ways",
     ("max_unpool2d.h", "> INT32_MAX"): "needs 2^31 elements: tests marked huge",
-    ("dense_crf/autograd.py", "_BATCH * width * 2"): "more scratch than is used",
+    ("dense_crf/native.py", "_BATCH * width * 2"): "more scratch than is used",
     ("dilated_conv2d/torch_path.py", "!= torch.float32"): CUDA_ONLY,
     ("interpolate/kernels.h", "double(g.y.out)"): CUDA_ONLY,
     ("interpolate/kernels.h", "const float span ="): CUDA_ONLY,
     ("interpolate/kernels.h", "const double span = (float"): CUDA_ONLY,
-    ("permutohedral/lattice.py", "min(lattice.entries, lattice.grid.tiles)"): CUDA_ONLY,
+    ("permutohedral/native.py", "min(lattice.entries, lattice.grid.tiles)"): CUDA_ONLY,
     ("interpolate/_resampling.py", "out_size[1] + out_size[1]"): "chooses between two right ways",
     ("window/scatter.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
     ("window/scatter.h", "values = i * sources;"): NO_CODE,
     ("upsample_cross_entropy/__init__.py", "inputs = r.in_size[0]"): CUDA_ONLY,
-    ("permutohedral/lattice.py", "// 2 > width:"): "how points are cut into tiles",
-    ("permutohedral/lattice.py", "width = spatial[-2]"): "how points are cut into tiles",
+    ("permutohedral/native.py", "// 2 > width:"): "how points are cut into tiles",
+    ("permutohedral/native.py", "width = spatial[-2]"): "how points are cut into tiles",
     ("dense_crf/exact.py", "+ 8 * channels * 2)"): "an estimate in an error's text",
     (
         "dilated_conv2d/__init__.py",
         "input.dtype is torch.float16",
     ): "a shorter way to the same call",
     (
-        "max_unpool2d/autograd.py",
+        "max_unpool2d/native.py",
         "2**31 else torch.int32",
     ): "needs 2^31 elements: tests marked huge",
     (

@@ -14,7 +14,7 @@ from torch import nn
 
 from segkernels import _dtypes
 from segkernels.ops import _arguments
-from segkernels.ops._operator import laid_out_like, through_dispatcher
+from segkernels.ops._operator import can_be_looked_at, laid_out_like
 from segkernels.ops.dense_crf import MAX_TERMS, exact, mean_field
 from segkernels.ops.dense_crf.config import Config
 from segkernels.ops.permutohedral import check_bound
@@ -205,7 +205,7 @@ def _exact(
         known = None
         if not isinstance(spatial_sigma, torch.Tensor):
             known = _numbers(spatial_sigma)
-        elif sigmas.device.type == "cpu" and not through_dispatcher(sigmas):
+        elif can_be_looked_at(sigmas):
             known = sigmas.tolist()
         if known is not None and len(known) == 1:
             known = known * count
@@ -284,7 +284,7 @@ def _sigmas(
             _check_device(value, name, device)
         if value.numel() not in (1, count) or value.dim() > 1:
             raise ValueError(_sigma_shape(name, count, tuple(value.shape)))
-        if value.device.type == "cpu" and not through_dispatcher(value):
+        if can_be_looked_at(value):
             _check_sigma(value.detach().flatten().tolist(), name)
         return value.to(device=device, dtype=dtype).expand(count)
     numbers = _numbers(value)
@@ -411,8 +411,7 @@ def _compat(
             f"dense_crf: {name} must be a number, a vector of {channels} or a matrix of "
             f"{channels} x {channels}, got shape {tuple(compat.shape)}"
         )
-    checked = compat.device.type == "cpu" and not through_dispatcher(compat)
-    if checked and not bool(torch.isfinite(compat).all()):
+    if can_be_looked_at(compat) and not bool(torch.isfinite(compat).all()):
         raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
     return compat
 

@@ -67,6 +67,11 @@ def is_eager(t: torch.Tensor) -> bool:
     return not is_compiling() and _len_torch_dispatch_stack() == 0 and type(t) in _PLAIN
 
 
+def can_be_looked_at(t: torch.Tensor) -> bool:
+    """Whether the values of `t`, on the CPU, may be read now: no tracing, no transform is open."""
+    return t.is_cpu and is_eager(t) and not under_functorch() and not traced()
+
+
 def through_dispatcher(*tensors: Any) -> bool:
     """Whether a kernel cannot read these tensors, or what is done must be recorded by torch."""
     if is_compiling() or peek_interpreter_stack() is not None:

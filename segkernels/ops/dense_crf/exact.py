@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 
 from segkernels import _status
-from segkernels.ops._operator import through_dispatcher
+from segkernels.ops._operator import is_eager, through_dispatcher, under_functorch
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
 from segkernels.ops.gaussian_filter.autograd import Kernel, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
@@ -194,7 +194,7 @@ def _scales(
 
 def _report(scores: torch.Tensor, faults: torch.Tensor, kind: str) -> None:
     """What the native code reports of scores; see `_status`."""
-    if through_dispatcher(scores):
+    if not (is_eager(scores) and not under_functorch()):
         return
     scores = scores.detach()
     with _status.watch(scores, _OP, scores.dtype) as words:
