@@ -47,6 +47,25 @@ def blur(index=0):
     return segkernels.permutohedral_filter(FEATURES, FEATURES), torch.tensor(0.0)
 
 
+# A copy of a strided view is torch's, and parallel: our functions limit torch first.
+STRIDED = torch.randn(2, 8, 256, 512)[..., ::2]
+CODES = segkernels.max_pool2d(STRIDED, 2, return_codes=True)[1]
+LABELS = torch.zeros(2, 512, 1024, dtype=torch.long)[..., ::2]
+
+
+def strided(index=0):
+    values = segkernels.max_pool2d(STRIDED, 2)
+    calls = (
+        lambda: values,
+        lambda: segkernels.interpolate(STRIDED, scale_factor=2, mode="bilinear"),
+        lambda: segkernels.max_unpool2d(STRIDED[..., ::2, ::2], CODES, 2),
+        lambda: segkernels.unpool_nearest(STRIDED, 2),
+        lambda: segkernels.unpool_bed_of_nails(STRIDED, 2),
+        lambda: segkernels.upsample_cross_entropy(STRIDED, LABELS),
+    )
+    return [calls[index]()]
+
+
 class Refined(torch.utils.data.Dataset):
     def __len__(self):
         return len(IMG)
@@ -80,6 +99,15 @@ for call, want in ((refine, expected[1]), (blur, blurred)):
     child.join()
     assert child.exitcode == 0
     assert same(got, want)
+""",
+    "strided views": """
+for index in range(6):
+    queue = context.Queue()
+    child = context.Process(target=into, args=(queue, strided, index))
+    child.start()
+    got = [torch.from_numpy(a) for a in queue.get()]
+    child.join()
+    assert same(got, strided(index)), index
 """,
     "pool": """
 def plain(index):

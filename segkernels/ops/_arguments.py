@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segkernels import _dtypes, _native
-from segkernels.ops._operator import through_dispatcher
+from segkernels.ops._operator import is_eager
 
 Pair = tuple[int, int]
 
@@ -34,8 +34,11 @@ def is_taken(tensor: torch.Tensor) -> bool:
 
 
 def check_device(tensor: torch.Tensor) -> None:
-    """Raise RuntimeError when a kernel is to read `tensor` and cannot run on its device."""
-    if not (tensor.is_cpu or through_dispatcher(tensor)):
+    """Raise RuntimeError when a kernel is to read `tensor` and cannot run on its device.
+
+    A forked child is limited to one thread by this: it comes before torch's operators.
+    """
+    if is_eager(tensor) and not tensor.is_meta:
         _native.where(tensor)
 
 

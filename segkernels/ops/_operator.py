@@ -128,8 +128,8 @@ class Operator:
             of the outputs.
         transpose: in place of `save`, `backward` and `jvp`, for operators that are linear in their
             first tensor, and whose others have no gradient: `(grad, *others, record)`.
-        vmap: `(size, dims, *arguments)`: a batch of calls as one call, its outputs with the batch
-            in front; None: `fold`.
+        vmap: `(size, dims, *arguments)`, lists spread: a batch of calls as one call, by `whole`,
+            its outputs with the batch in front; None: `fold`.
         flops: what `torch.utils.flop_counter.FlopCounterMode` counts, of the schema's arguments
             with shapes for tensors, and `out_shape`.
     """
@@ -164,7 +164,11 @@ class Operator:
         self._save, self._backward, self._jvp = save, backward, jvp
         self._vmap = vmap or self.fold
         if transpose is not None:
+            if save or backward or jvp or self._has_list:
+                raise TypeError(f"{name}: transpose is all that an operator without lists gives")
             self._be_linear(transpose)
+        elif differentiable and backward is None:
+            raise TypeError(f"{name}: backward or transpose is needed, or differentiable=0")
         library.define(f"{name}({tensors}, {self._layout.schema}) -> {returns}")
         self.overload = getattr(torch.ops.segkernels, name).default
         for key in ("CPU", "CUDA"):
@@ -203,14 +207,12 @@ class Operator:
         try:
             return self._direct(*args)
         except RuntimeError:
-            return self._run_instead(args)
+            if not self._cannot_be_read(args):
+                raise
+            return self._dispatched(args)
 
-    def _run_instead(self, args: tuple[Any, ...]) -> Any:
-        """What a kernel could not read, by the dispatcher; any other error again."""
-        for t in self._spread(args)[:-1]:
-            if t is not None and _cannot_be_read(t):
-                return self._dispatched(args)
-        raise
+    def _cannot_be_read(self, args: tuple[Any, ...]) -> bool:
+        return any(t is not None and _cannot_be_read(t) for t in self._spread(args)[:-1])
 
     def whole(self, *args: Any) -> Any:
         """Every output, also what only derivatives need: what a rule for `torch.vmap` must give."""
@@ -294,7 +296,9 @@ class Operator:
         try:
             out = self.kernel(*args)
         except RuntimeError:
-            out = self._run_instead(args)
+            if not self._cannot_be_read(args):
+                raise
+            out = self._dispatched(args)
         return tuple(out) if self._returns_list else out
 
     def _forward_by_dispatcher(self, *args: Any) -> Any:
@@ -327,10 +331,9 @@ class Operator:
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             grads = grads[: self._differentiable]
-            if self._backward is not None:
-                for grad in grads:
-                    if grad is not None:
-                        return *self._backward(ctx, *grads), None
+            for grad in grads:
+                if grad is not None and self._backward is not None:
+                    return *self._backward(ctx, *grads), None
             return (None,) * len(ctx.needs_input_grad)
 
         def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -342,8 +345,17 @@ class Operator:
             return self._jvp(ctx, *tangents[:-1])
 
         def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
-            out = self._vmap(info.batch_size, dims, *args)
-            return out, (0,) * len(out) if isinstance(out, tuple) else 0
+            size = info.batch_size
+            if size == 0:  # a batch of one, to know the shapes
+                args = tuple(
+                    a if d is None else a.new_zeros(a.movedim(d, 0).shape[1:])
+                    for a, d in zip(args, dims, strict=True)
+                )
+                dims = (None,) * len(dims)
+            out = self._vmap(max(size, 1), dims, *args)
+            several = isinstance(out, tuple)
+            outs = [o[:size] for o in (out if several else (out,))]
+            return (tuple(outs), (0,) * len(outs)) if several else (outs[0], 0)
 
         members = {f.__name__: staticmethod(f) for f in (setup_context, backward, jvp, vmap)}
         return type(self.name, (torch.autograd.Function,), {**members, "forward": forward})
@@ -361,12 +373,15 @@ def unfolded(t: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Ten
     return t.unflatten(0, (size, t.size(0) // size))
 
 
-def _schema_type(kind: Any) -> str:
-    """How a schema names the type of a record's field."""
+def _schema_type(kind: Any, name: str) -> str:
+    """How a schema names the type of a record's field `name`."""
     if typing.get_origin(kind) is typing.Literal:
         return "str"
     if typing.get_origin(kind) is tuple and typing.get_origin(typing.get_args(kind)[0]):
-        return f"{_schema_type(typing.get_args(kind)[0])}[]"
+        return f"{_schema_type(typing.get_args(kind)[0], name)}[]"
+    if kind not in _SCHEMA_TYPES:
+        known = ", ".join(getattr(k, "__name__", str(k)) for k in _SCHEMA_TYPES)
+        raise TypeError(f"{name}: a record's field must be a record or one of {known}, got {kind}")
     return _SCHEMA_TYPES[kind]
 
 
@@ -381,7 +396,7 @@ class _Layout:
         # Of each field the layout if it is a record, else None.
         self.fields = tuple(_Layout(k) if hasattr(k, "_fields") else None for k in kinds)
         self.schema: str = ", ".join(
-            f"{_schema_type(kind)} {name}" if field is None else field.schema
+            f"{_schema_type(kind, name)} {name}" if field is None else field.schema
             for name, kind, field in zip(names, kinds, self.fields, strict=True)
         )
 

@@ -194,7 +194,7 @@ def _scales(
 
 def _report(scores: torch.Tensor, faults: torch.Tensor, kind: str) -> None:
     """What the native code reports of scores; see `_status`."""
-    if not (is_eager(scores) and not under_functorch()):
+    if scores.is_meta or not is_eager(scores) or under_functorch():
         return
     scores = scores.detach()
     with _status.watch(scores, _OP, scores.dtype) as words:

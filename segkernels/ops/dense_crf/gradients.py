@@ -4,8 +4,8 @@ reverse.
 A step is `z_t = -U + sum_k out_k S A B S^T in_k Q_{t-1}`, `Q_t = softmax(z_t)`, where S slices, B
 blurs, A = -mu mixes channels at the vertices and in_k, out_k are the normalisation's diagonals. A
 is symmetric and B^T is the blur in reverse order, so that the adjoint of a message is a message
-again, with the diagonals swapped. All of it is on rows (see permutohedral/native.py); the topology of the
-lattices is held fixed.
+again, with the diagonals swapped. All of it is on rows (see permutohedral/native.py); the topology
+of the lattices is held fixed.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from segkernels.ops.interpolate._resampling import Resampling
 def check_logits(name: str, logits: torch.Tensor) -> None:
     """Raise unless `logits` is a floating [N, C, H, W] with at least one class and pixel."""
     check_not_traced(name)
+    _arguments.check_device(logits)
     if logits.dim() != 4:
         raise ValueError(f"{name}: logits must be [N, C, H, W], got shape {tuple(logits.shape)}")
     _arguments.check_floating(logits, "logits", name)

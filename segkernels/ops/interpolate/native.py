@@ -46,8 +46,9 @@ def resample(x: torch.Tensor, r: Resampling) -> torch.Tensor:
     out = _empty(x, r.result_size(), channels_last)
     if out.numel() == 0:
         return out
+    where = _native.where(x)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x.contiguous()
     planes, inner = (x.size(0), x.size(1)) if channels_last else (x.size(0) * x.size(1), 1)
     resampling, dtype = native_resampling(r, planes, inner), _dtypes.FLOATING[x.dtype]
-    _native.C().interpolate(_native.where(x), resampling, dtype, x, out, r.transpose)
+    _native.C().interpolate(where, resampling, dtype, x, out, r.transpose)
     return out

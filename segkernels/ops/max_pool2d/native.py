@@ -51,9 +51,9 @@ def _empty(x: torch.Tensor, w: Windows, codes: bool, indices: bool) -> Found:
 
 def _run(x: torch.Tensor, w: Windows, to: Found) -> Found:
     if to[0].numel() > 0:
+        where = _native.where(x)
         x = x.contiguous(memory_format=w.memory_format)
-        where, windows = _native.where(x), _windows.native(w, x)
-        _native.C().max_pool2d(where, windows, _dtypes.FLOATING[x.dtype], x, *to)
+        _native.C().max_pool2d(where, _windows.native(w, x), _dtypes.FLOATING[x.dtype], x, *to)
     return to
 
 
@@ -62,9 +62,9 @@ def send_back(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.
     out = _windows.empty(grad, w.full, w)
     if out.numel() == 0:
         return out
+    where = _native.where(grad)
     grad = grad.contiguous(memory_format=w.memory_format)
     positions = positions.contiguous(memory_format=w.memory_format)
-    where = _native.where(grad)
     sums = None
     if where[0] < 0 and _needs_sums(grad, positions, w):
         planes = min(max(where[2], 1), grad.size(0) * grad.size(1))

@@ -14,10 +14,10 @@ def unpool(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor
     out = _windows.empty(x, w.full, w)
     if out.numel() == 0:
         return out
+    where = _native.where(x)
     x = x.contiguous(memory_format=w.memory_format)
     positions = positions.contiguous(memory_format=w.memory_format)
     wide = positions.dtype == torch.int64
-    where = _native.where(x)
     winners = None
     if wide and (where[0] >= 0 or where[2] == 0):
         sources = w.pooled[0] * w.pooled[1]
@@ -43,10 +43,11 @@ def read(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tenso
         return out
     if grad.numel() == 0:
         return out.zero_()
+    where = _native.where(grad)
     grad = grad.contiguous(memory_format=w.memory_format)
     positions = positions.contiguous(memory_format=w.memory_format)
     _native.C().max_unpool2d_backward(
-        _native.where(grad),
+        where,
         _windows.native(w, grad),
         _dtypes.FLOATING[grad.dtype],
         grad,

@@ -40,6 +40,7 @@ def nails(x: torch.Tensor, n: Nails) -> torch.Tensor:
 def nails_backward(grad: torch.Tensor, n: Nails) -> torch.Tensor:
     """The value at the cell of every block."""
     w, (row, column) = n
+    _native.where(grad)
     out = _windows.empty(grad, w.pooled, w)
     return out.copy_(grad[:, :, row :: w.kernel_size[0], column :: w.kernel_size[1]])
 
@@ -49,7 +50,7 @@ def _run(
 ) -> torch.Tensor:
     out = _windows.empty(x, size, w)
     if out.numel() > 0:
+        where = _native.where(x)
         x = x.contiguous(memory_format=w.memory_format)
-        windows = _windows.native(w, x)
-        function(_native.where(x), windows, _dtypes.FLOATING[x.dtype], x, out, *args)
+        function(where, _windows.native(w, x), _dtypes.FLOATING[x.dtype], x, out, *args)
     return out

@@ -140,8 +140,8 @@ def backward(
     out = empty_gradient(logits)
     if out.numel() == 0:
         return out
-    grad = grad.contiguous()
     where = _native.where(logits)
+    grad = grad.contiguous()
     # Labels out of range were reported by the forward pass; here they are skipped again.
     call = _call(logits, target, weight, pos_weight, loss, None)
     workspace = None
