@@ -105,6 +105,74 @@ def test_hessians() -> None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_hessians_with_respect_to_one_of_two() -> None:
+    """The gradient that is not wanted is absent, in every way that a call goes."""
+    x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    w = torch.randn(2, 2, 3, 3, dtype=torch.float64)
+    for i in (0, 1):
+        expected = torch.func.hessian(same_smooth, i)(x, w)
+        torch.testing.assert_close(torch.func.hessian(smooth, i)(x, w), expected)
+
+    def tap(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return segkernels.dilated_conv2d(x, w, padding=1).sin().sum()
+
+    several = torch.randn(2, 3, 1, 2, 4, 4, dtype=torch.float64)
+    over = torch.func.vmap(torch.func.vmap(torch.func.grad(tap), (None, 0)), (None, 0))
+    found = over(w, several)
+    for i in range(2):
+        for j in range(3):
+            torch.testing.assert_close(found[i, j], torch.func.grad(tap)(w, several[i, j]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_vmap_of_a_convolution_in_channels_last(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 6, 5).to(dtype, memory_format=torch.channels_last)
+    w = torch.randn(4, 2, 3, 3, 3).to(dtype)
+
+    def call(w: torch.Tensor) -> torch.Tensor:
+        return segkernels.dilated_conv2d(x, w, activation="relu")
+
+    for one, weight in zip(torch.func.vmap(call)(w), w, strict=True):
+        torch.testing.assert_close(one, call(weight))
+
+    def joined(w: torch.Tensor) -> torch.Tensor:
+        last = w.contiguous(memory_format=torch.channels_last)
+        return segkernels.aspp(x, [last], [2]).float().square().sum()
+
+    plain = torch.stack([torch.func.grad(joined)(weight) for weight in w])
+    batched = torch.func.vmap(torch.func.grad(joined))
+    with pytest.raises(RuntimeError, match="vmap"):  # torch's own .contiguous in a format
+        batched(w)
+    over_x = torch.func.vmap(torch.func.grad(lambda x: segkernels.aspp(x, [w[0]], [2]).sum()))
+    expected = torch.func.grad(lambda x: segkernels.aspp(x, [w[0]], [2]).sum())(x)
+    torch.testing.assert_close(over_x(torch.stack([x, x]))[1], expected)
+    assert plain.shape == w.shape
+
+
+def test_batched_gradients() -> None:
+    """`is_grads_batched`, which has batched tensors of its own kind."""
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
+    for call in (
+        lambda: segkernels.interpolate(x, (7, 6), mode="bicubic"),
+        lambda: segkernels.max_pool2d(x, 2),
+        lambda: segkernels.dilated_conv2d(x, w, scale=torch.ones(3).double(), activation="relu"),
+    ):
+        out = call()
+        grads = torch.randn(3, *out.shape, dtype=torch.float64)
+        (found,) = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)
+        for one, grad in zip(found, grads, strict=True):
+            torch.testing.assert_close(one, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
+
+
+def test_no_default_device_reaches_a_workspace() -> None:
+    x, target = torch.randn(1, 3, 4, 4, requires_grad=True), torch.zeros(1, 8, 8, dtype=torch.long)
+    with torch.device("meta"):
+        assert segkernels.upsample_argmax(x, 8).device.type == "cpu"
+        segkernels.upsample_cross_entropy(x, target).backward()
+    assert x.grad is not None
+
+
 def test_a_transform_inside_torch_compile() -> None:
     """Not in one graph, as torch's own operators would be, but with the right tangent."""
     x = torch.arange(4.0).view(1, 1, 2, 2)
@@ -243,7 +311,8 @@ def test_operations_are_counted_whichever_module_comes_first() -> None:
     )
     imports = [
         "import torch",
-        "import segkernels",
+        # Looked for, as some packages do, and not imported.
+        "import segkernels, importlib.util; importlib.util.find_spec('torch.utils.flop_counter')",
         "from torch.utils.flop_counter import FlopCounterMode",
     ]
     for order in (imports, [imports[0], imports[2], imports[1]]):

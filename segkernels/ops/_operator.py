@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import is_grad_enabled
 from torch._C import _get_tracing_state, _len_torch_dispatch_stack
-from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
@@ -87,8 +87,8 @@ def through_dispatcher(*tensors: Any) -> bool:
 
 
 def _cannot_be_read(t: torch.Tensor) -> bool:
-    """Whether `t` has no memory here: that of a transform of `torch.func` which is closed, too."""
-    return is_functorch_wrapped_tensor(t) or t._is_zerotensor() or not (t.is_cpu or t.is_cuda)
+    """Whether `t` has no memory here: zeros, meta tensors, what a closed transform left over."""
+    return not (t.is_cpu or t.is_cuda) or t._is_zerotensor() or not torch._C._has_storage(t)
 
 
 def wants_grad(*tensors: Any) -> bool:
@@ -219,7 +219,12 @@ class Operator:
         return self._listed(self._transformed(*self._spread(args)))
 
     def fold(
-        self, size: int, dims: Sequence[int | None], *args: Any, without_batch: Sequence[str] = ()
+        self,
+        size: int,
+        dims: Sequence[int | None],
+        *args: Any,
+        without_batch: Sequence[str] = (),
+        common: Sequence[int] = (),
     ) -> Any:
         """A batch of calls as one whose first axis holds both batches, for `vmap`.
 
@@ -227,37 +232,38 @@ class Operator:
             size: of the batch.
             dims: where each of the arguments, lists spread, has it.
             args: the tensors, lists spread, and the record.
-            without_batch: tensors that have no batch axis themselves, so that none folds in.
-
-        Raises:
-            NotImplementedError: one of those is batched.
+            without_batch: tensors that have no batch axis themselves: the same for all calls, or
+                the calls are made one by one.
+            common: outputs that have none either, and are the same for all calls.
         """
-        out = self.whole(*self.folded(size, dims, *args, without_batch=without_batch))
-        if isinstance(out, (tuple, list)):
-            return tuple(unfolded(o, size, args[0]) for o in out)
-        return unfolded(out, size, args[0])
-
-    def folded(
-        self, size: int, dims: Sequence[int | None], *args: Any, without_batch: Sequence[str] = ()
-    ) -> tuple[Any, ...]:
-        """The arguments of that call."""
         *tensors, record = args
-        found = []
-        for i, (t, dim) in enumerate(zip(tensors, dims, strict=False)):
-            name = self.tensors[min(i, self._count - 1)]
-            if name in without_batch:
-                self.refuse_batch(name, dim)
-            folds = t is not None and name not in without_batch
-            found.append(in_front(t, dim, size).flatten(0, 1) if folds else t)
-        return self._grouped((*found, record))
-
-    def refuse_batch(self, name: str, dim: int | None) -> None:
-        """Raise NotImplementedError where torch.vmap has a batch of what cannot have one."""
-        if dim is not None:
-            raise NotImplementedError(
-                f"{self.name}: torch.vmap over {name} is not supported, as one call has one {name} "
-                "for its whole batch"
+        names = [*self.tensors, *self.tensors[-1:] * len(tensors)]
+        whole = [name in without_batch for name in names[: len(tensors)]]
+        if any(w and dim is not None for w, dim in zip(whole, dims, strict=False)):
+            return self.loop(size, dims, *args)
+        folded = [
+            t if t is None or w else in_front(t, dim, size).flatten(0, 1)
+            for t, w, dim in zip(tensors, whole, dims, strict=False)
+        ]
+        out = self.whole(*self._grouped((*folded, record)))
+        if isinstance(out, (tuple, list)):
+            return tuple(
+                o.expand(size, *o.shape) if i in common else unfolded(o, size)
+                for i, o in enumerate(out)
             )
+        return unfolded(out, size)
+
+    def loop(self, size: int, dims: Sequence[int | None], *args: Any) -> Any:
+        """A batch of calls one by one, for `vmap`."""
+        found = []
+        for i in range(size):
+            one = (
+                t if d is None else t.select(d, i) for t, d in zip(args[:-1], dims, strict=False)
+            )
+            found.append(self.whole(*self._grouped((*one, args[-1]))))
+        if isinstance(found[0], (tuple, list)):
+            return tuple(map(torch.stack, zip(*found, strict=True)))
+        return torch.stack(found)
 
     # Arguments: grouped as the public functions give them, spread (lists are several arguments)
     # as autograd wants them, or flat, as the dispatcher wants them.
@@ -325,9 +331,12 @@ class Operator:
                 ctx.save_for_backward(*saved)
                 if forward_ad._current_level >= 0:
                     ctx.save_for_forward(*saved)
-            if self._differentiable < len(outs):
-                rest = outs[self._differentiable :]
-                ctx.mark_non_differentiable(*(out for out in rest if out is not None))
+            if len(outs) > 1 or not self._differentiable:
+                absent = (
+                    o for o in outs[: self._differentiable] if o is not None and _is_absent(o)
+                )
+                rest = (o for o in outs[self._differentiable :] if o is not None)
+                ctx.mark_non_differentiable(*absent, *rest)
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             grads = grads[: self._differentiable]
@@ -347,11 +356,11 @@ class Operator:
         def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
             size = info.batch_size
             if size == 0:  # a batch of one, to know the shapes
-                args = tuple(
-                    a if d is None else a.new_zeros(a.movedim(d, 0).shape[1:])
-                    for a, d in zip(args, dims, strict=True)
+                tensors = (
+                    t if d is None else t.new_zeros(t.movedim(d, 0).shape[1:])
+                    for t, d in zip(args[:-1], dims, strict=False)
                 )
-                dims = (None,) * len(dims)
+                args, dims = (*tensors, args[-1]), (None,) * len(dims)
             out = self._vmap(max(size, 1), dims, *args)
             several = isinstance(out, tuple)
             outs = [o[:size] for o in (out if several else (out,))]
@@ -361,15 +370,18 @@ class Operator:
         return type(self.name, (torch.autograd.Function,), {**members, "forward": forward})
 
 
+def _is_absent(out: torch.Tensor) -> bool:
+    """Whether the dispatcher gave `out` for an output that a call does not have."""
+    return out.dim() == 1 and out.numel() == 0
+
+
 def in_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
     """`t` with the batch of `torch.vmap` as its first axis, expanded where it has none."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def unfolded(t: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
-    """The first axis as two, a batch of `torch.vmap` in front; empty for what is not there."""
-    if t is None:
-        return like.new_empty(size, 0)
+def unfolded(t: torch.Tensor, size: int) -> torch.Tensor:
+    """The first axis as two, a batch of `torch.vmap` in front."""
     return t.unflatten(0, (size, t.size(0) // size))
 
 
@@ -422,6 +434,8 @@ class _Layout:
 
 def laid_out_like(out: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
     """`out` in the dtype and layout of `given`, which has its shape; copied only if need be."""
+    if under_functorch():  # whose tensors have no layout
+        return out.to(given.dtype)
     like = torch.empty_like(given, device="meta")
     if out.dtype == like.dtype and out.stride() == like.stride():
         return out

@@ -55,8 +55,6 @@ class Sample:
         compile: torch.compile is tried on it (slow: one or two an op).
         only_gpu: on the CPU it is one call of torch's, and would test that.
         traces: torch.jit.trace takes it, as torch's operators compute it there.
-        refuses_vmap: cases of `test_vmap` that must be refused: "all" floats batched, the "first"
-            alone, the "last" alone.
     """
 
     id: str
@@ -66,7 +64,6 @@ class Sample:
     compile: bool = False
     only_gpu: bool = False
     traces: bool = False
-    refuses_vmap: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -529,23 +526,18 @@ class OpSuite:
             assert same_bits(mine, theirs)
 
     def test_vmap(self, sample: Sample, device: str) -> None:
-        """Over all floats, and over the first alone: as calls one by one."""
+        """Over all floats, over the first and the last alone: as calls one by one."""
         call = build(sample, torch.float64, device, grad=True)
         function = with_floats(call, type(self).function, differentiable=False)
         plain = [x.detach() for x in call.floats]
         several = [torch.stack([x, x.flip(-1), x.roll(1, -1)]) for x in plain]
         others = [None] * (len(plain) - 1)
-        cases: dict[str, Any] = {"all": (several, [0] * len(plain))}
+        cases: list[Any] = [(several, [0] * len(plain))]
         if others:
-            cases["first"] = [several[0], *plain[1:]], [0, *others]
-            cases["last"] = [*plain[:-1], several[-1].movedim(0, -1)], [*others, -1]
-        for name, (batched, dims) in cases.items():
-            over = torch.func.vmap(function, tuple(dims))
-            if name in sample.refuses_vmap:
-                with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
-                    over(*batched)
-                continue
-            found = over(*batched)
+            cases.append(([several[0], *plain[1:]], [0, *others]))
+            cases.append(([*plain[:-1], several[-1].movedim(0, -1)], [*others, -1]))
+        for batched, dims in cases:
+            found = torch.func.vmap(function, tuple(dims))(*batched)
             for i in range(3):
                 one = [
                     x if dim is None else x.select(dim, i)
@@ -558,8 +550,6 @@ class OpSuite:
     def test_per_sample_gradients(self, grad_sample: Sample, device: str) -> None:
         """`torch.func.vmap` of a gradient, for a batch of the first float."""
         call = build(grad_sample, torch.float64, device, grad=True)
-        if ("first" if len(call.floats) > 1 else "all") in grad_sample.refuses_vmap:
-            return
         function = with_floats(call, type(self).function)
         first, *rest = (x.detach() for x in call.floats)
         given = cotangents(call.of(type(self).function))
@@ -573,6 +563,8 @@ class OpSuite:
         for i in range(2):
             for mine, theirs in zip(found, pulled(several[i]), strict=True):
                 torch.testing.assert_close(mine[i], theirs, rtol=1e-11, atol=1e-11)
+        for mine, batch in zip(torch.func.vmap(pulled)(several[:0]), found, strict=True):
+            assert mine.shape == (0, *batch.shape[1:])
 
     def test_negated_views(self, sample: Sample, device: str) -> None:
         """As the imaginary part of a conjugate is: a flag says that the signs are turned."""

@@ -75,7 +75,6 @@ class TestAspp(suite.OpSuite):
             },
             grad=True,
             compile=True,
-            refuses_vmap=("all",),
         ),
         Sample(
             "v2",
@@ -83,26 +82,22 @@ class TestAspp(suite.OpSuite):
             {"rates": (1, 2), "shift": Float(2), "form": "v2"},
             grad=True,
             compile=True,
-            refuses_vmap=("all", "last"),
         ),
         Sample(
             "v2, scaled",
             (Float(1, 2, 3, 3), Float(2, 2, 1, 3), Float(2, 2, 3, 1)),
             {"rates": (1, 2), "scale": Float(2), "activation": "relu", "form": "v2"},
             grad=True,
-            refuses_vmap=("all", "last"),
         ),
         Sample(
             "far",
             (Float(1, 3, 6, 5), Float(2, 3, 3, 3), Float(3, 3, 3, 3)),
             {"rates": (6, 24)},
-            refuses_vmap=("all", "last"),
         ),
         Sample(
             "21 channels",
             (Float(1, 21, 9, 9), Float(21, 21, 3, 3), Float(5, 21, 1, 3)),
             {"rates": (6, 12), "pooled": Float(1, 2, 1, 1)},
-            refuses_vmap=("all",),
         ),
     ]
     errors = [

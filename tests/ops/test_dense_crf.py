@@ -703,12 +703,28 @@ def test_vmap(method):
             torch.testing.assert_close(found[k], expected)
 
 
-def test_vmap_refuses_a_compatibility_each():
+def test_vmap_of_a_compatibility_each():
     img, logits = crf_inputs(2)
-    with pytest.raises(NotImplementedError, match=r"dense_crf: torch\.vmap over compat"):
-        torch.func.vmap(lambda c: segkernels.dense_crf(img, logits=logits, compat_gaussian=c))(
-            torch.ones(3)
-        )
+
+    def loss(c: torch.Tensor) -> torch.Tensor:
+        return segkernels.dense_crf(img, logits=logits, compat_gaussian=c)[:, 0].sum()
+
+    several = torch.tensor([1.0, 2.0, 3.0])
+    for call in (loss, torch.func.grad(loss)):
+        found = torch.func.vmap(call)(several)
+        for one, c in zip(found, several, strict=True):
+            torch.testing.assert_close(one, call(c))
+
+
+def test_negated_sigmas_and_compatibilities_are_checked():
+    img, logits = crf_inputs(2)
+    for name in ("sxy_gaussian", "srgb"):
+        sigmas = torch.tensor([3.0, -3.0, 3.0][: 2 if "sxy" in name else 3])
+        with pytest.raises(ValueError, match=rf"{name} must be positive.*-3"):
+            segkernels.dense_crf(img, logits=logits, **{name: torch._neg_view(-sigmas)})
+    nan = torch._neg_view(torch.full((4,), float("nan")))
+    with pytest.raises(ValueError, match="compat_gaussian must be finite"):
+        segkernels.dense_crf(img, logits=logits, compat_gaussian=nan)
 
 
 @pytest.mark.parametrize("method", ["lattice", "exact"])

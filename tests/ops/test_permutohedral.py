@@ -600,8 +600,8 @@ def test_what_a_lattice_refuses():
 
 def test_another_device_is_refused():
     meta = torch.zeros(7, 2, device="meta")
-    with pytest.raises(RuntimeError, match="CPU and CUDA devices"):
-        PermutohedralLattice(meta)
+    with pytest.raises(RuntimeError, match="no values to build a lattice"):
+        _ = PermutohedralLattice(meta).num_vertices
 
 
 @pytest.mark.gpu
@@ -983,6 +983,14 @@ def test_vmap(device):
     found = torch.func.vmap(permutohedral_filter)(values, features)
     for i in range(3):
         torch.testing.assert_close(found[i], permutohedral_filter(values[i], features[i]))
+    inner = torch.func.vmap(lambda v, f: PermutohedralLattice(f).filter(v))(values, features)
+    torch.testing.assert_close(inner, found)
+    for half in (torch.bfloat16, torch.float32):  # where only the features are of the batch
+        first = values[0].to(half)
+        found = torch.func.vmap(lambda f, v=first: permutohedral_filter(v, f))(features)
+        assert found.dtype == half
+        expected = permutohedral_filter(first, features[2])
+        torch.testing.assert_close(found[2], expected)
     for call in filter_calls(features[0]):
         found = torch.func.vmap(call, 4, 1)(values.movedim(0, 4))
         for i in range(3):
@@ -1011,5 +1019,6 @@ def test_meta_and_tracing():
         torch.empty(2, 3, 6, 5, device="meta"),
     )
     assert permutohedral_filter(values, features).shape == values.shape
+    assert PermutohedralLattice(features).filter(values).shape == values.shape
     with pytest.raises(NotImplementedError, match=r"permutohedral_filter.*torch\.export"):
         torch.jit.trace(permutohedral_filter, (normal(2, 4, 6, 5), normal(2, 3, 6, 5)))

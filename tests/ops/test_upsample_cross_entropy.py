@@ -42,8 +42,7 @@ def class_weights(n: int) -> Float:
 
 
 def sample(id: str, *args: Any, grad: bool = True, compile: bool = False, **kwargs: Any) -> Sample:
-    refuses = () if kwargs.get("reduction") == "none" else ("all", "first", "last")
-    return Sample(id, args, kwargs, grad=grad, compile=compile, refuses_vmap=refuses)
+    return Sample(id, args, kwargs, grad=grad, compile=compile)
 
 
 class LossSuite(suite.OpSuite):
@@ -95,6 +94,14 @@ class TestUpsampleCrossEntropy(LossSuite):
             label_smoothing=0.1,
             compile=True,
             reduction="sum",
+        ),
+        sample(
+            "smoothed, none",
+            Float(2, 4, 3, 3),
+            labels(4, 2, 10, 6, ignore=-100),
+            class_weights(4),
+            label_smoothing=0.1,
+            reduction="none",
         ),
         sample(
             "none",

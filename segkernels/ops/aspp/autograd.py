@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from segkernels._dtypes import compute_dtype
-from segkernels.ops._operator import Operator
+from segkernels.ops._operator import Operator, under_functorch
 from segkernels.ops.aspp import branches
 from segkernels.ops.aspp.spec import Spec
 from segkernels.ops.dilated_conv2d.autograd import added, count, gradients
@@ -78,6 +78,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
 
 
 def _laid_out(grad: torch.Tensor, spec: Spec) -> torch.Tensor:
+    if under_functorch():  # whose tensors have no layout
+        return grad
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     return grad.contiguous(memory_format=layout)
 

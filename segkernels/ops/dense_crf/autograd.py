@@ -47,17 +47,18 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
     scores, *terms, config = args
     count = len(terms) // 2
-    for dim in dims[1 + count : -1]:
-        mean_field.refuse_batch("compat", dim)
+    if any(dim is not None for dim in dims[1 + count : -1]):  # a compatibility each
+        out: torch.Tensor = mean_field.loop(size, dims, *args)
+        return out
     folded = [
         in_front(t, dim, size).flatten(0, 1)
         for t, dim in zip((scores, *terms[:count]), dims, strict=False)
     ]
-    return unfolded(mean_field(folded[0], [*folded[1:], *terms[count:]], config), size, scores)
+    return unfolded(mean_field(folded[0], [*folded[1:], *terms[count:]], config), size)
 
 
 def _gradients_vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
-    raise NotImplementedError("dense_crf: torch.vmap over its gradient is not implemented")
+    return mean_field_backward.loop(size, dims, *args)
 
 
 mean_field: Operator = Operator(

@@ -139,6 +139,7 @@ def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) ->
         and input.dim() == weight.dim() == 4
         and backend in ("auto", "torch")
         and _operator.is_eager(input)
+        and not _operator.under_functorch()
         and not torch.is_autocast_enabled("cpu")
         and not torch_path.may_crash(input, stride)
         and (

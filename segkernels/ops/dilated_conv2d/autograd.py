@@ -217,9 +217,9 @@ def _gradients_vmap(
         return out
     grad, x, weight = (in_front(t, dim, size) for t, dim in zip(args[:3], dims, strict=False))
     w = w._replace(call=_grouped(w.call, size))
-    dx, dw = gradients(_as_groups(grad), _as_groups(x), weight.flatten(0, 1), w)
-    dx = weight.new_empty(size, 0) if dx is None else _from_groups(dx, size)
-    return dx, unfolded(dw, size, weight)
+    dx, dw = gradients.whole(_as_groups(grad), _as_groups(x), weight.flatten(0, 1), w)
+    dx = _from_groups(dx, size) if w.of_input else weight.new_empty(size, 0)
+    return dx, unfolded(dw, size) if w.of_weight else weight.new_empty(size, 0)
 
 
 def count(x_shape: Any, weight_shape: Any, out_shape: Any) -> int:

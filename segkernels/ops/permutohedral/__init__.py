@@ -9,7 +9,12 @@ import torch
 from segkernels import _dtypes
 from segkernels._registry import Op, register
 from segkernels.ops import _arguments
-from segkernels.ops._operator import laid_out_like, through_dispatcher, wants_grad
+from segkernels.ops._operator import (
+    check_not_traced,
+    laid_out_like,
+    through_dispatcher,
+    wants_grad,
+)
 from segkernels.ops.permutohedral import autograd, native
 from segkernels.ops.permutohedral.autograd import Filter
 from segkernels.ops.permutohedral.native import (
@@ -70,7 +75,7 @@ class PermutohedralLattice:
         self._flat = flat
         self._spatial = tuple(spatial)
         self._lattice: Lattice | None = None
-        if flat.numel() > 0:
+        if flat.numel() > 0 and not through_dispatcher(flat):
             (self._lattice,) = native.build(
                 [flat.detach()], spatial, max_vertices=max_vertices, op="PermutohedralLattice"
             )
@@ -78,8 +83,13 @@ class PermutohedralLattice:
     @property
     def num_vertices(self) -> list[int]:
         """Occupied vertices of each image. Reading it synchronises with a CUDA device."""
-        if self._lattice is None:
+        if self._flat.numel() == 0:
             return [0] * self._flat.shape[0]
+        if self._lattice is None:
+            raise RuntimeError(
+                "PermutohedralLattice.num_vertices: the features have no values to build a lattice "
+                f"from (device {self._flat.device}, or under torch.func or torch.compile)"
+            )
         return self._lattice.num_vertices()
 
     def filter(
@@ -109,7 +119,7 @@ class PermutohedralLattice:
         what = "PermutohedralLattice.filter"
         _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, what)
         flat = _values(values, self.shape, self._flat, what)
-        if self._lattice is None or flat.numel() == 0:
+        if self._flat.numel() == 0 or flat.numel() == 0:
             return values.clone()
         record = Filter(normalization, transpose, self._spatial, self._lattice)
         return _shaped(autograd.filter_(flat.to(self._flat.dtype), self._flat, record), values)
@@ -155,6 +165,7 @@ def permutohedral_filter(
 
 def _features(features: torch.Tensor, what: str) -> tuple[torch.Tensor, Sequence[int]]:
     """(B, d, N), contiguous, float32 or float64, and the sizes of the grid."""
+    check_not_traced(what)
     _check_tensor(features, "features", what)
     if features.dim() < 2:
         raise ValueError(

@@ -55,6 +55,6 @@ def argmax(logits: torch.Tensor, a: Argmax, plain: bool = False) -> Found:
     workspace = None
     if where[0] < 0:
         needed = native.upsample_argmax_workspace(where, call)
-        workspace = torch.empty(needed, dtype=torch.uint8)
+        workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
     native.upsample_argmax(where, call, workspace, plain)
     return labels, confidences

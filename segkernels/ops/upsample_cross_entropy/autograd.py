@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops._operator import Operator, unfolded
+from segkernels.ops._operator import Operator
 from segkernels.ops.upsample_cross_entropy import native
 from segkernels.ops.upsample_cross_entropy.native import Loss
 
@@ -28,29 +28,27 @@ def _no_second_derivative(ctx: Any, grad: torch.Tensor) -> Any:
     )
 
 
-def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> tuple[torch.Tensor, ...]:
-    record: Loss = args[-1]
-    if record.reduction != "none":
-        raise NotImplementedError(
-            f"{record.name()}: torch.vmap needs reduction='none', got {record.reduction!r}"
-        )
-    whole = _without_batch(record)
-    value, kept, _ = loss.whole(*loss.folded(size, dims, *args, without_batch=whole))
-    # The totals are those of the whole batch, and nothing reads them.
-    return unfolded(value, size, value), unfolded(kept, size, value), value.new_empty(size, 3)
+def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
+    # A mean or a sum is that of its own call. Of the totals of "none" only the sum of the class
+    # weights is read again.
+    if args[-1].reduction != "none":
+        return loss.loop(size, dims, *args)
+    whole = _without_batch(args[-1])
+    return loss.fold(size, dims, *args, without_batch=whole, common=(2,))
 
 
-def _gradient_vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
+def _gradient_vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
+    if args[-1].reduction != "none" or any(dim is not None for dim in dims[3:5]):
+        return loss_backward.loop(size, dims, *args)
     *tensors, totals, record = args
     totals = totals if dims[6] is None else totals.select(dims[6], 0)
-    whole = _without_batch(record)
+    whole = (*_without_batch(record), "totals")
     args = *tensors, totals, record
-    out: torch.Tensor = loss_backward.fold(size, (*dims[:6], None), *args, without_batch=whole)
-    return out
+    return loss_backward.fold(size, (*dims[:6], None), *args, without_batch=whole)
 
 
 def _without_batch(record: Loss) -> tuple[str, ...]:
-    return ("pos_weight", "totals") if record.binary else ("weight", "pos_weight", "totals")
+    return ("pos_weight",) if record.binary else ("weight", "pos_weight")
 
 
 loss: Operator = Operator(

@@ -97,7 +97,7 @@ def _call(
 
 def _workspace(call: object, where: tuple[int, int, int], backward: bool) -> torch.Tensor:
     return torch.empty(
-        _native.C().upsample_loss_workspace(where, call, backward), dtype=torch.uint8
+        _native.C().upsample_loss_workspace(where, call, backward), dtype=torch.uint8, device="cpu"
     )
 
 
@@ -146,7 +146,7 @@ def backward(
     call = _call(logits, target, weight, pos_weight, loss, None)
     workspace = None
     if plain:
-        workspace = torch.full((48 * 1024 // 8,), float("nan"), dtype=torch.float64)
+        workspace = torch.full((48 * 1024 // 8,), float("nan"), dtype=torch.float64, device="cpu")
     elif where[0] < 0:
         workspace = _workspace(call, where, True)
     _native.C().upsample_loss_backward(
