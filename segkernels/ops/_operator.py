@@ -332,11 +332,10 @@ class Operator:
                 if forward_ad._current_level >= 0:
                     ctx.save_for_forward(*saved)
             if len(outs) > 1 or not self._differentiable:
-                absent = (
-                    o for o in outs[: self._differentiable] if o is not None and _is_absent(o)
-                )
-                rest = (o for o in outs[self._differentiable :] if o is not None)
-                ctx.mark_non_differentiable(*absent, *rest)
+                without = [out for out in outs[self._differentiable :] if out is not None]
+                if forward == self._forward_by_dispatcher:
+                    without += filter(_is_absent, outs[: self._differentiable])
+                ctx.mark_non_differentiable(*without)
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             grads = grads[: self._differentiable]
