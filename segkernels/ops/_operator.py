@@ -173,7 +173,7 @@ class Operator:
         self.overload = getattr(torch.ops.segkernels, name).default
         for key in ("CPU", "CUDA"):
             library.impl(name, lambda *args: self._filled(kernel, args), key)
-        library.impl(name, self._autograd_kernel, "Autograd")
+        library.impl(name, self._autograd_kernel, "Autograd", with_keyset=True)
         torch.library.register_fake(
             f"segkernels::{name}", lambda *args: self._filled(fake, args), lib=library
         )
@@ -294,8 +294,14 @@ class Operator:
         check_not_traced(self.name)
         return self.overload(*args[:-1], *self._layout.flat(args[-1]))
 
-    def _autograd_kernel(self, *args: Any) -> Any:
-        return self._listed(self._transformed(*self._spread(self._inflated(args))))
+    def _autograd_kernel(self, keys: Any, *args: Any) -> Any:
+        tensors = args[: self._count]
+        if self._has_list:
+            tensors = (*tensors[:-1], *tensors[-1])
+        if under_functorch() or wants_grad(*tensors):
+            return self._listed(self._transformed(*self._spread(self._inflated(args))))
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _forward(self, *args: Any) -> Any:
         args = self._grouped(args)

@@ -92,6 +92,7 @@ class Lattice:
         view: the native struct, which keeps the tensors that it points into.
         weights: (positions, d + 1) barycentric weights.
         local_ids: (entries,) int16, the vertices of each position's simplex in its tile.
+        tile_start: (tiles + 1,) int32, the pairs before each tile.
         counts: (2,) int32 on the device: vertices, pairs of a tile and a vertex.
         image_start: (B + 1,) int32 on the device: vertices before each image.
     """
@@ -107,6 +108,7 @@ class Lattice:
         self.view.grid, self.view.dims = grid, self.dims
         self.weights = self.empty((grid.positions, self.dims + 1), self.dtype)
         self.local_ids = self.empty((self.entries,), torch.int16)
+        self.tile_start = self.empty((grid.tiles + 1,), torch.int32)
         self.image_start = self.empty((grid.batch + 1,), torch.int32)
         self._inverse_norms: dict[tuple[bool, int], torch.Tensor] = {}
 
@@ -374,7 +376,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         counts=lattice.counts,
         weights=lattice.weights,
         local_ids=lattice.local_ids,
-        tile_start=empty((lattice.grid.tiles + 1,), i32),
+        tile_start=lattice.tile_start,
         pair_vertex=empty((entries,), i32),
     )
     _point(
