@@ -147,7 +147,7 @@ def upsample_binary_cross_entropy(
     if target.dtype == torch.bool:
         target = target.to(torch.uint8)
     elif target.is_floating_point():
-        target = target.to(torch.float64 if target.dtype == torch.float64 else torch.float32)
+        target = target.to(_dtypes.compute_dtype(target.dtype))
     if target.dtype not in native.TARGETS:
         raise TypeError(
             f"{name}: target must be floating, bool, uint8, int16, int32 or int64, got "
