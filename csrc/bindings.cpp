@@ -41,8 +41,8 @@ using segkernels::ScalarType;
 using segkernels::Strided;
 using segkernels::Where;
 
-// The address of a tensor's data; null for None. pybind holds a call's arguments until it returns, so
-// the data live as long as the kernel reads them. It converts to any pointer.
+// The address of a tensor's data; null for None. pybind holds a call's arguments until it returns,
+// so the data live as long as the kernel reads them. It converts to any pointer.
 struct Address {
   void* data = nullptr;
 
