@@ -128,9 +128,7 @@ def mean_field(
         (B, C, N) probabilities, or log-probabilities. Autograd keeps those of every iteration.
     """
     # Under autocast, which meta tensors do not have, the products would be in half precision.
-    kind_of_device = scores.device.type
-    autocast = torch.amp.autocast_mode.is_autocast_available(kind_of_device)
-    with torch.autocast(kind_of_device, enabled=False) if autocast else nullcontext():
+    with nullcontext() if scores.is_meta else torch.autocast(scores.device.type, enabled=False):
         return _mean_field(scores, filters, compat, normalization, kind, iterations, log)
 
 
