@@ -79,6 +79,17 @@ def check_like(
         raise ValueError(
             f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}"
         )
+    check_kind(tensor, name, dtypes, like, function)
+
+
+def check_kind(
+    tensor: torch.Tensor,
+    name: str,
+    dtypes: set[torch.dtype],
+    like: torch.Tensor,
+    function: str,
+) -> None:
+    """Raise ValueError unless `tensor` has one of the dtypes and the device of the input."""
     if tensor.dtype not in dtypes:
         wanted = " or ".join(sorted(map(str, dtypes)))
         raise ValueError(f"{function}: {name} must be {wanted}, got {tensor.dtype}")

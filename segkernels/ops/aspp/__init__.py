@@ -152,7 +152,7 @@ def _check_input_and_weights(
                 f"aspp: {name} must have as many output channels as weights[0], which is "
                 f"{list(weights[0].shape)}, got {shape}"
             )
-        _arguments.check_like(weight, name, shape, {input.dtype}, input, "aspp")
+        _arguments.check_kind(weight, name, {input.dtype}, input, "aspp")
 
 
 def _check_others(
@@ -173,4 +173,4 @@ def _check_others(
         raise ValueError(
             f"aspp: pooled must be [{input.size(0)}, C, 1, 1], got {list(pooled.shape)}"
         )
-    _arguments.check_like(pooled, "pooled", pooled.shape, {input.dtype}, input, "aspp")
+    _arguments.check_kind(pooled, "pooled", {input.dtype}, input, "aspp")
