@@ -166,6 +166,7 @@ REJECTED = {
     ("interpolate/kernels.h", "const float span ="): CUDA_ONLY,
     ("interpolate/kernels.h", "const double span = (float"): CUDA_ONLY,
     ("permutohedral/native.py", "min(lattice.entries, lattice.grid.tiles)"): CUDA_ONLY,
+    ("upsample_cross_entropy/native.py", "dtype=torch.int8, device"): "bytes, signed or not",
     ("interpolate/_resampling.py", "out_size[1] + out_size[1]"): "chooses between two right ways",
     ("window/scatter.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
     ("window/scatter.h", "values = i * sources;"): NO_CODE,

@@ -46,6 +46,7 @@ class TestMaxPool2d(suite.OpSuite):
         Sample("16x16 window", (Float(1, 2, 33, 32), 16, 8), CODES, grad=False),
         Sample("17x17 window", (Float(1, 2, 35, 40), 17, 5, 8), INDICES),
         Sample("17x17 window, values", (Float(1, 1, 19, 19), 17, 2, 8), grad=True),
+        Sample("17x17 windows, side by side", (Float(1, 2, 17, 34), 17), grad=True),
         Sample("many channels", (Float(1, 133, 5, 6), 2), CODES),
         Sample("wide plane", (Float(1, 1, 4, 300), (2, 3), (2, 1), (0, 1)), CODES),
     ]
