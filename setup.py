@@ -1,6 +1,7 @@
 """Builds segkernels._C with ninja; everything declarative is in pyproject.toml.
 
-Environment: SEGKERNELS_CUDA (0, 1, auto), CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
+Environment: SEGKERNELS_CUDA (0, 1, auto; for tests emulated), CUDA_HOME, TORCH_CUDA_ARCH_LIST,
+MAX_JOBS, CXX.
 """
 
 from __future__ import annotations
@@ -29,10 +30,21 @@ class CleanBuild(build):
 class NinjaBuild(build_ext):
     """Compiles csrc/ into the one extension module."""
 
+    def run(self) -> None:
+        self.for_wheel = not (self.inplace or self.editable_mode)  # setuptools clears them
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             config = ninja_build.configure()
-            if config.toolkit:
+            if config.emulation and self.for_wheel:
+                raise ninja_build.BuildError(
+                    f"SEGKERNELS_CUDA={config.emulation} is for tests, and is built in place only: "
+                    "python setup.py build_ext --inplace"
+                )
+            if config.emulation:
+                print(f"CUDA {config.emulation} on the CPU")
+            elif config.toolkit:
                 arches = ", ".join(map(str, config.arches))
                 print(f"CUDA {config.toolkit.version_string} ({config.toolkit.nvcc}): {arches}")
             else:
@@ -44,7 +56,7 @@ class NinjaBuild(build_ext):
             raise SystemExit(f"\nsegkernels: {error}") from None
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(linked, target)
+        shutil.copy(linked, target)  # as new: setuptools copies what is newer than in place
 
 
 setup(

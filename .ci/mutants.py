@@ -54,7 +54,7 @@ SOURCES = {
 }
 LEFT_OUT = re.compile(
     r"reference\.py|plan\.py|_summary\.py|dilated_conv2d/native\.py|_flops\.py"
-    r"|csrc/bindings\.cpp|cuda|hopper|emulated|schedule|weight_gradient\.h|dilated_conv2d\.h"
+    r"|csrc/bindings\.cpp|cuda|hopper|schedule|weight_gradient\.h|dilated_conv2d\.h"
     r"|ring\.h|tensor_map\.h|atomics\.h|simd\.h|global_build\.h|splat_tile\.h|unpool2d/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
 )
@@ -119,13 +119,10 @@ TYPES = {"float", "float16", "float32", "int8", "int16", "int32", "int8_t", "int
 # Whose quick tests must find it. The first pattern that matches a path.
 INTERPOLATE = "tests/ops/test_interpolate.py tests/ops/test_upsample_argmax.py"
 WINDOWS = "tests/ops/test_max_pool2d.py tests/ops/test_max_unpool2d.py tests/ops/test_unpool2d.py"
-CRF = (
-    "tests/ops/test_permutohedral.py tests/ops/test_permutohedral_cuda_steps.py "
-    "tests/ops/test_dense_crf.py tests/test_crf.py"
-)
+CRF = "tests/ops/test_permutohedral.py tests/ops/test_dense_crf.py tests/test_crf.py"
 CONV = (
     "tests/ops/test_dilated_conv2d.py tests/ops/test_dilated_conv2d_dispatch.py "
-    "tests/ops/test_dilated_conv2d_epilogue.py"
+    "tests/test_interpreted.py"
 )
 MODELS = "tests/models"
 TESTS = [
@@ -135,7 +132,7 @@ TESTS = [
     (r"csrc/common/", f"{WINDOWS} {INTERPOLATE} {CRF}"),
     (r"csrc/(\w+)/", r"tests/ops/test_\1.py"),
     (r"ops/dilated_conv2d/", CONV),
-    (r"ops/gaussian_filter/triton", "tests/ops/test_gaussian_filter_triton.py"),
+    (r"ops/gaussian_filter/triton", "tests/test_interpreted.py"),
     (r"ops/(permutohedral|dense_crf)/", CRF + " tests/test_crf_exact.py"),
     (r"ops/_windows", WINDOWS),
     (r"ops/interpolate/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),

@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import cuda
+from . import cuda, emulation
 
 ROOT = Path(__file__).resolve().parent.parent
 MACOS = sys.platform == "darwin"
@@ -46,17 +46,23 @@ class Config:
     toolkit: cuda.Toolkit | None
     cuda_missing: str
     arches: list[cuda.Arch] = field(default_factory=list)
+    emulation: str = ""  # one of emulation.VARIANTS, or none
+
+    @property
+    def shared_dir(self) -> Path:
+        """The CPU's objects, which are every configuration's, and ninja's logs."""
+        soabi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+        return ROOT / "build" / f"native-{soabi}"
 
     @property
     def build_dir(self) -> Path:
         """One folder a configuration, so that switching between two rebuilds neither."""
-        soabi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
-        device = "cpu"
+        device = self.emulation or "cpu"
         if self.toolkit:
             device = f"cuda{self.toolkit.version_string}-" + "-".join(
                 f"{arch.number}{'p' if arch.ptx else ''}" for arch in self.arches
             )
-        return ROOT / "build" / f"native-{soabi}-{device}"
+        return self.shared_dir / device
 
 
 def configure() -> Config:
@@ -86,7 +92,9 @@ def configure() -> Config:
         toolkit=None,
         cuda_missing=f"CUDA does not exist on {sys.platform}",
     )
-    if not MACOS:
+    if (wanted := os.environ.get("SEGKERNELS_CUDA", "")).startswith("emulated"):
+        config.emulation, config.cuda_missing = emulation.variant(wanted), ""
+    elif not MACOS:
         config.toolkit, config.cuda_missing = cuda.find_toolkit()
     elif os.environ.get("SEGKERNELS_CUDA") == "1":
         raise cuda.CudaError("SEGKERNELS_CUDA=1, but there is no CUDA on macOS")
@@ -117,21 +125,16 @@ def write(config: Config, output: Path) -> Path:
     build = config.build_dir
     build.mkdir(parents=True, exist_ok=True)
     _write_if_changed(build / "build_config.h", _config_header(config))
-    defines = (["-DSK_WITH_CUDA=1"] if config.toolkit else []) + (
-        ["-DSK_HAVE_X86_ISAS=1"] if len(config.isas) > 1 else []
-    )
-    specific = [path for path in sources(".cu") if specific_arch(path)]
-    for name in sorted({specific_arch(path) for path in specific}):
-        if _wants(config, name):
-            defines.append(f"-DSK_HAVE_{name.upper()}=1")
-    host = [*COMMON_FLAGS, "-Icsrc", *defines] + (["-fopenmp"] if config.openmp else [])
-    system = [f"-isystem{folder}" for folder in (config.toolkit.includes if config.toolkit else ())]
-    lines = _rules(config, [*host, *system])
+    isas = ["-DSK_HAVE_X86_ISAS=1"] if len(config.isas) > 1 else []
+    host = [*COMMON_FLAGS, "-Icsrc", *isas] + (["-fopenmp"] if config.openmp else [])
+    lines = _rules(config, host)
     objects: list[str] = []
     for source in sources(".cpp"):
         objects += _cpp_edges(config, source, lines)
     cuda_objects: list[str] = []
-    if config.toolkit:
+    if config.emulation:
+        cuda_objects = emulation.edges(config, host, lines)
+    elif config.toolkit:
         flags = _nvcc_flags(config, host)
         for source in sources(".cu"):
             if gencode := _gencode(config, source):
@@ -146,8 +149,18 @@ def write(config: Config, output: Path) -> Path:
     return build / "build.ninja"
 
 
+def _parts(config: Config) -> list[str]:
+    """Which code beside the CPU's the module has, for bindings.cpp."""
+    if config.emulation:
+        return ["-DSK_EMULATED=1", "-DSK_WITH_CUDA=1", "-DSK_HAVE_SM90A=1"]
+    names = sorted({specific_arch(path) for path in sources(".cu")} - {""})
+    return (["-DSK_WITH_CUDA=1"] if config.toolkit else []) + [
+        f"-DSK_HAVE_{name.upper()}=1" for name in names if _wants(config, name)
+    ]
+
+
 def _rules(config: Config, host: list[str]) -> list[str]:
-    folder = str(config.build_dir.relative_to(ROOT))
+    folder = str(config.shared_dir.relative_to(ROOT))
     cxx = f"{_join(config.cxx)} {_join(host)} -MMD -MF $out.d"
     lines = [
         "ninja_required_version = 1.5",
@@ -176,10 +189,12 @@ def _rules(config: Config, host: list[str]) -> list[str]:
         # Nothing but the module's entry point leaves it: two libraries that both export a static
         # cudart, CUB or std template instantiations have mixed them up and corrupted results.
         exports = config.build_dir / "exports.map"
-        _write_if_changed(exports, "{ global: PyInit__C; local: *; };\n")
+        names = "PyInit__C; emulation_*" if config.emulation else "PyInit__C"
+        _write_if_changed(exports, f"{{ global: {names}; local: *; }};\n")
         libs += ["-Wl,--exclude-libs,ALL", f"-Wl,--version-script={exports}"]
     if config.toolkit:
         libs += [f"-L{config.toolkit.libdir}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    libs += emulation.LINK[config.emulation] if config.emulation else []
     lines += [
         "rule link",
         f"  command = {_join(link)} @$out.rsp -o $out {_join(libs)}",
@@ -194,7 +209,7 @@ def _cpp_edges(config: Config, source: Path, lines: list[str]) -> list[str]:
     if source.name == "bindings.cpp":
         # Only this file sees Python: its includes change from one isolated build to the next.
         includes = [pybind11_include(), sysconfig.get_paths()["include"], str(config.build_dir)]
-        variants = {"": [f"-isystem{folder}" for folder in includes]}
+        variants = {"": [*_parts(config), *(f"-isystem{folder}" for folder in includes)]}
     elif source.name.endswith(".simd.cpp"):
         variants = {
             isa: [f"-DSK_ISA={isa}", *flags, *SIMD_FLAGS] for isa, flags in config.isas.items()
@@ -259,7 +274,7 @@ def _config_header(config: Config) -> str:
     texts = {
         "kVersion": version[1],
         "kCompiler": _compiler_name(config.cxx),
-        "kCuda": config.toolkit.version_string if config.toolkit else "",
+        "kCuda": config.toolkit.version_string if config.toolkit else config.emulation,
         "kCudaMissing": config.cuda_missing,
         "kArches": " ".join(map(str, config.arches)),
         "kSimd": " ".join(name.removeprefix("isa_") for name in config.isas),
@@ -288,7 +303,8 @@ def _c_string(text: str) -> str:
 
 
 def _object(config: Config, source: Path, isa: str = "") -> str:
-    folder = config.build_dir.relative_to(ROOT)
+    own = source.suffix == ".cu" or source.name == "bindings.cpp"
+    folder = (config.build_dir if own else config.shared_dir).relative_to(ROOT)
     return str(folder / source) + (f".{isa}" if isa else "") + ".o"
 
 

@@ -91,10 +91,11 @@ void pointer(py::class_<S>& c, const char* name, P* S::* member) {
       py::cpp_function([member](S& s, Address p) { s.*member = p; }, py::keep_alive<1, 2>()));
 }
 
-[[noreturn]] void without_cuda() { throw std::runtime_error("segkernels was built without CUDA"); }
+[[noreturn]] [[maybe_unused]] void without_cuda() {
+  throw std::runtime_error("segkernels was built without CUDA");
+}
 
 const segkernels::PermutohedralApi& permutohedral(const WhereTuple& w) {
-  if (std::get<0>(w) == -2) return segkernels::permutohedral_emulated();
   if (std::get<0>(w) < 0) return segkernels::permutohedral_cpu();
 #if defined(SK_WITH_CUDA)
   return segkernels::permutohedral_cuda();
@@ -377,18 +378,6 @@ void interpolate(const WhereTuple& args, const Resampling& r, int type, Address 
 #endif
 }
 
-void interpolate_plain(const WhereTuple& where, const Resampling& r, int type, Address input,
-                       Address output, int rows) {
-  segkernels::interpolate_plain(where_of(where), r, ScalarType(type), input, output, rows);
-}
-
-void interpolate_backward_plain(const WhereTuple& where, const Resampling& r, int type,
-                                Address grad_output, Address grad_input, Address workspace,
-                                bool direct) {
-  segkernels::interpolate_backward_plain(where_of(where), r, ScalarType(type), grad_output,
-                                         grad_input, workspace, direct);
-}
-
 using StridesArgs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
 segkernels::Strides strides_of(const StridesArgs& s) {
@@ -406,10 +395,9 @@ int64_t upsample_argmax_workspace(const WhereTuple& where, const segkernels::Arg
   return segkernels::upsample_argmax_workspace(where_of(where), call);
 }
 
-void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call, Address workspace,
-                     bool plain) {
+void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call,
+                     Address workspace) {
   const Where where = where_of(args);
-  if (plain) return segkernels::upsample_argmax_plain(where, call);
   if (where.device < 0) return segkernels::upsample_argmax_cpu(where, call, workspace);
 #if defined(SK_WITH_CUDA)
   segkernels::upsample_argmax_cuda(where, call);
@@ -445,10 +433,9 @@ int64_t upsample_loss_workspace(const WhereTuple& where, const segkernels::LossC
 }
 
 void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Address kept,
-                   Address losses, Address totals, Address workspace, bool plain) {
+                   Address losses, Address totals, Address workspace) {
   const Where where = where_of(args);
   const segkernels::LossOutputs to{kept, losses, totals, workspace};
-  if (plain) return segkernels::upsample_loss_plain(where, call, to);
   if (where.device < 0) return segkernels::upsample_loss_cpu(where, call, to, workspace);
 #if defined(SK_WITH_CUDA)
   segkernels::upsample_loss_cuda(where, call, to);
@@ -459,10 +446,9 @@ void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Add
 
 void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& call, Address grad,
                             Address kept, Address totals, Address grad_logits,
-                            const StridesArgs& strides, Address workspace, bool plain) {
+                            const StridesArgs& strides, Address workspace) {
   const Where where = where_of(args);
   const segkernels::LossGradient g{grad, kept, totals, grad_logits, strides_of(strides)};
-  if (plain) return segkernels::upsample_loss_backward_plain(where, call, g, workspace);
   if (where.device < 0) return segkernels::upsample_loss_backward_cpu(where, call, g, workspace);
 #if defined(SK_WITH_CUDA)
   segkernels::upsample_loss_backward_cuda(where, call, g);
@@ -476,9 +462,6 @@ void bind_interpolate(py::module_& m) {
   py::class_<Resampling>(m, "Resampling").def(py::init(&make_resampling));
   m.def("interpolate", &interpolate, nogil,
         "Forward, or backward with the gradients in the two places.");
-  m.def("interpolate_plain", &interpolate_plain, nogil,
-        "The CUDA kernel's functor on the CPU, for tests.");
-  m.def("interpolate_backward_plain", &interpolate_backward_plain, nogil, "As interpolate_plain.");
 }
 
 void bind_upsample_argmax(py::module_& m) {
@@ -488,8 +471,7 @@ void bind_upsample_argmax(py::module_& m) {
            py::keep_alive<1, 9>());
   m.def("upsample_argmax_workspace", &upsample_argmax_workspace,
         "Bytes that upsample_argmax needs on the CPU.");
-  m.def("upsample_argmax", &upsample_argmax, nogil,
-        "plain: the CUDA kernel's functor on the CPU, for tests.");
+  m.def("upsample_argmax", &upsample_argmax, nogil);
 }
 
 void bind_upsample_cross_entropy(py::module_& m) {
@@ -500,9 +482,8 @@ void bind_upsample_cross_entropy(py::module_& m) {
   m.attr("LOSS_PARTIALS") = 2 * segkernels::kMaxPartials;
   m.def("upsample_loss_workspace", &upsample_loss_workspace,
         "Bytes that the losses need on the CPU.");
-  m.def("upsample_loss", &upsample_loss, nogil,
-        "plain: the CUDA kernel's functor on the CPU, for tests.");
-  m.def("upsample_loss_backward", &upsample_loss_backward, nogil, "plain: as upsample_loss.");
+  m.def("upsample_loss", &upsample_loss, nogil);
+  m.def("upsample_loss_backward", &upsample_loss_backward, nogil);
 }
 
 namespace pooling = segkernels::pooling;
@@ -700,7 +681,7 @@ struct Arguments {
 using ConvBranchTuple = std::tuple<Address, std::array<int, 2>, std::array<int, 2>,
                                    std::array<int, 2>, int64_t, int64_t>;
 
-void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
+void dilated_conv2d([[maybe_unused]] const WhereTuple& w, const py::dict& arguments) {
   namespace dilated = segkernels::dilated;
   const Arguments a{arguments};
   dilated::ConvCall c{};
@@ -733,7 +714,6 @@ void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
     b.offset = offset;
   }
   const py::gil_scoped_release release;
-  if (std::get<0>(w) == -2) return dilated::dilated_conv2d_emulated(where_of(w), c);
 #if defined(SK_HAVE_SM90A)
   dilated::dilated_conv2d_sm90(where_of(w), c);
 #else
@@ -741,7 +721,7 @@ void dilated_conv2d(const WhereTuple& w, const py::dict& arguments) {
 #endif
 }
 
-void dilated_conv2d_weight(const WhereTuple& w, const py::dict& arguments) {
+void dilated_conv2d_weight([[maybe_unused]] const WhereTuple& w, const py::dict& arguments) {
   namespace dilated = segkernels::dilated;
   const Arguments a{arguments};
   dilated::WeightCall c{};
@@ -762,7 +742,6 @@ void dilated_conv2d_weight(const WhereTuple& w, const py::dict& arguments) {
   a.sizes("boxes", boxes);
   c.image_boxes = boxes[0];
   const py::gil_scoped_release release;
-  if (std::get<0>(w) == -2) return dilated::weight_gradient_emulated(where_of(w), c);
 #if defined(SK_HAVE_SM90A)
   dilated::weight_gradient_sm90(where_of(w), c);
 #else

@@ -108,6 +108,11 @@ def where(tensor: torch.Tensor) -> tuple[int, int, int]:
     raise RuntimeError(_unsupported(tensor.device))
 
 
+def on_cuda(device: torch.device) -> bool:
+    """Whether the code for CUDA, native or Triton's, computes what is on `device`."""
+    return device.type == "cuda"
+
+
 def has_cuda() -> bool:
     """Whether the native code was built with CUDA."""
     return _has_cuda

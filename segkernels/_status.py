@@ -28,7 +28,7 @@ _MESSAGES = (
     "codes: expected codes inside the pooling window, got some outside",
 )
 
-_words: dict[int, torch.Tensor] = {}
+_words: dict[torch.device, torch.Tensor] = {}
 
 
 class _DeviceMemory:
@@ -49,15 +49,17 @@ def _device_words(device: torch.device) -> torch.Tensor:
     They are the native module's: words from torch's allocator would, where the first call is
     captured, be a graph's, and where it is in inference mode, could not be cleared outside.
     """
-    index = device.index
-    if index not in _words:
+    if device not in _words:
         with torch.inference_mode(False):
             if _native.has_cuda():
-                memory = _DeviceMemory(_native.C().status_words(index))
-                _words[index] = torch.as_tensor(memory, device=device)
+                _words[device] = _words_at(_native.C().status_words(device.index), device)
             else:
-                _words[index] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=device)
-    return _words[index]
+                _words[device] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=device)
+    return _words[device]
+
+
+def _words_at(address: int, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(_DeviceMemory(address), device=device)
 
 
 class StatusError(ValueError):
@@ -85,7 +87,7 @@ def watch(
     Raises:
         StatusError: on the CPU, or on CUDA under SEGKERNELS_CHECK=1: a value was at fault.
     """
-    if tensor.device.type != "cuda":
+    if not _native.on_cuda(tensor.device):
         words = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=tensor.device)
         yield words
         found = words.tolist()
@@ -94,7 +96,7 @@ def watch(
         return
     yield _device_words(tensor.device)
     if os.environ.get("SEGKERNELS_CHECK") == "1" and not _native.capturing(tensor.device):
-        _raise(tensor.device.index, op, dtype)
+        _raise(tensor.device, op, dtype)
 
 
 def raise_found(words: list[int], op: str) -> None:
@@ -103,8 +105,8 @@ def raise_found(words: list[int], op: str) -> None:
         raise StatusError(_text(words, op, None))
 
 
-def _raise(index: int, op: str, dtype: torch.dtype | None = None) -> None:
-    words = _words[index]
+def _raise(device: torch.device, op: str, dtype: torch.dtype | None = None) -> None:
+    words = _words[device]
     found = words.tolist()
     if any(found):
         words.zero_()
@@ -127,13 +129,14 @@ def check(device: torch.device | str | int | None = None) -> None:
         ValueError: what was found; the words are cleared.
     """
     if device is None:
-        indices = list(_words)
+        devices = list(_words)
     else:
         wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
         if wanted.type != "cuda":
             return
         index = wanted.index if wanted.index is not None else torch.cuda.current_device()
-        indices = [index] if index in _words else []
-    for index in indices:
-        torch.cuda.synchronize(index)
-        _raise(index, "segkernels")
+        wanted = torch.device("cuda", index)
+        devices = [wanted] if wanted in _words else []
+    for found in devices:
+        torch.cuda.synchronize(found)
+        _raise(found, "segkernels")

@@ -1,27 +1,34 @@
 """Shared by every test: which run, devices, seeds, and what the run's header says.
 
-`pytest` leaves out what is marked `nightly`, unless `--nightly` or `-m` names it, and what is
-marked `gpu` where torch sees no GPU, unless `--gpu` is given. Hypothesis tries 25 examples, the
-same each time, and under `nightly` 200 new ones.
+`pytest` leaves out what is marked `nightly`, unless `--nightly` or `-m` names it, what is marked
+`gpu` where torch sees no GPU, unless `--gpu` is given, what is marked `emulated` where _C has
+not the emulation of CUDA (tests/emulation), and what is marked `interpreted` where Triton does not
+interpret. Hypothesis tries 25 examples, the same each time, and under `nightly` 200 new ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Small tensors on two threads cost three times the time of the processor: the threads wait by
 # spinning. Tests that are about threads set their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import emulation
 import hypothesis
 import pytest
 import torch
+from emulation import interpreter
 
 import segkernels
 from segkernels import _native
@@ -63,10 +70,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     # With a GPU but segkernels built without CUDA the gpu tests run, and must fail.
     if not config.getoption("--gpu") and not torch.cuda.is_available():
         unwanted.add("gpu")
+    if not emulation.available():
+        unwanted.add("emulated")
+    if not interpreter.on():
+        unwanted.add("interpreted")
     kept = [item for item in items if not any(map(item.get_closest_marker, unwanted))]
     left_out = set(items) - set(kept)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = kept
+
+
+def pytest_sessionfinish() -> None:
+    """Add to the counts of launches that tests/emulation/coverage.py reads."""
+    if (counts := os.environ.get("SK_EMULATION_COUNTS")) and emulation.available():
+        emulation.library().emulation_count(os.fsencode(counts))
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +96,20 @@ def _as_at_first() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_status_word_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What is marked `emulated` or `interpreted` computes on the CPU with the code for CUDA."""
+    with contextlib.ExitStack() as stack:
+        if request.node.get_closest_marker("emulated"):
+            stack.enter_context(emulation.emulated())
+        if request.node.get_closest_marker("interpreted"):
+            stack.enter_context(interpreter.interpreted())
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_status_word_is_left(request: pytest.FixtureRequest, _emulated: None) -> Iterator[None]:
     """A fault that a test on CUDA leaves untold fails that test, and not a later one."""
-    if request.node.get_closest_marker("gpu") is None:
+    if not any(map(request.node.get_closest_marker, ("gpu", "emulated", "interpreted"))):
         yield
         return
     with contextlib.suppress(ValueError):
@@ -100,7 +128,31 @@ def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     conv.fp32_precision = before
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=emulation.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that segkernels runs on."""
+    """Each device that segkernels runs on, and the CUDA code on the CPU."""
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def build_tools() -> ModuleType:
+    """The build's own package, which is not installed."""
+    # Not through sys.path for good: the root would hide the installed package.
+    root = str(Path(__file__).resolve().parent.parent)
+    sys.path.insert(0, root)
+    try:
+        importlib.import_module("build_tools.cuda")
+        importlib.import_module("build_tools.ninja_build")
+        return importlib.import_module("build_tools")
+    finally:
+        sys.path.remove(root)
+
+
+@pytest.fixture(params=emulation.ON_CUDA)
+def hopper(request: pytest.FixtureRequest) -> str:
+    """The device of a Hopper, and of its model on the CPU."""
+    if request.param == "cuda":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("needs compute capability 9.0")
+        assert _native.C().has_sm90a, "built without sm_90a on a machine with a Hopper"
+    return str(request.param)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,18 +14,6 @@ from types import ModuleType
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def build_tools() -> ModuleType:
-    # Not through sys.path for good: the root would hide the installed package.
-    sys.path.insert(0, str(ROOT))
-    try:
-        importlib.import_module("build_tools.cuda")
-        importlib.import_module("build_tools.ninja_build")
-        return importlib.import_module("build_tools")
-    finally:
-        sys.path.remove(str(ROOT))
 
 
 def make_toolkit(root: Path, version: str = "13.0", without: tuple[str, ...] = ()) -> Path:
@@ -189,6 +178,7 @@ def tree(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         "#define NAME2(isa) simd_##isa\n#define NAME(isa) NAME2(isa)\n"
         "int NAME(SK_ISA)() { return 40; }\n"
     )
+    (root / "csrc/bindings.cpp").write_text("int bindings() { return 0; }\n")
     (root / "csrc/op/op.cu").write_text("not compiled here\n")
     (root / "csrc/op/op.sm90a.cu").write_text("not compiled here\n")
     monkeypatch.setattr(build_tools.ninja_build, "ROOT", root)
@@ -203,7 +193,7 @@ def test_incremental_build(build_tools: ModuleType, tree: Path) -> None:
 
     def build() -> dict[str, int]:
         ninja_build.run(ninja_build.write(config, linked))
-        outputs = [*config.build_dir.rglob("*.o"), linked]
+        outputs = [*config.shared_dir.rglob("*.o"), linked]
         return {path.name: path.stat().st_mtime_ns for path in outputs}
 
     first = build()
@@ -256,6 +246,47 @@ def test_cuda_rules(build_tools: ModuleType, tree: Path, tmp_path: Path) -> None
     without = rules_of(build_tools, tree, toolkit, "8.0+PTX")
     assert "op.sm90a.cu" not in without
     assert "SK_HAVE_SM90A" not in without
+
+
+def test_configurations_share_the_cpus_objects(build_tools: ModuleType, tree: Path) -> None:
+    toolkit = make_toolkit(tree / "toolkit")
+    built = [rules_of(build_tools, tree, toolkit, arches) for arches in ("8.0", "9.0a+PTX")]
+    objects = [set(re.findall(r"^build (\S+\.o): \w+ (\S+)", text, re.M)) for text in built]
+    sources = [{source: path for path, source in found} for found in objects]
+    assert sources[0]["csrc/op/op.cpp"] == sources[1]["csrc/op/op.cpp"]
+    for own in ("csrc/op/op.cu", "csrc/bindings.cpp"):
+        assert sources[0][own] != sources[1][own]
+
+
+@pytest.mark.parametrize("variant", ["emulated", "emulated-asan", "emulated-races"])
+def test_emulated_rules(
+    build_tools: ModuleType, tree: Path, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGKERNELS_CUDA", variant)
+    config = build_tools.ninja_build.configure()
+    assert config.emulation == variant
+    assert config.toolkit is None
+    text = build_tools.ninja_build.write(config, tree / "module.so").read_text()
+    folder = config.build_dir.relative_to(tree)
+    assert f"build {folder}/csrc/op/op.cu.o: emulated {folder}/csrc/op/op.cu" in text
+    assert "op.sm90a.cu" not in text
+    assert "-DSK_WITH_CUDA=1 -DSK_HAVE_SM90A=1" in text
+    assert f'kCuda[] = "{variant}"' in (config.build_dir / "build_config.h").read_text()
+
+
+def test_emulated_is_one_of_three(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGKERNELS_CUDA", "emulated-msan")
+    with pytest.raises(build_tools.cuda.CudaError, match="emulated-races, got 'emulated-msan'"):
+        build_tools.ninja_build.configure()
+
+
+def test_emulated_is_in_no_wheel(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "SEGKERNELS_CUDA": "emulated"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "SEGKERNELS_CUDA=emulated is for tests, and is built in place only" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_nothing_is_tied_to_this_processor(build_tools: ModuleType, tree: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import re
 import warnings
@@ -536,11 +537,12 @@ def test_default_device_and_dtype_do_not_matter(device):
 
 
 def test_calls_from_several_threads(device):
-    images = [channels_first(picture(40, 50, 3, seed=i)).to(device) for i in range(12)]
-    probs = [torch.rand(4, 40, 50).softmax(0).to(device) for _ in images]
-    want = [dense_crf(i, p) for i, p in zip(images, probs, strict=True)]
+    images = [channels_first(picture(20, 30, 3, seed=i)).to(device) for i in range(8)]
+    probs = [torch.rand(4, 20, 30).softmax(0).to(device) for _ in images]
+    call = functools.partial(dense_crf, iterations=3)
+    want = [call(i, p) for i, p in zip(images, probs, strict=True)]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(dense_crf, images, probs))
+        got = list(pool.map(call, images, probs))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -683,7 +685,7 @@ def test_image_that_is_not_finite(bad, device):
     with raises_for_values(message):
         dense_crf(img.to(device), probs.to(device))
     if device.type == "cpu":
-        with pytest.raises(ValueError, match=message):
+        with raises_for_values(message):
             dense_crf(img.permute(1, 2, 0).numpy(), probs.numpy())
     # Without the term that has the image, it does not matter.
     assert bool(dense_crf(img.to(device), probs.to(device), compat_bilateral=None).isfinite().all())

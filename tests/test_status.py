@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulation import ON_CUDA
 
 import segkernels
 from segkernels import _status
@@ -116,10 +117,13 @@ def test_check_without_cuda_finds_nothing(device):
 # --- on CUDA: nothing raises until it is asked for ---
 
 
-def fault() -> torch.Tensor:
-    features = torch.zeros(1, 2, 3, device="cuda")
+on_cuda = pytest.mark.parametrize("where", ON_CUDA)
+
+
+def fault(where: str = "cuda") -> torch.Tensor:
+    features = torch.zeros(1, 2, 3, device=where)
     features[0, 0, 1] = float("nan")
-    return segkernels.permutohedral_filter(torch.ones(1, 1, 3, device="cuda"), features)
+    return segkernels.permutohedral_filter(torch.ones(1, 1, 3, device=where), features)
 
 
 @pytest.mark.gpu
@@ -146,32 +150,33 @@ def test_the_first_call_may_be_in_inference_mode(monkeypatch):
 @pytest.mark.gpu
 def test_the_words_are_no_allocators():
     fault()
-    words = _status._words[torch.cuda.current_device()]
+    words = _status._words[torch.device("cuda", torch.cuda.current_device())]
     blocks = [(b["address"], b["total_size"]) for b in torch.cuda.memory_snapshot()]
     assert not any(start <= words.data_ptr() < start + size for start, size in blocks)
     with pytest.raises(ValueError, match="features"):
         segkernels.check()
 
 
-@pytest.mark.gpu
-def test_check_gathers_what_several_calls_found():
+@on_cuda
+def test_check_gathers_what_several_calls_found(where):
     segkernels.check()
-    fault()
-    img = torch.zeros(3, 4, 5, device="cuda")
-    segkernels.dense_crf(img, torch.full((2, 4, 5), 7.0, device="cuda"))
+    out = fault(where)
+    assert out.isnan().flatten().tolist() == [False, True, False]
+    img = torch.zeros(3, 4, 5, device=where)
+    segkernels.dense_crf(img, torch.full((2, 4, 5), 7.0, device=where))
     with pytest.raises(ValueError, match=r"features: expected finite.*; .*probs: expected values"):
         segkernels.check()
 
 
-@pytest.mark.gpu
-def test_environment_checks_every_call(monkeypatch):
+@on_cuda
+def test_environment_checks_every_call(where, monkeypatch):
     segkernels.check()
     monkeypatch.setenv("SEGKERNELS_CHECK", "1")
     with pytest.raises(ValueError, match=r"^permutohedral_filter: features: expected finite"):
-        fault()
+        fault(where)
     segkernels.check()
     monkeypatch.setenv("SEGKERNELS_CHECK", "0")
-    fault()
+    fault(where)
     with pytest.raises(ValueError, match="features"):
         segkernels.check()
 

@@ -16,3 +16,11 @@
 #define SK_HD inline
 #define SK_NS cpu
 #endif
+
+// A limit of launches that real sizes reach, and a smaller one for the emulation of CUDA on the CPU
+// (tests/emulation), so that small inputs reach it too.
+#if defined(SK_EMULATED)
+#define SK_LIMIT(real, emulated) (emulated)
+#else
+#define SK_LIMIT(real, emulated) (real)
+#endif

@@ -22,7 +22,8 @@ SK_HD int64_t row_count(int64_t bound, const int32_t* limit) {
 
 constexpr int kThreads = 256;
 // Enough blocks to fill any device several times over; a grid-stride loop takes the rest.
-constexpr int64_t kMaxBlocks = 1 << 16;
+constexpr int64_t kMaxBlocks = SK_LIMIT(1 << 16, 5);
+constexpr int64_t kMaxBlocksOfRows = SK_LIMIT(4096, 3);
 
 inline unsigned grid_for(int64_t items, int per_block) {
   int64_t blocks = (items + per_block - 1) / per_block;
@@ -69,7 +70,7 @@ void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int 
   const int lanes = lanes_for(blocks);
   // With the count on the device the bound is loose: no more blocks than keep the device busy.
   int64_t grid = grid_for(bound, kThreads / lanes);
-  if (limit != nullptr && grid > 4096) grid = 4096;
+  if (limit != nullptr && grid > kMaxBlocksOfRows) grid = kMaxBlocksOfRows;
   for_rows_kernel<<<unsigned(grid), kThreads, 0, stream_of(where)>>>(bound, limit, blocks, lanes,
                                                                      f);
   check_launch(name);

@@ -38,8 +38,6 @@ struct MeanField {
 };
 
 void mean_field_cpu(const Where&, const MeanField&, bool is_double);
-#if defined(SK_WITH_CUDA)
 void mean_field_cuda(const Where&, const MeanField&, bool is_double);
-#endif
 
 }  // namespace segkernels

@@ -375,9 +375,8 @@ void merge_and_blur_together(const Where& where, MeanField& m, int grid) {
   const int64_t most = (items + kTogether - 1) / kTogether;
   if (most < grid) grid = most > 0 ? int(most) : 1;
   void* arguments[] = {&m, &lanes};
-  check_cuda(cudaLaunchCooperativeKernel(
-                 reinterpret_cast<const void*>(&merge_and_blur_kernel<T, V>), dim3(unsigned(grid)),
-                 dim3(kTogether), arguments, 0, stream_of(where)),
+  check_cuda(cudaLaunchCooperativeKernel(merge_and_blur_kernel<T, V>, dim3(unsigned(grid)),
+                                         dim3(kTogether), arguments, 0, stream_of(where)),
              "dense_crf merge and blur");
 }
 

@@ -1,7 +1,7 @@
 // The Hopper convolution: y = act((conv(x, w) * scale + shift) + residual) for tensors in
 // channels_last memory, stride 1, one or several branches in one launch. schedule.h says which
 // multiprocessor does what; this file has the arithmetic that its kernel (dilated_conv2d.sm90a.cu)
-// and its emulation on the CPU (dilated_conv2d_emulated.cpp) share.
+// and its emulation on the CPU (tests/emulation) share.
 //
 // A loop step multiplies the box of the input that a tap sees, 128 bytes of channels a pixel, with
 // the same channels of that tap's weights. The input gradient is the same with flipped, transposed
@@ -55,8 +55,6 @@ struct ConvCall {
 
 // Needs *.sm90a.cu to be compiled: SK_HAVE_SM90A.
 void dilated_conv2d_sm90(const Where& where, const ConvCall& call);
-// The same, step by step, on the CPU. Only to test without a GPU what the GPU runs.
-void dilated_conv2d_emulated(const Where& where, const ConvCall& call);
 
 inline namespace SK_NS {
 

@@ -32,8 +32,6 @@ struct WeightCall {
 
 // Needs *.sm90a.cu to be compiled: SK_HAVE_SM90A.
 void weight_gradient_sm90(const Where& where, const WeightCall& call);
-// The same, step by step, on the CPU; for tests.
-void weight_gradient_emulated(const Where& where, const WeightCall& call);
 
 inline namespace SK_NS {
 

@@ -52,17 +52,8 @@ void interpolate_cpu(const Where&, const Resampling&, ScalarType, const void* in
 void interpolate_backward_cpu(const Where&, const Resampling&, ScalarType, const void* grad_output,
                               void* grad_input);
 
-// The CUDA kernels' functors on the CPU, for tests: `workspace` holds kTileBytes.
-void interpolate_plain(const Where&, const Resampling&, ScalarType, const void* input, void* output,
-                       int rows);
-void interpolate_backward_plain(const Where&, const Resampling&, ScalarType,
-                                const void* grad_output, void* grad_input, void* workspace,
-                                bool direct);
-
-#if defined(SK_WITH_CUDA)
 void interpolate_cuda(const Where&, const Resampling&, ScalarType, const void* input, void* output);
 void interpolate_backward_cuda(const Where&, const Resampling&, ScalarType, const void* grad_output,
                                void* grad_input);
-#endif
 
 }  // namespace segkernels

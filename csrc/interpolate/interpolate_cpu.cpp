@@ -1,5 +1,4 @@
-// interpolate on the CPU: tables of taps, the choice of instruction set, and the CUDA kernels'
-// functors run by loops (for tests).
+// interpolate on the CPU: tables of taps, and the choice of instruction set.
 #include "interpolate/interpolate.h"
 
 #include <memory>
@@ -68,44 +67,6 @@ void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarTyp
     with_best_isa([&](auto isa) {
       InterpolateRows<isa.value, T>::backward(where, plan, static_cast<const T*>(grad_output),
                                               static_cast<T*>(grad_input));
-    });
-  });
-}
-
-void interpolate_plain(const Where& where, const Resampling& r, ScalarType type, const void* input,
-                       void* output, int rows) {
-  with_scalar_type(type, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_taps(r, [&](auto taps) {
-      const auto g = r.geometry<Acc<T>>();
-      const int32_t lanes = lanes_of<T, taps.value>(g);
-      const Forward<T, taps.value> f{g,    static_cast<const T*>(input), static_cast<T*>(output),
-                                     rows, (g.y.out + rows - 1) / rows,  lanes};
-      parallel_for(where, f.count(), f, "interpolate_plain");
-    });
-  });
-}
-
-void interpolate_backward_plain(const Where& where, const Resampling& r, ScalarType type,
-                                const void* grad_output, void* grad_input, void* workspace,
-                                bool direct) {
-  with_scalar_type(type, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_taps(r, [&](auto taps) {
-      const auto g = r.geometry<Acc<T>>();
-      const T* grad = static_cast<const T*>(grad_output);
-      if (direct) {
-        const BackwardDirect<T, taps.value> f{g, grad, static_cast<T*>(grad_input)};
-        return parallel_for(where, f.count(), f, "interpolate_backward_plain");
-      }
-      const Backward<T, taps.value> f{g, tiling_of(g, taps.value), grad,
-                                      static_cast<T*>(grad_input)};
-      for (int64_t i = 0; i < f.tiles(); ++i) {
-        const Tile tile = f.tile(i);
-        Acc<T>* sums = static_cast<Acc<T>*>(workspace);
-        for (int e = 0; e < f.columns(); ++e) f.column(tile, e, sums);
-        for (int e = 0; e < f.cells(); ++e) f.cell(tile, e, sums);
-      }
     });
   });
 }

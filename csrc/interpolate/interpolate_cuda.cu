@@ -10,7 +10,7 @@ namespace segkernels {
 namespace {
 
 // Threads that fill the largest devices a few times over; below that, a thread walks fewer rows.
-constexpr int64_t kEnoughThreads = 1 << 19;
+constexpr int64_t kEnoughThreads = SK_LIMIT(1 << 19, 64);
 
 int rows_a_thread(int64_t threads_at_one, int64_t height) {
   int rows = 1;

@@ -38,9 +38,7 @@ struct MaxPool2dApi {
 };
 
 MaxPool2dApi max_pool2d_cpu();
-#if defined(SK_WITH_CUDA)
 MaxPool2dApi max_pool2d_cuda();
-#endif
 
 inline namespace SK_NS {
 

@@ -1,5 +1,4 @@
-// max_pool2d on the CPU: the loops of max_pool2d.simd.cpp for this machine's instruction set. With
-// no threads the functors of max_pool2d.h run instead, in order: what CUDA runs, for tests.
+// max_pool2d on the CPU: the loops of max_pool2d.simd.cpp for this machine's instruction set.
 #include "max_pool2d/max_pool2d.h"
 
 #include "common/simd.h"
@@ -36,18 +35,12 @@ const MaxPool2dApi& rows() {
 
 void forward(const Where& where, const Windows& w, const PoolBuffers& b) {
   // Larger windows have no codes of one byte, which the loops count in.
-  const bool many_cells = int64_t(w.kernel[0]) * w.kernel[1] > 256;
-  if (where.threads == 0 || many_cells) return pool_by_functors(where, w, b);
+  if (int64_t(w.kernel[0]) * w.kernel[1] > 256) return pool_by_functors(where, w, b);
   rows().forward(where, w, b);
-}
-
-void backward(const Where& where, const Windows& w, const PoolGradBuffers& b) {
-  if (where.threads == 0) return pool_grad_by_functors(where, w, b);
-  rows().backward(where, w, b);
 }
 
 }  // namespace
 
-MaxPool2dApi max_pool2d_cpu() { return {forward, backward}; }
+MaxPool2dApi max_pool2d_cpu() { return {forward, rows().backward}; }
 
 }  // namespace segkernels::pooling

@@ -27,9 +27,7 @@ struct MaxUnpool2dApi {
 };
 
 MaxUnpool2dApi max_unpool2d_cpu();
-#if defined(SK_WITH_CUDA)
 MaxUnpool2dApi max_unpool2d_cuda();
-#endif
 
 inline bool wide_winners(const Windows& w) {
   return int64_t(w.pooled[0]) * w.pooled[1] > INT32_MAX;

@@ -1,5 +1,4 @@
 // max_unpool2d on the CPU: the loops of max_unpool2d.simd.cpp for this machine's instruction set.
-// With no threads the functors of max_unpool2d.h run instead, in order: what CUDA runs, for tests.
 #include "max_unpool2d/max_unpool2d.h"
 
 #include "common/simd.h"
@@ -29,23 +28,11 @@ MaxUnpool2dApi choose() {
   return isa_base::max_unpool2d_rows();
 }
 
-const MaxUnpool2dApi& rows() {
+}  // namespace
+
+MaxUnpool2dApi max_unpool2d_cpu() {
   static const MaxUnpool2dApi chosen = choose();
   return chosen;
 }
-
-void forward(const Where& where, const Windows& w, const UnpoolBuffers& b) {
-  if (where.threads == 0) return unpool_by_functors(where, w, b);
-  rows().forward(where, w, b);
-}
-
-void backward(const Where& where, const Windows& w, const UnpoolBuffers& b) {
-  if (where.threads == 0) return unpool_grad_by_functors(where, w, b);
-  rows().backward(where, w, b);
-}
-
-}  // namespace
-
-MaxUnpool2dApi max_unpool2d_cpu() { return {forward, backward}; }
 
 }  // namespace segkernels::pooling

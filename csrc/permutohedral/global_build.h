@@ -1,7 +1,6 @@
 // The steps of the build on CUDA that are functors: keys of all entries go into one global table,
 // vertices are numbered by a scan over entries, a tile's entries are sorted by vertex, and pairs by
-// vertex. (The CPU tells keys apart within a tile first, which takes a loop; its copy of these
-// steps, in lattice_emulated.cpp, is for tests.)
+// vertex. (The CPU tells keys apart within a tile first, which takes a loop.)
 #pragma once
 
 #include "permutohedral/build.h"

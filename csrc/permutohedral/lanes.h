@@ -16,7 +16,10 @@ void with_lanes(int blocks, const F& f) {
   if constexpr (sizeof(T) == sizeof(V)) {  // rows of one channel
     f(Int<1>{}, Int<1>{});
   } else {
-    if (blocks <= 1) return f(Int<1>{}, Int<1>{});
+    // Rows are padded to four channels, which are one vector of floats and two of doubles.
+    if constexpr (sizeof(V) == 4 * sizeof(T)) {
+      if (blocks <= 1) return f(Int<1>{}, Int<1>{});
+    }
     if (blocks <= 2) return f(Int<2>{}, Int<1>{});
     if (blocks <= 4) return f(Int<2>{}, Int<2>{});
     if (blocks <= 6) return f(Int<2>{}, Int<3>{});

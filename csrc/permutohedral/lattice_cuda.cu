@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kTile)
   int32_t to[I];
 #pragma unroll
   for (int k = 0; k < I; ++k) {
-    if (threadIdx.x * I + k >= pairs) break;
+    if (int(threadIdx.x * I + k) >= pairs) break;
     begin[k] = of_pair[pair[k]];
     to[k] = pair_vertex[pair[k]];
   }

@@ -47,15 +47,12 @@ struct PermutohedralApi {
 };
 
 const PermutohedralApi& permutohedral_cpu();
-const PermutohedralApi& permutohedral_emulated();  // CUDA's steps on the CPU, for tests
-#if defined(SK_WITH_CUDA)
 const PermutohedralApi& permutohedral_cuda();
 // The splat's first step, rows into pairs, for the mean field.
 void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs,
                  int width, bool is_double);
 // CUB's workspace in bytes for a build with so many entries, tiles and pairs.
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs);
-#endif
 
 // Splat and slice interpolate linearly; the blur's kernel 1/2, 1, 1/2 has this gain to undo.
 inline double slice_alpha(int dims) {

@@ -21,9 +21,7 @@ struct Unpool2dApi {
 };
 
 Unpool2dApi unpool2d_cpu();
-#if defined(SK_WITH_CUDA)
 Unpool2dApi unpool2d_cuda();
-#endif
 
 inline namespace SK_NS {
 

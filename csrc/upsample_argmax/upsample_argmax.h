@@ -126,10 +126,6 @@ void with_argmax(const ArgmaxCall& call, const F& f) {
 
 int64_t upsample_argmax_workspace(const Where&, const ArgmaxCall&);
 void upsample_argmax_cpu(const Where&, const ArgmaxCall&, void* workspace);
-// CUDA's functor on the CPU, for tests.
-void upsample_argmax_plain(const Where&, const ArgmaxCall&);
-#if defined(SK_WITH_CUDA)
 void upsample_argmax_cuda(const Where&, const ArgmaxCall&);
-#endif
 
 }  // namespace segkernels

@@ -1,5 +1,4 @@
-// argmax of upsampled logits on the CPU: tables of taps, the choice of instruction set, and CUDA's
-// functor run by a loop.
+// argmax of upsampled logits on the CPU: tables of taps, and the choice of instruction set.
 #include "common/parallel_for.h"
 #include "upsample_argmax/rows.h"
 
@@ -42,11 +41,6 @@ void upsample_argmax_cpu(const Where& where, const ArgmaxCall& call, void* works
     });
     with_best_isa([&](auto isa) { ArgmaxRows<isa.value, T>::run(where, call, plan); });
   });
-}
-
-void upsample_argmax_plain(const Where& where, const ArgmaxCall& call) {
-  with_argmax(call,
-              [&](const auto& f) { parallel_for(where, f.count(), f, "upsample_argmax_plain"); });
 }
 
 }  // namespace segkernels

@@ -47,7 +47,7 @@ struct LossGradient {
   Strides strides;  // of grad_logits
 };
 
-constexpr int kMaxPartials = 2048;
+constexpr int kMaxPartials = SK_LIMIT(2048, 3);
 
 inline namespace SK_NS {
 
@@ -235,13 +235,7 @@ int64_t upsample_loss_workspace(const Where&, const LossCall&, bool backward);
 void upsample_loss_cpu(const Where&, const LossCall&, const LossOutputs&, void* workspace);
 void upsample_loss_backward_cpu(const Where&, const LossCall&, const LossGradient&,
                                 void* workspace);
-// CUDA's functors on the CPU, for tests; `workspace` holds kTileBytes.
-void upsample_loss_plain(const Where&, const LossCall&, const LossOutputs&);
-void upsample_loss_backward_plain(const Where&, const LossCall&, const LossGradient&,
-                                  void* workspace);
-#if defined(SK_WITH_CUDA)
 void upsample_loss_cuda(const Where&, const LossCall&, const LossOutputs&);
 void upsample_loss_backward_cuda(const Where&, const LossCall&, const LossGradient&);
-#endif
 
 }  // namespace segkernels

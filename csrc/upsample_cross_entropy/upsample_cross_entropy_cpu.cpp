@@ -1,5 +1,4 @@
-// Losses of upsampled logits on the CPU: tables of taps, the choice of instruction set, and CUDA's
-// functors run by loops.
+// Losses of upsampled logits on the CPU: tables of taps, and the choice of instruction set.
 #include "common/parallel_for.h"
 #include "upsample_cross_entropy/rows.h"
 
@@ -81,43 +80,6 @@ void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const 
     plan.take(arena, threads_of(where), true);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, true); });
     with_best_isa([&](auto isa) { LossRows<isa.value, T>::backward(where, call, g, plan); });
-  });
-}
-
-void upsample_loss_plain(const Where&, const LossCall& call, const LossOutputs& to) {
-  with_typed_loss(call, [&](auto scalar, auto taps, const auto& loss) {
-    using T = decltype(scalar);
-    using A = Acc<T>;
-    const LossForward<T, taps.value, std::decay_t<decltype(loss)>> f{
-        logits_of<T>(call), loss, static_cast<A*>(to.kept), static_cast<A*>(to.losses)};
-    double total = 0, weight = 0;
-    for (int64_t i = 0; i < f.count(); ++i) f(i, total, weight);
-    set_totals<A>(call, total, weight, to.totals);
-  });
-}
-
-void upsample_loss_backward_plain(const Where&, const LossCall& call, const LossGradient& g,
-                                  void* workspace) {
-  with_typed_loss(call, [&](auto scalar, auto taps, const auto& loss) {
-    using T = decltype(scalar);
-    using A = Acc<T>;
-    using P = std::decay_t<decltype(loss)>;
-    LossBackward<T, taps.value, P> f{logits_of<T>(call),
-                                     loss,
-                                     {},
-                                     call.reduction,
-                                     static_cast<const A*>(g.grad),
-                                     static_cast<const A*>(g.kept),
-                                     static_cast<const A*>(g.totals),
-                                     static_cast<T*>(g.grad_logits),
-                                     g.strides};
-    if (!tile_losses<taps.value, P>(f.logits, f.tiling)) throw std::runtime_error("no tile fits");
-    A* sums = static_cast<A*>(workspace);
-    for (int64_t i = 0; i < f.tiles(); ++i) {
-      const Tile tile = f.tile(i);
-      for (int e = 0; e < f.columns(); ++e) f.column(tile, e, sums);
-      for (int e = 0; e < f.cells(); ++e) f.cell(tile, e, sums);
-    }
   });
 }
 

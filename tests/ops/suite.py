@@ -5,7 +5,8 @@
         reference = staticmethod(reference.thing)
         samples = [Sample("odd", (Float(2, 3, 5, 7),), {"mode": "x"}, grad=True)]
 
-Everything runs on the CPU, and again on CUDA under the marker `gpu`.
+Everything runs on the CPU, again on CUDA under the marker `gpu`, and with the CUDA code on the CPU
+under the marker `emulated`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from emulation import DEVICES, emulated
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from segkernels import _native
+
 Make = Callable[[torch.Generator], torch.Tensor]
 
-# Without a GPU, tests/conftest.py leaves out what is marked.
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LAYOUTS = ("channels_last", "strided", "offset", "expanded")
 
 
@@ -247,6 +249,8 @@ class OpSuite:
     # The backward pass adds up in another order for channels_last.
     same_sums: ClassVar[bool] = True
     same_sums_on_cuda: ClassVar[bool] = True
+    # CUDA gives the CPU's bits, forward and backward.
+    same_bits_as_cpu: ClassVar[bool] = False
     forward_mode: ClassVar[bool] = True
     # (rtol, atol) against the reference in float64, rounded to the dtype; None: the same bits.
     tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
@@ -289,7 +293,16 @@ class OpSuite:
             ids = [str(dtype).removeprefix("torch.") for dtype in cls.dtypes]
             metafunc.parametrize("dtype", cls.dtypes, ids=ids)
         if "device" in names:
-            metafunc.parametrize("device", DEVICES)
+            metafunc.parametrize("device", cls.devices(metafunc.function.__name__))
+        if "on_cuda" in names:
+            metafunc.parametrize("on_cuda", cls.devices(metafunc.function.__name__)[1:])
+
+    @classmethod
+    def devices(cls, check: str) -> list[Any]:
+        """Where the check of that name runs: the CPU first."""
+        # What torch records of a call is the same, whichever code computes it.
+        recorded = any(word in check for word in ("compile", "opcheck", "jit_trace"))
+        return DEVICES[:2] if recorded else DEVICES
 
     # What a subclass may replace where float64 is not what its op must equal.
 
@@ -380,7 +393,8 @@ class OpSuite:
             gradients(plain, type(self).function),
             strict=True,
         ):
-            if self.same_sums and (device == "cpu" or self.same_sums_on_cuda):
+            on_cuda = _native.on_cuda(torch.device(device))
+            if self.same_sums and (not on_cuda or self.same_sums_on_cuda):
                 self.assert_same_layouts(mine, theirs, torch.float32)
             else:
                 self.assert_close(mine, theirs, torch.float32)
@@ -614,12 +628,23 @@ class OpSuite:
         with pytest.raises(error.kind, match=error.match):
             error.call(device)
 
-    @pytest.mark.gpu
-    def test_cuda_equals_cpu(self, sample: Sample, dtype: torch.dtype) -> None:
-        on_cuda = build(sample, dtype, "cuda").of(type(self).function)
-        on_cpu = build(sample, dtype).of(type(self).function)
-        for mine, theirs in zip(on_cuda, on_cpu, strict=True):
-            self.assert_close(mine.cpu(), theirs, dtype)
+    def test_cuda_equals_cpu(self, sample: Sample, dtype: torch.dtype, on_cuda: str) -> None:
+        for layout in ("contiguous", *layouts_of(sample, ("channels_last",))):
+            ours = self._for_both(sample, dtype, on_cuda, layout)
+            with emulated(False):
+                expected = self._for_both(sample, dtype, "cpu", layout)
+            for mine, theirs in zip(ours, expected, strict=True):
+                if self.same_bits_as_cpu:
+                    assert same_bits(mine.cpu(), theirs)
+                else:
+                    self.assert_close(mine.cpu(), theirs, dtype)
+
+    def _for_both(
+        self, sample: Sample, dtype: torch.dtype, device: str, layout: str
+    ) -> tuple[torch.Tensor, ...]:
+        call = build(sample, dtype, device, layout, grad=self.same_bits_as_cpu)
+        out = call.of(type(self).function)
+        return (*out, *gradients(call, type(self).function)) if self.same_bits_as_cpu else out
 
     @pytest.mark.gpu
     def test_runs_on_the_current_stream_and_in_a_graph(self, sample: Sample) -> None:

@@ -180,6 +180,10 @@ class TestAspp(suite.OpSuite):
     # torch's convolution sums in an order that depends on the layout and the threads, and inductor
     # compiles what the backward does around it in its own way.
 
+    @classmethod
+    def devices(cls, check: str) -> list[Any]:
+        return suite.DEVICES[:2]  # emulated it would be torch again
+
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
         # Both may be rounded: CUDA's beside the CPU's.
         rounded = 2 if ours.dtype == expected.dtype == dtype else 1
@@ -312,10 +316,8 @@ def test_the_meta_device_gives_shapes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_dilated_branches_are_one_launch_on_hopper(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, hopper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`backend="sm90"`, through the kernel's emulation."""
-    monkeypatch.setattr(sm90, "supported", lambda problem: "")
     launched: list[int] = []
     run = sm90.forward_branches
 
@@ -324,9 +326,10 @@ def test_dilated_branches_are_one_launch_on_hopper(
         return run(x, weights, *args)
 
     monkeypatch.setattr(sm90, "forward_branches", counted)
-    x = torch.randn(2, 16, 9, 8).to(dtype)
-    weights = [torch.randn(8, 16, k, k).to(dtype) for k in (1, 3, 3, 3)]
-    scale, shift, pooled = torch.rand(32) + 0.5, torch.randn(32), torch.randn(2, 5, 1, 1).to(dtype)
+    x = torch.randn(2, 16, 9, 8, device=hopper).to(dtype)
+    weights = [torch.randn(8, 16, k, k, device=hopper).to(dtype) for k in (1, 3, 3, 3)]
+    scale, shift = torch.rand(32, device=hopper) + 0.5, torch.randn(32, device=hopper)
+    pooled = torch.randn(2, 5, 1, 1, device=hopper).to(dtype)
     rates = (1, 2, 4, 6)
     ours = segkernels.aspp(
         x, weights, rates, scale=scale, shift=shift, pooled=pooled, activation="relu",

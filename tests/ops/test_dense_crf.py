@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulation import ON_CUDA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lattice_points import EVERY_DIMS, inside, poisoned, raises_for_values, told_by_check
@@ -311,9 +312,8 @@ def test_scores_that_are_not_finite(bad, kind, device):
             mean_field(scores, to(features, device, dtype), to(mu, device, dtype), config)
 
 
-@pytest.mark.gpu
-def test_a_bad_pixel_takes_no_part_on_cuda():
-    device = torch.device("cuda")
+@pytest.mark.parametrize("device", ON_CUDA)
+def test_a_bad_pixel_takes_no_part_on_cuda(device):
     features, mu = [overlapping(2, 6, 6).to(device)], [compat_of("potts", 3).to(device)]
     scores = scores_of("logits", 2, 3, 36).to(device)
     scores[1, 2, 7] = float("nan")

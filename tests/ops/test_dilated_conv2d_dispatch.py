@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections import OrderedDict
 from typing import Any
 
+import emulation
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ def same(size: int, dilation: int, kernel: int = 3) -> Geometry:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As if there were one."""
+
     class Module:
         has_sm90a = True
 
@@ -164,11 +166,11 @@ def test_auto_leaves_contiguous_maps_to_torch(monkeypatch: pytest.MonkeyPatch) -
     assert not backends._is_torchs(x, c._replace(channels_last=False, backend="sm90"))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("chosen", [(), ("forward",), ("input_gradient",), ("weight_gradient",)])
 def test_each_part_goes_where_the_rule_says(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a Hopper, through the emulation."""
     monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
     monkeypatch.setattr(
         dispatch, "choose", lambda kind, *problems: "sm90" if kind in chosen else "torch"
@@ -203,26 +205,25 @@ def test_each_part_goes_where_the_rule_says(
             assert torch.equal(ours, wanted) if asked else ours is None
 
 
+@pytest.mark.emulated
 def test_a_first_call_in_a_graph_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a Hopper, through the emulation: its schedule could not be copied to the device."""
-    monkeypatch.setattr(sm90, "_tables", OrderedDict())
-    monkeypatch.setattr(sm90, "supported", lambda problem: "")
+    """Its schedule could not be copied to the device."""
     monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
     monkeypatch.setattr(dispatch, "choose", lambda kind, *problems: "sm90")
-    monkeypatch.setattr(_native, "capturing", lambda device: True)
     x, w = torch.randn(2, 16, 9, 9).half(), torch.randn(24, 16, 3, 3).half() / 12
     grad = torch.randn(2, 24, 9, 9).half()
     c = Call((1, 1), (2, 2), (2, 2), 1, (9, 9), True, "auto")
-    out = backends.forward(x, w, Epilogue(), c)
+    with emulation.capture():
+        out = backends.forward(x, w, Epilogue(), c)
+        into = torch.zeros_like(out)
+        assert not backends.forward_into(into, x, [w], Epilogue(), [c])
+        found = backends.gradients(grad, x, w, (True, True), c)
+        with pytest.raises(RuntimeError, match="Call it once before capturing"):
+            backends.forward(x, w, Epilogue(), c._replace(backend="sm90"))
     assert torch.equal(out, torch_path.forward(x, w, Epilogue(), c))
-    into = torch.zeros_like(out)
-    assert not backends.forward_into(into, x, [w], Epilogue(), [c])
     assert bool((into == 0).all())
-    theirs = torch_path.gradients(grad, x, w, c, (True, True))
-    for a, b in zip(backends.gradients(grad, x, w, (True, True), c), theirs, strict=True):
+    for a, b in zip(found, torch_path.gradients(grad, x, w, c, (True, True)), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(RuntimeError, match="Call it once before capturing"):
-        backends.forward(x, w, Epilogue(), c._replace(backend="sm90"))
 
 
 # batch, channels, out channels, size, dilation

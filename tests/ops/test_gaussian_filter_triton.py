@@ -1,4 +1,4 @@
-"""The Triton kernels of the exact filter without a GPU: interpreted, and compiled ahead of time."""
+"""The Triton kernels of the exact filter by themselves: values, compiles ahead of time."""
 
 from __future__ import annotations
 
@@ -7,87 +7,61 @@ from typing import Any
 
 import pytest
 import torch
+from emulation import interpreter
 from ops import triton_tools
 from ops.triton_tools import triton
 
-TOLERANCE = {"high": 2e-6, "default": 1e-3}
-
-# Triton reads the variable when it is imported, so that a process of its own is needed.
-INTERPRETED = """
-import sys
-import torch
-from segkernels.ops.gaussian_filter import blocked, triton_kernels
-from segkernels.ops.gaussian_filter.points import Points
-
-dims, count, queries, channels = map(int, sys.argv[1:])
-torch.manual_seed(0)
-torch.set_num_threads(1)
-keys = Points(torch.randn(2, dims, count) * (3 / dims**0.5) + 100)
-at = Points(torch.randn(2, dims, queries) + 100) if queries else keys
-values, left = torch.randn(2, channels, count), torch.randn(2, channels, at.count)
-values[:, 0] *= 1e6  # beyond float16
-values[0, -1] = 0
-rows, pair = keys.rows(values), (at.rows(left / channels), keys.rows(values))
-reach = 30.0 if count > 64 else 100.0
-for precision in ("high", "default"):
-    got = triton_kernels.apply(at, keys, rows, reach, precision == "high")
-    want = blocked.apply(at, keys, rows, reach)
-    scale = blocked.apply(at, keys, rows.abs(), reach).amax(dim=1, keepdim=True)
-    print(precision, float(((got - want).abs() / (scale + 1e-30)).max()))
-    got = triton_kernels.pull(at, keys, *pair, reach, precision == "high")
-    want = blocked.pull(at, keys, *pair, reach)
-    print("pull", float((got - want).abs().max() / (want.abs().max() + 1e-30)))
-"""
-
-
-@triton_tools.interpreter
-@pytest.mark.parametrize(
-    ("dims", "count", "queries", "channels"),
-    [
-        (3, 70, 130, 40),
-        *(
-            pytest.param(*sizes, marks=pytest.mark.nightly)
-            for sizes in ((1, 1, 0, 1), (5, 200, 0, 3), (16, 65, 0, 70))
-        ),
-    ],
-)
-def test_interpreted_kernels_agree_with_blocks(dims, count, queries, channels, tmp_path):
-    arguments = map(str, (dims, count, queries, channels))
-    printed = triton_tools.run_interpreted("-c", INTERPRETED, *arguments, cwd=tmp_path)
-    found = [line.split() for line in printed.splitlines()]
-    assert [name for name, _ in found] == ["high", "pull", "default", "pull"]
-    for name, error in found:
-        assert float(error) <= TOLERANCE.get(name, 2e-6), (name, error)
-    # Products of float16 leave their mark, or they were not made.
-    if count > 1:
-        assert float(found[2][1]) > 1e-5
-
-
-@triton_tools.interpreter
-def test_interpreted_lists_are_the_tiles_within_reach(tmp_path):
-    code = """
-import torch
-from segkernels.ops.gaussian_filter import blocked, triton_kernels
+from segkernels.ops.gaussian_filter import blocked
 from segkernels.ops.gaussian_filter.points import TILE, Points
 
-points = Points(torch.randn(1, 2, 10000) * 20)
-low, high = points.boxes(TILE)
-first, last = (box[:, :, 3:].contiguous() for box in points.boxes(triton_kernels.QUERIES))
-tiles = first.shape[2]
-near = torch.full((1, 4, low.shape[2]), -1, dtype=torch.int32)
-count = torch.zeros(1, 4, dtype=torch.int32)
-triton_kernels.near_kernel[(4, 1)](
-    first, last, low, high, near, count, 2, tiles, low.shape[2], 9.0, DIMS=2, BLOCK=32
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("dims", "count", "queries", "channels"),
+    [(3, 70, 130, 40), (1, 1, 0, 1), (5, 300, 0, 3), (16, 65, 0, 70)],
 )
-wanted = list(blocked.tiles_within(points, points, 9.0, triton_kernels.QUERIES, 0))
-for entry in range(4):
-    want = wanted[entry + 5].nonzero().view(-1)
-    assert 1 < len(want) < low.shape[2] / 2
-    assert near[0, entry, : count[0, entry]].tolist() == want.tolist()
-    assert bool((near[0, entry, count[0, entry] :] == -1).all())
-print("same")
-"""
-    assert triton_tools.run_interpreted("-c", code, cwd=tmp_path) == "same\n"
+def test_agree_with_blocks(dims, count, queries, channels):
+    from segkernels.ops.gaussian_filter import triton_kernels
+
+    keys = Points(torch.randn(2, dims, count) * (3 / dims**0.5) + 100)
+    at = Points(torch.randn(2, dims, queries) + 100) if queries else keys
+    values, left = torch.randn(2, channels, count), torch.randn(2, channels, at.count)
+    values[:, 0] *= 1e6  # beyond float16
+    values[0, -1] = 0
+    rows, pair = keys.rows(values), (at.rows(left / channels), keys.rows(values))
+    reach = 30.0 if count > 64 else 100.0
+    want = blocked.apply(at, keys, rows, reach)
+    scale = blocked.apply(at, keys, rows.abs(), reach).amax(dim=1, keepdim=True)
+    pulled = blocked.pull(at, keys, *pair, reach)
+    for precise, tolerance in ((True, 2e-6), (False, 1e-3)):
+        got = triton_kernels.apply(at, keys, rows, reach, precise)
+        error = float(((got - want).abs() / (scale + 1e-30)).max())
+        assert error <= tolerance
+        # Products of float16 leave their mark, or they were not made.
+        assert precise or count == 1 or error > 1e-5
+        got = triton_kernels.pull(at, keys, *pair, reach, precise)
+        assert float((got - pulled).abs().max() / (pulled.abs().max() + 1e-30)) <= 2e-6
+
+
+@interpreter.on_triton
+def test_lists_are_the_tiles_within_reach(device):
+    from segkernels.ops.gaussian_filter import triton_kernels
+
+    points = Points(torch.randn(1, 2, 10000, device=device) * 20)
+    low, high = points.boxes(TILE)
+    first, last = (box[:, :, 3:].contiguous() for box in points.boxes(triton_kernels.QUERIES))
+    tiles = first.shape[2]
+    near = torch.full((1, 4, low.shape[2]), -1, dtype=torch.int32, device=device)
+    count = torch.zeros(1, 4, dtype=torch.int32, device=device)
+    triton_kernels.near_kernel[(4, 1)](
+        first, last, low, high, near, count, 2, tiles, low.shape[2], 9.0, DIMS=2, BLOCK=32
+    )
+    wanted = list(blocked.tiles_within(points, points, 9.0, triton_kernels.QUERIES, 0))
+    for entry in range(4):
+        want = wanted[entry + 5].nonzero().view(-1)
+        assert 1 < len(want) < low.shape[2] / 2
+        assert near[0, entry, : count[0, entry]].tolist() == want.tolist()
+        assert bool((near[0, entry, count[0, entry] :] == -1).all())
 
 
 POINTERS = {
@@ -101,7 +75,6 @@ POINTERS = {
 def _kernel(name: str, dims: int, precise: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """A kernel, its types and constants, with as many channels as a program takes."""
     from segkernels.ops.gaussian_filter import triton_kernels
-    from segkernels.ops.gaussian_filter.points import TILE
 
     types, block = dict(POINTERS), triton_kernels.block_of(1000, dims, precise)
     if name == "near":
@@ -112,7 +85,7 @@ def _kernel(name: str, dims: int, precise: bool) -> tuple[Any, dict[str, str], d
         return triton_kernels.pull_kernel, types, {**shape, **rest, "PRECISION": "tf32x3"}
     if precise:
         types["v"] = "*fp32"
-    rest = {"C": block, "SHIFT": 0.0 if precise else 15.0, "HALF": not precise, "WIDEN": False}
+    rest = {"C": block, "SHIFT": 0.0 if precise else 15.0, "HALF": not precise}
     return triton_kernels.apply_kernel, types, {**shape, **rest}
 
 
@@ -152,7 +125,6 @@ def test_compiles_without_spills(name, dims, precise, arch, tmp_path):
 
 def test_other_sizes_need_no_other_compile(monkeypatch):
     from segkernels.ops.gaussian_filter import triton_kernels
-    from segkernels.ops.gaussian_filter.points import Points
 
     compiles = triton_tools.note_compiles(monkeypatch)
     for count in (1, 16, 63, 64, 65, 128, 200, 1000, 1024, 4097):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation import emulated
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
@@ -13,7 +14,6 @@ from ops.suite import Error, Float, Sample
 
 import segkernels
 from segkernels import _dtypes, _native
-from segkernels.ops._operator import is_channels_last
 from segkernels.ops.interpolate import _plan, native, reference
 from segkernels.ops.interpolate._resampling import Resampling
 
@@ -124,7 +124,10 @@ def calls(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """An input in any dtype and layout, and the arguments of a resampling."""
     sizes = st.integers(1, 24) | st.sampled_from([33, 65, 200])
-    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(sizes), draw(sizes))
+    planes = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    if device == "cpu" and _native.on_cuda(torch.device(device)):  # emulated, so slow
+        sizes, planes = st.integers(1, 16), (1, planes[1] // 3 + 1)
+    shape = (*planes, draw(sizes), draw(sizes))
     dtype = draw(st.sampled_from(dtypes))
     layout = draw(st.sampled_from(("contiguous", *suite.LAYOUTS[:-1])))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -171,15 +174,10 @@ def check_equals_torch(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
 
 
-@given(calls())
-def test_equals_torch(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check_equals_torch(*call)
-
-
-@pytest.mark.gpu
-@given(calls("cuda"))
-def test_equals_torch_on_cuda(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check_equals_torch(*call)
+@pytest.mark.parametrize("device", suite.DEVICES)
+@given(data=st.data())
+def test_equals_torch(device: str, data: st.DataObject) -> None:
+    check_equals_torch(*data.draw(calls(device)))
 
 
 def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
@@ -195,15 +193,10 @@ def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     assert ones.sum().item() == pytest.approx(out.numel(), rel=1e-12)
 
 
-@given(calls(dtypes=[torch.float64]))
-def test_the_backward_is_the_transpose(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check_is_the_transpose(*call)
-
-
-@pytest.mark.gpu
-@given(calls("cuda", [torch.float64]))
-def test_the_backward_is_the_transpose_on_cuda(call: tuple[torch.Tensor, dict[str, Any]]) -> None:
-    check_is_the_transpose(*call)
+@pytest.mark.parametrize("device", suite.DEVICES)
+@given(data=st.data())
+def test_the_backward_is_the_transpose(device: str, data: st.DataObject) -> None:
+    check_is_the_transpose(*data.draw(calls(device, [torch.float64])))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -215,66 +208,36 @@ def test_gradient_equals_torch(mode: str) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def _plain(x: torch.Tensor, r: Resampling, rows: int) -> torch.Tensor:
-    out = native.empty_result(x, r.out_size)
-    args = native.resampling_of(x, r), _dtypes.FLOATING[x.dtype], x, out, rows
-    _native.C().interpolate_plain(_native.where(x), *args)
-    return out
-
-
-def _plain_backward(grad: torch.Tensor, r: Resampling, direct: bool) -> torch.Tensor:
-    out = native.empty_result(grad, r.in_size)
-    memory = torch.full((48 * 1024 // 8,), float("nan"), dtype=torch.float64)
-    resampling = native.resampling_of(grad, r)
-    _native.C().interpolate_backward_plain(
-        _native.where(grad),
-        resampling,
-        _dtypes.FLOATING[grad.dtype],
-        grad,
-        out,
-        memory,
-        direct,
-    )
-    return out
-
-
-@given(calls(), st.sampled_from([1, 3, 16]), st.sampled_from([0, 1, 2]))
-def test_the_functors_that_cuda_runs(
-    call: tuple[torch.Tensor, dict[str, Any]], rows: int, rule: int
-) -> None:
-    """The CUDA kernels' bodies, looped over on the CPU, against the CPU's own loops."""
+@pytest.mark.emulated
+@given(calls(), st.sampled_from([0, 1, 2]))
+def test_cuda_equals_the_cpu(call: tuple[torch.Tensor, dict[str, Any]], rule: int) -> None:
     x, kwargs = call
-    x = (
-        x.contiguous()
-        if not is_channels_last(x)
-        else x.contiguous(memory_format=torch.channels_last)
-    )
     arguments = {"size": None, "scale_factor": None, "align_corners": None}
     arguments |= {"recompute_scale_factor": None, "antialias": False, **kwargs}
     found = _plan(x, **arguments)
     assert found is not None
     r = found._replace(rule=rule)
-    expected = native.resample(x, r)
-    _close(_plain(x, r, rows), expected, 1e-5)
-    g = torch.randn_like(expected)
-    grad = native.resample(g, r.transposed())
+    ours = native.resample(x, r)
+    g = torch.randn_like(ours)
+    our_grad = native.resample(g, r.transposed())
+    with emulated(False):
+        _close(ours, native.resample(x, r), 1e-5)
+        grad = native.resample(g, r.transposed())
     # Sums of many terms in another order.
-    scale = grad.double().abs().max().item() + 1
-    for direct in (False, True):
-        _close(_plain_backward(g, r, direct), grad, 2e-5 * scale)
+    _close(our_grad, grad, 2e-5 * (grad.double().abs().max().item() + 1))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_a_map_that_keeps_its_size_is_copied_on_cuda(mode: str, value: float) -> None:
-    """By CUDA's functors too, forward and backward, as torch's kernels do."""
+    """Forward and backward, as torch's kernels do."""
     x = torch.randn(1, 2, 4, 5)
     x[0, :, 1, 2] = value
     r = Resampling((4, 5), (4, 5), (0.0, 0.0), mode, False, 2, False)
     for t in (x, x.contiguous(memory_format=torch.channels_last)):
-        assert suite.same_bits(_plain(t, r, 3), x)
-        for direct in (False, True):
-            assert suite.same_bits(_plain_backward(t, r.transposed(), direct), x)
+        assert suite.same_bits(native.resample(t, r), x)
+        assert suite.same_bits(native.resample(t, r.transposed()), x)
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor, atol: float) -> None:
@@ -284,6 +247,7 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor, atol: float) -> None:
     torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     ("in_size", "out_size", "channels"),
     [
@@ -294,19 +258,16 @@ def _close(ours: torch.Tensor, theirs: torch.Tensor, atol: float) -> None:
     ],
     ids=["one_row_tiles", "no_tile_holds_it", "channel_chunks", "tall"],
 )
+@pytest.mark.parametrize("mode", MODES)
 def test_tiles_of_extreme_ratios(
-    in_size: tuple[int, int], out_size: tuple[int, int], channels: int
+    mode: str, in_size: tuple[int, int], out_size: tuple[int, int], channels: int
 ) -> None:
     g = torch.randn(1, channels, *out_size, dtype=torch.float64)
     g = g.contiguous(memory_format=torch.channels_last)
-    for mode in MODES:
-        r = Resampling(in_size, out_size, (0.0, 0.0), mode, False, 2, True)
-        expected = native.resample(g, r)
-        if out_size[1] <= 6000:
-            torch.testing.assert_close(
-                _plain_backward(g, r, False), expected, rtol=1e-11, atol=1e-11
-            )
-        torch.testing.assert_close(_plain_backward(g, r, True), expected, rtol=1e-11, atol=1e-11)
+    r = Resampling(in_size, out_size, (0.0, 0.0), mode, False, 2, True)
+    ours = native.resample(g, r)
+    with emulated(False):
+        torch.testing.assert_close(ours, native.resample(g, r), rtol=1e-11, atol=1e-11)
 
 
 # Fewer and more channels than a vector has, rows that outputs share or not.

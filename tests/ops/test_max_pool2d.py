@@ -13,7 +13,6 @@ from ops import suite
 from ops.suite import Error, Float, Sample, same_bits
 
 import segkernels
-from segkernels import _native
 from segkernels.ops.max_pool2d import reference
 
 CODES = {"return_codes": True}
@@ -27,6 +26,7 @@ def pool_error(*args: Any, shape: tuple[int, ...] = (2, 3, 8, 8), **kwargs: Any)
 class TestMaxPool2d(suite.OpSuite):
     function = staticmethod(segkernels.max_pool2d)
     reference = staticmethod(reference.max_pool2d)
+    same_bits_as_cpu = True
     double_backward = True
     samples = [
         Sample("2x2 codes", (Float(2, 8, 6, 16), 2), CODES, grad=True, compile=True),
@@ -302,23 +302,6 @@ def test_one_byte_is_kept_for_the_gradient() -> None:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         segkernels.max_pool2d(x, 2)
     assert [(t.dtype, t.shape) for t in kept] == [(torch.uint8, (1, 2, 4, 4))]
-
-
-@pytest.mark.parametrize("sample", TestMaxPool2d.samples, ids=lambda s: s.id)
-def test_what_cuda_runs(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no threads the CPU runs CUDA's functors."""
-    for layout in ("contiguous", "channels_last"):
-        for dtype in TestMaxPool2d.dtypes:
-            found = []
-            for where in (_native.where, lambda tensor: (-1, 0, 0)):
-                monkeypatch.setattr(_native, "where", where)
-                call = suite.build(sample, dtype, layout=layout, grad=True)
-                found.append(
-                    (*call.of(segkernels.max_pool2d), *suite.gradients(call, segkernels.max_pool2d))
-                )
-                monkeypatch.undo()
-            for mine, theirs in zip(*found, strict=True):
-                assert same_bits(mine, theirs)
 
 
 @pytest.mark.huge

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation import ON_CUDA
+from lattice_points import raises_for_values
 from ops import suite
 from ops.suite import Error, Float, Sample, same_bits
 
 import segkernels
-from segkernels import _native
 from segkernels.ops import _windows
 from segkernels.ops.max_pool2d import reference as pool_reference
 from segkernels.ops.max_unpool2d import reference
@@ -61,6 +62,7 @@ def unpool_error(
 class TestMaxUnpool2d(suite.OpSuite):
     function = staticmethod(segkernels.max_unpool2d)
     reference = staticmethod(reference.max_unpool2d)
+    same_bits_as_cpu = True
     samples = [
         Sample("2x2", (Float(2, 8, 3, 8), codes_of((2, 8, 6, 16), 2), 2), grad=True, compile=True),
         Sample(
@@ -307,7 +309,7 @@ def out_of_range(dtype: torch.dtype) -> list[int]:
     return [4, 9, 255] if dtype == torch.uint8 else [-1, 88, 2**31, 2**32 + 3, -(2**63), 2**63 - 1]
 
 
-@pytest.mark.parametrize("functors", [False, True], ids=["loops", "functors"])
+@pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [(2, 2, 0), (3, 2, 1), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
@@ -316,23 +318,20 @@ def test_out_of_range_raises_and_writes_nothing_outside(
     dtype: torch.dtype,
     case: Any,
     layout: str,
-    functors: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    device: str,
 ) -> None:
-    if functors:
-        monkeypatch.setattr(_native, "where", lambda tensor: (-1, 0, 0))
-    x = suite.with_layout(torch.ones(1, 16, 3, 4), layout)
+    x = suite.with_layout(torch.ones(1, 16, 3, 4, device=device), layout)
     name = "codes" if dtype == torch.uint8 else "indices"
     for bad in out_of_range(dtype):
         if case[0] == 3 and bad == 4:
             continue
         for place in ((0, 0, 0, 0), (0, 15, 2, 3), (0, 7, 1, 1)):
-            positions = torch.zeros(1, 16, 3, 4, dtype=dtype)
+            positions = torch.zeros(1, 16, 3, 4, dtype=dtype, device=device)
             positions[0, :, 0] = 4 if case[2] and dtype == torch.uint8 else 0
             positions[0, :, :, 0] = 4 if case[2] and dtype == torch.uint8 else 0
             segkernels.max_unpool2d(x, positions, *case)
             positions[place] = bad
-            with pytest.raises(ValueError, match=f"max_unpool2d: {name}"):
+            with raises_for_values(f": {name}: expected"):
                 segkernels.max_unpool2d(x, positions, *case)
 
 
@@ -345,17 +344,17 @@ def test_a_code_in_the_padding_or_beyond_the_output_raises() -> None:
         segkernels.max_unpool2d(x, codes, 2, 2, 0, (3, 3))
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", ON_CUDA)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_out_of_range_on_cuda_is_left_out_and_told_by_check(
-    dtype: torch.dtype, layout: str
+    dtype: torch.dtype, layout: str, device: str
 ) -> None:
     segkernels.check()
-    x = suite.with_layout(torch.ones(1, 16, 3, 4, device="cuda"), layout)
-    positions = torch.zeros(1, 16, 3, 4, dtype=dtype, device="cuda")
+    x = suite.with_layout(torch.ones(1, 16, 3, 4, device=device), layout)
+    positions = torch.zeros(1, 16, 3, 4, dtype=dtype, device=device)
     if dtype == torch.int64:
-        positions += torch.arange(12, device="cuda").view(3, 4)
+        positions += torch.arange(12, device=device).view(3, 4)
     good = segkernels.max_unpool2d(x, positions, 2)
     segkernels.check()
     for bad in out_of_range(dtype):
@@ -400,23 +399,3 @@ def test_compute_sanitizer_finds_nothing(tmp_path: Path) -> None:
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-
-
-@pytest.mark.parametrize("sample", TestMaxUnpool2d.samples, ids=lambda s: s.id)
-def test_what_cuda_runs(sample: Sample, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With no threads the CPU runs CUDA's functors."""
-    for layout in ("contiguous", "channels_last"):
-        for dtype in TestMaxUnpool2d.dtypes:
-            found = []
-            for where in (_native.where, lambda tensor: (-1, 0, 0)):
-                monkeypatch.setattr(_native, "where", where)
-                call = suite.build(sample, dtype, layout=layout, grad=True)
-                found.append(
-                    (
-                        *call.of(segkernels.max_unpool2d),
-                        *suite.gradients(call, segkernels.max_unpool2d),
-                    )
-                )
-                monkeypatch.undo()
-            for mine, theirs in zip(*found, strict=True):
-                assert same_bits(mine, theirs)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from emulation import ON_CUDA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lattice_points import (
@@ -467,9 +468,8 @@ def test_coordinates_beyond_the_exact_integers(dims, device):
         PermutohedralLattice((far * 1e30).to(device))
 
 
-@pytest.mark.gpu
-def test_bad_points_take_no_part_on_cuda():
-    device = torch.device("cuda")
+@pytest.mark.parametrize("device", ON_CUDA)
+def test_bad_points_take_no_part_on_cuda(device):
     features, values = inside((2, 3, 40)), normal(2, 2, 40)
     kept = torch.ones(40, dtype=torch.bool)
     kept[[3, 17]] = False

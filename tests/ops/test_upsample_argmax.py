@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation import emulated
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
@@ -133,19 +134,15 @@ def check(x: torch.Tensor, size: tuple[int, int], kwargs: dict[str, Any]) -> Non
     torch.testing.assert_close(confidence, full.softmax(1).amax(1), rtol=0, atol=atol)
 
 
-@given(calls())
-def test_equals_torch(call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]]) -> None:
-    check(*call)
+@pytest.mark.parametrize("device", suite.DEVICES)
+@given(data=st.data())
+def test_equals_torch(device: str, data: st.DataObject) -> None:
+    check(*data.draw(calls(device)))
 
 
-@pytest.mark.gpu
-@given(calls("cuda"))
-def test_equals_torch_on_cuda(call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]]) -> None:
-    check(*call)
-
-
+@pytest.mark.emulated
 @given(calls(), st.sampled_from(list(native.LABELS)))
-def test_the_functor_that_cuda_runs(
+def test_cuda_equals_the_cpu(
     call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]], dtype: torch.dtype
 ) -> None:
     x, size, kwargs = call
@@ -153,20 +150,22 @@ def test_the_functor_that_cuda_runs(
     for rule in (0, 2):
         r = r._replace(rule=rule)
         for confidence in (False, True):
-            expected, theirs = native.argmax(x, Argmax(r, confidence, dtype))
-            labels, ours = native.argmax(x, Argmax(r, confidence, dtype), plain=True)
+            labels, ours = native.argmax(x, Argmax(r, confidence, dtype))
+            with emulated(False):
+                expected, theirs = native.argmax(x, Argmax(r, confidence, dtype))
             sure = ~near_ties(x, size, **kwargs)
             assert torch.equal(labels[sure], expected[sure])
             torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-6)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_an_infinity_stays_where_it_is_at_the_same_size(mode: str) -> None:
-    """By the functor that CUDA runs, under CUDA's rule: torch copies there."""
+    """Under CUDA's rule: torch copies there."""
     x = torch.randn(1, 3, 4, 5)
     x[0, 1, 1, 2] = float("inf")
     r = _tail.resampling("test", x, (4, 5), mode, False)._replace(rule=2)
-    labels, confidence = native.argmax(x, Argmax(r, True, torch.int64), plain=True)
+    labels, confidence = native.argmax(x, Argmax(r, True, torch.int64))
     assert torch.equal(labels, x.argmax(1))
     torch.testing.assert_close(confidence, x.softmax(1).amax(1), equal_nan=True)
 
@@ -187,18 +186,14 @@ def test_ties_and_nan_as_torch_argmax() -> None:
 @pytest.mark.parametrize("classes", [1, 2, 5])
 @pytest.mark.parametrize("device", suite.DEVICES)
 def test_confidence_where_logits_are_not_finite(device: str, classes: int, value: float) -> None:
-    """In one class each, and in all of them, on the CPU also by the functor that CUDA runs."""
+    """In one class each, and in all of them."""
     x = torch.zeros(classes + 1, classes, 1, 1, device=device)
     x[range(classes), range(classes)] = value
     x[classes] = value
     full = F.interpolate(x, 2, mode="nearest")
-    runs = [segkernels.upsample_argmax(x, 2, mode="nearest", return_confidence=True)]
-    if device == "cpu":
-        r = _tail.resampling("test", x, (2, 2), "nearest", False)
-        runs.append(native.argmax(x, Argmax(r, True, torch.int64), plain=True))
-    for labels, confidence in runs:
-        assert torch.equal(labels, full.argmax(1))
-        torch.testing.assert_close(confidence, full.softmax(1).amax(1), equal_nan=True)
+    labels, confidence = segkernels.upsample_argmax(x, 2, mode="nearest", return_confidence=True)
+    assert torch.equal(labels, full.argmax(1))
+    torch.testing.assert_close(confidence, full.softmax(1).amax(1), equal_nan=True)
 
 
 def test_masked_classes() -> None:

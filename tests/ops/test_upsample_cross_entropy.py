@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from emulation import ON_CUDA, emulated
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
@@ -341,15 +342,10 @@ def check(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) ->
     torch.testing.assert_close(grad, grad_of_torch, rtol=rtol + ulp, atol=atol, equal_nan=True)
 
 
-@given(calls())
-def test_equals_torch(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
-    check(*call)
-
-
-@pytest.mark.gpu
-@given(calls("cuda"))
-def test_equals_torch_on_cuda(call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]]) -> None:
-    check(*call)
+@pytest.mark.parametrize("device", suite.DEVICES)
+@given(data=st.data())
+def test_equals_torch(device: str, data: st.DataObject) -> None:
+    check(*data.draw(calls(device)))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -370,18 +366,11 @@ def test_logits_that_are_not_finite(device: str, classes: int, value: float) -> 
         (grad,) = torch.autograd.grad(loss.sum(), mine)
         (grad_of_torch,) = torch.autograd.grad(expected.sum(), theirs)
         torch.testing.assert_close(grad, grad_of_torch, equal_nan=True)
-        if device == "cpu":
-            t = x, target, None, None
-            how = Loss(False, -100, "none", 0.0, _tail.resampling("", x, 2, "nearest", False))
-            losses, kept, totals = native.forward(*t, how, plain=True)
-            torch.testing.assert_close(losses, expected, equal_nan=True)
-            ones = torch.ones_like(losses)
-            grad = native.backward(ones, *t, kept, totals, how, plain=True)
-            torch.testing.assert_close(grad, grad_of_torch, equal_nan=True)
 
 
+@pytest.mark.emulated
 @given(calls(), st.booleans())
-def test_the_functors_that_cuda_runs(
+def test_cuda_equals_the_cpu(
     call: tuple[torch.Tensor, torch.Tensor, dict[str, Any]], binary: bool
 ) -> None:
     logits, target, kwargs = call
@@ -403,8 +392,9 @@ def test_the_functors_that_cuda_runs(
         r,
     )
     t = logits, target, weight, None
-    expected = native.forward(*t, loss)
-    ours = native.forward(*t, loss, plain=True)
+    ours = native.forward(*t, loss)
+    with emulated(False):
+        expected = native.forward(*t, loss)
     tolerance = (
         {"rtol": 1e-10, "atol": 1e-11} if compute == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     )
@@ -413,8 +403,9 @@ def test_the_functors_that_cuda_runs(
             continue
         torch.testing.assert_close(mine, theirs, **tolerance, equal_nan=True)
     grad = torch.rand(target.shape if loss.reduction == "none" else (), dtype=compute)
-    theirs = native.backward(grad, *t, *expected[1:], loss)
-    mine = native.backward(grad, *t, *expected[1:], loss, plain=True)
+    mine = native.backward(grad, *t, *expected[1:], loss)
+    with emulated(False):
+        theirs = native.backward(grad, *t, *expected[1:], loss)
     ulp = {torch.float16: 2**-9, torch.bfloat16: 2**-6}.get(logits.dtype, 0.0)
     term = 1 / target.numel() if loss.reduction == "mean" else 1.0
     scale = max(theirs.double().nan_to_num().abs().max().item(), term)
@@ -473,10 +464,10 @@ def test_labels_out_of_range(label: int) -> None:
         segkernels.upsample_binary_cross_entropy(torch.randn(1, 1, 2, 2), target.unsqueeze(1))
 
 
-@pytest.mark.gpu
-def test_labels_out_of_range_on_cuda() -> None:
-    x = torch.randn(1, 3, 2, 2, device="cuda")
-    target = torch.zeros(1, 5, 5, dtype=torch.int64, device="cuda")
+@pytest.mark.parametrize("device", ON_CUDA)
+def test_labels_out_of_range_on_cuda(device: str) -> None:
+    x = torch.randn(1, 3, 2, 2, device=device)
+    target = torch.zeros(1, 5, 5, dtype=torch.int64, device=device)
     target[0, 2, 3] = 3
     loss = segkernels.upsample_cross_entropy(x, target, reduction="none")
     assert loss[0, 2, 3] == 0.0

@@ -1,51 +1,20 @@
-"""Shared by the tests of Triton kernels on machines without a GPU: the interpreter, compiles ahead
-of time with ptxas's report, and how many compiles a launch's arguments lead to."""
+"""Shared by the tests of Triton kernels: compiles ahead of time with ptxas's report, and how many
+compiles a launch's arguments lead to."""
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import numpy
 import pytest
+import torch
 
 triton: Any = pytest.importorskip("triton", reason="Triton is for Linux")
 
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-NUMPY = tuple(map(int, numpy.__version__.split(".")[:2]))
-
-interpreter = pytest.mark.skipif(
-    TRITON < (3, 7) and NUMPY >= (2, 4),
-    reason="Triton before 3.7 takes a loop's bounds as numpy before 2.4 allows it",
-)
-
-
-def run_interpreted(*arguments: str, cwd: Path, timeout: float = 300) -> str:
-    """What `python *arguments` prints in Triton's interpreter, which must be on at import."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
-
-
-def run_interpreted_tests(file: Path, least: int) -> None:
-    """Run a file of tests in the interpreter: at least that many, and none skipped."""
-    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(file))
-    printed = run_interpreted(*command, cwd=file.parent, timeout=900)
-    last = printed.strip().splitlines()[-1]
-    assert re.match(r"\d+ passed", last), printed[-3000:]
-    assert "skipped" not in last
-    assert int(last.split()[0]) >= least
 
 
 def compiled(
@@ -132,4 +101,6 @@ def note_compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         found.append((self.__name__, f"{specialization} {rest}"))
 
     monkeypatch.setattr(JITFunction, "run", run)
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
     return found

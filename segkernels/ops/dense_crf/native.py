@@ -40,7 +40,7 @@ def grid_of(scores: torch.Tensor, lattices: Sequence[Lattice], config: Config) -
 def mean_field(scores: torch.Tensor, terms: Sequence[torch.Tensor], config: Config) -> torch.Tensor:
     """Mean field of (B, C, N) scores; terms: the features of each, then their compatibilities."""
     C = _native.C()
-    count, cuda = len(terms) // 2, scores.device.type == "cuda"
+    count, cuda = len(terms) // 2, _native.on_cuda(scores.device)
     lattices = config.on(terms[:count])
     grid = grid_of(scores, lattices, config)
     with _status.watch(scores, OP, scores.dtype) as status:
@@ -70,7 +70,7 @@ def _term(
     alpha = 1 / (1 + 2.0**-lattice.dims)
     term.compat = native_compat(compat.detach(), channels, width, alpha)
     term.compat_is_matrix = compat.dim() == 2
-    if lattice.device.type == "cuda" and term.scale_in:
+    if _native.on_cuda(lattice.device) and term.scale_in:
         term.splat_weights = lattice.empty((lattice.entries,), lattice.dtype)
     term.pairs, term.vertices, term.scratch = lattice.buffers(width)
     return term

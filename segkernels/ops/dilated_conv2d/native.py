@@ -6,8 +6,6 @@ as tf32. Sums are in float32 and in a fixed order: the same bits in every run on
 
 A schedule is made once a shape and kept, with its table in the device's memory; so the first call
 of a shape must not be captured into a CUDA graph (``backend="auto"`` takes torch there).
-
-On CPU tensors all of it is csrc's emulation, which only the tests use.
 """
 
 from __future__ import annotations
@@ -27,13 +25,11 @@ _ROW_BYTES = 128  # of channels in a loop step
 _MAX_KERNEL = 7
 _MAX_BRANCHES = 8
 _KEPT = 256  # tables in device memory, some kilobytes each
-_EMULATED = (-2, 0, 1)
-_EMULATED_MULTIPROCESSORS = 6
 
 
 def supported(problem: Problem) -> str:
     """Why `forward` and `input_gradient` cannot take this problem, or ""."""
-    if problem.device.type != "cuda":
+    if not _native.on_cuda(problem.device):
         return f"it needs a CUDA device, got {str(problem.device)!r}"
     if not _native.C().has_sm90a:
         return (
@@ -176,7 +172,7 @@ def forward_branches(
         "workspace": workspace,
         "branches": branches,
     }
-    _native.C().dilated_conv2d(_where(x), arguments)
+    _native.C().dilated_conv2d(_native.where(x), arguments)
     return out
 
 
@@ -226,7 +222,7 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> 
         "table": table.words,
         "workspace": workspace,
     }
-    _native.C().dilated_conv2d_weight(_where(x), arguments)
+    _native.C().dilated_conv2d_weight(_native.where(x), arguments)
     if out.shape[:2] == (out_channels, channels):
         return out
     narrow = out[:out_channels, :channels]
@@ -267,10 +263,6 @@ def _vector(v: torch.Tensor | None) -> torch.Tensor | None:
     return None if v is None else v.to(torch.float32).contiguous()
 
 
-def _where(x: torch.Tensor) -> tuple[int, int, int]:
-    return _EMULATED if x.device.type == "cpu" else _native.where(x)
-
-
 class FirstCallInGraphError(RuntimeError):
     """A schedule would have to be copied to the device while a CUDA graph is captured."""
 
@@ -292,15 +284,18 @@ class _Table:
 
     def used(self) -> None:
         """Called before every launch that reads the words."""
-        if self.words.device.type != "cuda":
-            return
         if _native.capturing(self.words.device):
             self.captured = True  # the graph keeps the address, so the words must stay
             return
-        stream = torch.cuda.current_stream(self.words.device)
-        if stream.cuda_stream not in self.streams:
-            self.streams.add(stream.cuda_stream)
-            self.words.record_stream(stream)
+        _, stream, _ = _native.where(self.words)
+        if stream not in self.streams:
+            self.streams.add(stream)
+            _read_on_current_stream(self.words)
+
+
+def _read_on_current_stream(words: torch.Tensor) -> None:
+    """Keeps the allocator from giving the memory out again before that stream has read it."""
+    words.record_stream(torch.cuda.current_stream(words.device))
 
 
 _tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
@@ -320,7 +315,7 @@ def _table(make: _Maker, shape: tuple[Any, ...], device: torch.device) -> _Table
                 "schedule to the device, which a CUDA graph cannot hold. Call it once before "
                 "capturing"
             )
-        table = _tables[key] = _Table(make(shape, _multiprocessors(device)), device)
+        table = _tables[key] = _Table(make(shape, _count(device.index)), device)
         if len(_tables) > _KEPT:
             _, oldest = _tables.popitem(last=False)
             if oldest.captured:
@@ -341,10 +336,7 @@ def _weight_schedule(shape: tuple[Any, ...], multiprocessors: int) -> dict[str, 
     return plan
 
 
-def _multiprocessors(device: torch.device) -> int:
-    return _EMULATED_MULTIPROCESSORS if device.type == "cpu" else _count(device.index)
-
-
 @functools.cache
 def _count(index: int) -> int:
+    """Multiprocessors of the CUDA device `index`."""
     return int(torch.cuda.get_device_properties(index).multi_processor_count)

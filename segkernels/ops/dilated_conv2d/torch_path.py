@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from segkernels import _native
 from segkernels._dtypes import compute_dtype
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
@@ -103,7 +104,8 @@ def _padded(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[torch.Tenso
 
 def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
     """`e` on a fresh `out`, in place where it can be."""
-    if out.is_cuda and out.dtype != torch.float64 and (in_one_pass := _fused_epilogue()):
+    may_fuse = _native.on_cuda(out.device) and out.dtype != torch.float64
+    if may_fuse and (in_one_pass := _fused_epilogue()):
         return in_one_pass(out, e)
     if e.scale is not None:
         # Batch normalisation in evaluation is out * scale + shift in one pass and in float32.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from segkernels import _dtypes
+from segkernels import _dtypes, _native
 from segkernels._registry import Op, register
 from segkernels.ops import _arguments
 from segkernels.ops._operator import laid_out_like, through_dispatcher
@@ -92,7 +92,7 @@ def gaussian_filter(
     if values.numel() == 0 or queries.numel() == 0:
         return values.new_zeros(shape)
 
-    if values.device.type == "cuda" and values.dim() > 2 and values.shape[0] > _MOST_IMAGES:
+    if _native.on_cuda(values.device) and values.dim() > 2 and values.shape[0] > _MOST_IMAGES:
         how: Any = {"normalization": normalization, "precision": precision}
         parts = zip(*(tensor.split(_MOST_IMAGES) for tensor in given), strict=True)
         return torch.cat(

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
+from segkernels import _native
 from segkernels.ops.gaussian_filter.points import TILE, Points
 
 QUERIES = 4 * TILE
@@ -30,7 +31,7 @@ def apply(queries: Points, keys: Points, rows: torch.Tensor, reach: float) -> to
     for image, at, near in _blocks(queries, keys, reach):
         x = queries.features[image, :, at]
         into = out[image, at]
-        for part in near.split(KEYS if near.device.type == "cpu" else _LARGE):
+        for part in near.split(_LARGE if _native.on_cuda(near.device) else KEYS):
             into.addmm_(_weights(x, keys.features[image, :, part]), rows[image, part])
     return out
 
@@ -47,7 +48,7 @@ def pull(
     out = a.new_zeros(a.shape[0], a.shape[1], dims)
     for image, at, near in _blocks(queries, keys, reach):
         x = queries.features[image, :, at]
-        for part in near.split(KEYS if near.device.type == "cpu" else _LARGE):
+        for part in near.split(_LARGE if _native.on_cuda(near.device) else KEYS):
             y = keys.features[image, :, part]
             weights = _weights(x, y).mul_(a[image, at] @ b[image, part].T)
             for k in range(dims):
@@ -61,7 +62,7 @@ def _blocks(
 ) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """(image, some neighbouring queries, the positions of the keys that have weight there)."""
     device, count = keys.features.device, queries.features.shape[2]
-    skips = device.type == "cpu"  # elsewhere to look at distances would be to wait for them
+    skips = not _native.on_cuda(device)  # there to look at distances would be to wait for them
     size = QUERIES if skips else _LARGE
     within = torch.arange(TILE, device=device)
     tiles = torch.arange(keys.tiles, device=device).unsqueeze(1)

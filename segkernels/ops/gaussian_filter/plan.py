@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from segkernels import _status
+from segkernels import _native, _status
 from segkernels.ops.gaussian_filter import blocked, native
 from segkernels.ops.gaussian_filter.points import TILE, Points
 
@@ -65,12 +65,11 @@ class Plan:
         other.precision, other.reach = self.precision, self.reach
         return other
 
-    def _native(self) -> bool:
-        return self.keys.features.device.type == "cpu"
+    def _on_cuda(self) -> bool:
+        return _native.on_cuda(self.keys.features.device)
 
     def _triton(self) -> bool:
-        features = self.keys.features
-        return features.device.type == "cuda" and features.dtype == torch.float32
+        return self._on_cuda() and self.keys.features.dtype == torch.float32
 
     def share(self, size: int = TILE) -> float:
         """The share of pairs of `size` queries and `TILE` keys that are not skipped."""
@@ -85,7 +84,7 @@ class Plan:
         """K values, (B, C, N) to (B, C, M)."""
         values, bad = _finite(values, self.keys)
         points, rows = (self.queries, self.keys), self.keys.rows(values)
-        if self._native():
+        if not self._on_cuda():
             found = native.apply(*points, rows, self.reach)
         elif self._triton():
             from segkernels.ops.gaussian_filter import triton_kernels
@@ -103,7 +102,7 @@ class Plan:
         b, bad_b = _finite(b, self.keys)
         bad = bad_a.any(dim=1, keepdim=True) | bad_b.any(dim=1, keepdim=True)
         points = self.queries, self.keys
-        if self._native():
+        if not self._on_cuda():
             pair = self.queries.sorted(a), self.keys.rows(b)
             out = self.queries.unsorted(native.pull(*points, *pair, self.reach))
             return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))

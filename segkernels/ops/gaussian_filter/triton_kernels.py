@@ -101,7 +101,6 @@ def apply_kernel(
     N: tl.constexpr,
     C: tl.constexpr,
     HALF: tl.constexpr,
-    WIDEN: tl.constexpr,
 ):
     """K v for M queries and C channels, over one split of the list. HALF: products of float16."""
     tile, channel = tl.program_id(0), tl.program_id(1) * C
@@ -124,11 +123,7 @@ def apply_kernel(
         weights = tl.exp2(tl.fma(q, -0.72134752044448170, SHIFT))
         values = tl.load(v + col.to(tl.int64)[:, None] * channels + c[None, :])
         if HALF:
-            weights = weights.to(tl.float16)
-            if WIDEN:
-                sums += tl.dot(weights.to(tl.float32), values.to(tl.float32))
-            else:
-                sums = tl.dot(weights, values, sums)
+            sums = tl.dot(weights.to(tl.float16), values, sums)
         else:
             sums = tl.dot(weights, values, sums, input_precision="tf32x3")
     row = (start + tile) * M + tl.arange(0, M)
@@ -193,11 +188,6 @@ def pull_kernel(
     tl.store(out + row.to(tl.int64)[:, None] * D + dim[None, :], sums, (row < queries)[:, None])
 
 
-def interpreting() -> bool:
-    """Whether Triton interprets kernels, where float16 operands of a product must be widened."""
-    return bool(triton.knobs.runtime.interpret)
-
-
 def block_of(channels: int, dims: int, precise: bool) -> int:
     """Channels of a program: a power of two, at least what the tensor cores take, and no more than
     stay in registers."""
@@ -247,7 +237,6 @@ def apply(
             N=TILE,
             C=block,
             HALF=not precise,
-            WIDEN=interpreting(),
             num_warps=8,
             num_stages=stages_of(precise),
         )
@@ -332,7 +321,5 @@ def _walk(
 
 def splits_for(programs: int, key_tiles: int, device: torch.device) -> int:
     """Parts of each list that different programs take, so that a small problem fills the device."""
-    if device.type != "cuda":
-        return min(3, key_tiles)  # interpreted: what a test should see
     wanted = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(-(-wanted // programs), 16, key_tiles))

@@ -19,7 +19,7 @@ def unpool(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor
     positions = positions.contiguous(memory_format=w.memory_format)
     wide = positions.dtype == torch.int64
     winners = None
-    if wide and (where[0] >= 0 or where[2] == 0):
+    if wide and where[0] >= 0:
         sources = w.pooled[0] * w.pooled[1]
         dtype = torch.int32 if sources < 2**31 else torch.int64
         winners = _windows.empty(x, w.full, w, dtype)

@@ -29,32 +29,18 @@ _MAX_ENTRIES = 2**30
 _MAX_ENTRIES_PADDED = 2**31 - 1
 _LEFT_OUT = -1  # kSkipped of lattice.h, as int16
 
-# For tests without a GPU: CPU tensors take the build and the splat of CUDA, emulated step by step.
-emulate_cuda = False
 
-
-def _global_build(device: torch.device) -> bool:
-    """Whether keys go straight into one global table (CUDA), or by tile first (CPU)."""
-    return device.type == "cuda" or emulate_cuda
-
-
-def _where(tensor: torch.Tensor) -> tuple[int, int, int]:
-    device, stream, threads = _native.where(tensor)
-    return (-2 if emulate_cuda and device < 0 else device), stream, threads
-
-
-def _workspace(device: torch.device, entries: int, tiles: int, pairs: int) -> int:
-    """Bytes that CUB needs on `device`."""
-    if device.type != "cuda":
-        return 0
-    return int(_native.C().lattice_workspace(device.index, entries, tiles, pairs))
+def _workspace(features: torch.Tensor, entries: int, tiles: int, pairs: int) -> int:
+    """Bytes that CUB needs on the CUDA device of `features`."""
+    index, _, _ = _native.where(features)
+    return int(_native.C().lattice_workspace(index, entries, tiles, pairs))
 
 
 def row_width(device: torch.device, channels: int) -> int:
     """Channels of a row in memory: padded to whole vectors."""
     if channels == 1:
         return 1
-    if device.type == "cuda" or channels <= 4:
+    if _native.on_cuda(device) or channels <= 4:
         return -(-channels // 4) * 4
     return -(-channels // 8) * 8
 
@@ -65,7 +51,7 @@ def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: in
     for size in spatial[:-1]:
         height *= size
     width = spatial[-1]
-    if not _global_build(device):
+    if not _native.on_cuda(device):
         points = min(65534 // (dims + 1), _CPU_TILE)
         tall = _even_part(height, 64)
         return _native.C().Grid(batch, height, width, tall, _even_part(width, points // tall))
@@ -146,7 +132,7 @@ class Lattice:
         """Splat and blur: the vertices' rows."""
         pairs, vertices, scratch = buffers or self.buffers(rows.shape[1])
         _native.C().lattice_splat(
-            _where(rows),
+            _native.where(rows),
             self.view,
             rows,
             scale,
@@ -168,7 +154,7 @@ class Lattice:
         """Interpolate the vertices' rows at the points; points that take no part get `skipped`."""
         rows = self.rows(vertices.shape[1])
         _native.C().lattice_slice(
-            _where(rows),
+            _native.where(rows),
             self.view,
             vertices,
             scale,
@@ -190,13 +176,13 @@ class Lattice:
         Another stream may not have waited for the one that computed it. What is computed while a
         CUDA graph is captured is there in its replays only, so it is not kept.
         """
-        key = (root, _where(self.features)[1])
+        key = (root, _native.where(self.features)[1])
         found = self._inverse_norms.get(key)
         if found is None:
             ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
             norm = self.slice(self.splat(ones, None, False), None)
             _native.C().rows_invert_norm(
-                _where(norm),
+                _native.where(norm),
                 self.grid.positions,
                 norm,
                 norm,
@@ -286,7 +272,7 @@ class Lattice:
         """The gradient of the weights: from splatted rows, gradient rows, the vertices of both."""
         out = torch.empty_like(self.weights)
         _native.C().lattice_weights_grad(
-            _where(x),
+            _native.where(x),
             self.view,
             x,
             g,
@@ -303,7 +289,7 @@ class Lattice:
         out = torch.empty_like(self.features)
         grad_weights = grad_weights.contiguous()
         _native.C().lattice_embed_grad(
-            _where(out),
+            _native.where(out),
             self.view,
             self.features,
             grad_weights,
@@ -349,7 +335,7 @@ def build(
         )
     counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
-    if _global_build(first.device):
+    if _native.on_cuda(first.device):
         with _status.watch(first, op, first.dtype) as status:
             built = [_embed(lattice, max_vertices, status) for lattice in lattices]
             _link_global(lattices, built, counts, max_vertices)
@@ -367,7 +353,8 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
     """Records, weights, keys and the numbers of vertices and pairs."""
     C = _native.C()
     positions, entries = lattice.grid.positions, lattice.entries
-    globally = _global_build(lattice.device)
+    # Keys go straight into one global table on CUDA, by tile first on the CPU.
+    globally = _native.on_cuda(lattice.device)
     i32, i16 = torch.int32, torch.int16
     view, build = lattice.view, C.BuildBuffers()
     empty = lattice.empty
@@ -386,9 +373,9 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         status=status,
         records=empty((positions * C.record_size(lattice.dims),), i32),
     )
-    where = _where(lattice.features)
+    where = _native.where(lattice.features)
     if globally:
-        build.temporary_bytes = _workspace(lattice.device, entries, lattice.grid.tiles, 0)
+        build.temporary_bytes = _workspace(lattice.features, entries, lattice.grid.tiles, 0)
         _point(
             build,
             rank_of=empty((entries + 1,), i32),
@@ -431,7 +418,7 @@ def _link_by_tile(lattice: Lattice, build: Any) -> None:
     view = lattice.view
     view.vertex_bound, view.pair_bound = lattice.counts.tolist()
     _hold_links(lattice)
-    _native.C().lattice_link(_where(lattice.features), view, build)
+    _native.C().lattice_link(_native.where(lattice.features), view, build)
 
 
 def _link_global(
@@ -450,14 +437,14 @@ def _link_global(
             most = lattice.grid.tiles * (view.vertex_bound + longest)
             view.pair_bound = min(lattice.entries, most)
         _hold_links(lattice)
-        build.temporary_bytes = _workspace(lattice.device, 0, 0, view.pair_bound)
+        build.temporary_bytes = _workspace(lattice.features, 0, 0, view.pair_bound)
         _point(
             build,
             temporary=lattice.empty((build.temporary_bytes,), torch.uint8),
             sort_keys=lattice.empty((2 * view.pair_bound,), torch.int32),
             sort_values=lattice.empty((view.pair_bound,), torch.int32),
         )
-        C.lattice_link(_where(lattice.features), view, build)
+        C.lattice_link(_native.where(lattice.features), view, build)
 
 
 def _hold_links(lattice: Lattice) -> None:
@@ -489,7 +476,7 @@ def pack(
     width = row_width(values.device, channels)
     rows = torch.empty(grid.positions, width, dtype=values.dtype, device=values.device)
     _native.C().rows_pack(
-        _where(values),
+        _native.where(values),
         grid,
         values,
         *values.stride(),
@@ -506,7 +493,7 @@ def pack(
 def unpack(grid: Any, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """Rows into `out`, (B, C, N) of any strides."""
     _native.C().rows_unpack(
-        _where(out),
+        _native.where(out),
         grid,
         rows,
         out,

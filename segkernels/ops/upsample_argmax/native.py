@@ -35,8 +35,8 @@ def outputs(logits: torch.Tensor, a: Argmax) -> Found:
     return labels, torch.empty(shape, dtype=compute, device=logits.device)
 
 
-def argmax(logits: torch.Tensor, a: Argmax, plain: bool = False) -> Found:
-    """Labels and confidences; plain: by the CUDA kernel's functor, on the CPU."""
+def argmax(logits: torch.Tensor, a: Argmax) -> Found:
+    """Labels and confidences."""
     labels, confidences = outputs(logits, a)
     if labels.numel() == 0:
         return labels, confidences
@@ -56,5 +56,5 @@ def argmax(logits: torch.Tensor, a: Argmax, plain: bool = False) -> Found:
     if where[0] < 0:
         needed = native.upsample_argmax_workspace(where, call)
         workspace = torch.empty(needed, dtype=torch.uint8, device="cpu")
-    native.upsample_argmax(where, call, workspace, plain)
+    native.upsample_argmax(where, call, workspace)
     return labels, confidences

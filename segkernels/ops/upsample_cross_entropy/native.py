@@ -107,9 +107,8 @@ def forward(
     weight: torch.Tensor | None,
     pos_weight: torch.Tensor | None,
     loss: Loss,
-    plain: bool = False,
 ) -> Found:
-    """The loss, kept values and totals; plain: by the CUDA kernel's functor, on the CPU."""
+    """The loss, kept values and totals."""
     value, kept, totals = outputs(logits, target, weight, pos_weight, loss)
     where = _native.where(logits)
     none = loss.reduction == "none"
@@ -121,7 +120,7 @@ def forward(
             partials = _native.C().LOSS_PARTIALS
             workspace = torch.empty(partials, dtype=torch.float64, device=logits.device)
         losses = value if none else None
-        _native.C().upsample_loss(where, call, kept, losses, totals, workspace, plain)
+        _native.C().upsample_loss(where, call, kept, losses, totals, workspace)
     return value if none else totals[0].clone(), kept, totals
 
 
@@ -134,7 +133,6 @@ def backward(
     kept: torch.Tensor | None,
     totals: torch.Tensor,
     loss: Loss,
-    plain: bool = False,
 ) -> torch.Tensor:
     """The gradient of the logits, in their dtype and layout."""
     out = empty_gradient(logits)
@@ -144,12 +142,8 @@ def backward(
     grad = grad.contiguous()
     # Labels out of range were reported by the forward pass; here they are skipped again.
     call = _call(logits, target, weight, pos_weight, loss, None)
-    workspace = None
-    if plain:
-        workspace = torch.full((48 * 1024 // 8,), float("nan"), dtype=torch.float64, device="cpu")
-    elif where[0] < 0:
-        workspace = _workspace(call, where, True)
+    workspace = _workspace(call, where, True) if where[0] < 0 else None
     _native.C().upsample_loss_backward(
-        where, call, grad, kept, totals, out, out.stride(), workspace, plain
+        where, call, grad, kept, totals, out, out.stride(), workspace
     )
     return out

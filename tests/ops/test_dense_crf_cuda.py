@@ -1,4 +1,4 @@
-"""What only a GPU can show of the lattice and the dense CRF. `pytest -m gpu` runs it.
+"""The lattice and the dense CRF on CUDA, on a GPU and (what is no matter of streams) emulated.
 
 For memory errors and races: `compute-sanitizer --tool memcheck pytest -m gpu tests/ops` (and
 `--tool racecheck`, `--tool initcheck`).
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulation import ON_CUDA, capture, emulated
 
 import segkernels
-from segkernels.ops.permutohedral import native
 
-pytestmark = pytest.mark.gpu
+on_cuda = pytest.mark.parametrize("device", ON_CUDA)
 
 
 def example(
@@ -27,44 +27,75 @@ def example(
     return img, probs
 
 
-@pytest.mark.parametrize("classes", [1, 2, 3, 5, 8, 21, 33, 64, 100, 150, 300])
-def test_agrees_with_the_cpu(classes: int) -> None:
-    img, probs = example(classes=classes)
-    expected = segkernels.dense_crf(img, probs)
-    got = segkernels.dense_crf(img.cuda(), probs.cuda()).cpu()
+@on_cuda
+@pytest.mark.parametrize("classes", [1, 2, 3, 5, 8, 21, 33, 64, 65, 100, 129, 150, 300])
+def test_agrees_with_the_cpu(classes: int, device: str) -> None:
+    size, how = ((61, 83), {}) if device == "cuda" else ((23, 35), {"iterations": 2})
+    img, probs = example(size, classes=classes)
+    with emulated(False):
+        expected = segkernels.dense_crf(img, probs, **how)
+    got = segkernels.dense_crf(img.to(device), probs.to(device), **how).cpu()
     off = (got - expected).abs().amax(dim=1) > 1e-4
     assert off.float().mean() <= 0.005
 
 
+@pytest.mark.emulated
+@pytest.mark.parametrize("classes", [1, 21, 300])
+def test_without_cooperative_launches(classes: int) -> None:
+    img, probs = example((23, 35), classes=classes)
+    mu = torch.randn(classes, classes)
+    for compat in (None, mu):
+        how = {"iterations": 2} | ({} if compat is None else {"compat_bilateral": compat})
+        expected = segkernels.dense_crf(img, probs, **how)
+        with emulated(cooperative=False):
+            got = segkernels.dense_crf(img, probs, **how)
+        torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.emulated
+def test_nothing_waits_for_the_device_while_a_graph_is_captured() -> None:
+    img, probs = example((23, 35))
+    expected = segkernels.dense_crf(img, probs, iterations=2)
+    with capture():
+        got = segkernels.dense_crf(img, probs, iterations=2)
+    assert torch.equal(got, expected)
+
+
+@on_cuda
 @pytest.mark.parametrize("compat", ["vector", "matrix"])
 @pytest.mark.parametrize("normalization", ["symmetric", "before", "after", "none"])
-def test_float64_agrees_with_the_cpu(normalization: str, compat: str) -> None:
-    img, probs = (t.double() for t in example((40, 50), classes=7))
+def test_float64_agrees_with_the_cpu(normalization: str, compat: str, device: str) -> None:
+    img, probs = (t.double() for t in example((20, 30), classes=7))
     torch.manual_seed(1)
     mu = torch.randn((7,) if compat == "vector" else (7, 7), dtype=torch.float64)
     options = {"compat_bilateral": mu, "normalization": normalization}
-    expected = segkernels.dense_crf(img, probs, **options)
-    options["compat_bilateral"] = mu.cuda()
-    got = segkernels.dense_crf(img.cuda(), probs.cuda(), **options).cpu()
+    with emulated(False):
+        expected = segkernels.dense_crf(img, probs, **options)
+    options["compat_bilateral"] = mu.to(device)
+    got = segkernels.dense_crf(img.to(device), probs.to(device), **options).cpu()
     torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
 
 
+@on_cuda
 @pytest.mark.parametrize("dims", range(1, 17))
-def test_filter_agrees_with_the_cpu(dims: int) -> None:
+def test_filter_agrees_with_the_cpu(dims: int, device: str) -> None:
     torch.manual_seed(dims)
     features = 5 * torch.rand(2, dims, 30, 41, dtype=torch.float64)
     values = torch.randn(2, 6, 30, 41, dtype=torch.float64)
-    own = segkernels.PermutohedralLattice(features)
-    other = segkernels.PermutohedralLattice(features.cuda())
+    ways = [("symmetric", False), ("symmetric", True)]
+    with emulated(False):
+        own = segkernels.PermutohedralLattice(features)
+        expected = [own.filter(values, *way) for way in ways]
+    other = segkernels.PermutohedralLattice(features.to(device))
+    got = [other.filter(values.to(device), *way).cpu() for way in ways]
     assert own.num_vertices == other.num_vertices
-    for transpose in (False, True):
-        expected = own.filter(values, "symmetric", transpose)
-        got = other.filter(values.cuda(), "symmetric", transpose).cpu()
-        torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
 
 
-def test_same_bits_every_time_forward_and_backward() -> None:
-    img, probs = (t.cuda() for t in example())
+@on_cuda
+def test_same_bits_every_time_forward_and_backward(device: str) -> None:
+    size = (61, 83) if device == "cuda" else (23, 35)
+    img, probs = (t.to(device) for t in example(size))
     seen = []
     for _ in range(4):
         p, i = probs.clone().requires_grad_(), img.clone().requires_grad_()
@@ -76,21 +107,25 @@ def test_same_bits_every_time_forward_and_backward() -> None:
             assert torch.equal(a, b)
 
 
-def test_gradients_agree_with_the_cpu() -> None:
+@on_cuda
+def test_gradients_agree_with_the_cpu(device: str) -> None:
     img, probs = (t.double() for t in example((20, 24), classes=4, batch=1))
-    grads = []
-    for device in ("cpu", "cuda"):
+
+    def gradients(device: str) -> list[torch.Tensor]:
         # Copies: `to` gives the tensor itself where nothing changes.
         p, i = (t.to(device, copy=True).requires_grad_() for t in (probs, img))
         mu = torch.eye(4, dtype=torch.float64, device=device).mul(-3).requires_grad_()
         out = segkernels.dense_crf(i, p, iterations=2, compat_bilateral=mu)
         weight = torch.arange(out.numel(), dtype=torch.float64).cos().view_as(out)
         (out * weight.to(device)).sum().backward()
-        grads.append([t.grad.cpu() for t in (p, i, mu)])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(b, a, atol=1e-9, rtol=1e-7)
+        return [t.grad.cpu() for t in (p, i, mu)]
+
+    with emulated(False):
+        expected = gradients("cpu")
+    torch.testing.assert_close(gradients(device), expected, atol=1e-9, rtol=1e-7)
 
 
+@pytest.mark.gpu
 def test_one_synchronisation_without_a_bound_none_with_one() -> None:
     img, probs = (t.cuda() for t in example())
     segkernels.dense_crf(img, probs, max_vertices=200_000)
@@ -103,6 +138,7 @@ def test_one_synchronisation_without_a_bound_none_with_one() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
 def test_captured_in_a_graph() -> None:
     img, probs = (t.cuda() for t in example())
     expected = segkernels.dense_crf(img, probs)
@@ -126,6 +162,7 @@ def test_captured_in_a_graph() -> None:
         assert torch.equal(out, other)
 
 
+@pytest.mark.gpu
 def test_on_the_current_stream() -> None:
     img, probs = (t.cuda() for t in example())
     expected = segkernels.dense_crf(img, probs)
@@ -139,6 +176,7 @@ def test_on_the_current_stream() -> None:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_the_tensors_device() -> None:
     img, probs = example()
@@ -151,8 +189,9 @@ def test_on_the_tensors_device() -> None:
         segkernels.dense_crf(img.cuda(0), probs.cuda(1))
 
 
-def test_values_at_fault_are_told_by_check() -> None:
-    img, probs = (t.cuda() for t in example(batch=1))
+@on_cuda
+def test_values_at_fault_are_told_by_check(device: str) -> None:
+    img, probs = (t.to(device) for t in example((23, 35), batch=1))
     faulty = probs.clone()
     faulty[0, 3, 5, 6] = float("nan")
     out = segkernels.dense_crf(img, faulty)
@@ -174,14 +213,16 @@ def test_values_at_fault_are_told_by_check() -> None:
         segkernels.check()
 
 
-def test_checked_at_once_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+@on_cuda
+def test_checked_at_once_when_asked(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGKERNELS_CHECK", "1")
-    img, probs = (t.cuda() for t in example(batch=1))
+    img, probs = (t.to(device) for t in example((23, 35), batch=1))
     with pytest.raises(ValueError, match="dense_crf"):
         segkernels.dense_crf(img, probs - 1)
 
 
 @pytest.mark.huge
+@pytest.mark.gpu
 def test_values_of_more_than_2_31_elements() -> None:
     points, channels = 2**22, 520
     if torch.cuda.mem_get_info()[0] < 45 * 2**30:
@@ -193,8 +234,9 @@ def test_values_of_more_than_2_31_elements() -> None:
     assert float((out - 1).abs().max()) < 1e-4
 
 
-def test_poisoned_memory_is_all_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    img, probs = (t.cuda() for t in example())
+@on_cuda
+def test_poisoned_memory_is_all_written(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    img, probs = (t.to(device) for t in example((23, 35)))
     expected = segkernels.dense_crf(img, probs)
     empty = torch.empty
 
@@ -204,17 +246,3 @@ def test_poisoned_memory_is_all_written(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(torch, "empty", poisoned)
     assert torch.equal(segkernels.dense_crf(img, probs), expected)
-
-
-def test_emulation_matches_the_gpu() -> None:
-    torch.manual_seed(0)
-    features, _values = 5 * torch.rand(2, 5, 700), torch.randn(2, 8, 700)
-    (gpu,) = native.build([features.cuda()], (20, 35))
-    native.emulate_cuda = True
-    try:
-        (cpu,) = native.build([features], (20, 35))
-    finally:
-        native.emulate_cuda = False
-    for name in ("local_ids", "tile_start"):
-        assert torch.equal(getattr(gpu, name).cpu(), getattr(cpu, name)), name
-    assert gpu.counts.tolist() == cpu.counts.tolist()

@@ -64,6 +64,10 @@ struct Stage {
   // The copy engine's box of `sizes` (last axis first), from `from` on: zeros outside the tensor.
   void copy_box(uint32_t to, const T* tensor, const std::vector<int64_t>& sizes,
                 const std::vector<int64_t>& from, const std::vector<int>& box) {
+    // There is a tensor map for rows of a multiple of 16 bytes from such an address alone.
+    if (uintptr_t(tensor) % 16 != 0 || sizes[0] * int64_t(sizeof(T)) % 16 != 0) {
+      throw std::runtime_error("a tensor that the copy engine cannot read");
+    }
     int64_t count = 1;
     for (const int extent : box) count *= extent;
     for (int64_t i = 0; i < count; ++i) {

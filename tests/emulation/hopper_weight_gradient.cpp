@@ -1,10 +1,10 @@
 // The weight's gradient of the Hopper convolution, step by step, on the CPU: as
-// dilated_conv2d_emulated.cpp for the convolution.
+// hopper_forward.cpp for the convolution.
 #include "dilated_conv2d/weight_gradient.h"
 
 #include <vector>
 
-#include "dilated_conv2d/hopper_model.h"
+#include "hopper_model.h"
 
 namespace segkernels::dilated {
 namespace {
@@ -72,7 +72,7 @@ void run(const WeightCall& c) {
 
 }  // namespace
 
-void weight_gradient_emulated(const Where&, const WeightCall& call) {
+void weight_gradient_sm90(const Where&, const WeightCall& call) {
   if (call.type == ScalarType::kHalf) return run<Half>(call);
   if (call.type == ScalarType::kBFloat16) return run<BFloat16>(call);
   throw std::runtime_error("segkernels: dilated_conv2d_weight: float16 and bfloat16 alone");
