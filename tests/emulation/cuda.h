@@ -205,8 +205,13 @@ inline grid_group this_grid() { return {}; }
 }  // namespace cooperative_groups
 
 // float16 and bfloat16: a NaN becomes the one that the device's conversions give.
+#if defined(__aarch64__)
+using EmulatedHalf = __fp16;  // g++ 12 has no _Float16 there
+#else
+using EmulatedHalf = _Float16;
+#endif
 struct __half {
-  _Float16 value;
+  EmulatedHalf value;
 };
 inline __half __ushort_as_half(unsigned short bits) {
   __half h;
@@ -219,7 +224,7 @@ inline unsigned short __half_as_ushort(__half h) {
   return (bits & 0x7FFF) > 0x7C00 ? 0x7FFF : bits;
 }
 inline float __half2float(__half h) { return float(h.value); }
-inline __half __float2half_rn(float f) { return {_Float16(f)}; }
+inline __half __float2half_rn(float f) { return {EmulatedHalf(f)}; }
 struct __nv_bfloat16 {
   unsigned short bits;
 };

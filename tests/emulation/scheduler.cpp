@@ -19,8 +19,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Leaving one stack for another.
-#if defined(__x86_64__)
+// Leaving one stack for another. SK_UCONTEXT: as on other processors, for a test.
+#if defined(__x86_64__) && !defined(SK_UCONTEXT)
 asm(R"(
 .text
 .globl emulation_switch

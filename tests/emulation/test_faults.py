@@ -16,6 +16,7 @@ from emulation.translate import translate
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = ("emulated", "emulated-asan", "emulated-races")
+UCONTEXT = "ucontext"  # "emulated" with the fibers of other processors
 RIGHT = "no error, 63"
 EXPORTED = (
     'extern "C" void emulation_expect(int, void*);\nextern "C" void emulation_capture(int);\n'
@@ -36,18 +37,20 @@ def program(
 
     @functools.cache
     def build(variant: str) -> Path:
-        flags = ["-O1", *variants[variant][1:]]
+        kind = "emulated" if variant == UCONTEXT else variant
+        flags = ["-O1", *variants[kind][1:]]
         unhooked = [flag for flag in flags if flag not in races]
         unhooked += ["-DSK_RACES=1"] if variant == "emulated-races" else []
+        unhooked += ["-DSK_UCONTEXT=1"] if variant == UCONTEXT else []
         command, objects = ["g++", "-std=c++17", f"-I{HERE}"], []
-        for file, kind in (
+        for file, options in (
             (source, [*flags, "-include", "cuda.h"]),
             (HERE / "scheduler.cpp", unhooked),
             (HERE / "races.cpp", unhooked),
         ):
             objects.append(str(source.parent / f"{file.stem}.{variant}.o"))
-            subprocess.run([*command, *kind, "-c", str(file), "-o", objects[-1]], check=True)
-        link = [*build_tools.emulation.LINK[variant], "-ldl"]
+            subprocess.run([*command, *options, "-c", str(file), "-o", objects[-1]], check=True)
+        link = [*build_tools.emulation.LINK[kind], "-ldl"]
         built = source.parent / variant
         subprocess.run([*command, *objects, "-o", str(built), *link], check=True)
         return built
@@ -88,7 +91,7 @@ CASES = [
     pytest.param(variant, name, expected, id=f"{name}-{variant}")
     for name, said in FAULTS.items()
     for variant, expected in (
-        said if isinstance(said, dict) else dict.fromkeys(VARIANTS, said)
+        said if isinstance(said, dict) else dict.fromkeys((*VARIANTS, UCONTEXT), said)
     ).items()
 ]
 
