@@ -280,6 +280,21 @@ def test_emulated_is_one_of_three(build_tools: ModuleType, monkeypatch: pytest.M
         build_tools.ninja_build.configure()
 
 
+@pytest.mark.slow
+def test_in_place_an_older_module_replaces_a_newer_one(tree: Path) -> None:
+    """What was built for another configuration before."""
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "build_tools", tree / "build_tools")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    (module,) = (tree / "segkernels").glob("_C*")
+    built = module.read_bytes()
+    module.write_text("of another configuration, and newer")
+    subprocess.run(command, cwd=tree, check=True, capture_output=True)
+    assert module.read_bytes() == built
+
+
 def test_emulated_is_in_no_wheel(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
     environment = {**os.environ, "SEGKERNELS_CUDA": "emulated"}
