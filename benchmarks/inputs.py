@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from shapes import CrfShape, FilterShape
 
-from segkernels.demo_picture import draw_scene
+from segkernels.cli import demo
 
 # A camera's noise, which resizing would smooth away. It scatters colours over the lattice: with it
 # the drawing has 20,600 vertices at 512 x 512 (defaults, bilateral); five photographs resized to
@@ -23,8 +23,8 @@ _NOISE = 6.0
 @functools.lru_cache(maxsize=4)
 def picture(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     """(H, W, 3) uint8: the landscape of `segkernels demo`, resized, with noise."""
-    scene = Image.fromarray(draw_scene().photograph)
-    resized = np.asarray(scene.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    landscape = Image.fromarray(demo.scene("image"))
+    resized = np.asarray(landscape.resize((width, height), Image.Resampling.BICUBIC), np.float32)
     noise = np.random.default_rng(seed).normal(0, _NOISE, resized.shape)
     return np.clip(resized + noise, 0, 255).round().astype(np.uint8)
 

@@ -25,10 +25,9 @@ from PIL import Image
 from tables import table
 
 import segkernels
-from segkernels.demo_picture import CLASSES as DEMO_CLASSES
-from segkernels.demo_picture import UNKNOWN, draw_scene
-from segkernels.label_maps import read_labels
-from segkernels.labels import probs_from_labels
+from segkernels.cli import demo
+from segkernels.cli.label_maps import read_labels
+from segkernels.ops.dense_crf.labels import probs_from_labels
 from segkernels.ops.gaussian_filter.plan import Plan
 
 CLASSES = 5
@@ -170,10 +169,10 @@ def _scores(
     height, width = image.shape[:2]
     found: dict[str, npt.NDArray[np.float32]] = {}
     if path == DRAWN:
-        rough = Image.fromarray(draw_scene().rough)
+        rough = Image.fromarray(demo.scene("labels"))
         marked = np.asarray(rough.resize((width, height), Image.Resampling.NEAREST))
-        count = len(DEMO_CLASSES)
-        found["rough labels"] = probs_from_labels(marked, count, ignore_index=UNKNOWN)
+        count = len(demo.CLASSES)
+        found["rough labels"] = probs_from_labels(marked, count, ignore_index=demo.UNKNOWN)
     elif labels:
         read = read_labels(Path(labels))
         found["rough labels"] = probs_from_labels(read.positions, read.num_classes, ignore_index=-1)

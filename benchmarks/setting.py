@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import segkernels
-from segkernels import info
+from segkernels.cli import info
 
 _PACKAGES = ("triton", "numpy", "pydensecrf2", "monai", "crfseg", "pykeops", "pytest-benchmark")
 _HERE = Path(__file__).resolve().parent

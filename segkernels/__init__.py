@@ -2,13 +2,10 @@
 
 from segkernels._status import check as check
 from segkernels._version import __version__ as __version__
-from segkernels.crf import DenseCRF as DenseCRF
-from segkernels.crf import PairwiseTerm as PairwiseTerm
-from segkernels.crf import dense_crf as dense_crf
-from segkernels.labels import probs_from_labels as probs_from_labels
 from segkernels.nn import ASPP as ASPP
 from segkernels.nn import ContextModule as ContextModule
 from segkernels.nn import ConvBNAct as ConvBNAct
+from segkernels.nn import DenseCRF as DenseCRF
 from segkernels.nn import DilatedConv2d as DilatedConv2d
 from segkernels.nn import MaxPool2d as MaxPool2d
 from segkernels.nn import MaxUnpool2d as MaxUnpool2d
@@ -18,6 +15,9 @@ from segkernels.nn import bilinear_kernel_ as bilinear_kernel_
 from segkernels.nn import conv_bn_act as conv_bn_act
 from segkernels.nn import fold_batch_norm as fold_batch_norm
 from segkernels.ops.aspp import aspp as aspp
+from segkernels.ops.dense_crf import PairwiseTerm as PairwiseTerm
+from segkernels.ops.dense_crf import dense_crf as dense_crf
+from segkernels.ops.dense_crf import probs_from_labels as probs_from_labels
 from segkernels.ops.dilated_conv2d import dilated_conv2d as dilated_conv2d
 from segkernels.ops.gaussian_filter import gaussian_filter as gaussian_filter
 from segkernels.ops.interpolate import interpolate as interpolate

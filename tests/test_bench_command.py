@@ -9,8 +9,8 @@ import pytest
 from bench_runs import case, write
 from typer.testing import CliRunner
 
-from segkernels import bench_command
 from segkernels.cli import app
+from segkernels.cli import bench as bench_command
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ["--folder", str(ROOT / "benchmarks")]
@@ -73,9 +73,11 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
 def test_it_is_found_beside_the_package_or_here(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench_command, "__file__", str(ROOT / "segkernels" / "bench_command.py"))
+    monkeypatch.setattr(bench_command, "__file__", str(ROOT / "segkernels" / "cli" / "bench.py"))
     assert bench_command.find_benchmarks(None) == ROOT / "benchmarks"
-    monkeypatch.setattr(bench_command, "__file__", str(tmp_path / "site" / "bench_command.py"))
+    monkeypatch.setattr(
+        bench_command, "__file__", str(tmp_path / "site" / "segkernels" / "cli" / "bench.py")
+    )
     monkeypatch.chdir(ROOT)
     assert bench_command.find_benchmarks(None) == ROOT / "benchmarks"
 

@@ -21,7 +21,8 @@ import shapes
 import timing
 import torch
 
-from segkernels import _registry, models
+from segkernels import models
+from segkernels.ops import _registry
 
 ROOT = Path(__file__).resolve().parent.parent
 

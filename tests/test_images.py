@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segkernels.images import (
+from segkernels.cli.files import (
     PictureError,
     check_writable,
     make_folder,

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from segkernels.images import PictureError
-from segkernels.label_maps import Meaning, distinct_colours, read_labels, write_labels
+from segkernels.cli.files import PictureError
+from segkernels.cli.label_maps import Meaning, distinct_colours, read_labels, write_labels
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segkernels import _status
-from segkernels.labels import _LABEL_OUT_OF_RANGE, probs_from_labels
+from segkernels.ops.dense_crf.labels import _LABEL_OUT_OF_RANGE, probs_from_labels
 
 INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
 
@@ -119,23 +119,23 @@ def test_ignore_index_far_outside_the_dtype(ignore_index):
 @pytest.mark.parametrize(
     ("labels", "arguments", "error", "message"),
     [
-        ([[0, 1]], (2,), TypeError, "labels: expected a numpy array or a torch tensor, got list"),
-        (np.zeros((2, 2)), (2,), TypeError, "labels: expected an integer dtype, got float64"),
-        (np.zeros((2, 2), bool), (2,), TypeError, "labels: expected an integer dtype, got bool"),
+        ([[0, 1]], (2,), TypeError, "labels must be a numpy array or a torch tensor, got list"),
+        (np.zeros((2, 2)), (2,), TypeError, "labels must have an integer dtype, got float64"),
+        (np.zeros((2, 2), bool), (2,), TypeError, "labels must have an integer dtype, got bool"),
         (torch.zeros(2, 2), (2,), TypeError, "integer dtype, got torch.float32"),
         (torch.zeros(2, 2).bool(), (2,), TypeError, "integer dtype, got torch.bool"),
         (torch.zeros(2, 2).cfloat(), (2,), TypeError, "integer dtype, got torch.complex64"),
         (np.zeros(3, int), (2,), ValueError, "(H, W), (B, H, W) or (B, D, H, W), got shape (3,)"),
         (np.zeros((1,) * 5, int), (2,), ValueError, "got shape (1, 1, 1, 1, 1)"),
         (np.zeros((0, 3), int), (2,), ValueError, "at least one pixel, got shape (0, 3)"),
-        (np.zeros((2, 2), int), (0,), ValueError, "num_classes: expected at least 1, got 0"),
-        (np.zeros((2, 2), int), (2.0,), TypeError, "num_classes: expected an integer, got 2.0"),
-        (np.zeros((2, 2), int), (True,), TypeError, "num_classes: expected an integer, got True"),
-        (np.zeros((2, 2), int), (2, 0.0), ValueError, "gt_prob: expected a number strictly"),
-        (np.zeros((2, 2), int), (2, 1), ValueError, "strictly between 0 and 1, got 1"),
+        (np.zeros((2, 2), int), (0,), ValueError, "num_classes must be at least 1, got 0"),
+        (np.zeros((2, 2), int), (2.0,), TypeError, "num_classes must be an integer, got 2.0"),
+        (np.zeros((2, 2), int), (True,), TypeError, "num_classes must be an integer, got True"),
+        (np.zeros((2, 2), int), (2, 0.0), ValueError, "gt_prob must be above 0 and below 1"),
+        (np.zeros((2, 2), int), (2, 1), ValueError, "above 0 and below 1, got 1"),
         (np.zeros((2, 2), int), (2, float("nan")), ValueError, "gt_prob"),
-        (np.zeros((2, 2), int), (2, "0.5"), TypeError, "gt_prob: expected a number, got str"),
-        (np.zeros((2, 2), int), (2, 0.5, 1.5), TypeError, "ignore_index: expected an integer"),
+        (np.zeros((2, 2), int), (2, "0.5"), TypeError, "gt_prob must be a number, got str"),
+        (np.zeros((2, 2), int), (2, 0.5, 1.5), TypeError, "ignore_index must be an integer"),
     ],
 )
 def test_refuses(labels, arguments, error, message):
@@ -147,7 +147,7 @@ def test_refuses(labels, arguments, error, message):
 def test_a_label_that_is_no_class(dtype):
     labels = np.zeros((3, 4), dtype)
     labels[1, 2] = labels[2, 0] = 5
-    message = "labels: expected values in [0, 5), got 5 at (1, 2) (2 such pixels)"
+    message = "labels must be in [0, 5), got 5 at (1, 2) (2 such pixels)"
     with pytest.raises(ValueError, match=re.escape(message)):
         probs_from_labels(labels, 5)
     with pytest.raises(ValueError, match=re.escape("[0, 5) or ignore_index (7), got 5")):

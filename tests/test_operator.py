@@ -19,7 +19,7 @@ import segkernels
 from segkernels import _native
 from segkernels.ops import _operator
 from segkernels.ops._operator import Operator
-from segkernels.ops.max_pool2d.autograd import pool
+from segkernels.ops.max_pool2d.operator import pool
 
 PACKAGE = Path(segkernels.__file__).parent
 

@@ -17,8 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 import segkernels
-from segkernels import _native, info
-from segkernels.cli import app
+from segkernels import _native
+from segkernels.cli import app, info
 
 PACKAGE = Path(segkernels.__file__).parent
 
@@ -186,12 +186,15 @@ def test_info_json() -> None:
         assert problem["do"]
 
 
-def test_info_for_people_names_every_operator() -> None:
-    result = CliRunner().invoke(app, ["info"], env={"COLUMNS": "200"})
+def test_info_for_people_fits_80_columns() -> None:
+    result = CliRunner().invoke(app, ["info"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert str(torch.__version__) in result.stdout
-    for op in info.collect()["ops"]:
-        assert op["name"] in result.stdout
+    lines = [line.rstrip() for line in result.stdout.splitlines()]
+    assert max(map(len, lines)) <= 80
+    for op in info.collect()["ops"]:  # a line each, not folded
+        (line,) = (line for line in lines if line.startswith(f"{op['name']} "))
+        assert line.endswith("yes" if op["deterministic"] else "no")
 
 
 def test_info_tells_that_a_gpu_lacks_code(monkeypatch: pytest.MonkeyPatch) -> None:

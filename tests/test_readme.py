@@ -19,8 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import segkernels
-from segkernels import _registry
 from segkernels.cli import app
+from segkernels.ops import _registry
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

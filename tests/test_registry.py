@@ -11,8 +11,8 @@ from torch._library.simple_registry import singleton
 
 import segkernels
 import segkernels.ops
-from segkernels import _registry
-from segkernels._registry import Op
+from segkernels.ops import _registry
+from segkernels.ops._registry import Op
 
 ROOT = Path(__file__).resolve().parent.parent
 

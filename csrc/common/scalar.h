@@ -22,7 +22,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// As segkernels/_dtypes.py numbers them.
+// As segkernels/ops/_dtypes.py numbers them.
 enum class ScalarType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2, kDouble = 3 };
 
 template <class T>

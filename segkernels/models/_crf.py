@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from segkernels.crf import DenseCRF
 from segkernels.models import _blocks
 from segkernels.models._base import SegmentationModel
 from segkernels.models._blocks import Backend
+from segkernels.nn import DenseCRF
 
 
 class WithCRF(SegmentationModel):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from segkernels._version import __version__
-from segkernels.crf import DenseCRF
 from segkernels.models._base import SegmentationModel
 from segkernels.models._registry import create_model
+from segkernels.nn import DenseCRF
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _INSTALL = "pip install safetensors, or pip install 'segkernels[models]'"

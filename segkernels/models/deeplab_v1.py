@@ -12,13 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segkernels.crf import DenseCRF
 from segkernels.models import _vgg
 from segkernels.models._base import Scores, SegmentationModel
 from segkernels.models._blocks import Backend, he_init_, max_pool, op_backend, scaled
 from segkernels.models._crf import WithCRF
 from segkernels.models._registry import register
-from segkernels.nn import ConvBNAct
+from segkernels.nn import ConvBNAct, DenseCRF
 
 Field = Literal["large_fov", "4x4", "7x7"]
 # Kernel, dilation and channels of fc6 (section 4.2, table 2).

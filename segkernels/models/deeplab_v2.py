@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from segkernels.crf import DenseCRF
 from segkernels.models import _vgg
 from segkernels.models._base import Scores, SegmentationModel
 from segkernels.models._blocks import Backend, he_init_, load_parts, op_backend, scaled
@@ -17,7 +16,7 @@ from segkernels.models._crf import WithCRF
 from segkernels.models._registry import register
 from segkernels.models._resnet import LAYERS, ResNet
 from segkernels.models.deeplab_v1 import AtrousVGG16
-from segkernels.nn import ASPP, ConvBNAct
+from segkernels.nn import ASPP, ConvBNAct, DenseCRF
 
 _PAPER = "Chen et al. 2016"
 _OPS = ("dense_crf", "dilated_conv2d", "interpolate", "max_pool2d")

@@ -5,6 +5,7 @@ from segkernels.nn.context import ContextModule as ContextModule
 from segkernels.nn.convolution import ConvBNAct as ConvBNAct
 from segkernels.nn.convolution import DilatedConv2d as DilatedConv2d
 from segkernels.nn.convolution import conv_bn_act as conv_bn_act
+from segkernels.nn.dense_crf import DenseCRF as DenseCRF
 from segkernels.nn.folding import fold_batch_norm as fold_batch_norm
 from segkernels.nn.pooling import MaxPool2d as MaxPool2d
 from segkernels.nn.pooling import MaxUnpool2d as MaxUnpool2d

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from segkernels import _dtypes, _native
+from segkernels import _native
+from segkernels.ops import _dtypes
 from segkernels.ops._operator import is_eager
 
 Pair = tuple[int, int]

@@ -13,7 +13,8 @@ from ops import suite
 from ops.suite import Error, Float, Sample
 
 import segkernels
-from segkernels import _dtypes, _native
+from segkernels import _native
+from segkernels.ops import _dtypes
 from segkernels.ops.interpolate import _plan, native, reference
 from segkernels.ops.interpolate._resampling import Resampling
 

@@ -12,7 +12,7 @@ from ops import suite
 from ops.suite import Error, Float, Sample
 
 import segkernels
-from segkernels import _dtypes
+from segkernels.ops import _dtypes
 from segkernels.ops.interpolate import _tail
 from segkernels.ops.upsample_argmax import native, reference
 from segkernels.ops.upsample_argmax.native import Argmax

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments, _operator
-from segkernels.ops.aspp import autograd
+from segkernels.ops import _arguments, _dtypes, _operator, _registry
+from segkernels.ops.aspp import operator
 from segkernels.ops.aspp.spec import Spec
 from segkernels.ops.dilated_conv2d import ACTIVATIONS, backends
 
@@ -103,7 +102,7 @@ def aspp(
     _check_others(input, spec.channels(weights, None), scale, shift, pooled, form)
     for weight, call in zip(weights, spec.calls(input, weights), strict=True):
         backends.check(input, weight, call)
-    out: torch.Tensor = autograd.join(input, scale, shift, pooled, weights, spec)
+    out: torch.Tensor = operator.join(input, scale, shift, pooled, weights, spec)
     return out
 
 

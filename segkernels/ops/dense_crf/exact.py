@@ -17,7 +17,8 @@ import torch
 from segkernels import _status
 from segkernels.ops._operator import is_eager, through_dispatcher, under_functorch
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
-from segkernels.ops.gaussian_filter.autograd import Kernel, apply
+from segkernels.ops.dense_crf.native import Config
+from segkernels.ops.gaussian_filter.operator import Kernel, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
 
 EPSILON = 1e-20
@@ -108,56 +109,55 @@ def _along(x: torch.Tensor, axis: int, line: torch.Tensor, radius: int) -> torch
 
 def mean_field(
     scores: torch.Tensor,
-    filters: Sequence[PointFilter | SpatialFilter],
+    features: Sequence[torch.Tensor],
     compat: Sequence[torch.Tensor],
-    normalization: Sequence[str],
-    kind: str,
-    iterations: int,
-    log: bool,
+    config: Config,
+    sigmas: torch.Tensor | None = None,
+    known: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """`Q <- softmax(-U - sum_k mu_k K_k Q)`, as `segkernels.ops.dense_crf.mean_field`.
+    """As `segkernels.ops.dense_crf.mean_field`, with exact filters.
 
     Args:
-        scores: (B, C, N), float32 or float64.
-        filters: of each term, K.
-        compat: of each term: a Potts weight (0-d), a diagonal (C,) or a matrix (C, C).
-        normalization: of each term.
-        kind, iterations, log: as there.
+        scores, features, compat, config: as there.
+        sigmas, known: those of `SpatialFilter`, where the first term is the spatial one.
 
     Returns:
         (B, C, N) probabilities, or log-probabilities. Autograd keeps those of every iteration.
     """
-    # Under autocast, which meta tensors do not have, the products would be in half precision.
+    filters: list[PointFilter | SpatialFilter] = []
+    if sigmas is not None:
+        filters.append(SpatialFilter(config.spatial, sigmas, known))
+    rest = features[len(filters) :]
+    check_size(scores, [f.shape[1] for f in rest], config.iterations)
+    filters += [PointFilter(f) for f in rest]
+    # Autocast would compute the products in half precision. Meta tensors have no autocast.
     with nullcontext() if scores.is_meta else torch.autocast(scores.device.type, enabled=False):
-        return _mean_field(scores, filters, compat, normalization, kind, iterations, log)
+        return _mean_field(scores, filters, compat, config)
 
 
 def _mean_field(
     scores: torch.Tensor,
     filters: Sequence[PointFilter | SpatialFilter],
     compat: Sequence[torch.Tensor],
-    normalization: Sequence[str],
-    kind: str,
-    iterations: int,
-    log: bool,
+    config: Config,
 ) -> torch.Tensor:
     faults = ~torch.isfinite(scores).all(dim=1, keepdim=True)
-    _report(scores, faults, kind)
+    _report(scores, faults, config.kind)
     for one in filters:
         found = one.faults()
         faults = faults if found is None else faults | found
-    unary = _minus_energy(scores, kind)
-    scales = [_scales(f, n, unary) for f, n in zip(filters, normalization, strict=True)]
+    unary = _minus_energy(scores, config.kind)
+    scales = [_scales(f, n, unary) for f, n in zip(filters, config.normalization, strict=True)]
     terms = list(zip(filters, compat, scales, strict=True))
     z = unary
-    for _ in range(iterations):
-        # Points at fault take no part, and are no numbers in the end.
+    for _ in range(config.iterations):
+        # Points with invalid values are left out, and give NaN at the end.
         q = z.softmax(dim=1).masked_fill(faults, 0)
         z = unary
         for one, mu, (before, after) in terms:
             message = one.apply(q if before is None else q * before)
             z = z - _mixed(message if after is None else message * after, mu)
-    out = z.log_softmax(dim=1) if log else z.softmax(dim=1)
+    out = z.log_softmax(dim=1) if config.log else z.softmax(dim=1)
     return out.masked_fill(faults, float("nan"))
 
 
@@ -202,14 +202,14 @@ def _report(scores: torch.Tensor, faults: torch.Tensor, kind: str) -> None:
 
 
 def check_size(scores: torch.Tensor, dims: Sequence[int], iterations: int) -> None:
-    """Refuse terms over features (their numbers: `dims`) of more points than a device should take.
+    """Refuse too many points for the terms whose features have `dims` dimensions.
 
     Raises:
-        ValueError: with the time and memory that (B, C, *spatial) scores would take.
+        ValueError: with the time and memory that (B, C, N) scores would take.
     """
     kind = "cpu" if scores.device.type == "cpu" else "cuda"
     batch, channels = scores.shape[:2]
-    points, limit = math.prod(scores.shape[2:]), LIMITS[kind]
+    points, limit = scores.shape[2], LIMITS[kind]
     given = os.environ.get(LIMIT_VARIABLE)
     if given is not None:
         if not given.isdigit():
@@ -223,8 +223,8 @@ def check_size(scores: torch.Tensor, dims: Sequence[int], iterations: int) -> No
     # Features in both orders with their indices, and a few times the probabilities.
     memory = batch * points * size * (sum(2 * d + 8 for d in dims) + 8 * channels)
     raise ValueError(
-        f"{_OP}: method='exact' takes time in the square of the points. {points:,} points a "
-        f"picture would take about {_duration(seconds)} and {memory / 2**20:.0f} MiB on this kind "
+        f"{_OP}: method='exact' takes time quadratic in the points. {points:,} points an "
+        f"image would take about {_duration(seconds)} and {memory / 2**20:.0f} MiB on this kind "
         f"of device ({kind}); above {limit:,} points it is refused. Use method='lattice', or set "
         f"{LIMIT_VARIABLE}={points} in the environment"
     )

@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from segkernels.ops.dense_crf.config import Config
-from segkernels.ops.dense_crf.native import grid_of
+from segkernels.ops.dense_crf.native import Config, grid_of
 from segkernels.ops.permutohedral.native import Lattice, Normalization, pack, scaled, unpack
 
 SMALLEST_PROB = 1e-5  # kSmallestProb

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments, _operator
-from segkernels.ops.dilated_conv2d import autograd, backends, torch_path
+from segkernels.ops import _arguments, _dtypes, _operator, _registry
+from segkernels.ops.dilated_conv2d import backends, operator, torch_path
 from segkernels.ops.dilated_conv2d.call import Call, Convolution
 from segkernels.ops.dilated_conv2d.geometry import Pair
 
@@ -117,11 +116,11 @@ def dilated_conv2d(
     backends.check(input, weight, c)
     record = Convolution(c, activation)
     if input.dim() == 4:
-        y: torch.Tensor = autograd.convolve(input, weight, bias, scale, shift, residual, record)
+        y: torch.Tensor = operator.convolve(input, weight, bias, scale, shift, residual, record)
         return y
     residual = None if residual is None else residual.unsqueeze(0)
     tensors = input.unsqueeze(0), weight, bias, scale, shift, residual
-    return autograd.convolve(*tensors, record).squeeze(0)
+    return operator.convolve(*tensors, record).squeeze(0)
 
 
 def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:

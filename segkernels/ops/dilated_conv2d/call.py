@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from segkernels._dtypes import compute_dtype
+from segkernels.ops._dtypes import compute_dtype
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Pair, Problem
 
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels import _dtypes, _native
+from segkernels import _native
+from segkernels.ops import _dtypes
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
 _ROW_BYTES = 128  # of channels in a loop step

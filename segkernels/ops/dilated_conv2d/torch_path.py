@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _native
-from segkernels._dtypes import compute_dtype
+from segkernels.ops._dtypes import compute_dtype
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from segkernels import _dtypes, _native
-from segkernels._registry import Op, register
-from segkernels.ops import _arguments
+from segkernels import _native
+from segkernels.ops import _arguments, _dtypes
 from segkernels.ops._operator import laid_out_like, through_dispatcher
-from segkernels.ops.gaussian_filter import autograd
-from segkernels.ops.gaussian_filter.autograd import Kernel
+from segkernels.ops._registry import Op, register
+from segkernels.ops.gaussian_filter import operator
+from segkernels.ops.gaussian_filter.operator import Kernel
 from segkernels.ops.gaussian_filter.plan import PRECISIONS, Plan, Precision
 from segkernels.ops.permutohedral.native import MAX_DIMS, NORMALIZATIONS, Normalization
 
@@ -106,7 +106,7 @@ def gaussian_filter(
     plan = None
     if not through_dispatcher(v, f, q):  # for the sums of weights and the backward pass too
         plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
-    out = autograd.filter_(v, f, q, Kernel(precision, plan), normalization)
+    out = operator.filter_(v, f, q, Kernel(precision, plan), normalization)
     out = out.squeeze(0).T if values.dim() == 2 else out.view(shape)
     return laid_out_like(out, values) if out.shape == values.shape else out.to(values.dtype)
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments, _operator
-from segkernels.ops.interpolate import _resampling, autograd
+from segkernels.ops import _arguments, _dtypes, _operator, _registry
+from segkernels.ops.interpolate import _resampling, operator
 from segkernels.ops.interpolate._resampling import Resampling
 
 _registry.register(
@@ -86,7 +85,7 @@ def interpolate(
             recompute_scale_factor,
             antialias,
         )
-    out: torch.Tensor = autograd.interpolate(input, found)
+    out: torch.Tensor = operator.interpolate(input, found)
     return out
 
 

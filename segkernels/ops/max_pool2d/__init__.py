@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments, _operator, _windows
+from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
 from segkernels.ops._arguments import Pair
 from segkernels.ops._windows import Windows
-from segkernels.ops.max_pool2d import autograd
+from segkernels.ops.max_pool2d import operator
 from segkernels.ops.max_pool2d.native import Pooling
 
 _registry.register(
@@ -107,7 +106,7 @@ def max_pool2d(
             f"(16x16), got kernel_size={kernel}"
         )
     x = input if batched else input.unsqueeze(0)
-    values, codes, indices = autograd.pool(x, p)
+    values, codes, indices = operator.pool(x, p)
     if not (return_codes or return_indices):
         return values if batched else values.squeeze(0)
     positions = codes if return_codes else indices

@@ -1,4 +1,4 @@
-"""The native calls of max_pool2d."""
+"""The native call of max_pool2d."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from segkernels import _dtypes, _native
-from segkernels.ops import _windows
+from segkernels import _native
+from segkernels.ops import _dtypes, _windows
 from segkernels.ops._windows import Windows
 
 # Values, codes and indices.
@@ -55,35 +55,3 @@ def _run(x: torch.Tensor, w: Windows, to: Found) -> Found:
         x = x.contiguous(memory_format=w.memory_format)
         _native.C().max_pool2d(where, _windows.native(w, x), _dtypes.FLOATING[x.dtype], x, *to)
     return to
-
-
-def send_back(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
-    """Scatter-add `grad` to the recorded positions."""
-    out = _windows.empty(grad, w.full, w)
-    if out.numel() == 0:
-        return out
-    where = _native.where(grad)
-    grad = grad.contiguous(memory_format=w.memory_format)
-    positions = positions.contiguous(memory_format=w.memory_format)
-    sums = None
-    if where[0] < 0 and _needs_sums(grad, positions, w):
-        planes = min(max(where[2], 1), grad.size(0) * grad.size(1))
-        sums = torch.empty((planes, *w.full), dtype=torch.float32, device="cpu")
-    _native.C().max_pool2d_backward(
-        where,
-        _windows.native(w, grad),
-        _dtypes.FLOATING[grad.dtype],
-        grad,
-        positions,
-        positions.dtype == torch.int64,
-        out,
-        sums,
-    )
-    return out
-
-
-def _needs_sums(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> bool:
-    """Whether the CPU adds up in float planes, one a thread, and rounds them."""
-    if w.channels_last or grad.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return positions.dtype == torch.int64 or not w.tile_the_plane

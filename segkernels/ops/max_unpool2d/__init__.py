@@ -9,11 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments, _operator, _windows
+from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
 from segkernels.ops._arguments import Pair
 from segkernels.ops._windows import Windows
-from segkernels.ops.max_unpool2d import autograd
+from segkernels.ops.max_unpool2d import operator
 
 _registry.register(
     _registry.Op(
@@ -106,8 +105,8 @@ def max_unpool2d(
             f"{input.device} and indices on {indices.device}"
         )
     if batched:
-        return autograd.unpool(input, indices, w)
-    return autograd.unpool(input.unsqueeze(0), indices.unsqueeze(0), w).squeeze(0)
+        return operator.unpool(input, indices, w)
+    return operator.unpool(input.unsqueeze(0), indices.unsqueeze(0), w).squeeze(0)
 
 
 def _plan(

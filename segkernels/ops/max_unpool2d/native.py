@@ -1,11 +1,11 @@
-"""The native calls of max_unpool2d."""
+"""The native call of max_unpool2d."""
 
 from __future__ import annotations
 
 import torch
 
-from segkernels import _dtypes, _native, _status
-from segkernels.ops import _windows
+from segkernels import _native, _status
+from segkernels.ops import _dtypes, _windows
 from segkernels.ops._windows import Windows
 
 
@@ -30,30 +30,4 @@ def unpool(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor
         return out
     with _status.watch(x, "max_unpool2d") as status:
         _native.C().max_unpool2d(*args, status)
-    return out
-
-
-def read(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
-    """The values of the plane `grad` at the positions; 0 for a position outside the plane.
-
-    Positions were checked by the forward pass, and are not reported again.
-    """
-    out = _windows.empty(grad, w.pooled, w)
-    if out.numel() == 0:
-        return out
-    if grad.numel() == 0:
-        return out.zero_()
-    where = _native.where(grad)
-    grad = grad.contiguous(memory_format=w.memory_format)
-    positions = positions.contiguous(memory_format=w.memory_format)
-    _native.C().max_unpool2d_backward(
-        where,
-        _windows.native(w, grad),
-        _dtypes.FLOATING[grad.dtype],
-        grad,
-        positions,
-        positions.dtype == torch.int64,
-        out,
-        None,
-    )
     return out

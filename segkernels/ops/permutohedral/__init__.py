@@ -6,23 +6,22 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels import _dtypes
-from segkernels._registry import Op, register
-from segkernels.ops import _arguments
+from segkernels.ops import _arguments, _dtypes
 from segkernels.ops._operator import (
     check_not_traced,
     laid_out_like,
     through_dispatcher,
     wants_grad,
 )
-from segkernels.ops.permutohedral import autograd, native
-from segkernels.ops.permutohedral.autograd import Filter
+from segkernels.ops._registry import Op, register
+from segkernels.ops.permutohedral import native, operator
 from segkernels.ops.permutohedral.native import (
     MAX_DIMS,
     NORMALIZATIONS,
     Lattice,
     Normalization,
 )
+from segkernels.ops.permutohedral.operator import Filter
 
 register(
     Op(
@@ -122,7 +121,7 @@ class PermutohedralLattice:
         if self._flat.numel() == 0 or flat.numel() == 0:
             return values.clone()
         record = Filter(normalization, transpose, self._spatial, self._lattice)
-        return _shaped(autograd.filter_(flat.to(self._flat.dtype), self._flat, record), values)
+        return _shaped(operator.filter_(flat.to(self._flat.dtype), self._flat, record), values)
 
 
 def permutohedral_filter(
@@ -160,7 +159,7 @@ def permutohedral_filter(
         # For the backward pass too.
         (built,) = native.build([flat_features.detach()], spatial, op=what)
     record = Filter(normalization, transpose, tuple(spatial), built)
-    return _shaped(autograd.filter_(flat, flat_features, record), values)
+    return _shaped(operator.filter_(flat, flat_features, record), values)
 
 
 def _features(features: torch.Tensor, what: str) -> tuple[torch.Tensor, Sequence[int]]:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments, _operator, _windows
+from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
 from segkernels.ops._arguments import Pair
 from segkernels.ops._windows import Windows
-from segkernels.ops.unpool2d import autograd
+from segkernels.ops.unpool2d import operator
 from segkernels.ops.unpool2d.native import Nails
 
 _registry.register(
@@ -58,9 +57,9 @@ def unpool_nearest(input: torch.Tensor, kernel_size: int | Sequence[int]) -> tor
     """
     blocks = _blocks_of(input, kernel_size, "unpool_nearest")
     if input.dim() == 4:
-        out: torch.Tensor = autograd.nearest(input, blocks)
+        out: torch.Tensor = operator.nearest(input, blocks)
         return out
-    return autograd.nearest(input.unsqueeze(0), blocks).squeeze(0)
+    return operator.nearest(input.unsqueeze(0), blocks).squeeze(0)
 
 
 def unpool_bed_of_nails(
@@ -98,9 +97,9 @@ def unpool_bed_of_nails(
         )
     nails = Nails(blocks, (row, column))
     if input.dim() == 4:
-        out: torch.Tensor = autograd.nails(input, nails)
+        out: torch.Tensor = operator.nails(input, nails)
         return out
-    return autograd.nails(input.unsqueeze(0), nails).squeeze(0)
+    return operator.nails(input.unsqueeze(0), nails).squeeze(0)
 
 
 def _blocks_of(input: torch.Tensor, kernel_size: int | Sequence[int], function: str) -> Windows:

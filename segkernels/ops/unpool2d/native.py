@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from segkernels import _dtypes, _native
-from segkernels.ops import _windows
+from segkernels import _native
+from segkernels.ops import _dtypes, _windows
 from segkernels.ops._arguments import Pair
 from segkernels.ops._windows import Windows
 

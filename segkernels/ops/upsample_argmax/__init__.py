@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels import _dtypes, _registry
+from segkernels.ops import _dtypes, _registry
 from segkernels.ops.interpolate import _tail
-from segkernels.ops.upsample_argmax import autograd
+from segkernels.ops.upsample_argmax import operator
 from segkernels.ops.upsample_argmax.native import LABELS, Argmax
 
 _registry.register(
@@ -67,5 +67,5 @@ def upsample_argmax(
             f"{torch.iinfo(dtype).max}"
         )
     r = _tail.resampling(name, logits, size, mode, align_corners)
-    labels, confidence = autograd.argmax(logits.detach(), Argmax(r, return_confidence, dtype))
+    labels, confidence = operator.argmax(logits.detach(), Argmax(r, return_confidence, dtype))
     return (labels, confidence) if return_confidence else labels

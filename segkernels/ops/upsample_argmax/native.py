@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from segkernels import _dtypes, _native
+from segkernels import _native
+from segkernels.ops import _dtypes
 from segkernels.ops.interpolate._resampling import Resampling
 from segkernels.ops.interpolate.native import native_resampling
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from segkernels import _dtypes, _registry
-from segkernels.ops import _arguments
+from segkernels.ops import _arguments, _dtypes, _registry
 from segkernels.ops.interpolate import _resampling, _tail, interpolate
-from segkernels.ops.upsample_cross_entropy import autograd, native
+from segkernels.ops.upsample_cross_entropy import native, operator
 from segkernels.ops.upsample_cross_entropy.native import Loss
 
 _registry.register(
@@ -94,7 +93,7 @@ def upsample_cross_entropy(
             upsampled, target.long(), weight, None, ignore_index, None, reduction, label_smoothing
         )
     loss = Loss(False, ignore_index, reduction, label_smoothing, r)
-    value: torch.Tensor = autograd.loss(
+    value: torch.Tensor = operator.loss(
         logits, target.contiguous(), _computing(weight, logits), None, loss
     )[0]
     return value
@@ -174,7 +173,7 @@ def upsample_binary_cross_entropy(
         )
     loss = Loss(True, ignore_index, reduction, 0.0, r)
     weight, pos_weight = _computing(weight, logits), _computing(pos_weight, logits)
-    value: torch.Tensor = autograd.loss(logits, target.contiguous(), weight, pos_weight, loss)[0]
+    value: torch.Tensor = operator.loss(logits, target.contiguous(), weight, pos_weight, loss)[0]
     return value
 
 

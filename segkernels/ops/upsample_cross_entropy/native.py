@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from segkernels import _dtypes, _native, _status
+from segkernels import _native, _status
+from segkernels.ops import _dtypes
 from segkernels.ops.interpolate._resampling import Resampling
 from segkernels.ops.interpolate.native import empty_result, native_resampling
 

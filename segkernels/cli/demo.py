@@ -1,7 +1,12 @@
-"""``segkernels demo``: the whole job of the command on a picture that it draws itself."""
+"""``segkernels demo``: refines the labels of a drawn landscape and compares with its exact labels.
+
+``build_tools/draw_scene.py`` drew the landscape in ``scene/``.
+"""
 
 from __future__ import annotations
 
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,27 +17,40 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from segkernels.demo_picture import CLASSES, COLOURS, UNKNOWN, draw_scene
-from segkernels.images import check_writable, make_folder, save_picture
-from segkernels.label_maps import write_labels
-from segkernels.overlay import side_by_side
-from segkernels.refine import Options, find_device, load, refine_labels
-from segkernels.refine_command import Device, one_line_errors
-
-__all__ = ["accuracy", "demo", "mean_iou"]
+from segkernels.cli.files import check_writable, make_folder, save_picture, write_atomically
+from segkernels.cli.label_maps import write_labels
+from segkernels.cli.overlay import side_by_side
+from segkernels.cli.refine import (
+    Device,
+    Options,
+    find_device,
+    load,
+    one_line_errors,
+    refine_labels,
+)
 
 Labels = npt.NDArray[np.integer[Any]]
 
 _FILES = ("image.png", "labels.png", "refined.png", "overlay.png", "truth.png")
+_SCENE = Path(__file__).resolve().parent / "scene"
+CLASSES = ("sky", "mountain", "lake", "meadow", "tree", "house", "path")
+UNKNOWN = len(CLASSES)  # in labels.png
+_ITERATIONS = 10
+
+
+def scene(name: str) -> npt.NDArray[np.uint8]:
+    """The landscape's "image" (H, W, 3), rough "labels" (H, W) or exact labels "truth" (H, W)."""
+    with Image.open(_SCENE / f"{name}.png") as picture:
+        return np.array(picture)
 
 
 def accuracy(labels: Labels, truth: Labels) -> float:
-    """The share of pixels with the right label; an unknown pixel has none."""
+    """The share of pixels with the right label. An unknown pixel is wrong."""
     return float((labels == truth).mean())
 
 
 def mean_iou(labels: Labels, truth: Labels, num_classes: int) -> float:
-    """Intersection over union of each class of ``truth``, averaged over these classes."""
+    """Intersection over union, averaged over the classes that `truth` has."""
     ratios = []
     for label in range(num_classes):
         ours, theirs = labels == label, truth == label
@@ -41,7 +59,7 @@ def mean_iou(labels: Labels, truth: Labels, num_classes: int) -> float:
     return float(np.mean(ratios))
 
 
-def demo(
+def command(
     out: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for the pictures; made where missing.")
     ] = Path("segkernels-demo"),
@@ -49,33 +67,31 @@ def demo(
 ) -> None:
     """Refine rough labels of a drawn landscape, and compare with its exact labels."""
     with one_line_errors():
-        options = Options(device=find_device(device.value))
+        options = Options(device=find_device(device.value), crf={"iterations": _ITERATIONS})
         make_folder(out, "-o")
         image, rough, refined, overlay, exact = (out / name for name in _FILES)
         for path in (image, rough, refined, overlay, exact):
             check_writable(path, "-o")
-
-        scene = draw_scene()
-        save_picture(image, Image.fromarray(scene.photograph))
-        save_picture(rough, _with_palette(scene.rough))
-        save_picture(exact, _with_palette(scene.truth))
-        # From here on it is `segkernels refine image.png labels.png -o refined.png`.
+        for path in (image, rough, exact):
+            with open(_SCENE / path.name, "rb") as stored:
+                write_atomically(path, partial(shutil.copyfileobj, stored))
+        # The rest is `segkernels refine image.png labels.png -o refined.png`.
         photograph, before = load(image, rough, options)
         done = refine_labels(photograph, before, options)
         write_labels(refined, done.after, before)
 
-        truth = scene.truth
-        painted = scene.rough != UNKNOWN
+        truth, marked = scene("truth"), scene("labels")
+        painted = marked != UNKNOWN
         scores = [
-            ("accuracy, all pixels", accuracy(scene.rough, truth), accuracy(done.after, truth)),
+            ("accuracy, all pixels", accuracy(marked, truth), accuracy(done.after, truth)),
             (
                 "accuracy, painted pixels",
-                accuracy(scene.rough[painted], truth[painted]),
+                accuracy(marked[painted], truth[painted]),
                 accuracy(done.after[painted], truth[painted]),
             ),
             (
                 "mean IoU",
-                mean_iou(scene.rough, truth, len(CLASSES)),
+                mean_iou(marked, truth, len(CLASSES)),
                 mean_iou(done.after, truth, len(CLASSES)),
             ),
         ]
@@ -94,14 +110,8 @@ def demo(
     Console(highlight=False).print(table)
     typer.echo(
         f"(unknown pixels, {1 - painted.mean():.1%} of the picture, count as wrong before)\n"
-        f"{width}x{height} pixels, {len(CLASSES)} classes, {options.iterations} iterations: "
+        f"{width}x{height} pixels, {len(CLASSES)} classes, {_ITERATIONS} iterations: "
         f"{done.seconds * 1000:.0f} ms on {options.device}\n"
         f"wrote {', '.join(path.name for path in (image, rough, refined, exact))} and\n"
         f"{overlay.resolve()}: look at this one"
     )
-
-
-def _with_palette(labels: npt.NDArray[np.uint8]) -> Image.Image:
-    picture = Image.fromarray(labels)
-    picture.putpalette([value for colour in COLOURS for value in colour])
-    return picture

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from segkernels._dtypes import compute_dtype
+from segkernels.ops._dtypes import compute_dtype
 from segkernels.ops._operator import Operator, in_front, is_channels_last, unfolded
 from segkernels.ops.dilated_conv2d import backends
 from segkernels.ops.dilated_conv2d.call import Call, Convolution, Epilogue, Wanted

@@ -18,19 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-__all__ = [
-    "ARRAY_SUFFIXES",
-    "PictureError",
-    "check_writable",
-    "make_folder",
-    "open_picture",
-    "picture_suffixes",
-    "read_array",
-    "read_image",
-    "save_picture",
-    "write_atomically",
-]
-
 Photograph = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})

@@ -17,22 +17,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageColor
 
-from segkernels.images import (
+from segkernels.cli.files import (
     ARRAY_SUFFIXES,
     PictureError,
     open_picture,
     read_array,
     save_picture,
 )
-
-__all__ = [
-    "LABEL_OUTPUTS",
-    "LabelMap",
-    "Meaning",
-    "distinct_colours",
-    "read_labels",
-    "write_labels",
-]
 
 Colour = tuple[int, int, int]
 Positions = npt.NDArray[np.int32]

@@ -7,17 +7,24 @@ again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from segkernels.ops._operator import Operator, in_front, unfolded
 from segkernels.ops.dense_crf import native
-from segkernels.ops.dense_crf.config import Config, Wanted
 from segkernels.ops.dense_crf.gradients import gradients
+from segkernels.ops.dense_crf.native import Config
 
 # The terms: the features of each, then the compatibility of each.
 _TENSORS = "Tensor scores, Tensor[] terms"
+
+
+class Wanted(NamedTuple):
+    """Which gradients of scores, features and compatibilities, in that order, are wanted."""
+
+    needs: tuple[bool, ...]
+    config: Config
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> list[torch.Tensor | None]:

@@ -1,20 +1,20 @@
-"""A landscape drawn from noise, its exact labels, and labels as a hurried person would paint them.
+"""Draws the landscape of `segkernels demo`, its exact labels, and rough labels.
 
-``segkernels demo`` works on it, so that it needs no picture from anywhere. Everything is made from
-one seed with numpy and Pillow at twice the final size, and then averaged down, which gives edges
-the mixed pixels that a camera gives them.
+    python build_tools/draw_scene.py
+
+writes segkernels/cli/scene/*.png. Everything is made from one seed with numpy and Pillow at twice
+the final size and then averaged, which gives edges the mixed pixels of a camera.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter
-
-__all__ = ["CLASSES", "COLOURS", "UNKNOWN", "Scene", "draw_scene"]
 
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
@@ -297,3 +297,23 @@ def _polygon(corners: Sequence[tuple[float, float]]) -> Bools:
 
 def _rgb(red: float, green: float, blue: float) -> Floats:
     return np.array([red, green, blue], np.float32)
+
+
+def main() -> None:
+    """Write the three pictures."""
+    folder = Path(__file__).resolve().parent.parent / "segkernels" / "cli" / "scene"
+    scene = draw_scene()
+    palette = [value for colour in COLOURS for value in colour]
+    for name, pixels in (
+        ("image", scene.photograph),
+        ("labels", scene.rough),
+        ("truth", scene.truth),
+    ):
+        picture = Image.fromarray(pixels)
+        if name != "image":
+            picture.putpalette(palette)
+        picture.save(folder / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -14,7 +14,7 @@ _NEEDED = ("pytest", "pytest_benchmark", "matplotlib")
 _INSTALL = 'pip install "segkernels[bench]"'
 
 
-def bench(
+def command(
     op: Annotated[
         list[str] | None,
         typer.Option("--op", help="Only this operator's cases; may be given again."),
@@ -90,7 +90,7 @@ def find_benchmarks(named: Path | None) -> Path:
     """
     places = [named] if named is not None else []
     if named is None:
-        places = [Path(__file__).resolve().parent.parent / "benchmarks", Path("benchmarks")]
+        places = [Path(__file__).resolve().parents[2] / "benchmarks", Path("benchmarks")]
     for place in places:
         if (place / "conftest.py").is_file() and (place / "shapes.py").is_file():
             return place.resolve()

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from segkernels._dtypes import compute_dtype
+from segkernels.ops._dtypes import compute_dtype
 from segkernels.ops._operator import Operator, under_functorch
 from segkernels.ops.aspp import branches
 from segkernels.ops.aspp.spec import Spec
-from segkernels.ops.dilated_conv2d.autograd import added, count, gradients
 from segkernels.ops.dilated_conv2d.call import Wanted
+from segkernels.ops.dilated_conv2d.operator import added, count, gradients
 
 Weights = Sequence[torch.Tensor]
 

@@ -9,9 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from segkernels.label_maps import LabelMap, distinct_colours
-
-__all__ = ["side_by_side"]
+from segkernels.cli.label_maps import LabelMap, distinct_colours
 
 # A panel's longer side, in pixels: large enough to judge edges, small enough to open anywhere.
 _SMALLEST, _LARGEST = 460, 1600
@@ -34,7 +32,7 @@ def side_by_side(
     """Image, before and after in a row, each under its title.
 
     Args:
-        photograph: (H, W, n), as :func:`segkernels.images.read_image` returns it.
+        photograph: (H, W, n), as `files.read_image` returns it.
         before: The labels as they were; unknown pixels are dimmed and striped.
         after: (H, W) positions in ``before.keys``.
         names: Names of the classes for a legend below. Default: no legend.

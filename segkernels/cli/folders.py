@@ -1,34 +1,34 @@
-"""Refining whole folders: which files belong together, and all of them at work at once."""
+"""Folders of photographs and label maps: pairing by name, and processing all pairs at once."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from segkernels.images import PictureError, picture_suffixes
-from segkernels.refine import Options, doubt, load, refine_labels, write_refined
-
-__all__ = ["Pairs", "Totals", "pair_files", "refine_pairs"]
+from segkernels.cli.files import PictureError, picture_suffixes
 
 
 @dataclass
 class Pairs:
-    """What two folders hold."""
+    """The contents of two folders.
 
-    #: Photographs with their labels, in order of their names.
+    Attributes:
+        jobs: photographs with their labels, ordered by name.
+        unlabelled: names of photographs without labels.
+        failed: names that cannot be used, and why.
+    """
+
     jobs: list[tuple[Path, Path]] = field(default_factory=list)
-    #: Photographs without labels.
     unlabelled: list[str] = field(default_factory=list)
-    #: Names that cannot be used, and why.
     failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """What the summary needs of one picture, whose arrays are let go."""
+class Outcome:
+    """One result without its arrays, for the summary; `doubt` is a warning or ""."""
 
     filled: int
     changed: int
@@ -39,7 +39,7 @@ class _Outcome:
 
 @dataclass
 class Totals:
-    """What came of them."""
+    """Sums over all results; `failed` has a reason for each file name."""
 
     refined: int = 0
     filled: int = 0
@@ -47,14 +47,21 @@ class Totals:
     pixels: int = 0
     crf_seconds: float = 0.0
     doubted: bool = False
-    #: File name to the reason.
     failed: dict[str, str] = field(default_factory=dict)
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one more result."""
+        self.refined += 1
+        self.filled += outcome.filled
+        self.changed += outcome.changed
+        self.pixels += outcome.pixels
+        self.crf_seconds += outcome.seconds
 
 
 def pair_files(images: Path, labels: Path) -> Pairs:
-    """Finds photographs and label maps of the same name, but for the ending.
+    """Find photographs and label maps whose names differ only in the ending.
 
-    Hidden files, folders and files with endings of neither pictures nor arrays are passed over.
+    Hidden files, folders, and files whose ending is neither a picture's nor an array's are skipped.
     """
     photographs, maps = _by_stem(images), _by_stem(labels)
     pairs = Pairs()
@@ -83,34 +90,23 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def refine_pairs(
+def process(
     jobs: list[tuple[Path, Path]],
-    out: Path,
-    overlay: Path | None,
-    options: Options,
+    work: Callable[[Path, Path, Executor], Outcome],
     complain: Callable[[str, str], None],
     totals: Totals,
 ) -> Iterator[Path]:
-    """Refines all jobs, counts them in ``totals`` and yields each label map when it is done.
+    """Run all jobs, count them in `totals`, and yield the label map of each finished one.
 
-    A bad file stops no other: ``complain`` hears the kind of trouble and the text at once.
-    Files are read and written on several threads. The CRF runs on one: it is parallel inside, and
-    several at once would fight for cores and memory.
+    `work(image, labels, one_thread)` runs on several threads, which read and write files. It
+    submits what is parallel itself to `one_thread`. A bad file does not stop the others: `complain`
+    gets the kind of trouble and the text at once.
     """
-
-    def work(image: Path, labels: Path) -> _Outcome:
-        photograph, before = load(image, labels, options)
-        done = crf.submit(refine_labels, photograph, before, options).result()
-        picture = None if overlay is None else overlay / f"{image.stem}.jpg"
-        write_refined(done, image, out / f"{image.stem}.png", picture)
-        said = doubt(image, photograph, options)
-        return _Outcome(done.filled, done.changed, done.after.size, done.seconds, said)
-
     with (
-        ThreadPoolExecutor(1) as crf,
+        ThreadPoolExecutor(1) as one_thread,
         ThreadPoolExecutor(min(4, (os.cpu_count() or 1) + 1)) as files,
     ):
-        started = [(files.submit(work, *job), job[1]) for job in jobs]
+        started = [(files.submit(work, *job, one_thread), job[1]) for job in jobs]
         try:
             for future, labels in started:
                 try:
@@ -122,20 +118,12 @@ def refine_pairs(
                     totals.failed[labels.name] = reason
                     complain("Error", reason)
                 else:
-                    _add(totals, outcome, complain)
+                    totals.add(outcome)
+                    if outcome.doubt and not totals.doubted:
+                        # Once: the rest of a folder is probably the same.
+                        totals.doubted = True
+                        complain("Warning", outcome.doubt)
                 yield labels
         except BaseException:
             files.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _add(totals: Totals, outcome: _Outcome, complain: Callable[[str, str], None]) -> None:
-    totals.refined += 1
-    totals.filled += outcome.filled
-    totals.changed += outcome.changed
-    totals.pixels += outcome.pixels
-    totals.crf_seconds += outcome.seconds
-    if outcome.doubt and not totals.doubted:
-        # Once: the rest of a folder is likely to be the same.
-        totals.doubted = True
-        complain("Warning", outcome.doubt)

@@ -1,29 +1,43 @@
-"""What is installed, built and visible here: the data behind ``segkernels info``."""
+"""``segkernels info``: versions, how the native code was built, devices and operators."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console, Group, RenderableType
+import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from segkernels import _native, _registry
+from segkernels import _native
 from segkernels._version import __version__
+from segkernels.ops import _registry
 
 _REBUILD = "SEGKERNELS_CUDA=1 pip install --force-reinstall --no-deps . (in segkernels' folder)"
 
 
+def command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Versions, how the native code was built, devices and operators: paste it in a bug report."""
+    collected = collect()
+    if as_json:
+        typer.echo(json.dumps(collected, indent=2))
+    else:
+        render(collected, Console(highlight=False))
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Something that is missing: what, why, and what to do."""
+    """What is missing, why, and what to do about it."""
 
     what: str
     why: str
@@ -44,7 +58,7 @@ def collect() -> dict[str, Any]:
         "system": {
             "platform": platform.platform(),
             "machine": platform.machine(),
-            "segkernels": str(Path(__file__).resolve().parent),
+            "segkernels": str(Path(__file__).resolve().parents[1]),
             "torch_cuda": torch.version.cuda,
             "torch_hip": torch.version.hip,
             "driver_cuda": _driver_cuda(),
@@ -223,70 +237,62 @@ def _no_gpu() -> Problem:
 
 
 def render(info: dict[str, Any], console: Console) -> None:
-    """Print `collect()`'s answer for people."""
-    console.print(_pairs(info["versions"], "not installed"))
-    console.print()
-    console.print(_native_table(info))
-    console.print()
+    """Print `collect()`'s answer for people, in at most 80 columns where the names allow it."""
+    system = info["system"]
+    torch_cuda = f"CUDA {system['torch_cuda']}" if system["torch_cuda"] else "CPU only"
+    rows = {name: version or "not installed" for name, version in info["versions"].items()}
+    rows["torch"] += f" ({torch_cuda})"
+    rows |= {"system": system["platform"], "installed in": system["segkernels"]}
+    console.print(_pairs(rows | _native_rows(info)))
     devices = _table("device", "name", "capability", "usable")
     for device in info["devices"]:
         devices.add_row(
             device["device"], device["name"], device["capability"], _yes(device["usable"])
         )
-    console.print(devices)
-    console.print()
-    console.print(_ops_table(info["ops"]))
+    operators = _table("operator", "cpu", "cuda", "dtypes", "deterministic")
+    for op in info["ops"]:
+        where = [_backends(op, device) for device in ("cpu", "cuda")]
+        operators.add_row(op["name"], *where, _short(op["dtypes"]), _yes(op["deterministic"]))
+    for part in (devices, operators):
+        console.print()
+        console.print(part)
+    if not all(all(op["available"].values()) for op in info["ops"]):
+        console.print("(in brackets: not available here)")
     for problem in info["problems"]:
         console.print()
         console.print(Text(f"{problem['what']}: ", "bold yellow") + Text(problem["why"]))
         console.print(Text(f"  -> {problem['do']}"))
 
 
-def _pairs(values: dict[str, Any], absent: str) -> RenderableType:
+def _native_rows(info: dict[str, Any]) -> dict[str, str]:
+    native = info["native"]
+    if native["problem"]:
+        return {"_C": f"does not load: {native['problem']}"}
+    threads = f"{native['openmp']}, {info['system']['torch_threads']} threads"
+    return {
+        "compiler": native["compiler"],
+        "CUDA": f"{native['cuda']}, for {', '.join(native['arches'])}"
+        if native["cuda"]
+        else "built without",
+        "OpenMP": threads if native["openmp"] else "none",
+        "SIMD": ", ".join(native["simd"]),
+    }
+
+
+def _backends(op: dict[str, Any], device: str) -> str:
+    names = ", ".join(how for where, how in op["backends"] if where == device)
+    return names if op["available"].get(device) else f"({names})" if names else ""
+
+
+def _short(dtypes: list[str]) -> str:
+    """Dtypes with their bits alone: "float16 bfloat16 float32" is "f16 bf16 f32"."""
+    return " ".join(name.replace("bfloat", "bf").replace("float", "f") for name in dtypes)
+
+
+def _pairs(values: dict[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for key, value in values.items():
-        table.add_row(Text(key, "bold"), Text(absent if value is None else str(value)))
-    return table
-
-
-def _native_table(info: dict[str, Any]) -> RenderableType:
-    native, system = info["native"], info["system"]
-    if native["problem"]:
-        return Group(Text("segkernels._C does not load", "bold red"), Text(native["problem"]))
-    cuda = "built without"
-    if native["cuda"]:
-        cuda = f"{native['cuda']}, for {', '.join(native['arches'])}"
-    return _pairs(
-        {
-            "system": f"{system['platform']}, torch with "
-            + (f"CUDA {system['torch_cuda']}" if system["torch_cuda"] else "no CUDA"),
-            "installed in": system["segkernels"],
-            "compiler": native["compiler"],
-            "CUDA": cuda,
-            "OpenMP": f"{native['openmp']}, {system['torch_threads']} threads"
-            if native["openmp"]
-            else "none",
-            "SIMD": ", ".join(native["simd"]),
-        },
-        "unknown",
-    )
-
-
-def _ops_table(ops: list[dict[str, Any]]) -> Table:
-    table = _table("operator", "functions", "backends", "dtypes", "deterministic", "note")
-    for op in ops:
-        backends = [
-            f"{device} ({how})" + ("" if op["available"][device] else " - not available here")
-            for device, how in op["backends"]
-        ]
-        table.add_row(
-            op["name"],
-            "\n".join(op["functions"]),
-            "\n".join(backends),
-            " ".join(op["dtypes"]),
-            _yes(op["deterministic"]),
-            op["note"],
-        )
+        table.add_row(Text(key, "bold"), Text(value))
     return table
 
 

@@ -1,0 +1,251 @@
+"""Arguments of `dense_crf` as tensors: scores, images (PIL, numpy), sigmas, compatibilities."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from segkernels.ops import _arguments, _dtypes
+from segkernels.ops._operator import can_be_looked_at, laid_out_like
+from segkernels.ops.permutohedral.native import NORMALIZATIONS
+
+Array = npt.NDArray[Any]
+Numbers = float | Sequence[float] | torch.Tensor
+Compat = float | Sequence[float] | Sequence[Sequence[float]] | Array | torch.Tensor
+Scores = TypeVar("Scores", torch.Tensor, Array)
+Method = Literal["lattice", "exact"]
+
+
+def check_choices(normalization: str, method: str, function: str) -> None:
+    """Raise ValueError for an unknown normalization or method."""
+    _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, function)
+    _arguments.check_choice(method, "method", get_args(Method), function)
+
+
+def to_scores(given: Any, kind: str) -> torch.Tensor:
+    """Probabilities, logits or energies (`kind`) as a checked (B, C, *spatial)."""
+    if isinstance(given, np.ndarray):
+        if given.dtype.kind != "f" or given.dtype.itemsize > 8:
+            raise TypeError(_score_type(kind, str(given.dtype)))
+        array = np.ascontiguousarray(given, dtype=given.dtype.newbyteorder("="))
+        # from_numpy warns about read-only memory, though nothing here writes.
+        given = torch.from_numpy(array if array.flags.writeable else array.copy())
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(
+            f"dense_crf: {kind} must be a torch tensor or a numpy array, got {type(given).__name__}"
+        )
+    if given.dtype not in _dtypes.FLOATING:
+        raise TypeError(_score_type(kind, str(given.dtype)))
+    if given.dim() not in (3, 4, 5):
+        raise ValueError(
+            f"dense_crf: {kind} must be (C, H, W), (B, C, H, W) or (B, C, D, H, W), "
+            f"got shape {tuple(given.shape)}"
+        )
+    if given.numel() == 0:
+        raise ValueError(f"dense_crf: {kind} must not be empty, got shape {tuple(given.shape)}")
+    _arguments.check_device(given)
+    return given.unsqueeze(0) if given.dim() == 3 else given
+
+
+def _check_device(tensor: torch.Tensor, name: str, device: torch.device) -> None:
+    _arguments.check_same_device(tensor, name, device, "the scores are", "dense_crf")
+
+
+def _score_type(kind: str, dtype: str) -> str:
+    hint = "; for integer labels see segkernels.probs_from_labels" if "int" in dtype else ""
+    return f"dense_crf: {kind} must be float16, bfloat16, float32 or float64, got {dtype}{hint}"
+
+
+def as_given(out: torch.Tensor, given: Any) -> Any:
+    """The result in the type, shape, dtype and layout of the scores that were given."""
+    if isinstance(given, np.ndarray):
+        refined = out.detach().view(given.shape).numpy()
+        like = np.empty_like(given, subok=False)
+        if refined.dtype == like.dtype and refined.strides == like.strides:
+            return refined
+        like[...] = refined
+        return like
+    return laid_out_like(out.view(given.shape), given)
+
+
+def to_sigmas(
+    value: Numbers, count: int, name: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """`value` as a tensor of `count` standard deviations."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() > 0:
+            _check_device(value, name, device)
+        if value.numel() not in (1, count) or value.dim() > 1:
+            raise ValueError(_sigma_shape(name, count, tuple(value.shape)))
+        if can_be_looked_at(value):
+            check_sigma(value.detach().flatten().tolist(), name)
+        return value.to(device=device, dtype=dtype).expand(count)
+    numbers = to_numbers(value)
+    if len(numbers) not in (1, count):
+        raise ValueError(_sigma_shape(name, count, len(numbers)))
+    check_sigma(numbers, name)
+    if len(numbers) == 1:
+        return torch.full((count,), float(numbers[0]), dtype=dtype, device=device)
+    # Filled on the device: copying a list there would synchronise.
+    return torch.cat([torch.full((1,), float(n), dtype=dtype, device=device) for n in numbers])
+
+
+def known_sigmas(value: Numbers, sigmas: torch.Tensor | None) -> list[float] | None:
+    """The numbers that `to_sigmas` made `sigmas` from, or None where reading them would wait."""
+    if sigmas is None or (isinstance(value, torch.Tensor) and not can_be_looked_at(sigmas)):
+        return None
+    if isinstance(value, torch.Tensor):
+        return sigmas.tolist()
+    numbers = to_numbers(value)
+    return numbers * len(sigmas) if len(numbers) == 1 else numbers
+
+
+def to_numbers(value: Any) -> list[Any]:
+    """A number, or a sequence or array of them, as a list."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    return [value] if isinstance(value, (int, float)) else list(value)
+
+
+def check_sigma(numbers: Sequence[Any], name: str) -> None:
+    """Raise ValueError unless the standard deviations are positive and finite."""
+    for number in numbers:
+        if not 0 < float(number) < float("inf"):
+            raise ValueError(f"dense_crf: {name} must be positive and finite, got {number!r}")
+
+
+def _sigma_shape(name: str, count: int, got: Any) -> str:
+    return f"dense_crf: {name} must be a number or {count} of them, got {got}"
+
+
+def positions(
+    spatial: Sequence[int],
+    sigma: Numbers,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor:
+    """Pixel coordinates divided by their sigmas, in the order x, y, z: (1, len(spatial), N)."""
+    sigmas = to_sigmas(sigma, len(spatial), name, dtype, device)
+    axes = []
+    for i, size in enumerate(reversed(spatial)):
+        line = torch.arange(size, dtype=dtype, device=device) / sigmas[i]
+        axes.append(line.view(-1, *(1,) * i).expand(*spatial).reshape(1, 1, -1))
+    return torch.cat(axes, dim=1)
+
+
+def colours(img: Any, scores: torch.Tensor, srgb: Numbers, dtype: torch.dtype) -> torch.Tensor:
+    """Image channels divided by srgb: (B, n, N)."""
+    image = _image(img, scores)
+    sigmas = to_sigmas(srgb, image.shape[1], "srgb", dtype, scores.device)
+    if not isinstance(img, torch.Tensor):
+        _warn_if_unit_range(image, srgb)
+    return image.to(dtype).flatten(2) / sigmas.view(1, -1, 1)
+
+
+def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
+    """The image as (B, n, *spatial), checked against the scores."""
+    if img is None:
+        raise ValueError("dense_crf: img is needed unless compat_bilateral is None")
+    rank = scores.dim()
+    if isinstance(img, torch.Tensor):
+        image = img
+        if image.dtype == torch.bool or image.dtype.is_complex:
+            raise TypeError(f"dense_crf: img must hold integers or floats, got {image.dtype}")
+        _check_device(image, "img", scores.device)
+        if image.dim() == rank - 1 and scores.shape[0] == 1:
+            image = image.unsqueeze(0)
+    else:
+        if getattr(img, "mode", None) in ("P", "PA"):
+            img = img.convert("RGB")  # colours instead of palette indices
+        array = np.asarray(img)
+        if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
+            raise TypeError(
+                "dense_crf: img must be a torch tensor, a numpy array or a PIL image of integers "
+                f"or floats, got {type(img).__name__} of {array.dtype}"
+            )
+        if array.ndim == rank - 2:
+            array = array[..., np.newaxis]
+        if array.ndim == rank - 1:
+            array = array[np.newaxis]
+        if array.dtype.kind in "uf" and array.dtype.itemsize > 1 and array.dtype.kind == "u":
+            array = array.astype(np.int64)
+        if not array.flags.writeable or any(s < 0 for s in array.strides):
+            array = array.copy()
+        image = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+        image = image.movedim(-1, 1) if image.dim() == rank else image
+        image = image.to(scores.device)
+    if not _arguments.matches(image, scores.shape) or image.shape[1] < 1:
+        order = "channels first" if isinstance(img, torch.Tensor) else "channels last"
+        got = tuple(img.shape) if hasattr(img, "shape") else tuple(np.asarray(img).shape)
+        raise ValueError(
+            f"dense_crf: img ({order}) must match the scores' batch and spatial sizes "
+            f"{(scores.shape[0], *scores.shape[2:])}, got shape {got}"
+        )
+    return image
+
+
+def _warn_if_unit_range(image: torch.Tensor, srgb: Numbers) -> None:
+    if not image.dtype.is_floating_point or isinstance(srgb, torch.Tensor):
+        return
+    if min(to_numbers(srgb)) >= 1 and float(image.min()) >= 0 and float(image.max()) <= 1:
+        warnings.warn(
+            f"dense_crf: the image's values are from 0 to 1 and srgb is {srgb}, so the image has "
+            "hardly any effect; srgb is in the image's own unit: use 13/255 or so",
+            stacklevel=4,
+        )
+
+
+def to_compat(
+    value: Compat, name: str, channels: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A compatibility as a 0-d, (C,) or (C, C) tensor."""
+    if isinstance(value, (int, float)):
+        if not abs(float(value)) < float("inf"):
+            raise ValueError(f"dense_crf: {name} must be finite, got {value!r}")
+        return torch.full((), float(value), dtype=dtype, device=device)
+    if isinstance(value, torch.Tensor):
+        compat = value
+        if compat.dim() > 0:
+            _check_device(compat, name, device)
+        compat = compat.to(device=device, dtype=dtype)
+    else:
+        compat = torch.from_numpy(np.array(value, dtype=np.float64)).to(device, dtype)
+    if tuple(compat.shape) not in ((), (channels,), (channels, channels)):
+        raise ValueError(
+            f"dense_crf: {name} must be a number, a vector of {channels} or a matrix of "
+            f"{channels} x {channels}, got shape {tuple(compat.shape)}"
+        )
+    if can_be_looked_at(compat) and not bool(torch.isfinite(compat).all()):
+        raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
+    return compat
+
+
+def to_features(
+    features: torch.Tensor, scores: torch.Tensor, name: str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Features of a `PairwiseTerm` as (B, d, N), checked against the scores."""
+    if not isinstance(features, torch.Tensor) or not features.dtype.is_floating_point:
+        got = getattr(features, "dtype", type(features).__name__)
+        raise TypeError(f"dense_crf: {name} must be a floating-point torch tensor, got {got}")
+    _check_device(features, name, scores.device)
+    batched = features.unsqueeze(0) if features.dim() == scores.dim() - 1 else features
+    if not _arguments.matches(batched, scores.shape) or batched.shape[1] < 1:
+        raise ValueError(
+            f"dense_crf: {name} must be (B, d, *spatial) with the scores' batch and spatial sizes "
+            f"{(scores.shape[0], *scores.shape[2:])}, got shape {tuple(features.shape)}"
+        )
+    return batched.to(dtype).flatten(2)
+
+
+def to_iterations(iterations: int, function: str) -> int:
+    """Raise ValueError unless `iterations` is an int of 0 or more."""
+    integer = isinstance(iterations, (int, np.integer)) and not isinstance(iterations, bool)
+    if not integer or iterations < 0:
+        raise ValueError(f"{function}: iterations must be an int of 0 or more, got {iterations!r}")
+    return int(iterations)
