@@ -8,8 +8,8 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 
-from segkernels.nn.convolution import Backend, check_backend, conv_bn_act, known
-from segkernels.nn.folding import BatchNorm, foldable, folded, forget
+from segkernels.nn.convolution import Backend, check_backend, conv_bn_act, is_plain_conv
+from segkernels.nn.folding import BatchNorm, fold_batch_norm, foldable
 from segkernels.ops.aspp import aspp
 
 _Layers = tuple[torch.nn.Conv2d, BatchNorm]
@@ -110,7 +110,7 @@ class ASPP(torch.nn.Module):
 
     def _summed(self, x: torch.Tensor) -> torch.Tensor:
         convs = [cast(torch.nn.Conv2d, conv) for conv in self.convs]
-        if self.backend == "torch" or not all(known(conv, None) for conv in convs):
+        if self.backend == "torch" or not all(map(is_plain_conv, convs)):
             branches = [conv(x) for conv in convs]
             return sum(branches[1:], branches[0])
         biases = [conv.bias for conv in convs if conv.bias is not None]
@@ -125,17 +125,16 @@ class ASPP(torch.nn.Module):
         to_mean, conv, bn, _ = cast(torch.nn.Sequential, pooling)
         mean = to_mean(x)
         pooled = conv_bn_act(mean, cast(torch.nn.Conv2d, conv), bn, backend=self.backend)
-        if not all(known(*pair) and foldable(*pair) for pair in pairs):
-            forget(self)
+        if not all(is_plain_conv(conv) and foldable(bn) for conv, bn in pairs):
             each = [conv_bn_act(x, conv, bn, backend=self.backend) for conv, bn in pairs]
             return torch.cat([*each, pooled.expand(-1, -1, *x.shape[2:])], dim=1)
-        scale, shift = folded(x, self, pairs)
+        scales, shifts = zip(*(fold_batch_norm(*pair) for pair in pairs), strict=True)
         return aspp(
             x,
             [conv.weight for conv, _ in pairs],
             self.rates,
-            scale=scale,
-            shift=shift,
+            scale=torch.cat(scales),
+            shift=torch.cat(shifts),
             pooled=pooled,
             activation="relu",
             backend=self.backend,
@@ -151,12 +150,6 @@ class ASPP(torch.nn.Module):
     def _needs_a_batch(self) -> bool:
         bn = cast(torch.nn.Sequential, self.convs[-1])[2]
         return type(bn) is torch.nn.BatchNorm2d and (bn.training or bn.running_mean is None)
-
-    def train(self, mode: bool = True) -> ASPP:
-        """torch's; what is kept of the batch normalisations is forgotten."""
-        for module in self.modules():
-            forget(module)
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         """What the layers do not show."""

@@ -1,4 +1,4 @@
-"""Convolution, batch normalisation and activation in one call."""
+"""DilatedConv2d, and convolution, normalisation and activation in one call."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 
-from segkernels.nn.folding import BatchNorm, foldable, folded, forget
-from segkernels.ops import _operator
+from segkernels.nn.folding import BATCH_NORMS, BatchNorm, fold_batch_norm, foldable, is_plain
 from segkernels.ops.dilated_conv2d import dilated_conv2d
-from segkernels.ops.dilated_conv2d.torch_path import has_cpu_kernels, may_crash
 
 Backend = Literal["auto", "sm90", "torch"]
 Activation = Literal["relu"] | None
 Pair = int | tuple[int, int]
 
-# Outputs on the CPU whose normalisation takes as long as finding the folded vectors.
-_FOLDED_FROM = 2**16
+# Device types whose convolution has a fused epilogue.
+FOLDED_ON = ("cuda",)
 
 
 class DilatedConv2d(torch.nn.Conv2d):
@@ -76,6 +74,11 @@ class DilatedConv2d(torch.nn.Conv2d):
         return super().extra_repr() + chosen
 
 
+def is_plain_conv(module: torch.nn.Module) -> bool:
+    """Whether calling `module` is a convolution and nothing else."""
+    return is_plain(module, torch.nn.Conv2d, DilatedConv2d)
+
+
 def convolve(
     input: torch.Tensor,
     conv: torch.nn.Conv2d,
@@ -117,28 +120,25 @@ def conv_bn_act(
     activation: Activation = "relu",
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Convolution, batch normalisation, the addition of a residual, and an activation.
+    """Convolution, normalisation, addition of a residual, and activation.
 
-    ``activation(bn(conv(input)) + residual)`` of modules that stay where they are in the model, so
-    that its state dict does not change.
+    ``activation(bn(conv(input)) + residual)``. The modules stay where they are in the model, so its
+    state dict does not change.
 
-    Where `bn` uses its running statistics this is one call of `segkernels.dilated_conv2d`, with
-    `bn` folded into its scale and shift (`segkernels.fold_batch_norm`). They are kept until a
-    parameter, a buffer or eps changes: in place, by being replaced, by `load_state_dict`, by
-    `to`. Only writing in place through ``tensor.data`` is not noticed, as torch notices it nowhere;
-    a call in training mode, or `ConvBNAct.train` or `eval`, forgets what was kept. Nothing is kept
-    where gradients of bn's parameters are wanted, as in fine-tuning with frozen statistics; they
-    reach those and the convolution. (On the CPU the normalisation of small layers, and of the half
-    types, is torch's, which takes as long there.) Where `bn` uses the batch's statistics (in
-    training, or without running ones) it is the convolution, then `bn`, then the rest in place.
+    On CUDA, where `bn` is a batch normalisation that uses its running statistics, this is one call
+    of `segkernels.dilated_conv2d`: `bn` is folded into its scale and shift at every call
+    (`segkernels.fold_batch_norm`), and gradients reach its parameters. Otherwise the convolution,
+    `bn`, the addition and the activation run one after the other, the last two in place: folding
+    gains nothing on the CPU, where one more pass over the output costs little beside the
+    convolution.
 
-    Modules with hooks, and types other than torch's `Conv2d`, `BatchNorm2d` and `SyncBatchNorm` and
-    `DilatedConv2d` (pruned or parametrised ones, a `GroupNorm`), are called one after the other.
+    Any modules work. Those that are not `torch.nn.Conv2d` or `DilatedConv2d`, or that have hooks
+    or parametrisations, are called as they are.
 
     Args:
         input: [N, C, H, W].
         conv: any padding mode.
-        bn: over conv's outputs, or None.
+        bn: normalisation of conv's outputs, or None.
         residual: [N, C_out, H_out, W_out], added before the activation.
         activation: "relu" or None.
         backend: as in `segkernels.dilated_conv2d`; "torch": the modules one after the other.
@@ -152,90 +152,31 @@ def conv_bn_act(
     """
     check_activation(activation, "conv_bn_act")
     check_backend(backend, "conv_bn_act")
-    if backend == "torch" or not known(conv, bn):
+    if backend == "torch" or not is_plain_conv(conv):
         out = conv(input)
         return _finish(out if bn is None else bn(out), residual, activation, in_place=False)
-    if backend == "auto" and _plainly_on_cpu(input, conv, bn, residual):
-        return _finish(_on_cpu(input, conv, bn), residual, activation, in_place=True)
-    if bn is None:
+    if input.device.type in FOLDED_ON and (bn is None or foldable(bn)):
+        scale, shift = (None, None) if bn is None else fold_batch_norm(conv, cast(BatchNorm, bn))
         return convolve(
-            input, conv, conv.bias, residual=residual, activation=activation, backend=backend
+            input,
+            conv,
+            conv.bias if bn is None else None,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            activation=activation,
+            backend=backend,
         )
-    if not foldable(conv, bn):
-        forget(bn)
-        out = bn(convolve(input, conv, conv.bias, backend=backend))
-        return _finish(out, residual, activation, in_place=True)
-    scale, shift = folded(input, bn, [(conv, cast(BatchNorm, bn))])
-    return convolve(
-        input,
-        conv,
-        None,
-        scale=scale,
-        shift=shift,
-        residual=residual,
-        activation=activation,
-        backend=backend,
-    )
-
-
-def known(conv: torch.nn.Module, bn: torch.nn.Module | None) -> bool:
-    """Whether calling the two modules does what their types say, and nothing else."""
-    return (
-        type(conv) in (torch.nn.Conv2d, DilatedConv2d)
-        and (bn is None or type(bn) in (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm))
-        and not any(
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-            for module in (conv, bn)
-            if module is not None
-        )
-    )
-
-
-def _plainly_on_cpu(
-    x: torch.Tensor,
-    conv: torch.nn.Conv2d,
-    bn: torch.nn.Module | None,
-    residual: torch.Tensor | None,
-) -> bool:
-    """Whether nothing but the result on the CPU is wanted, so that `_on_cpu` will do."""
-    return (
-        isinstance(x, torch.Tensor)
-        and x.device.type == "cpu"
-        and has_cpu_kernels(x.dtype)
-        and not may_crash(x, conv.stride)
-        and conv.padding_mode == "zeros"
-        and not torch.is_autocast_enabled("cpu")
-        and (bn is None or foldable(conv, bn))
-        and not _operator.through_dispatcher(x, conv.weight, residual)
-        and not _operator.wants_grad(x, residual, conv.weight, conv.bias)
-        and (bn is None or not _operator.wants_grad(bn.weight, bn.bias))
-    )
-
-
-def _on_cpu(x: torch.Tensor, conv: torch.nn.Conv2d, bn: torch.nn.Module | None) -> torch.Tensor:
-    """What dilated_conv2d does there, with less around it: small layers take 50 microseconds."""
-    args: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    if bn is None:
-        return F.conv2d(x, conv.weight, conv.bias, *args)
-    step = conv.stride[0] * conv.stride[1]
-    outputs = conv.out_channels * (x.numel() // max(conv.in_channels * step, 1))
-    exact = x.dtype in (torch.float32, torch.float64)
-    if not exact or outputs < conv.weight.numel() + _FOLDED_FROM:
-        out: torch.Tensor = bn(F.conv2d(x, conv.weight, conv.bias, *args))
-        return out
-    # Scaling the weight is less than scaling the output.
-    scale, shift = folded(x, bn, [(conv, cast(BatchNorm, bn))])
-    weight = conv.weight * scale.to(conv.weight.dtype)[:, None, None, None]
-    return F.conv2d(x, weight, shift.to(conv.weight.dtype), *args)
+    out = convolve(input, conv, conv.bias, backend=backend)
+    if bn is not None:
+        out = bn(out)
+    return _finish(out, residual, activation, in_place=bn is None or is_plain(bn, *BATCH_NORMS))
 
 
 def _finish(
     out: torch.Tensor, residual: torch.Tensor | None, activation: Activation, *, in_place: bool
 ) -> torch.Tensor:
-    """Add the residual and activate; in place where `out` is nobody else's."""
+    """Add the residual and activate, in place where nothing else uses `out`."""
     if residual is not None:
         if residual.shape != out.shape:
             raise ValueError(
@@ -251,20 +192,13 @@ def _finish(
 
 
 class ConvBNAct(torch.nn.Module):
-    """A convolution, batch normalisation and an activation, through `segkernels.conv_bn_act`.
-
-    In evaluation the three are one call; in training the batch normalisation is torch's.
+    """Convolution, batch normalisation and activation, through `segkernels.conv_bn_act`.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
-        kernel_size: of the convolution, and so the next four.
-        stride: from output to output.
-        padding: default: as many outputs as inputs for stride 1, and for an odd kernel
-            ``dilation * (kernel_size - 1) / 2``.
-        dilation: from tap to tap.
-        groups: blocks of channels that are convolved alone.
-        bias: of the convolution; default: where there is no batch normalisation.
+        in_channels, out_channels, kernel_size, stride, dilation, groups: as in `torch.nn.Conv2d`.
+        padding: as there; default: the output has the input's size for stride 1, and an odd kernel
+            is padded by ``dilation * (kernel_size - 1) / 2``.
+        bias: whether the convolution has one; default: where there is no batch normalisation.
         norm: whether there is batch normalisation.
         activation: "relu" or None.
         backend: as in `segkernels.dilated_conv2d`; "torch": the modules one after the other.
@@ -312,7 +246,7 @@ class ConvBNAct(torch.nn.Module):
         self.bn = torch.nn.BatchNorm2d(out_channels) if norm else None
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """[N, C, H, W] to [N, C_out, H_out, W_out]; `residual` is added before the activation."""
+        """[N, C, H, W] to [N, C_out, H_out, W_out], `residual` added before the activation."""
         return conv_bn_act(
             input,
             self.conv,
@@ -321,12 +255,6 @@ class ConvBNAct(torch.nn.Module):
             activation=self.activation,
             backend=self.backend,
         )
-
-    def train(self, mode: bool = True) -> ConvBNAct:
-        """torch's; what is kept of the batch normalisation is forgotten."""
-        if self.bn is not None:
-            forget(self.bn)
-        return super().train(mode)
 
     def extra_repr(self) -> str:
         """What the modules inside do not show."""

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 import segkernels
-from segkernels.nn import folding
 
 
 def layers(in_channels: int, out_channels: int, rates: tuple[int, ...]) -> nn.ModuleDict:
@@ -98,33 +97,6 @@ def test_frozen_and_training_norms_may_be_mixed() -> None:
     other.backend = "torch"
     x = image(batch=1)
     torch.testing.assert_close(module(x), other(x), rtol=0, atol=1e-11)
-
-
-def test_evaluation_follows_every_change() -> None:
-    module, x = built().eval(), image()
-    other = copy.deepcopy(module)
-    other.backend = "torch"
-
-    def compare() -> None:
-        with torch.no_grad():
-            other.load_state_dict(module.state_dict())
-            torch.testing.assert_close(module(x), other(x), rtol=0, atol=1e-11)
-
-    compare()
-    assert module in folding._kept
-    with torch.no_grad():
-        module.convs[2][1].running_var.mul_(3)
-        compare()
-        module.convs[0][1].weight = nn.Parameter(module.convs[0][1].weight * 2)
-        compare()
-        module.convs[-1][2].bias.add_(1)
-        compare()
-        module.convs[1][0] = randomised(nn.Conv2d(5, 4, 3, padding=2, dilation=2, bias=True))
-        module.convs[1][0].double()
-        other.convs[1][0] = copy.deepcopy(module.convs[1][0])
-        compare()
-    module.train()
-    assert module not in folding._kept
 
 
 def test_one_call_joins_the_branches(monkeypatch: pytest.MonkeyPatch) -> None:

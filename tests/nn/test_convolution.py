@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import io
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +12,15 @@ import torch.nn.functional as F
 from torch.nn.utils import parametrizations, prune
 
 import segkernels
-from segkernels.nn import convolution, folding
-from segkernels.ops.dilated_conv2d import torch_path
+from segkernels.nn import convolution
 
 
-@pytest.fixture(autouse=True)
-def _fold_small_layers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convolution, "_FOLDED_FROM", -(10**9))
+@pytest.fixture(params=[False, True], ids=["", "folded"], autouse=True)
+def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Each test also runs with the folding that CUDA has."""
+    if request.param:
+        monkeypatch.setattr(convolution, "FOLDED_ON", ("cpu", "cuda"))
+    return bool(request.param)
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> Any:
@@ -56,6 +55,9 @@ VARIANTS: dict[str, Callable[[], segkernels.ConvBNAct]] = {
     "no statistics": lambda: with_norm(torch.nn.BatchNorm2d(6, track_running_stats=False)),
     "momentum None": lambda: with_norm(torch.nn.BatchNorm2d(6, momentum=None)),
     "sync": lambda: with_norm(torch.nn.SyncBatchNorm(6)),
+    "group norm": lambda: with_norm(torch.nn.GroupNorm(2, 6)),
+    "instance norm": lambda: with_norm(torch.nn.InstanceNorm2d(6, affine=True)),
+    "identity": lambda: with_norm(torch.nn.Identity()),
 }
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
@@ -92,28 +94,6 @@ def test_evaluation_equals_the_modules_one_after_the_other(
                     out = layer(x, residual)
                 torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
         assert all(torch.equal(layer.state_dict()[k], v) for k, v in before.items())
-
-
-@variants
-@pytest.mark.parametrize("has_kernels", [False, True], ids=["widened", "with half kernels"])
-def test_layers_too_small_to_fold(
-    variant: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a processor with oneDNN's bfloat16 kernels, and on one without, which widens."""
-    monkeypatch.undo()
-    for module in (convolution, torch_path):
-        monkeypatch.setattr(
-            module, "has_cpu_kernels", lambda dtype: has_kernels or dtype != torch.bfloat16
-        )
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.bfloat16, 2e-2)):
-        layer, x = built(variant, dtype).eval(), image(dtype)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), plain(x, layer), rtol=tolerance, atol=tolerance)
-        if layer.bn is not None:
-            # Beside a widened convolution folding costs nothing, however small the layer.
-            widened = dtype == torch.bfloat16 and not has_kernels
-            folds = widened and layer.bn.running_mean is not None
-            assert (layer.bn in folding._kept) == folds
 
 
 @pytest.mark.parametrize(
@@ -153,165 +133,6 @@ def test_gradients_with_frozen_statistics_pass_gradcheck() -> None:
         return torch.func.functional_call(layer, dict(zip(names, params, strict=True)), x) + 0.0
 
     assert torch.autograd.gradcheck(of, leaves)
-
-
-def changes() -> dict[str, Callable[[segkernels.ConvBNAct], Any]]:
-    other = built("dilated").state_dict()
-    other = {k: v * 2 + 1 if v.is_floating_point() else v for k, v in other.items()}
-
-    def trained(layer: segkernels.ConvBNAct) -> None:
-        layer.train()(image())
-        layer.eval()
-
-    def norm_trained(layer: segkernels.ConvBNAct) -> None:
-        layer.bn.train()(torch.randn(2, 6, 7, 9, dtype=torch.float64))
-        layer.bn.eval()
-
-    def trained_compiled(layer: segkernels.ConvBNAct) -> None:
-        layer.bn.train()
-        torch.compile(layer, fullgraph=True, backend="eager")(image())
-        layer.bn.eval()
-
-    def replaced(layer: segkernels.ConvBNAct) -> None:
-        layer.bn.weight = torch.nn.Parameter(layer.bn.weight.detach() * 3)
-
-    def new_data(layer: segkernels.ConvBNAct) -> None:
-        # Twice: what is freed in between may be given out again.
-        for _ in range(2):
-            layer.bn.bias.data = layer.bn.bias.data + 1
-
-    def through_data(layer: segkernels.ConvBNAct) -> None:
-        layer.bn.bias.data.add_(1)
-        layer.eval()
-
-    def eps(layer: segkernels.ConvBNAct) -> None:
-        layer.bn.eps = 0.5
-
-    def optimised(layer: segkernels.ConvBNAct) -> None:
-        layer(image()).square().sum().backward()
-        torch.optim.SGD(layer.parameters(), lr=0.1).step()
-
-    def inside_inference_mode(layer: segkernels.ConvBNAct) -> None:
-        with torch.inference_mode():
-            layer.bn.running_mean.mul_(2)
-
-    def other_norm(layer: segkernels.ConvBNAct) -> None:
-        layer.bn = randomised(torch.nn.BatchNorm2d(6), 3).double().eval()
-
-    def other_conv(layer: segkernels.ConvBNAct) -> None:
-        layer.conv = randomised(copy.deepcopy(layer.conv), 5)
-
-    return {
-        "in place": lambda layer: layer.bn.running_var.mul_(4),
-        "in inference mode": inside_inference_mode,
-        "conv in place": lambda layer: torch.nn.init.constant_(layer.conv.weight, 0.1),
-        "replaced": replaced,
-        "other data": new_data,
-        "through data": through_data,
-        "load_state_dict": lambda layer: layer.load_state_dict(other),
-        "assigned": lambda layer: layer.load_state_dict(other, assign=True),
-        "trained": trained,
-        "norm trained": norm_trained,
-        "trained compiled": trained_compiled,
-        "optimised": optimised,
-        "rounded": lambda layer: layer.half().double(),
-        "eps": eps,
-        "other norm": other_norm,
-        "other conv": other_conv,
-    }
-
-
-@pytest.mark.parametrize("change", changes())
-def test_what_is_kept_is_dropped_when_something_changes(change: str) -> None:
-    layer, x = built("dilated").eval(), image()
-    with torch.no_grad():
-        first = layer(x)
-        assert layer.bn in folding._kept
-    changes()[change](layer)
-    with torch.no_grad():
-        out = layer(x)
-        torch.testing.assert_close(out, plain(x, layer), rtol=0, atol=1e-12)
-    assert not torch.equal(out, first)
-
-
-def test_the_fold_is_computed_once_and_goes_with_the_module(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = []
-    real = folding.fold_batch_norm
-    monkeypatch.setattr(folding, "fold_batch_norm", lambda *args: (calls.append(1), real(*args))[1])
-    layer, x = built("dilated").eval(), image()
-    with torch.no_grad():
-        for _ in range(3):
-            layer(x)
-    assert len(calls) == 1
-    with torch.inference_mode():
-        layer(x)
-    assert len(calls) == 1
-    # A gradient of the input alone needs no new fold, and may be taken of one made in inference.
-    layer.requires_grad_(False)
-    layer(x.clone().requires_grad_()).sum().backward()
-    assert len(calls) == 1
-    dead = weakref.ref(layer.bn)
-    del layer
-    gc.collect()
-    assert dead() is None
-
-
-@pytest.mark.parametrize("module", ["ConvBNAct", "ASPP"])
-def test_a_fold_may_die_while_training_is_compiled(module: str) -> None:
-    torch.compiler.reset()
-    others = [built("dilated").eval() for _ in range(2)]
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        others.pop()
-        gc.collect()
-        graphs.append(graph)
-        return graph.forward
-
-    layer = built("dilated") if module == "ConvBNAct" else segkernels.ASPP(4, 3, (2,)).double()
-    compiled = torch.compile(layer.train(), fullgraph=True, backend=backend)
-    with torch.no_grad():
-        for other in others:
-            other(image())
-    compiled(image())
-    others.pop()
-    compiled(image())
-    assert len(graphs) == 1
-
-
-def test_copies_pickles_and_state_dicts_know_nothing_of_the_fold() -> None:
-    layer, x = built("dilated").eval(), image()
-    with torch.no_grad():
-        expected = layer(x)
-        twin = copy.deepcopy(layer)
-        file = io.BytesIO()
-        torch.save(layer, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=False)
-        fresh = segkernels.ConvBNAct(4, 6, 3, dilation=2).double().eval()
-        fresh.load_state_dict(layer.state_dict())
-        layer.bn.bias.add_(1)
-        for other in (twin, loaded, fresh):
-            assert torch.equal(other(x), expected)
-    names = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
-    assert list(layer.state_dict()) == ["conv.weight", *(f"bn.{name}" for name in names)]
-
-
-def test_a_replica_has_a_fold_of_its_own() -> None:
-    # As torch.nn.DataParallel makes them: modules without parameters of their own.
-    layer, x = built("dilated").eval(), image()
-    with torch.no_grad():
-        layer(x)
-        replica = layer._replicate_for_data_parallel()
-        for name in ("conv", "bn"):
-            module = getattr(layer, name)._replicate_for_data_parallel()
-            for key, value in getattr(layer, name)._parameters.items():
-                setattr(module, key, None if value is None else value * 2)
-            setattr(replica, name, module)
-        torch.testing.assert_close(replica(x), plain(x, replica), rtol=0, atol=1e-12)
-        torch.testing.assert_close(layer(x), plain(x, layer), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("variant", ["dilated", "no norm", "no statistics"])
@@ -372,14 +193,6 @@ def test_the_meta_device_gives_shapes(training: bool) -> None:
     with torch.device("meta"):
         layer = segkernels.ConvBNAct(4, 6, 3, stride=2).train(training)
         assert layer(torch.zeros(2, 4, 7, 9)).shape == (2, 6, 4, 5)
-
-
-def test_one_norm_for_two_convolutions() -> None:
-    first, second, x = built("dilated").eval(), built("bias").eval(), image()
-    second.bn = first.bn
-    with torch.no_grad():
-        for layer in (first, second, first):
-            torch.testing.assert_close(layer(x), plain(x, layer), rtol=0, atol=1e-12)
 
 
 def test_fold_batch_norm_is_the_scale_and_shift_of_dilated_conv2d() -> None:
