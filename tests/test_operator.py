@@ -217,7 +217,7 @@ def test_gradients_that_are_not_stored() -> None:
 
 def test_only_asked_for_positions_are_computed_without_a_gradient() -> None:
     x = torch.randn(1, 2, 4, 4)
-    windows = segkernels.ops.max_pool2d._plan(
+    windows = segkernels.ops.max_pool2d._pooling(
         x.shape, False, (2, 2), (2, 2), (0, 0), (1, 1), False, False, False
     )
     values, codes, indices = pool(x, windows)

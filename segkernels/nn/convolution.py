@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.nn.folding import BATCH_NORMS, BatchNorm, fold_batch_norm, foldable, is_plain
+from segkernels.ops._arguments import Int2
 from segkernels.ops.dilated_conv2d import dilated_conv2d
 
 Backend = Literal["auto", "sm90", "torch"]
 Activation = Literal["relu"] | None
-Pair = int | tuple[int, int]
+Size2 = int | Int2
 
 # Device types whose convolution has a fused epilogue.
 FOLDED_ON = ("cuda",)
@@ -34,10 +35,10 @@ class DilatedConv2d(torch.nn.Conv2d):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Pair,
-        stride: Pair = 1,
-        padding: str | Pair = 0,
-        dilation: Pair = 1,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: str | Size2 = 0,
+        dilation: Size2 = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
@@ -217,10 +218,10 @@ class ConvBNAct(torch.nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Pair = 3,
-        stride: Pair = 1,
-        padding: str | Pair | None = None,
-        dilation: Pair = 1,
+        kernel_size: Size2 = 3,
+        stride: Size2 = 1,
+        padding: str | Size2 | None = None,
+        dilation: Size2 = 1,
         groups: int = 1,
         bias: bool | None = None,
         *,
@@ -262,7 +263,7 @@ class ConvBNAct(torch.nn.Module):
         return f"activation={self.activation!r}{chosen}"
 
 
-def _padding(kernel_size: Pair, stride: Pair, dilation: Pair) -> str | tuple[int, int]:
+def _padding(kernel_size: Size2, stride: Size2, dilation: Size2) -> str | tuple[int, int]:
     kernel, step, gap = (
         (value, value) if isinstance(value, int) else tuple(value)
         for value in (kernel_size, stride, dilation)

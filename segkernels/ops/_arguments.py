@@ -12,7 +12,7 @@ from segkernels import _native
 from segkernels.ops import _dtypes
 from segkernels.ops._operator import is_eager
 
-Pair = tuple[int, int]
+Int2 = tuple[int, int]
 
 
 def check_tensor(value: Any, name: str, function: str) -> None:
@@ -128,7 +128,7 @@ def pair_of(value: Any, kinds: Any = is_int, lengths: tuple[int, ...] = (1, 2)) 
     return None
 
 
-def pair(value: Any, name: str, function: str) -> Pair:
+def pair(value: Any, name: str, function: str) -> Int2:
     """`value` for rows and columns: one int for both, or one or two in a sequence.
 
     Raises:

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from segkernels import _native
-from segkernels.ops._arguments import Pair
+from segkernels.ops._arguments import Int2
 
 # Codes are one byte.
 MAX_CELLS = 256
 _LIMIT = 2**31
 
 
-def many_cells(kernel_size: Pair) -> bool:
+def many_cells(kernel_size: Int2) -> bool:
     """Whether a window has too many cells for codes."""
     return kernel_size[0] * kernel_size[1] > MAX_CELLS
 
@@ -33,12 +33,12 @@ class Windows(NamedTuple):
         channels_last: whether both sides lie in memory channels last.
     """
 
-    full: Pair
-    pooled: Pair
-    kernel_size: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
+    full: Int2
+    pooled: Int2
+    kernel_size: Int2
+    stride: Int2
+    padding: Int2
+    dilation: Int2
     channels_last: bool
 
     @property
@@ -73,7 +73,7 @@ def native(w: Windows, x: torch.Tensor) -> Any:
 
 
 def empty(
-    x: torch.Tensor, size: Pair, w: Windows, dtype: torch.dtype | None = None
+    x: torch.Tensor, size: Int2, w: Windows, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """An uninitialised tensor with the 4-D `x`'s batch, channels and device."""
     if not w.channels_last:  # this costs less

@@ -112,7 +112,7 @@ def test_every_tile(
     y = sm90.forward(x, w, g, scale, shift, residual, "relu")
     assert error(y, expected.relu()) <= BOUND[dtype]
     (table,) = sm90._tables.values()
-    fixups = table.words[-6 * table.plan["fixups"] :].view(-1, 6)
+    fixups = table.words[-6 * table.schedule["fixups"] :].view(-1, 6)
     # Tiles of every multiprocessor of a cluster are cut.
     assert set((fixups[:, 3] % cluster).tolist()) == set(range(cluster))
 

@@ -15,7 +15,7 @@ from ops.suite import Error, Float, Sample
 import segkernels
 from segkernels import _native
 from segkernels.ops import _dtypes
-from segkernels.ops.interpolate import _plan, native, reference
+from segkernels.ops.interpolate import _resampling_for, native, reference
 from segkernels.ops.interpolate._resampling import Resampling
 
 MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
@@ -215,7 +215,7 @@ def test_cuda_equals_the_cpu(call: tuple[torch.Tensor, dict[str, Any]], rule: in
     x, kwargs = call
     arguments = {"size": None, "scale_factor": None, "align_corners": None}
     arguments |= {"recompute_scale_factor": None, "antialias": False, **kwargs}
-    found = _plan(x, **arguments)
+    found = _resampling_for(x, **arguments)
     assert found is not None
     r = found._replace(rule=rule)
     ours = native.resample(x, r)

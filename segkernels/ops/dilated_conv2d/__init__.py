@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry
+from segkernels.ops._arguments import Int2
 from segkernels.ops.dilated_conv2d import backends, operator, torch_path
 from segkernels.ops.dilated_conv2d.call import Call, Convolution
-from segkernels.ops.dilated_conv2d.geometry import Pair
 
 _registry.register(
     _registry.Op(
@@ -103,7 +103,7 @@ def dilated_conv2d(
         # The convolution's gradient does not need its result.
         return out.relu_() if activation == "relu" else out
     input, weight, bias, residual = _arguments.autocast(input, weight, bias, residual)
-    c = _plan(input, weight, bias, stride, padding, dilation, groups, backend)
+    c = _call_for(input, weight, bias, stride, padding, dilation, groups, backend)
     if c is None:
         # Wrong, and then torch says how; or nothing that the layers below know.
         args: tuple[Any, ...] = (stride, padding, dilation, groups)
@@ -151,7 +151,7 @@ def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) ->
     )
 
 
-def _plan(
+def _call_for(
     input: Any,
     weight: Any,
     bias: Any,
@@ -201,7 +201,7 @@ def _plan(
     return Call(steps, before, gaps, groups, out_size, channels_last, backend)
 
 
-def _pads(padding: Any, reach: list[int], stride: Pair) -> tuple[Pair, Pair] | None:
+def _pads(padding: Any, reach: list[int], stride: Int2) -> tuple[Int2, Int2] | None:
     """Zeros before the first and after the last row and column."""
     if padding == "same":
         if stride != (1, 1):

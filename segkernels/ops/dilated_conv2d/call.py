@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from segkernels.ops._arguments import Int2
 from segkernels.ops._dtypes import compute_dtype
-from segkernels.ops.dilated_conv2d.geometry import Geometry, Pair, Problem
+from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
 
 class Call(NamedTuple):
@@ -21,11 +22,11 @@ class Call(NamedTuple):
         backend: what the user asked for.
     """
 
-    stride: Pair
-    padding: Pair
-    dilation: Pair
+    stride: Int2
+    padding: Int2
+    dilation: Int2
     groups: int
-    out_size: Pair
+    out_size: Int2
     channels_last: bool
     backend: str
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-Pair = tuple[int, int]
+from segkernels.ops._arguments import Int2
 
 
 class Geometry(NamedTuple):
@@ -30,9 +30,9 @@ class Geometry(NamedTuple):
     width: int
     out_height: int
     out_width: int
-    kernel: Pair
-    padding: Pair
-    dilation: Pair
+    kernel: Int2
+    padding: Int2
+    dilation: Int2
 
     @property
     def taps(self) -> int:
@@ -55,7 +55,7 @@ class Geometry(NamedTuple):
             self.dilation,
         )
 
-    def tap_rectangle(self, y: int, x: int, rows: int, columns: int) -> tuple[Pair, Pair]:
+    def tap_rectangle(self, y: int, x: int, rows: int, columns: int) -> tuple[Int2, Int2]:
         """The taps, (first, last) of each axis, whose box meets the image, for a box of outputs.
 
         The box starts at (y, x); what of it lies beyond the output asks for no tap.
@@ -94,7 +94,7 @@ class Geometry(NamedTuple):
         return share
 
 
-def tap_range(start: int, extent: int, size: int, kernel: int, dilation: int, padding: int) -> Pair:
+def tap_range(start: int, extent: int, size: int, kernel: int, dilation: int, padding: int) -> Int2:
     """The taps of one axis whose interval meets the image, as (first, last).
 
     Outputs start .. start + extent - 1 read, through tap k, the inputs from ``start + k * dilation
@@ -133,7 +133,7 @@ class Problem(NamedTuple):
     channels: int
     out_channels: int
     geometry: Geometry
-    stride: Pair
+    stride: Int2
     groups: int
     dtype: torch.dtype
     device: torch.device

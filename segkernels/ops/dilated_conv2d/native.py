@@ -156,7 +156,7 @@ def forward_branches(
         offset += w.size(0)
     written = {"output": out, "residual": residual, "scale": scale, "shift": shift}
     arguments: dict[str, Any] = {
-        **table.plan,
+        **table.schedule,
         **written,
         "type": _dtypes.FLOATING[x.dtype],
         "input": x,
@@ -207,7 +207,7 @@ def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> 
     table = _table(_weight_schedule, (x.size(0), *sizes, x.size(1), branch), x.device)
     workspace = table.workspace()
     arguments: dict[str, Any] = {
-        **table.plan,
+        **table.schedule,
         "type": _dtypes.FLOATING[x.dtype],
         "grad": grad,
         "input": x,
@@ -271,16 +271,16 @@ class FirstCallInGraphError(RuntimeError):
 class _Table:
     """A schedule, with its words where the kernel reads them."""
 
-    def __init__(self, plan: dict[str, Any], device: torch.device) -> None:
-        self.plan = plan
+    def __init__(self, schedule: dict[str, Any], device: torch.device) -> None:
+        self.schedule = schedule
         # Waits for the copy: other streams may read it from now on.
-        self.words = torch.frombuffer(bytearray(plan["table"]), dtype=torch.int32).to(device)
+        self.words = torch.frombuffer(bytearray(schedule["table"]), dtype=torch.int32).to(device)
         self.streams: set[int] = set()
         self.captured = False
 
     def workspace(self) -> torch.Tensor:
         """Room for the partial sums of one call."""
-        sums = self.plan["workspace_tiles"] * 128 * self.plan["tile_channels"]
+        sums = self.schedule["workspace_tiles"] * 128 * self.schedule["tile_channels"]
         return torch.empty(sums, dtype=torch.float32, device=self.words.device)
 
     def used(self) -> None:
@@ -328,13 +328,13 @@ def _table(make: _Maker, shape: tuple[Any, ...], device: torch.device) -> _Table
 
 
 def _schedule(shape: tuple[Any, ...], multiprocessors: int) -> dict[str, Any]:
-    plan: dict[str, Any] = _native.C().dilated_conv2d_schedule(*shape, multiprocessors)
-    return plan
+    schedule: dict[str, Any] = _native.C().dilated_conv2d_schedule(*shape, multiprocessors)
+    return schedule
 
 
 def _weight_schedule(shape: tuple[Any, ...], multiprocessors: int) -> dict[str, Any]:
-    plan: dict[str, Any] = _native.C().dilated_conv2d_weight_schedule(*shape, multiprocessors)
-    return plan
+    schedule: dict[str, Any] = _native.C().dilated_conv2d_weight_schedule(*shape, multiprocessors)
+    return schedule
 
 
 @functools.cache

@@ -74,7 +74,9 @@ def interpolate(
     Other modes ("area"), dtypes and numbers of dimensions are handed to torch, and so are all calls
     under torch.jit.trace.
     """
-    found = _plan(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+    found = _resampling_for(
+        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+    )
     if found is None:
         return F.interpolate(
             input,
@@ -89,7 +91,7 @@ def interpolate(
     return out
 
 
-def _plan(
+def _resampling_for(
     input: torch.Tensor,
     size: int | Sequence[int] | None,
     scale_factor: float | Sequence[float] | None,

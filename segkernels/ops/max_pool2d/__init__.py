@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
-from segkernels.ops._arguments import Pair
+from segkernels.ops._arguments import Int2
 from segkernels.ops._windows import Windows
 from segkernels.ops.max_pool2d import operator
 from segkernels.ops.max_pool2d.native import Pooling
@@ -96,10 +96,10 @@ def max_pool2d(
     pads = _arguments.pair(padding, "padding", "max_pool2d")
     gaps = _arguments.pair(dilation, "dilation", "max_pool2d")
     batched = input.dim() == 4
-    plan = _known_plan if _operator.is_eager(input) else _plan
+    make = _known_pooling if _operator.is_eager(input) else _pooling
     channels_last = batched and _operator.is_channels_last(input)
     shown = bool(return_codes), bool(return_indices)
-    p = plan(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode), *shown)
+    p = make(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode), *shown)
     if return_codes and _windows.many_cells(kernel):
         raise ValueError(
             f"max_pool2d: return_codes needs a window of at most {_windows.MAX_CELLS} cells "
@@ -113,13 +113,13 @@ def max_pool2d(
     return (values, positions) if batched else (values.squeeze(0), positions.squeeze(0))
 
 
-def _plan(
+def _pooling(
     shape: torch.Size,
     channels_last: bool,
-    kernel: Pair,
-    steps: Pair,
-    pads: Pair,
-    gaps: Pair,
+    kernel: Int2,
+    steps: Int2,
+    pads: Int2,
+    gaps: Int2,
     ceil_mode: bool,
     return_codes: bool,
     return_indices: bool,
@@ -157,10 +157,10 @@ def _plan(
 
 
 # Of shapes that are known, that is all but those of tracing.
-_known_plan = functools.lru_cache(maxsize=1024)(_plan)
+_known_pooling = functools.lru_cache(maxsize=1024)(_pooling)
 
 
-def _check_padding(kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> None:
+def _check_padding(kernel: Int2, stride: Int2, padding: Int2, dilation: Int2) -> None:
     for k, step, pad, gap in zip(kernel, stride, padding, dilation, strict=True):
         if step == 0:
             raise RuntimeError("max_pool2d: stride should not be zero")

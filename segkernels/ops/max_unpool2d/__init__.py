@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
-from segkernels.ops._arguments import Pair
+from segkernels.ops._arguments import Int2
 from segkernels.ops._windows import Windows
 from segkernels.ops.max_unpool2d import operator
 
@@ -95,10 +95,10 @@ def max_unpool2d(
     batched = input.dim() == 4
     size = None if output_size is None else tuple(output_size)
     known = size is None or all(type(n) is int for n in size)
-    plan = _known_plan if known and _operator.is_eager(input) else _plan
+    make = _known_windows if known and _operator.is_eager(input) else _windows_for
     channels_last = batched and _operator.is_channels_last(input)
     given = input.shape, indices.shape, indices.dtype, channels_last
-    w = plan(*given, kernel, steps, pads, gaps, size)
+    w = make(*given, kernel, steps, pads, gaps, size)
     if input.device != indices.device:
         raise RuntimeError(
             "max_unpool2d: Expected all tensors to be on the same device, but input is on "
@@ -109,15 +109,15 @@ def max_unpool2d(
     return operator.unpool(input.unsqueeze(0), indices.unsqueeze(0), w).squeeze(0)
 
 
-def _plan(
+def _windows_for(
     shape: torch.Size,
     indices_shape: torch.Size,
     indices_dtype: torch.dtype,
     channels_last: bool,
-    kernel: Pair,
-    steps: Pair,
-    pads: Pair,
-    gaps: Pair,
+    kernel: Int2,
+    steps: Int2,
+    pads: Int2,
+    gaps: Int2,
     output_size: tuple[Any, ...] | None,
 ) -> Windows:
     """The windows, checked as torch checks them and in its order."""
@@ -150,7 +150,7 @@ def _plan(
 
 
 # Of shapes that are known, that is all but those of tracing.
-_known_plan = functools.lru_cache(maxsize=1024)(_plan)
+_known_windows = functools.lru_cache(maxsize=1024)(_windows_for)
 
 
 def _check_indices(shape: torch.Size, indices: torch.Size, dtype: torch.dtype) -> None:
@@ -172,7 +172,7 @@ def _check_indices(shape: torch.Size, indices: torch.Size, dtype: torch.dtype) -
             )
 
 
-def _output_size(default: Pair, stride: Pair, output_size: tuple[Any, ...] | None) -> Pair:
+def _output_size(default: Int2, stride: Int2, output_size: tuple[Any, ...] | None) -> Int2:
     if output_size is None:
         sizes = list(default)
     else:

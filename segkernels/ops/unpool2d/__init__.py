@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
-from segkernels.ops._arguments import Pair
+from segkernels.ops._arguments import Int2
 from segkernels.ops._windows import Windows
 from segkernels.ops.unpool2d import operator
 from segkernels.ops.unpool2d.native import Nails
@@ -113,11 +113,11 @@ def _blocks_of(input: torch.Tensor, kernel_size: int | Sequence[int], function: 
         )
     kernel = _arguments.pair(kernel_size, "kernel_size", function)
     channels_last = input.dim() == 4 and _operator.is_channels_last(input)
-    plan = _known_blocks if _operator.is_eager(input) else _blocks
-    return plan(input.size(-2), input.size(-1), kernel, channels_last, function)
+    make = _known_blocks if _operator.is_eager(input) else _blocks
+    return make(input.size(-2), input.size(-1), kernel, channels_last, function)
 
 
-def _blocks(height: int, width: int, kernel: Pair, channels_last: bool, function: str) -> Windows:
+def _blocks(height: int, width: int, kernel: Int2, channels_last: bool, function: str) -> Windows:
     full = (height * kernel[0], width * kernel[1])
     w = Windows(full, (height, width), kernel, kernel, (0, 0), (1, 1), channels_last)
     _windows.check_positive(w, function)

@@ -9,7 +9,7 @@ import torch
 
 from segkernels import _native
 from segkernels.ops import _dtypes, _windows
-from segkernels.ops._arguments import Pair
+from segkernels.ops._arguments import Int2
 from segkernels.ops._windows import Windows
 
 
@@ -17,7 +17,7 @@ class Nails(NamedTuple):
     """The blocks, and the cell of each that holds its value."""
 
     windows: Windows
-    cell: Pair
+    cell: Int2
 
 
 def nearest(x: torch.Tensor, w: Windows) -> torch.Tensor:
@@ -46,7 +46,7 @@ def nails_backward(grad: torch.Tensor, n: Nails) -> torch.Tensor:
 
 
 def _run(
-    function: Callable[..., Any], x: torch.Tensor, size: Pair, w: Windows, *args: int
+    function: Callable[..., Any], x: torch.Tensor, size: Int2, w: Windows, *args: int
 ) -> torch.Tensor:
     out = _windows.empty(x, size, w)
     if out.numel() > 0:
