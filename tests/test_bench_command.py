@@ -86,8 +86,8 @@ def test_it_is_found_beside_the_package_or_here(
     ("arguments", "said"),
     [
         ([*FOLDER, "--op", "pool"], "no benchmarks of pool; there are aspp, dense_crf, "),
-        ([*FOLDER, "--device", "tpu"], "--device is auto, cpu or cuda, not 'tpu'"),
-        ([*FOLDER, "--report", "x"], "--report is made from the JSON"),
+        ([*FOLDER, "--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+        ([*FOLDER, "--report", "x"], "--report needs --json"),
         (["--folder", "nowhere"], "no benchmarks in nowhere. They are not part of the installed"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``segkernels bench``: runs the benchmarks of a source checkout, and compares two runs."""
+"""``segkernels bench``: runs the benchmarks of a source checkout, or compares two runs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _INSTALL = 'pip install "segkernels[bench]"'
 def command(
     op: Annotated[
         list[str] | None,
-        typer.Option("--op", help="Only this operator's cases; may be given again."),
+        typer.Option("--op", help="Only this operator's cases; may be repeated."),
     ] = None,
     quick: Annotated[
         bool | None,
         typer.Option(
             "--quick/--full",
-            help="Few small cases, or every case at its paper's size. Without either: full on a "
-            "GPU, quick on a CPU.",
+            help="Few small cases, or every case at the size in its paper. Default: full on a GPU, "
+            "quick on a CPU.",
             show_default=False,
         ),
     ] = None,
@@ -36,20 +36,20 @@ def command(
     ] = None,
     report: Annotated[
         Path | None,
-        typer.Option(help="Write a report here: Markdown, a page and plots. Needs --json."),
+        typer.Option(help="Write a report here: Markdown, HTML and plots. Needs --json."),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Run nothing: say what became slower from one JSON to another."),
+        typer.Option(help="Run nothing: list what is slower in the second JSON."),
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="The benchmarks' folder, where it is not found.")
+        Path | None, typer.Option(help="The benchmarks' folder, if it is not found.")
     ] = None,
 ) -> None:
     """Measure every operator against its peers, or compare two runs.
 
-    The benchmarks are not part of the installed package: this needs the source checkout, beside
-    which it looks, and in whose folder it may be run.
+    The benchmarks are not part of the installed package: run this in a source checkout, or with an
+    editable install.
     """
     try:
         _check_installed()
@@ -57,9 +57,9 @@ def command(
         if compare is not None:
             raise typer.Exit(_reports(benchmarks).print_comparison(*compare))
         if device not in ("auto", "cpu", "cuda"):
-            raise _UnusableError(f"--device is auto, cpu or cuda, not {device!r}")
+            raise _UnusableError(f"--device must be auto, cpu or cuda, got {device!r}")
         if report is not None and json is None:
-            raise _UnusableError("--report is made from the JSON: name that too, with --json")
+            raise _UnusableError("--report needs --json, from which the report is made")
         files = _files(benchmarks, op or [])
     except _UnusableError as error:
         typer.echo(f"segkernels bench: {error}", err=True)
@@ -68,7 +68,7 @@ def command(
     arguments = [*map(str, files), "--benchmark-only", "--device", device]
     arguments += [] if quick is None else ["--quick" if quick else "--full"]
     arguments += [] if json is None else [f"--benchmark-json={json}"]
-    # Not the configuration of the folder in which the command happens to run.
+    # Ignore the pytest configuration of the current folder.
     arguments += ["-c", str(benchmarks.parent / "pyproject.toml"), "-q"]
     pytest: Any = importlib.import_module("pytest")
     status = int(pytest.main(arguments))
@@ -80,14 +80,11 @@ def command(
 
 
 class _UnusableError(Exception):
-    """Why the command cannot do what was asked."""
+    """The command cannot run; the message is the reason."""
 
 
 def find_benchmarks(named: Path | None) -> Path:
-    """The folder ``benchmarks`` of a source checkout.
-
-    Looked for at `named`, beside the package (an editable install) and in the current folder.
-    """
+    """The folder ``benchmarks`` of a source checkout: `named`, or beside the package, or here."""
     places = [named] if named is not None else []
     if named is None:
         places = [Path(__file__).resolve().parents[2] / "benchmarks", Path("benchmarks")]
@@ -108,7 +105,7 @@ def _check_installed() -> None:
 
 
 def _files(benchmarks: Path, ops: list[str]) -> list[Path]:
-    """The bench files of `ops`, or the folder where none is named."""
+    """The bench files of `ops`, or the folder for none."""
     known = {path.stem.removeprefix("bench_"): path for path in benchmarks.glob("bench_*.py")}
     unknown = [op for op in ops if op not in known]
     if unknown:

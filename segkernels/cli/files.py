@@ -1,7 +1,7 @@
-"""Photographs as arrays, and the ways in and out of files that the command shares.
+"""Reads photographs and arrays, and writes files atomically.
 
-What cannot be used raises :class:`PictureError`, whose text is one line that names the file, what
-was expected and what came.
+A file that cannot be used raises `PictureError` with one line: the file, what was expected, what it
+holds.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 
 
 class PictureError(Exception):
-    """A file that cannot be used, told in one line."""
+    """A file cannot be used; the message is one line."""
 
 
 def picture_suffixes() -> frozenset[str]:
-    """The file endings that Pillow can read, and those of arrays."""
+    """File endings of pictures that Pillow can read, and of arrays."""
     readable = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
     return frozenset(readable) | ARRAY_SUFFIXES
 
 
 def read_image(path: Path) -> Photograph:
-    """The photograph at ``path`` as an array (H, W, n), n = 1 for grey and 3 for colour.
+    """Read a photograph as an array (H, W, n), with n = 1 for grey and n = 3 for colour.
 
-    Pictures come out upright (EXIF orientation applied), on the scale 0 to 255 whatever their bit
-    depth (uint8, or float32 for 16 bits a channel), and without their alpha channel: transparent
-    pixels keep the colour that the file holds. Floating-point pictures and ``.npy`` / ``.npz``
-    arrays (H, W) or (H, W, n) come out as float32 on their own scale.
+    The EXIF orientation is applied. Values are from 0 to 255 for every bit depth (uint8, or float32
+    for 16 bits a channel). The alpha channel is dropped; transparent pixels keep the file's colour.
+    Floating-point pictures and ``.npy`` / ``.npz`` arrays (H, W) or (H, W, n) become float32 and
+    keep their scale.
 
     Raises:
-        PictureError: The file cannot be read, or is no photograph as described.
+        PictureError: the file cannot be read, or is not a photograph as described.
     """
     if path.suffix.lower() in ARRAY_SUFFIXES:
         pixels = read_array(path, "IMAGE")
@@ -84,12 +84,15 @@ def _photograph(picture: Image.Image, path: Path) -> Photograph:
 
 
 def open_picture(path: Path, role: str) -> Image.Image:
-    """The one picture in a file, decoded, upright; ``role`` (IMAGE, LABELS) begins the errors."""
+    """Decode the only picture in a file and apply its EXIF orientation.
+
+    `role` (IMAGE, LABELS) starts the error messages.
+    """
     try:
         with Image.open(path) as opened:
             frames = getattr(opened, "n_frames", 1)
             if frames != 1 and opened.format != "MPO":
-                # MPO is a phone's JPEG with a preview behind the picture; the picture is first.
+                # MPO is a phone's JPEG: the picture, then a preview.
                 raise PictureError(f"{role} {path}: expected one picture, got {frames} frames")
             opened.load()
             picture = ImageOps.exif_transpose(opened)
@@ -100,12 +103,12 @@ def open_picture(path: Path, role: str) -> Image.Image:
     except UnidentifiedImageError:
         raise PictureError(f"{role} {path}: not a picture that Pillow can read") from None
     except Exception as error:
-        # Decoders raise whatever they trip over: OSError, SyntaxError, struct.error, ValueError...
+        # Decoders raise many types: OSError, SyntaxError, struct.error, ValueError...
         raise PictureError(f"{role} {path}: cannot be read ({_reason(error)})") from error
 
 
 def read_array(path: Path, role: str) -> npt.NDArray[Any]:
-    """The one array in a ``.npy`` or ``.npz`` file; ``role`` (IMAGE, LABELS) begins the errors."""
+    """Read the only array in a ``.npy`` or ``.npz`` file; `role` starts the error messages."""
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
@@ -119,25 +122,25 @@ def read_array(path: Path, role: str) -> npt.NDArray[Any]:
     except PictureError:
         raise
     except Exception as error:
-        # As with pictures: OSError, ValueError, BadZipFile, zlib.error...
+        # OSError, ValueError, BadZipFile, zlib.error...
         raise PictureError(
             f"{role} {path}: not a readable numpy array ({_reason(error)})"
         ) from error
 
 
 def save_picture(path: Path, picture: Image.Image, **options: Any) -> None:
-    """Writes a picture in the format that the path's ending names, or nothing at all."""
+    """Write a picture atomically, in the format of the path's ending."""
     name = Image.registered_extensions()[path.suffix.lower()]
     write_atomically(path, lambda file: picture.save(file, format=name, **options))
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Has ``write`` fill a new file beside ``path``, and then puts it there in one step."""
+    """Write a temporary file with `write`, then rename it to `path`."""
     target = path.resolve()
-    # Made by open(), not by tempfile, so that the result has the permissions of any new file.
+    # open() instead of tempfile, which would restrict the permissions.
     part = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
-        # Encoders seek and patch; in memory that cannot leave half a file on a full disk.
+        # Encoders seek, so they write to memory: a full disk then leaves no partial file.
         buffer = io.BytesIO()
         write(buffer)
         with open(part, "xb") as file:
@@ -152,7 +155,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def check_writable(path: Path, option: str) -> None:
-    """Finds out, before any work, that a file could not be written; leaves no trace."""
+    """Raise `PictureError` before any work if a file could not be written; leave no trace."""
     try:
         target = path.resolve()
         if target.is_dir():
@@ -160,7 +163,7 @@ def check_writable(path: Path, option: str) -> None:
         if not target.parent.is_dir():
             raise PictureError(f"{option} {path}: there is no folder {target.parent}")
         with suppress(FileNotFoundError):
-            os.stat(target)  # the name, too, has to be one that the file system takes
+            os.stat(target)  # the file system may reject the name
             if not os.access(target, os.W_OK):
                 raise PictureError(f"{option} {path}: cannot be written (it is read-only)")
         probe = target.with_name(f".{uuid.uuid4().hex}.part")
@@ -172,7 +175,7 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def make_folder(folder: Path, option: str) -> None:
-    """Makes a folder for output where it is missing, and finds out whether it can be written to."""
+    """Make an output folder if it is missing, and check that it can be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -45,11 +45,11 @@ class Problem:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``segkernels info --json`` prints, as plain JSON types.
+    """The data of ``segkernels info --json``, as plain JSON types.
 
-    Keys: ``versions`` (package to version, None where it is not installed), ``system``, ``native``
-    (how ``_C`` was built; ``problem`` says why it does not load), ``devices``, ``ops`` (the
-    registry, with ``available``: device to bool) and ``problems`` (``what``, ``why``, ``do``).
+    Keys: ``versions`` (package to version, or None if it is not installed), ``system``, ``native``
+    (how ``_C`` was built; ``problem`` is why it does not load), ``devices``, ``ops`` (the registry,
+    with ``available``: device to bool) and ``problems`` (``what``, ``why``, ``do``).
     """
     native = _native_info()
     devices = _devices(native)
@@ -86,7 +86,7 @@ def _versions() -> dict[str, str | None]:
 
 
 def _driver_cuda() -> str | None:
-    """The newest CUDA that the driver here runs, such as "13.0"; None where torch sees none."""
+    """The newest CUDA version that the driver supports, such as "13.0", or None."""
     ask = getattr(torch._C, "_cuda_getDriverVersion", None)
     number = ask() if ask is not None and torch.version.hip is None else 0
     return f"{number // 1000}.{number % 1000 // 10}" if number else None
@@ -149,8 +149,8 @@ def _cpu_name() -> str:
 def covers(arches: list[str], capability: tuple[int, int]) -> bool:
     """Whether code built for `arches` ("8.0", "9.0+PTX") runs on a GPU of `capability`.
 
-    Machine code runs on the same major version from its own minor version on; PTX is compiled by
-    the driver for everything newer.
+    Machine code runs on the same major and a higher or equal minor version. The driver compiles PTX
+    for everything newer.
     """
     for arch in arches:
         number, plus, _ = arch.partition("+PTX")
@@ -176,7 +176,7 @@ def _ops(native: dict[str, Any], devices: list[dict[str, Any]]) -> list[dict[str
 def _problems(native: dict[str, Any], devices: list[dict[str, Any]]) -> list[Problem]:
     found = []
     if native["problem"]:
-        found.append(Problem("native code", native["problem"], "see why; nothing works without it"))
+        found.append(Problem("native code", native["problem"], "nothing works without it"))
     elif native["openmp"] is None:
         found.append(
             Problem(
@@ -237,7 +237,7 @@ def _no_gpu() -> Problem:
 
 
 def render(info: dict[str, Any], console: Console) -> None:
-    """Print `collect()`'s answer for people, in at most 80 columns where the names allow it."""
+    """Print the data of `collect` as text, in at most 80 columns."""
     system = info["system"]
     torch_cuda = f"CUDA {system['torch_cuda']}" if system["torch_cuda"] else "CPU only"
     rows = {name: version or "not installed" for name, version in info["versions"].items()}
@@ -285,7 +285,7 @@ def _backends(op: dict[str, Any], device: str) -> str:
 
 
 def _short(dtypes: list[str]) -> str:
-    """Dtypes with their bits alone: "float16 bfloat16 float32" is "f16 bf16 f32"."""
+    """Abbreviate dtypes: "float16 bfloat16 float32" to "f16 bf16 f32"."""
     return " ".join(name.replace("bfloat", "bf").replace("float", "f") for name in dtypes)
 
 

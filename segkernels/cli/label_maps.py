@@ -1,8 +1,8 @@
-"""Label maps in files: what their pixels mean, and writing others in the same way.
+"""Reads label maps, and writes refined ones in the same format.
 
-People keep labels as palette pictures (PASCAL VOC), colour pictures (annotations painted by hand),
-greyscale pictures of indices, and numpy arrays of labels or of a network's probabilities. Whatever
-it is becomes a :class:`LabelMap`, which remembers how it was kept.
+Labels are palette pictures (PASCAL VOC), colour pictures (annotations painted by hand), greyscale
+pictures of indices, and numpy arrays of labels or of a network's probabilities. All become a
+`LabelMap`, which records the format.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from segkernels.cli.files import (
 Colour = tuple[int, int, int]
 Positions = npt.NDArray[np.int32]
 
-#: What a label map can be written as: formats that keep every value.
+# Lossless formats that a label map can be written in.
 LABEL_OUTPUTS = (".png", ".tif", ".tiff")
 
 _LOSSY_FORMATS = frozenset({"JPEG", "MPO", "JPEG2000"})
-_LARGEST_INDEX = 65535  # what a 16-bit picture can hold
-# More values than this in one map is a photograph or a lossy copy unless num_classes says no.
+_LARGEST_INDEX = 65535  # of a 16-bit picture
+# A map with more values is a photograph or a lossy copy, unless num_classes is given.
 _MOST_VALUES = 256
-# From here on, a map whose rarer half of values covers next to nothing has been resampled.
+# A map with more values whose rarer half covers few pixels (_RARE_SHARE) was resampled.
 _MANY_VALUES = 40
 _RARE_SHARE = 0.01
 _BLACK = (0, 0, 0)
@@ -45,18 +45,18 @@ _PROBABILITY_SLACK = 1e-3
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the user says about label maps.
+    """How the user wants label maps to be read.
 
     Attributes:
-        unknown: What marks unlabelled pixels: indices, colours (any CSS name, or ``#rrggbb``), or
-            "none". "auto" takes, where the map uses it: in a colour picture black; in a palette
-            picture index 255 or else black, but black is a class in PASCAL VOC's palette; in a
-            greyscale picture 255, or 65535 in 16 bits; in an array 255 and -1. In pictures with
-            alpha, pixels less than half opaque are unknown as well, whatever is said here.
-        num_classes: The number of classes. Default: those that the map uses.
-        alone: Whether no other map belongs to the same job. Then "auto" sees a mask in a map that
-            uses just two values, both classes. Among many maps one may happen to lack the other
-            classes, so there that map is an error, which asks.
+        unknown: the values of unlabelled pixels: indices, colours (a CSS name or ``#rrggbb``), or
+            "none". "auto" is, if the map uses it: black in a colour picture; index 255, or else
+            black, in a palette picture, except in PASCAL VOC's palette, where black is a class; 255
+            (65535 in 16 bits) in a greyscale picture; 255 and -1 in an array. Pixels less than half
+            opaque are always unknown.
+        num_classes: the number of classes. Default: the classes that the map uses.
+        alone: whether this is the only map. Then "auto" reads a map of two values as a mask, in
+            which both are classes. Among many maps such a map may lack the other classes, so there
+            it is an error.
     """
 
     unknown: tuple[str, ...] = ("auto",)
@@ -66,23 +66,30 @@ class Meaning:
 
 @dataclass(frozen=True)
 class LabelMap:
-    """A label map and all that is needed to write another one in the same way."""
+    """A label map, and the format to write a refined one in.
+
+    Attributes:
+        path: the file.
+        kind: how the file represents classes.
+        positions: (H, W), the position of each pixel's class in `keys`; -1 if it is unknown.
+        keys: the value of each class in the file: an index, or a colour if `kind` is "colour".
+        colours: (len(keys), 3) uint8, colours to draw the classes with.
+        num_classes: the number of classes for the CRF; at least len(keys).
+        unknown: a description of the values that were read as unknown.
+        probs: (C, H, W) float32 if `kind` is "probabilities".
+        mode: Pillow's mode of the picture, or of one that can hold the array's indices.
+        palette: of a palette picture.
+        save_options: for Pillow.
+    """
 
     path: Path
     kind: Literal["palette", "colour", "index", "probabilities"]
-    #: (H, W), the position of each pixel's class in ``keys``; -1 where it is unknown.
     positions: Positions
-    #: What the file holds for each class: an index, or a colour when ``kind`` is "colour".
     keys: tuple[int, ...] | tuple[Colour, ...]
-    #: (len(keys), 3) uint8, to show the classes with.
     colours: npt.NDArray[np.uint8]
-    #: The classes that the CRF works with; at least len(keys).
     num_classes: int
-    #: In words, what was taken as unknown.
     unknown: str
-    #: (C, H, W) float32 when ``kind`` is "probabilities".
     probs: npt.NDArray[np.float32] | None = None
-    #: Pillow's mode of the picture, or of one that can hold the array's indices.
     mode: str = "L"
     palette: tuple[int, ...] = ()
     save_options: dict[str, Any] = field(default_factory=dict)
@@ -95,16 +102,16 @@ class LabelMap:
 
 
 def read_labels(path: Path, meaning: Meaning | None = None) -> LabelMap:
-    """The label map at ``path``.
+    """Read a label map.
 
     Args:
-        path: A palette picture (its indices are the classes), a colour picture (its colours are),
-            a greyscale or 1-bit one (its values are), or ``.npy`` / ``.npz`` with integer labels
+        path: a palette picture (classes are its indices), a colour picture (its colours), a
+            greyscale or 1-bit picture (its values), or ``.npy`` / ``.npz`` with integer labels
             (H, W) or probabilities (C, H, W).
-        meaning: What marks unknown pixels, and the number of classes.
+        meaning: which pixels are unknown, and the number of classes.
 
     Raises:
-        PictureError: The file cannot be read, or is no label map as described.
+        PictureError: the file cannot be read, or is not a label map as described.
     """
     meaning = meaning or Meaning()
     if path.suffix.lower() in ARRAY_SUFFIXES:
@@ -128,7 +135,7 @@ def read_labels(path: Path, meaning: Meaning | None = None) -> LabelMap:
 
 
 def write_labels(path: Path, positions: npt.NDArray[Any], like: LabelMap) -> None:
-    """Writes ``positions`` (H, W), indices into ``like.keys``, as ``like`` was kept."""
+    """Write `positions` (H, W), indices into ``like.keys``, in the format of `like`."""
     dtype = {"1": np.bool_, "I": np.uint16}.get(like.mode[0], np.uint8)
     keys = np.array(like.keys)
     picture = Image.fromarray(keys.astype(dtype)[positions])
@@ -141,10 +148,9 @@ def write_labels(path: Path, positions: npt.NDArray[Any], like: LabelMap) -> Non
 
 
 def distinct_colours(classes: Iterable[int]) -> npt.NDArray[np.uint8]:
-    """(C, 3) uint8: for each class index a colour, always the same, unlike those of its neighbours.
+    """A fixed colour for each class index, distinct from those of nearby indices: (C, 3) uint8.
 
-    Hues step by the golden angle, which never comes back to one it has had, while lightness and
-    saturation take turns.
+    Hues step by the golden angle, so none repeats; lightness and saturation alternate.
     """
     colours = []
     for i in classes:
@@ -154,7 +160,7 @@ def distinct_colours(classes: Iterable[int]) -> npt.NDArray[np.uint8]:
     return np.array(colours, np.uint8).reshape(-1, 3)
 
 
-# --- the kinds of files
+# --- file formats
 
 
 def _from_array(path: Path, values: npt.NDArray[Any], meaning: Meaning) -> LabelMap:
@@ -242,7 +248,7 @@ def _from_palette(path: Path, picture: Image.Image, meaning: Meaning) -> LabelMa
 
     keys, unknown = indices.classes(meaning, automatic, named, show)
     colours = np.array([_palette_colour(palette, key) for key in keys], np.uint8)
-    # A transparent index is a class like any other, and stays transparent.
+    # A transparent index is an ordinary class, and stays transparent.
     options = {key: value for key, value in picture.info.items() if key == "transparency"}
     return indices.label_map(
         keys,
@@ -266,7 +272,7 @@ def _from_colours(path: Path, picture: Image.Image, meaning: Meaning) -> LabelMa
     if meaning.num_classes is None:
         _refuse_noise(path, counts, "colours")
     elif len(found) > meaning.num_classes + _MOST_VALUES:
-        # Before any work on each colour: of a photograph, there are a million.
+        # Checked before any work on single colours: a photograph has a million.
         raise _too_many_colours(path, len(found), meaning.num_classes)
     used = [(code >> 16, code >> 8 & 255, code & 255) for code in found.tolist()]
 
@@ -282,7 +288,7 @@ def _from_colours(path: Path, picture: Image.Image, meaning: Meaning) -> LabelMa
     keys = tuple(colour for colour in used if colour not in dropped)
     if meaning.num_classes is not None and len(keys) > meaning.num_classes:
         raise _too_many_colours(path, len(keys), meaning.num_classes)
-    # A table over all 2^24 colours: calloc leaves the pages of absent colours untouched.
+    # A table of all 2^24 colours: calloc does not touch the pages of absent ones.
     table = np.zeros(1 << 24, np.int16 if len(keys) < 32767 else np.int32)
     for position, (red, green, blue) in enumerate(keys):
         table[red << 16 | green << 8 | blue] = position + 1
@@ -307,14 +313,14 @@ def _tally(
     opaque: npt.NDArray[np.bool_] | None,
     meaning: Meaning,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The colours used, as ascending codes, and how many pixels have each."""
+    """The colours in the picture as ascending codes, and the number of pixels of each."""
     if opaque is not None:
         if not opaque.any():
             raise PictureError(
                 f"LABELS {path}: expected labelled pixels, got transparent ones only"
             )
         return np.unique(codes[opaque], return_counts=True)
-    # Pillow counts up to a bound in one pass; sorting millions of codes is for the error alone.
+    # Pillow counts up to a limit in one pass. Sorting all codes precedes an error only.
     listed = rgb.getcolors((meaning.num_classes or 0) + _MOST_VALUES)
     if listed is None:
         return np.unique(codes, return_counts=True)
@@ -331,7 +337,7 @@ def _name(value: Any) -> str:
 
 
 class _Indices:
-    """A map whose pixels hold the classes' indices."""
+    """A map whose pixel values are class indices."""
 
     def __init__(
         self, path: Path, values: npt.NDArray[Any], opaque: npt.NDArray[np.bool_] | None = None
@@ -364,7 +370,7 @@ class _Indices:
         named: Callable[[str], set[int]],
         show: Callable[[Any], str] = _name,
     ) -> tuple[tuple[int, ...], str]:
-        """The indices that are classes, and in words those that are unknown."""
+        """The indices that are classes, and a description of the unknown ones."""
         dropped, words = _split(self.path, self.used, meaning, automatic, named, show)
         keys = [index for index in self.used if index not in dropped]
         count = meaning.num_classes
@@ -402,7 +408,7 @@ class _Indices:
         )
 
 
-# --- what is unknown, and what is no label map
+# --- unknown values, and pictures that are not label maps
 
 
 def _split(
@@ -413,7 +419,7 @@ def _split(
     named: Callable[[str], set[Any]],
     show: Callable[[Any], str] = _name,
 ) -> tuple[set[Any], str]:
-    """Which values mark unknown pixels, and in words those of them that are used."""
+    """The values of unknown pixels, and a description of those that the map uses."""
 
     def words(values: Collection[Any]) -> str:
         shown = [show(value) for value in sorted(values)]
@@ -440,7 +446,7 @@ def _split(
 
 
 def _refuse_noise(path: Path, counts: npt.NDArray[Any], what: str) -> None:
-    """A photograph, or a label map that was compressed or resized, is not taken as labels."""
+    """Raise for a photograph, and for a label map that was compressed or resized."""
     number = len(counts)
     rare = np.sort(counts)[: number // 2].sum()
     if number > _MOST_VALUES:

@@ -1,4 +1,4 @@
-"""The side-by-side picture of a refinement: the photograph, the labels before, the labels after."""
+"""Draws photograph, labels before and labels after, side by side."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from segkernels.cli.label_maps import LabelMap, distinct_colours
 
-# A panel's longer side, in pixels: large enough to judge edges, small enough to open anywhere.
+# Limits of a panel's longer side in pixels: edges must be visible, any viewer must open it.
 _SMALLEST, _LARGEST = 460, 1600
 _MARGIN, _GAP = 24, 14
 _PAGE, _INK, _FAINT = (250, 250, 248), (34, 36, 40), (122, 126, 132)
-_TINT = 0.55  # the classes' share of a blended panel
-_DIM = 0.38  # the photograph's share where labels are unknown
-_ALIKE = 110  # colours nearer than this look the same once blended
-_HATCH = 10  # the period of the stripes there, in panel pixels
+_TINT = 0.55  # opacity of the class colours
+_DIM = 0.38  # brightness of the photograph where labels are unknown
+_HATCH = 10  # period of the stripes there, in panel pixels
+_ALIKE = 110  # colours at a smaller distance look the same once blended
 
 
 def side_by_side(
@@ -29,14 +29,14 @@ def side_by_side(
     names: Sequence[str] = (),
     notes: tuple[str, str, str] = ("", "", ""),
 ) -> Image.Image:
-    """Image, before and after in a row, each under its title.
+    """Draw image, labels before and labels after in a row, with titles.
 
     Args:
         photograph: (H, W, n), as `files.read_image` returns it.
-        before: The labels as they were; unknown pixels are dimmed and striped.
+        before: the labels before. Unknown pixels are dimmed and striped.
         after: (H, W) positions in ``before.keys``.
-        names: Names of the classes for a legend below. Default: no legend.
-        notes: Something to say beside each title.
+        names: class names for a legend. Default: no legend.
+        notes: a note beside each title.
     """
     height, width = after.shape
     scale = 1.0
@@ -75,7 +75,7 @@ def side_by_side(
 
 
 def _displayed(photograph: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) uint8; what is of another dtype is stretched to it."""
+    """The photograph as (H, W, 3) uint8; other dtypes are stretched from minimum to maximum."""
     channels = photograph if photograph.shape[2] in (1, 3) else photograph[..., :3]
     if channels.shape[2] != 3:
         channels = np.repeat(channels[..., :1], 3, axis=2)
@@ -87,7 +87,7 @@ def _displayed(photograph: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def _told_apart(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The labels' own colours, or others where some of those are all but the same."""
+    """The labels' own colours, or distinct ones where two of them look the same."""
     others = distinct_colours(range(len(colours)))
     if _closest(colours) < _ALIKE and _closest(others) > _closest(colours):
         return others
@@ -95,7 +95,7 @@ def _told_apart(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 
 
 def _closest(colours: npt.NDArray[np.uint8]) -> float:
-    """The smallest distance between two of the colours."""
+    """The smallest distance between two colours."""
     if len(colours) < 2:
         return float("inf")
     wide = colours.astype(np.float32)
@@ -106,12 +106,12 @@ def _closest(colours: npt.NDArray[np.uint8]) -> float:
 def _blend(
     shown: Image.Image, positions: npt.NDArray[Any], colours: npt.NDArray[np.uint8]
 ) -> Image.Image:
-    """The photograph tinted with the classes' colours, which are parted by thin lines."""
+    """The photograph tinted with the class colours, with white lines between classes."""
     labels = _nearest(positions, shown.size)
     photo = np.asarray(shown, np.float32)
     grey = photo.mean(axis=2, keepdims=True)
     known = (labels >= 0)[..., None]
-    # Tinting the photograph's own lightness keeps both the colour and the texture readable.
+    # Tinting a half grey photograph keeps both colour and texture visible.
     tinted = (1 - _TINT) * (0.5 * photo + 0.5 * grey) + _TINT * colours[np.maximum(labels, 0)]
     rows, columns = np.indices(labels.shape)
     stripe = ((rows + columns) % _HATCH < 2)[..., None]
@@ -130,7 +130,7 @@ def _nearest(positions: npt.NDArray[Any], size: tuple[int, int]) -> npt.NDArray[
 
 
 def _edges(labels: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Pixels whose right or lower neighbour has another label."""
+    """Mask of pixels whose right or lower neighbour has another label."""
     edge = np.zeros(labels.shape, bool)
     edge[:, :-1] |= labels[:, :-1] != labels[:, 1:]
     edge[:-1] |= labels[:-1] != labels[1:]

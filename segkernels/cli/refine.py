@@ -196,7 +196,7 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="INDEX|COLOUR|none",
-            help="What marks unlabelled pixels; may be repeated. Default: black in colour labels, "
+            help="Value of unlabelled pixels; may be repeated. Default: black in colour labels, "
             "255 or black in palette labels (in PASCAL VOC's palette black is a class), 255 in "
             "greyscale ones.",
             rich_help_panel=_LABEL_PANEL,
@@ -213,7 +213,7 @@ def command(
     gt_prob: Annotated[
         float,
         typer.Option(
-            help="How far a label is trusted, between 0 and 1.", rich_help_panel=_LABEL_PANEL
+            help="Probability that a label is right, between 0 and 1.", rich_help_panel=_LABEL_PANEL
         ),
     ] = 0.7,
     iterations: Annotated[
@@ -258,7 +258,7 @@ def command(
     method: Annotated[
         Method,
         typer.Option(
-            help="exact: not approximated on a lattice, in time quadratic in the pixels.",
+            help="exact: no lattice approximation, in time quadratic in the pixels.",
             rich_help_panel=_CRF_PANEL,
         ),
     ] = Method.lattice,
