@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.cases import CASES, CLASSES, PARAMETERS, Case, as_if_trained, outputs
+from models.counted import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkernels import DenseCRF, models
@@ -75,7 +76,7 @@ def test_parameters_are_those_of_the_paper(
     for backend in ("segkernels", "torch"):
         with torch.device("meta"):
             model = models.create_model(name, backend=backend, **arguments)
-        assert sum(p.numel() for p in model.parameters()) == count
+        assert parameters(model) == count
         assert {p.device.type for p in model.parameters()} == {"meta"}
         found.append({key: value.shape for key, value in model.state_dict().items()})
     assert found[0] == found[1]

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.cases import as_if_trained
+from models.counted import flops, parameters
 from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 from segkernels import DenseCRF, models
 from segkernels.cli import app
-from segkernels.models import _summary, _vgg
+from segkernels.models import _registry, _summary, _vgg
 from segkernels.models._resnet import LAYERS, ResNet
 from segkernels.models.dilatednet import MARGIN, _mirror
 from segkernels.nn import bilinear_kernel_
@@ -397,10 +398,20 @@ def test_flops_are_those_of_a_hand_count() -> None:
     found += conv(1, 64, 21, h, w)
     with torch.device("meta"):
         model = models.unet(backend="torch")
-    assert _summary.flops(model, 32, 48) == found
+    assert flops(model, 32, 48) == found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spec", _registry.specs(), ids=lambda spec: spec.name)
+def test_stored_figures_are_those_of_the_model(spec: _registry.Spec) -> None:
+    with torch.device("meta"):
+        model = models.create_model(spec.name, backend="torch").eval()
+    assert spec.parameters == parameters(model)
+    # 513, or the next smaller size that fits.
+    assert spec.size == 513 - (513 - model.min_size) % model.size_step
+    assert spec.flops == flops(model, spec.size, spec.size)
+
+
 def test_command_prints_every_model() -> None:
     ran = CliRunner().invoke(app, ["models", "--json"])
     assert ran.exit_code == 0, ran.output
@@ -431,7 +442,7 @@ def test_command_prints_every_model() -> None:
         for name, row in rows.items()
     ]
     console = Console(width=200, file=io.StringIO())
-    _summary.render([_summary.Row(**row) for row in rows.values()], console)
+    _summary.render(_summary.rows(), console)
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue().splitlines()
     for row in rows.values():

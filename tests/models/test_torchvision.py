@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from models.cases import as_if_trained, outputs
+from models.counted import flops, parameters
 
 from segkernels import models
-from segkernels.models import _summary
 
 try:
     import torchvision
@@ -139,9 +139,9 @@ def test_operations_are_those_that_torchvision_states(name: str, their_name: str
     meta = segmentation.__dict__[_weights(their_name)].DEFAULT.meta
     with torch.device("meta"):
         model = models.create_model(name, aux_loss=True, backend="torch").eval()
-    assert sum(p.numel() for p in model.parameters()) == meta["num_params"]
-    # Theirs counts multiplications, at 520 x 520.
-    assert _summary.flops(model, 520, 520) / 2e9 == pytest.approx(meta["_ops"], abs=6e-4)
+    assert parameters(model) == meta["num_params"]
+    # torchvision counts multiplications, at 520 x 520.
+    assert flops(model, 520, 520) / 2e9 == pytest.approx(meta["_ops"], abs=6e-4)
 
 
 def _weights(name: str) -> str:
