@@ -215,7 +215,7 @@ class SegmentationModel(nn.Module):
     def _checked_scores(
         self, input: torch.Tensor
     ) -> tuple[torch.Tensor, tuple[int, int], Box | None, torch.Tensor | None]:
-        """Check the input and return `Scores`, with the size of the image in place of None."""
+        """Check the input; return `scores` with the size of the image in place of None."""
         self.check_input(input)
         low, size, box, aux = self.scores(input)
         return low, size or spatial_size(input), box, aux

@@ -106,11 +106,7 @@ def label_map(
 
 
 def cross_entropy(
-    low: torch.Tensor,
-    target: torch.Tensor,
-    align_corners: bool,
-    backend: Backend,
-    **options: Any,
+    low: torch.Tensor, target: torch.Tensor, align_corners: bool, backend: Backend, **options: Any
 ) -> torch.Tensor:
     """Cross entropy of scores resized to the size of `target`; options as for F.cross_entropy."""
     size = spatial_size(target)
@@ -132,8 +128,8 @@ def conv_norm(layers: nn.Sequential, first: int = 0) -> tuple[nn.Conv2d, nn.Modu
 class FCNHead(nn.Sequential):
     """3x3 convolution to a quarter of the channels, BatchNorm, ReLU, dropout, 1x1 convolution.
 
-    torchvision's segmentation models have this head as classifier and as auxiliary classifier. The
-    parameters have torchvision's names.
+    torchvision's FCN has this head as classifier, and its FCN and DeepLab v3 have it as auxiliary
+    classifier. The parameters have torchvision's names.
     """
 
     def __init__(self, in_channels: int, num_classes: int, backend: Backend) -> None:

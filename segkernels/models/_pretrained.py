@@ -21,7 +21,7 @@ _COMPATS = ("compat_gaussian", "compat_bilateral")
 def save(
     folder: Path, name: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor]
 ) -> None:
-    """Write the name and the arguments of a model to config.json, and `state` to the weights.
+    """Write the name and the arguments of a model to config.json, `state` to model.safetensors.
 
     Raises:
         ImportError: safetensors is not installed.

@@ -40,7 +40,7 @@ class Spec:
     ops: tuple[str, ...]
 
 
-# In the order of the papers, which is the order of the imports in __init__.py.
+# The order is that of the papers and of the imports in __init__.py.
 _models: dict[str, tuple[Spec, Builder]] = {}
 
 

@@ -94,11 +94,11 @@ class ResNet(nn.Module):
         self,
         layers: Sequence[int],
         in_channels: int,
+        width: float,
+        backend: Backend,
         *,
-        width: float = 1.0,
         output_stride: int = 8,
         stem: Stem = "7x7",
-        backend: Backend,
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -164,8 +164,8 @@ class ResNetModel(SegmentationModel):
     Args:
         num_classes, in_channels, backend: see `SegmentationModel`.
         layers, width, output_stride, stem: see `ResNet`.
-        aux_loss: whether an `FCNHead` also classifies the output of layer3; for ResNet-50 and
-            ResNet-101 it has 2,365,205 parameters.
+        aux_loss: whether an `FCNHead` also classifies the output of layer3. With ResNet-50 or
+            ResNet-101 and 21 classes the head has 2,365,205 parameters.
     """
 
     classifier: nn.Module
@@ -185,12 +185,7 @@ class ResNetModel(SegmentationModel):
     ) -> None:
         super().__init__(num_classes, in_channels, backend)
         self.backbone = ResNet(
-            layers,
-            in_channels,
-            width=width,
-            output_stride=output_stride,
-            stem=stem,
-            backend=backend,
+            layers, in_channels, width, backend, output_stride=output_stride, stem=stem
         )
         self.aux_classifier = (
             FCNHead(self.backbone.channels[2], num_classes, backend) if aux_loss else None

@@ -25,7 +25,7 @@ _FC6 = {"large_fov": (3, 12, 1024), "4x4": (4, 4, 4096), "7x7": (7, 4, 4096)}
 
 
 class AtrousVGG16(_vgg.VGG16):
-    """VGG16 at output stride 8: 3x3 poolings, and the last two have no stride.
+    """VGG16 at output stride 8: 3x3 max pooling, with stride 1 in the last two.
 
     The convolutions after pool4 have a dilation of 2 ("holes", section 3.1).
     """
@@ -91,8 +91,7 @@ class DeepLabV1(WithCRF):
         """Scores at stride 8."""
         x = F.avg_pool2d(self.vgg(input), 3, 1, 1)
         x = self.dropout(self.fc6(x))
-        x = self.fc8(self.dropout(self.fc7(x)))
-        return Scores(x)
+        return Scores(self.fc8(self.dropout(self.fc7(x))))
 
 
 _deeplab_v1 = Architecture(

@@ -26,17 +26,23 @@ class Branch(nn.Module):
     """fc6 with one atrous rate, fc7 and fc8 (section 3.2, figure 7)."""
 
     def __init__(
-        self, before: int, fc: int, num_classes: int, rate: int, dropout: float, backend: Backend
+        self,
+        in_channels: int,
+        fc: int,
+        num_classes: int,
+        rate: int,
+        dropout: float,
+        backend: Backend,
     ) -> None:
         super().__init__()
         ops = op_backend(backend)
-        self.fc6 = ConvBNAct(before, fc, dilation=rate, norm=False, backend=ops)
+        self.fc6 = ConvBNAct(in_channels, fc, dilation=rate, norm=False, backend=ops)
         self.fc7 = ConvBNAct(fc, fc, 1, norm=False, backend=ops)
         self.fc8 = nn.Conv2d(fc, num_classes, 1)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[N, before, H, W] to [N, num_classes, H, W]."""
+        """[N, in_channels, H, W] to [N, num_classes, H, W]."""
         x = self.dropout(self.fc6(input))
         out: torch.Tensor = self.fc8(self.dropout(self.fc7(x)))
         return out
@@ -113,15 +119,14 @@ class DeepLabV2ResNet(WithCRF):
         backend: Backend = "segkernels",
     ) -> None:
         super().__init__(num_classes, in_channels, crf=crf, train_crf=train_crf, backend=backend)
-        self.backbone = ResNet(layers, in_channels, width=width, backend=backend)
+        self.backbone = ResNet(layers, in_channels, width, backend)
         self.classifier = ASPP(
             self.backbone.channels[3], num_classes, RATES, form="v2", backend=op_backend(backend)
         )
 
     def scores(self, input: torch.Tensor) -> Scores:
         """Scores at stride 8."""
-        x = self.classifier(self.backbone(input)[3])
-        return Scores(x)
+        return Scores(self.classifier(self.backbone(input)[3]))
 
 
 _PAPER = "Chen et al. 2016"

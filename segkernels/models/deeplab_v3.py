@@ -83,7 +83,7 @@ class DeepLabV3(ResNetModel):
         )
 
     def has_one_pixel_map(self, input: torch.Tensor) -> bool:
-        """True: the output of image pooling."""
+        """True: image pooling gives one."""
         return True
 
 

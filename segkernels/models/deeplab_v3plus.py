@@ -60,7 +60,7 @@ class DeepLabV3Plus(ResNetModel):
         )
 
     def has_one_pixel_map(self, input: torch.Tensor) -> bool:
-        """True: the output of image pooling."""
+        """True: image pooling gives one."""
         return True
 
     def scores(self, input: torch.Tensor) -> Scores:
@@ -68,8 +68,7 @@ class DeepLabV3Plus(ResNetModel):
         maps = self.backbone(input)
         low = self.low_level(maps[0])
         x = resize(self.aspp(maps[3]), spatial_size(low), True, self.backend)
-        x = self.classifier(torch.cat([x, low], dim=1))
-        return Scores(x)
+        return Scores(self.classifier(torch.cat([x, low], dim=1)))
 
 
 _deeplab_v3plus = Architecture(

@@ -98,7 +98,7 @@ class DilatedNet(SegmentationModel):
 
 
 def _mirror(x: torch.Tensor, dim: int, before: int, after: int) -> torch.Tensor:
-    """Reflection padding along one axis, which may exceed its size."""
+    """Reflection padding along one axis; the padding may exceed the size of `x`."""
     size = x.size(dim)
     period = max(1, 2 * size - 2)
     place = torch.arange(-before, size + after, device=x.device).remainder(period)

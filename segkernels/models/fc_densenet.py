@@ -124,8 +124,7 @@ class FCDenseNet(SegmentationModel):
             skip = skips.pop()
             x = torch.cat([centre_crop(transition(new), skip), skip], dim=1)
             new = block(x)
-        x = self.classifier(torch.cat([x, new], dim=1))
-        return Scores(x)
+        return Scores(self.classifier(torch.cat([x, new], dim=1)))
 
 
 _fc_densenet = Architecture(FCDenseNet, "Jégou et al. 2017", 32, ("dilated_conv2d", "max_pool2d"))

@@ -91,9 +91,8 @@ class FCN(SegmentationModel):
     def _cropped(self, x: torch.Tensor, input: torch.Tensor) -> Scores:
         """Crop the scores to the cells that the image needs, before they are upsampled."""
         s = self.stride
-        start = {32: 19, 16: 27, 8: 31}[
-            s
-        ] + s // 2  # in the resized scores with their border of zeros
+        # The image starts here in the resized scores with their border of zeros.
+        start = {32: 19, 16: 27, 8: 31}[s] + s // 2
         first = (2 * start + 1 - s) // (2 * s)  # the first cell that the first pixel reads
         ends = [(2 * (start + n - 1) + 1 - s) // (2 * s) + 2 for n in input.shape[-2:]]
         cells = F.pad(x, (1, 1, 1, 1))[..., first : ends[0], first : ends[1]]

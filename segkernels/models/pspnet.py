@@ -49,7 +49,7 @@ class PSPNet(ResNetModel):
 
     Args:
         num_classes, in_channels, aux_loss, width, layers, backend: see `ResNetModel`.
-        stem: the first layers of the ResNet, see `ResNet`: "deep" has 123,776 parameters more.
+        stem: the first layers of the ResNet, see `ResNet`: "deep" adds 123,776 parameters.
     """
 
     align_corners = True
@@ -79,7 +79,7 @@ class PSPNet(ResNetModel):
         )
 
     def has_one_pixel_map(self, input: torch.Tensor) -> bool:
-        """True: the 1x1 bin of the pyramid."""
+        """True: the 1x1 bin of the pyramid is one."""
         return True
 
 
