@@ -1,4 +1,4 @@
-"""What the papers fix: alignment, receptive fields, sizes, weights, the CRF, operations."""
+"""Tests of what the papers state: alignment, receptive fields, sizes, weights, CRF, FLOPs."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_unets_output_is_the_centre_of_the_image() -> None:
 
 
 def receptive_field(layers: list[nn.Module]) -> int:
-    """Of one output of layers one after the other, in inputs, by arithmetic."""
+    """The receptive field of a sequence of layers, by arithmetic."""
     field, step = 1, 1
     for layer in layers:
         kernel, dilation, stride = (
@@ -105,8 +105,9 @@ def receptive_field(layers: list[nn.Module]) -> int:
 
 
 def reach(model: nn.Module, size: int, place: tuple[int, int]) -> torch.Tensor:
-    """Where one output's gradient is not zero, for weights that cannot cancel: first and last row
-    and column.
+    """First and last row, and first and last column, where the gradient of one output is not zero.
+
+    The weights must be positive, so that they do not cancel.
     """
     image = torch.ones(1, 4, size, size, dtype=torch.float64, requires_grad=True)
     out = model(image)
@@ -127,7 +128,7 @@ def test_context_module_sees_67_pixels(large: bool) -> None:
         nn.init.constant_(conv.weight, 0.1)
     found = reach(context.double(), 101, (50, 50))
     assert found.tolist() == [50 - 33, 50 + 33, 50 - 33, 50 + 33]
-    # Starting as the identity, it passes the front end's scores on.
+    # The context module starts as the identity.
     x = torch.rand(1, 4, 9, 12)
     if not large:
         torch.testing.assert_close(build(4, width=1 / 64).context(x), x)
@@ -143,7 +144,7 @@ def test_front_end_sees_380_pixels_and_its_cells_lie_on_the_image() -> None:
         layers += [layer.conv for layer in stage] + [pool] * (number < 3)
     field = receptive_field([*layers, model.fc6.conv, model.fc7.conv, model.final])
     assert field == 380 == 2 * MARGIN + 8
-    # A bump just inside and just outside: what max pooling passes on is the bump.
+    # A larger pixel just inside or just outside the field: max pooling passes it on.
     image = torch.zeros(1, 1, field + 16, field + 16, dtype=torch.float64)
 
     def front_end(x: torch.Tensor) -> torch.Tensor:
@@ -183,7 +184,7 @@ def test_mirroring_goes_on_beyond_the_image(size: int) -> None:
 
 
 def vgg_state(norm: bool, width: int, fc: int) -> dict[str, torch.Tensor]:
-    """As torchvision.models.vgg16(_bn)().state_dict(), with other numbers of channels."""
+    """A state dict like torchvision's vgg16 or vgg16_bn, with fewer channels."""
     state, before, index = {}, 3, 0
     for channels, depth in _vgg.STAGES:
         for _ in range(depth):
@@ -251,12 +252,12 @@ def test_deeplab_subsamples_the_fully_connected_layers(
 @pytest.mark.parametrize(
     ("name", "more", "rates"),
     [
-        # conv5 at 2, and what follows it.
+        # conv5 has a dilation of 2.
         ("deeplab_v1", {}, [2, 2, 2, 12]),
         ("deeplab_v1", {"field": "4x4"}, [2, 2, 2, 4]),
         ("deeplab_v2_vgg16", {}, [2, 2, 2, 6, 12, 18, 24]),
         ("dilatednet", {}, [2, 2, 2, 4, 2, 4, 8, 16]),
-        # One block of layer3 goes on at the stride of layer2, and layer4 at 2 and 4.
+        # One block of layer3 has a dilation of 2; layer4 has blocks with 2 and 4.
         ("deeplab_v2_resnet101", {"layers": (1, 1, 2, 2)}, [2, 2, 4, 6, 12, 18, 24]),
         ("deeplab_v3_resnet50", {"layers": (1, 1, 2, 2)}, [2, 2, 4, 12, 24, 36]),
         ("deeplab_v3plus_resnet101", {"layers": (1, 1, 2, 2)}, [2, 6, 12, 18]),
@@ -355,7 +356,7 @@ def test_crf_refines_and_learns(name: str) -> None:
     target = torch.randint(0, 3, (2, 33, 41))
     plain.eval()
     model.eval()
-    # Evaluation: log-probabilities of the CRF on the full-size scores.
+    # In evaluation the output is the CRF's log-probabilities for the full-size scores.
     expected = crf(image, logits=plain(image), log=True)
     torch.testing.assert_close(model(image), expected)
     torch.testing.assert_close(model(image).exp().sum(1), torch.ones(2, 33, 41))
@@ -363,10 +364,10 @@ def test_crf_refines_and_learns(name: str) -> None:
     torch.testing.assert_close(
         model.loss(image, target, ignore_index=1), F.nll_loss(expected, target, ignore_index=1)
     )
-    # Another image than the normalised one that the network reads.
+    # The CRF can compare another image than the network reads.
     other = torch.rand(2, 5, 33, 41)
     torch.testing.assert_close(model(image, other), crf(other, logits=plain(image), log=True))
-    # Training apart, and end to end.
+    # Training without the CRF, and end to end.
     model.train()
     assert model.loss(image, target).grad_fn is not None
     model.loss(image, target).backward()
@@ -380,7 +381,7 @@ def test_crf_refines_and_learns(name: str) -> None:
 
 
 def test_flops_are_those_of_a_hand_count() -> None:
-    # U-Net at 32 x 48: two for each multiplication of a convolution.
+    # U-Net at 32 x 48; a multiply-add counts as two.
     found, h, w = 0, 32, 48
 
     def conv(k: int, a: int, b: int, h: int, w: int) -> int:
@@ -424,8 +425,8 @@ def test_command_prints_every_model() -> None:
         *("dilated_conv2d", "max_pool2d", "max_unpool2d"),
         *("upsample_argmax", "upsample_cross_entropy"),
     ]
-    # torchvision's table has 178.722e9 multiplications at 520 x 520 for this one with its auxiliary
-    # head of 2,365,184 weights; its maps, and so most of that, are the same at 513 x 513.
+    # torchvision states 178.722e9 multiplications at 520 x 520, with an auxiliary head of 2,365,184
+    # weights. The feature maps have the same size at 513 x 513.
     expected = 2 * (178.722e9 - 2_365_184 * 65 * 65)
     assert rows["deeplab_v3_resnet50"]["flops"] == pytest.approx(expected, rel=1e-2)
     readme = Path(__file__).parents[2] / "README.md"
