@@ -8,16 +8,37 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+
+from segkernels.models._registry import specs
 
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """The reference models: papers, parameters, operations at 513 x 513, operators."""
-    from segkernels.models import _summary  # they take a moment to import
-
-    rows = _summary.rows()
+    """The reference models: papers, parameters, operations. (--json lists the operators too.)"""
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+        typer.echo(json.dumps([asdict(spec) for spec in specs()], indent=2))
     else:
-        _summary.render(rows, Console(highlight=False))
+        render(Console(highlight=False))
+
+
+def render(console: Console) -> None:
+    """Print the figures of every model as a table of 80 columns."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("paper", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("stride", justify="right")
+    table.add_column("GFLOPs", justify="right", no_wrap=True)
+    table.add_column("size", justify="right")
+    for spec in specs():
+        table.add_row(
+            spec.name,
+            spec.paper,
+            f"{spec.parameters:,}",
+            str(spec.output_stride),
+            f"{spec.flops / 1e9:,.1f}",
+            str(spec.size),
+        )
+    console.print(table)

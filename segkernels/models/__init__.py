@@ -1,17 +1,17 @@
-"""Reference models for semantic segmentation, each one file to read beside its paper.
+"""Reference models for semantic segmentation: one file for each paper.
 
-``create_model(name, num_classes=21, in_channels=3, ...)``, or the function of that name, builds
-one: images [N, in_channels, H, W] to class scores [N, num_classes, H, W]. ``backend="torch"``
-builds the same from plain torch layers, with the same parameters and results. ``width=0.25`` is a
-quarter as wide. `SegmentationModel` says what all can do: `predict`, `loss`, `load_backbone`,
-`save_pretrained`.
+``create_model(name, num_classes=21, in_channels=3, ...)``, or the function with that name, builds a
+model from images [N, in_channels, H, W] to class scores [N, num_classes, H, W]. Every model takes
+``backend="torch"``, which builds it from plain torch layers with the same parameters and results,
+and ``width``, a factor on the numbers of channels. `SegmentationModel` documents the methods of all
+models: `predict`, `loss`, `load_backbone` and `save_pretrained`.
 """
 
-# ruff: noqa: I001  (the order of the papers)
+# ruff: noqa: I001  (list_models has the order of these imports: that of the papers)
 
 from segkernels.models._base import SegmentationModel as SegmentationModel
-from segkernels.models._pretrained import from_pretrained as from_pretrained
 from segkernels.models._registry import create_model as create_model
+from segkernels.models._registry import from_pretrained as from_pretrained
 from segkernels.models._registry import list_models as list_models
 from segkernels.models.fcn import fcn32s as fcn32s
 from segkernels.models.fcn import fcn16s as fcn16s

@@ -1,4 +1,4 @@
-"""The base of every model: checks, the full-size output, labels and loss."""
+"""The base class of the models: checks, full-size scores, label map and loss."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segkernels.models import _blocks
-from segkernels.models._blocks import BACKENDS, Backend
+from segkernels.models import _blocks, _pretrained
+from segkernels.models._blocks import BACKENDS, Backend, crop, spatial_size
 
 
 class Box(NamedTuple):
-    """A part of a plane."""
+    """A rectangle of an image."""
 
     top: int
     left: int
@@ -24,17 +24,17 @@ class Box(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Class scores at the size a network computes them in, and how they become its output.
+    """The class scores that a network computes, and how to make full-size scores of them.
 
     Attributes:
-        low: [N, C, h, w].
-        size: what `low` is resized to, bilinearly.
-        box: the part of it that is the output; None for all.
-        aux: [N, C, h', w'], of an auxiliary head: resized to `size`; None without one.
+        low: class scores [N, C, h, w].
+        size: height and width to resize them to, bilinearly; None for those of the image.
+        box: the part of the resized scores that is the output; None for all of it.
+        aux: class scores [N, C, h', w'] of the auxiliary head, resized in the same way; or None.
     """
 
     low: torch.Tensor
-    size: tuple[int, int]
+    size: tuple[int, int] | None = None
     box: Box | None = None
     aux: torch.Tensor | None = None
 
@@ -42,23 +42,24 @@ class Scores(NamedTuple):
 class SegmentationModel(nn.Module):
     """Images [N, in_channels, H, W] to class scores [N, num_classes, H, W].
 
-    A subclass gives `scores`; the full-size output, the label map and the loss are computed from
-    that, the last two without the scores at full size.
+    A subclass defines `scores`. This class resizes the scores to the size of the image, and
+    computes the label map and the loss without the full-size scores in memory.
 
     Args:
-        num_classes: C.
-        in_channels: of the images.
-        backend: "segkernels", or "torch" for plain torch layers: the same parameters and results.
+        num_classes: number of classes.
+        in_channels: number of channels of the images.
+        backend: "segkernels", or "torch" for plain torch layers with the same parameters and
+            results.
 
     Attributes:
         num_classes, in_channels, backend: the arguments.
-        name: the name that `create_model` knows the model by.
-        arguments: what it was built with, as `save_pretrained` writes it.
+        name: the name that `create_model` takes.
+        arguments: the arguments of the builder, which `save_pretrained` saves.
     """
 
-    align_corners = False  # of the last resizing
-    aux_weight = 0.5  # of the auxiliary loss
-    # Heights and widths that fit: min_size + k * size_step.
+    align_corners = False  # in the resizing of the scores
+    aux_weight = 0.5  # factor of the auxiliary loss
+    # Heights and widths that fit are min_size + k * size_step.
     min_size = 1
     size_step = 1
 
@@ -76,34 +77,37 @@ class SegmentationModel(nn.Module):
         self.backend: Backend = backend
 
     def scores(self, input: torch.Tensor) -> Scores:
-        """The network itself."""
+        """Run the network."""
         raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Class scores (logits) at the input's size; with `aux_loss=True` {"out": .., "aux": ..}.
+        """Class scores (logits) at the size of the input.
+
+        Returns:
+            A tensor; for a model with ``aux_loss=True`` a dict of two, "out" and "aux".
 
         Raises:
-            ValueError: an input of another rank, number of channels, or of a size that does not
-                fit; a batch too small to train BatchNorm.
-            TypeError: an input that does not hold floats.
+            ValueError: the input has a wrong rank, number of channels or size, or the batch is too
+                small to train BatchNorm.
+            TypeError: the input does not hold floats.
         """
-        self.check_input(input)
-        found = self.scores(input)
-        out = self._full(found.low, found)
-        if found.aux is None:
-            return out
-        return {"out": out, "aux": self._full(found.aux, found)}
+        low, size, box, aux = self._checked_scores(input)
+
+        def full(scores: torch.Tensor) -> torch.Tensor:
+            resized = _blocks.resize(scores, size, self.align_corners, self.backend)
+            return resized if box is None else crop(resized, *box)
+
+        return full(low) if aux is None else {"out": full(low), "aux": full(aux)}
 
     @torch.no_grad()
     def predict(self, input: torch.Tensor) -> torch.Tensor:
-        """The label of each pixel, [N, H, W] int64: `forward(input).argmax(1)`, with less memory.
+        """The label map [N, H, W], int64: `forward(input).argmax(1)` with less memory.
 
-        Call `eval()` first: the mode is left as it is.
+        This method does not change the mode: call `eval()` first.
         """
-        self.check_input(input)
-        found = self.scores(input)
-        labels = _blocks.label_map(found.low, found.size, self.align_corners, self.backend)
-        return labels if found.box is None else _crop(labels, found.box)
+        low, size, box, _ = self._checked_scores(input)
+        labels = _blocks.label_map(low, size, self.align_corners, self.backend)
+        return labels if box is None else crop(labels, *box)
 
     def loss(
         self,
@@ -114,53 +118,50 @@ class SegmentationModel(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Mean cross entropy of `forward(input)`, with less memory.
+        """Mean cross entropy of `forward(input)` with less memory.
 
-        With an auxiliary head its loss is added, times `aux_weight`.
+        A model with an auxiliary head adds the loss of that head times `aux_weight`.
 
         Args:
-            input: [N, in_channels, H, W].
-            target: [N, H, W] labels, as of `segkernels.upsample_cross_entropy`; and so the rest.
-            weight: [C], a weight for each class.
-            ignore_index: a label that does not count.
+            input: images [N, in_channels, H, W].
+            target: labels [N, H, W].
+            weight: a factor for each class, [C].
+            ignore_index: label of the pixels to leave out.
             label_smoothing: from 0 to 1.
 
         Raises:
-            ValueError, TypeError: as `forward` and `upsample_cross_entropy`.
+            ValueError, TypeError: see `forward` and `segkernels.upsample_cross_entropy`.
         """
-        self.check_input(input)
-        found = self.scores(input)
-        box = found.box or Box(0, 0, *found.size)
+        low, size, box, aux = self._checked_scores(input)
         target = self.fit_target(input, target)
-        if tuple(target.shape) != (len(input), box.height, box.width):
+        shape = [len(input), *((box.height, box.width) if box else size)]
+        if list(target.shape) != shape:
             raise ValueError(
-                f"{self.name}: target must be {[len(input), box.height, box.width]}, got shape "
-                f"{tuple(target.shape)}"
+                f"{self.name}: target must be {shape}, got shape {tuple(target.shape)}"
             )
-        if found.box is not None:
-            below, right = found.size[0] - box.top - box.height, found.size[1] - box.left
-            around = (box.left, right - box.width, box.top, below)
-            target = F.pad(target.long(), around, value=ignore_index)
+        if box is not None:
+            below, right = size[0] - box.top - box.height, size[1] - box.left - box.width
+            target = F.pad(target.long(), (box.left, right, box.top, below), value=ignore_index)
         options: dict[str, Any] = {
             "weight": weight,
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
         }
         tail = (target, self.align_corners, self.backend)
-        loss = _blocks.cross_entropy(found.low, *tail, **options)
-        if found.aux is None:
+        loss = _blocks.cross_entropy(low, *tail, **options)
+        if aux is None:
             return loss
-        return loss + self.aux_weight * _blocks.cross_entropy(found.aux, *tail, **options)
+        return loss + self.aux_weight * _blocks.cross_entropy(aux, *tail, **options)
 
     def fit_target(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """`target` in the output's size; only models whose output is smaller change it."""
+        """The part of `target` that the output covers: all of it for most models."""
         return target
 
     def load_backbone(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Load the state dict of torchvision's classifier of the same backbone.
+        """Load the state dict of torchvision's classifier with the same backbone.
 
         Raises:
-            ValueError: the model has no such backbone; keys that are missing or do not fit.
+            ValueError: torchvision has no such classifier, or the state dict does not fit.
         """
         raise ValueError(f"{self.name}: torchvision has no classifier with this backbone")
 
@@ -170,12 +171,10 @@ class SegmentationModel(nn.Module):
         Raises:
             ImportError: safetensors is not installed.
         """
-        from segkernels.models._pretrained import save
-
-        save(self, folder)
+        _pretrained.save(Path(folder), self.name, self.arguments, self.state_dict())
 
     def check_input(self, input: torch.Tensor) -> None:
-        """Raise unless the network can take `input`."""
+        """Raise the errors that `forward` lists."""
         if input.dim() != 4 or input.size(1) != self.in_channels:
             raise ValueError(
                 f"{self.name}: input must be [N, {self.in_channels}, H, W], got shape "
@@ -201,11 +200,11 @@ class SegmentationModel(nn.Module):
             )
 
     def has_one_pixel_map(self, input: torch.Tensor) -> bool:
-        """Whether a map that BatchNorm normalises has one pixel."""
+        """Whether BatchNorm normalises a feature map of one pixel."""
         return False
 
     def _trains_statistics(self) -> bool:
-        # SyncBatchNorm may get more images from other processes.
+        # SyncBatchNorm is left out: other processes may have more images.
         return any(type(part) is nn.BatchNorm2d and part.training for part in self.modules())
 
     def _nearest(self, size: int) -> str:
@@ -213,10 +212,10 @@ class SegmentationModel(nn.Module):
         sizes = [self.min_size + k * self.size_step for k in (above - 1, above) if k >= 0]
         return " or ".join(map(str, sizes))
 
-    def _full(self, low: torch.Tensor, found: Scores) -> torch.Tensor:
-        full = _blocks.resize(low, found.size, self.align_corners, self.backend)
-        return full if found.box is None else _crop(full, found.box)
-
-
-def _crop(x: torch.Tensor, box: Box) -> torch.Tensor:
-    return x[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    def _checked_scores(
+        self, input: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[int, int], Box | None, torch.Tensor | None]:
+        """Check the input; return `scores` with the size of the image in place of None."""
+        self.check_input(input)
+        low, size, box, aux = self.scores(input)
+        return low, size or spatial_size(input), box, aux

@@ -1,9 +1,9 @@
-"""What the models share: each step once with segkernels' ops and once with plain torch."""
+"""Steps that several models share, each with segkernels' operators or with plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,29 @@ BACKENDS = ("segkernels", "torch")
 
 
 def op_backend(backend: Backend) -> Literal["auto", "torch"]:
-    """The `backend` of segkernels.nn's modules for that of a model."""
+    """The `backend` argument of segkernels.nn's modules for the backend of a model."""
     return "torch" if backend == "torch" else "auto"
 
 
 def scaled(channels: int, width: float) -> int:
-    """`channels` of the paper in a variant that is `width` times as wide: at least one."""
+    """The paper's number of channels times `width`, rounded, at least 1."""
     return max(1, round(channels * width))
+
+
+def spatial_size(x: torch.Tensor) -> tuple[int, int]:
+    """Height and width."""
+    return (x.size(-2), x.size(-1))
+
+
+def crop(x: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
+    """The box of `x` whose first pixel is (top, left)."""
+    return x[..., top : top + height, left : left + width]
+
+
+def centre_crop(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The centre of `x` with the height and width of `like`."""
+    height, width = spatial_size(like)
+    return crop(x, (x.size(-2) - height) // 2, (x.size(-1) - width) // 2, height, width)
 
 
 def max_pool(
@@ -45,8 +61,11 @@ def max_pool(
     return out
 
 
-def max_pool_switches(x: torch.Tensor, backend: Backend) -> tuple[torch.Tensor, torch.Tensor]:
-    """2x2 max pooling, and where each maximum was: one-byte codes, or torch's indices."""
+def max_pool_with_indices(x: torch.Tensor, backend: Backend) -> tuple[torch.Tensor, torch.Tensor]:
+    """2x2 max pooling and the positions of the maxima, for `unpool`.
+
+    The positions are the one-byte codes of `segkernels.max_pool2d`, or torch's indices.
+    """
     if backend == "torch":
         values, indices = F.max_pool2d(x, 2, return_indices=True)
         return values, indices
@@ -55,19 +74,19 @@ def max_pool_switches(x: torch.Tensor, backend: Backend) -> tuple[torch.Tensor, 
 
 
 def unpool(
-    x: torch.Tensor, switches: torch.Tensor, size: tuple[int, int], backend: Backend
+    x: torch.Tensor, indices: torch.Tensor, size: tuple[int, int], backend: Backend
 ) -> torch.Tensor:
-    """The reverse of `max_pool_switches`, to the (height, width) that was pooled."""
+    """Max unpooling to the height and width before `max_pool_with_indices`."""
     if backend == "torch":
-        return F.max_unpool2d(x, switches, [2, 2], output_size=size)
-    return max_unpool2d(x, switches, 2, output_size=size)
+        return F.max_unpool2d(x, indices, [2, 2], output_size=size)
+    return max_unpool2d(x, indices, 2, output_size=size)
 
 
 def resize(
     x: torch.Tensor, size: tuple[int, int], align_corners: bool, backend: Backend
 ) -> torch.Tensor:
-    """Bilinear upsampling; `x` itself where it has the size."""
-    if tuple(x.shape[-2:]) == tuple(size):
+    """Bilinear upsampling; returns `x` if it has the size already."""
+    if spatial_size(x) == tuple(size):
         return x
     function = F.interpolate if backend == "torch" else interpolate
     return function(x, size, mode="bilinear", align_corners=align_corners)
@@ -76,10 +95,10 @@ def resize(
 def label_map(
     low: torch.Tensor, size: tuple[int, int], align_corners: bool, backend: Backend
 ) -> torch.Tensor:
-    """The argmax of scores resized to `size`."""
+    """The class with the highest score at each pixel, after resizing the scores to `size`."""
     if backend == "torch":
         return resize(low, size, align_corners, backend).argmax(dim=1)
-    same = tuple(low.shape[-2:]) == tuple(size)
+    same = spatial_size(low) == tuple(size)
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
     labels = upsample_argmax(low, size, mode, corners)
     assert isinstance(labels, torch.Tensor)
@@ -87,28 +106,30 @@ def label_map(
 
 
 def cross_entropy(
-    low: torch.Tensor,
-    target: torch.Tensor,
-    align_corners: bool,
-    backend: Backend,
-    **options: Any,
+    low: torch.Tensor, target: torch.Tensor, align_corners: bool, backend: Backend, **options: Any
 ) -> torch.Tensor:
-    """The cross entropy of scores resized to `target`'s size. Options: those of F.cross_entropy."""
-    size = (target.shape[-2], target.shape[-1])
+    """Cross entropy of scores resized to the size of `target`; options as for F.cross_entropy."""
+    size = spatial_size(target)
     if backend == "torch":
         resized = resize(low, size, align_corners, backend)
         if resized.dtype in (torch.float16, torch.bfloat16):
-            resized = resized.float()  # as upsample_cross_entropy
+            resized = resized.float()  # as upsample_cross_entropy does
         return F.cross_entropy(resized, target.long(), **options)
-    same = tuple(low.shape[-2:]) == size
+    same = spatial_size(low) == size
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
     return upsample_cross_entropy(low, target, mode=mode, align_corners=corners, **options)
+
+
+def conv_norm(layers: nn.Sequential, first: int = 0) -> tuple[nn.Conv2d, nn.Module]:
+    """The convolution at index `first`, and the normalisation layer after it."""
+    return cast(nn.Conv2d, layers[first]), layers[first + 1]
 
 
 class FCNHead(nn.Sequential):
     """3x3 convolution to a quarter of the channels, BatchNorm, ReLU, dropout, 1x1 convolution.
 
-    The head, and the auxiliary head, of torchvision's segmentation models, with their names.
+    torchvision's FCN has this head as classifier, and its FCN and DeepLab v3 have it as auxiliary
+    classifier. The parameters have torchvision's names.
     """
 
     def __init__(self, in_channels: int, num_classes: int, backend: Backend) -> None:
@@ -124,18 +145,15 @@ class FCNHead(nn.Sequential):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] to [N, num_classes, H, W]."""
-        conv, norm = self[0], self[1]
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        x = conv_bn_act(input, conv, norm, backend=op_backend(self.backend))
+        x = conv_bn_act(input, *conv_norm(self), backend=op_backend(self.backend))
         out: torch.Tensor = self[4](self[3](x))
         return out
 
 
 def he_init_(module: nn.Module) -> None:
-    """He et al. 2015: convolutions keep the variance through ReLU; biases are 0.
+    """The initialisation of He et al. 2015: it keeps the variance through ReLU. Biases are 0.
 
-    Without it the deep networks without BatchNorm would not train from scratch.
+    Deep networks without BatchNorm do not train from scratch without it.
     """
     for part in module.modules():
         if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -145,7 +163,7 @@ def he_init_(module: nn.Module) -> None:
 
 
 def zero_init_(layers: Iterable[nn.Conv2d]) -> None:
-    """Weights and biases of score layers to 0, as in FCN (Long et al. 2015, section 4.3)."""
+    """Set the weights and biases of score layers to 0, as FCN does (section 4.3)."""
     for layer in layers:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
@@ -155,14 +173,20 @@ def zero_init_(layers: Iterable[nn.Conv2d]) -> None:
 def load_parts(
     model: nn.Module, state: Mapping[str, torch.Tensor], parts: Iterable[str], what: str
 ) -> None:
-    """Load `state` into the submodules named `parts` of `model`, or raise and change nothing.
+    """Load `state` into some submodules of a model; after an error the model is unchanged.
+
+    Args:
+        model: to load into.
+        state: with the keys of the model.
+        parts: names of the submodules.
+        what: name of the model, for the error.
 
     Raises:
-        ValueError: names `what`, and the keys that are missing, unknown, or of another shape.
+        ValueError: keys are missing or unknown, or tensors have another shape.
     """
     prefixes = tuple(f"{part}." for part in parts)
     own = {key: v for key, v in model.state_dict().items() if key.startswith(prefixes)}
-    # The counters matter only to a BatchNorm without momentum, and old checkpoints lack them.
+    # Old checkpoints lack the counters, and only a BatchNorm without momentum needs them.
     needed = [key for key in own if not key.endswith("num_batches_tracked")]
     problems = [f"missing {key}" for key in needed if key not in state]
     problems += [f"unknown {key}" for key in state if key not in own]

@@ -1,6 +1,8 @@
-"""A model with a fully connected CRF behind it."""
+"""The base class of the models with a fully connected CRF."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -11,18 +13,16 @@ from segkernels.nn import DenseCRF
 
 
 class WithCRF(SegmentationModel):
-    """Scores that a `DenseCRF`, where there is one, refines at full size.
+    """A model whose full-size scores a `DenseCRF` can refine.
 
-    In eval mode always; in training mode only with ``train_crf=True``, where gradients go through
-    the CRF to its parameters and to the network (Zheng et al. 2015). Without it network and CRF are
-    trained apart, as in DeepLab.
+    The CRF always runs in eval mode. In training mode it runs only with ``train_crf=True``: then
+    gradients reach its parameters and, through it, the network (Zheng et al. 2015). DeepLab trains
+    the network without the CRF.
 
     Args:
-        num_classes: C.
-        in_channels: of the images.
-        crf: of as many classes; None for none.
-        train_crf: whether training goes through it.
-        backend: see `SegmentationModel`.
+        num_classes, in_channels, backend: see `SegmentationModel`.
+        crf: a `DenseCRF` with the same number of classes, or None.
+        train_crf: whether the CRF also runs in training mode.
     """
 
     def __init__(
@@ -46,24 +46,24 @@ class WithCRF(SegmentationModel):
         self.train_crf = train_crf
 
     def forward(self, input: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-        """Class scores at the input's size; with the CRF its log-probabilities.
+        """Class scores at the size of the input; log-probabilities if the CRF runs.
 
         Args:
-            input: [N, in_channels, H, W].
-            image: [N, any, H, W]: what the CRF compares pixels by, such as the image before it was
-                normalised; the CRF's `srgb` is in its unit. None: `input`.
+            input: images [N, in_channels, H, W].
+            image: the colours that the CRF compares, [N, any, H, W], in the unit of its `srgb`: for
+                example the images before normalisation. None for `input`.
         """
-        out = super().forward(input)
+        out, crf = super().forward(input), self._running_crf()
         assert isinstance(out, torch.Tensor)
-        if self.crf is None or (self.training and not self.train_crf):
+        if crf is None:
             return out
-        refined: torch.Tensor = self.crf(input if image is None else image, logits=out, log=True)
+        refined: torch.Tensor = crf(input if image is None else image, logits=out, log=True)
         return refined
 
     @torch.no_grad()
     def predict(self, input: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-        """The label of each pixel, [N, H, W] int64; `image` as in `forward`."""
-        if self.crf is None or (self.training and not self.train_crf):
+        """The label map [N, H, W], int64; see `forward` for `image`."""
+        if self._running_crf() is None:
             return super().predict(input)
         return self(input, image).argmax(dim=1)
 
@@ -77,21 +77,16 @@ class WithCRF(SegmentationModel):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Mean cross entropy; as `SegmentationModel.loss`, `image` as in `forward`."""
-        if self.crf is None or (self.training and not self.train_crf):
-            return super().loss(
-                input,
-                target,
-                weight=weight,
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-            )
-        return _blocks.cross_entropy(
-            self(input, image),
-            target,
-            self.align_corners,
-            self.backend,
-            weight=weight,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-        )
+        """Mean cross entropy; see `SegmentationModel.loss`, and `forward` for `image`."""
+        options: dict[str, Any] = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+        }
+        if self._running_crf() is None:
+            return super().loss(input, target, **options)
+        scores = self(input, image)
+        return _blocks.cross_entropy(scores, target, self.align_corners, self.backend, **options)
+
+    def _running_crf(self) -> DenseCRF | None:
+        return None if self.training and not self.train_crf else self.crf

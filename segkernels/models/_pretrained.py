@@ -1,58 +1,54 @@
-"""Models in folders: config.json and model.safetensors."""
+"""The files of `save_pretrained`: config.json and model.safetensors."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from segkernels._version import __version__
-from segkernels.models._base import SegmentationModel
-from segkernels.models._registry import create_model
 from segkernels.nn import DenseCRF
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _INSTALL = "pip install safetensors, or pip install 'segkernels[models]'"
+_SIGMAS = ("sxy_gaussian", "sxy_bilateral", "srgb")
+_COMPATS = ("compat_gaussian", "compat_bilateral")
 
 
-def save(model: SegmentationModel, folder: str | Path) -> None:
-    """See `SegmentationModel.save_pretrained`."""
+def save(
+    folder: Path, name: str, arguments: Mapping[str, Any], state: Mapping[str, torch.Tensor]
+) -> None:
+    """Write the name and the arguments of a model to config.json, `state` to model.safetensors.
+
+    Raises:
+        ImportError: safetensors is not installed.
+    """
     try:
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError(f"save_pretrained needs safetensors: {_INSTALL}") from error
-    arguments = dict(model.arguments)
-    if isinstance(arguments.get("crf"), DenseCRF):
-        arguments["crf"] = _crf_config(arguments["crf"])
-    config = {"model": model.name, "arguments": arguments, "segkernels": __version__}
+    written = {k: _crf_config(v) if isinstance(v, DenseCRF) else v for k, v in arguments.items()}
+    config = {"model": name, "arguments": written, "segkernels": __version__}
     text = json.dumps(config, indent=2) + "\n"
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    tensors = {key: value.contiguous() for key, value in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def from_pretrained(folder: str | Path, **arguments: Any) -> SegmentationModel:
-    """The model that `save_pretrained` wrote to a local folder, in eval mode, on the CPU.
-
-    Args:
-        folder: with config.json and model.safetensors.
-        arguments: take the place of those that it was built with, such as ``backend="torch"``.
+def load(folder: Path) -> tuple[str, dict[str, Any], dict[str, torch.Tensor]]:
+    """Read what `save` wrote: name, arguments and state dict.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ImportError: safetensors is not installed.
-        ValueError: a config.json that is none of ours, or an unknown model.
-        RuntimeError: weights that do not fit: the message lists the keys.
+        FileNotFoundError, ImportError, ValueError: see `from_pretrained`.
     """
     try:
         from safetensors.torch import load_file
     except ImportError as error:
         raise ImportError(f"from_pretrained needs safetensors: {_INSTALL}") from error
-    folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -61,25 +57,22 @@ def from_pretrained(folder: str | Path, **arguments: Any) -> SegmentationModel:
             )
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        name, given = config["model"], {**config["arguments"], **arguments}
+        model, arguments = config["model"], {**config["arguments"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"from_pretrained: {folder / CONFIG} must hold a model and its arguments, as "
             f"save_pretrained writes them ({error!r})"
         ) from error
-    if isinstance(given.get("crf"), dict):
-        given["crf"] = _crf_from(given["crf"])
-    model = create_model(name, **given)
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    return model.eval()
-
-
-_SIGMAS = ("sxy_gaussian", "sxy_bilateral", "srgb")
-_COMPATS = ("compat_gaussian", "compat_bilateral")
+    if isinstance(arguments.get("crf"), dict):
+        arguments["crf"] = _crf_from(arguments["crf"])
+    return model, arguments, load_file(folder / WEIGHTS)
 
 
 def _crf_config(crf: DenseCRF) -> dict[str, Any]:
-    """The constructor's arguments, with the shapes of compatibilities: values are in the state."""
+    """The arguments of a `DenseCRF`, with the shapes of the compatibilities.
+
+    The state dict has the values of the compatibilities.
+    """
     compats = {name: getattr(crf, name) for name in _COMPATS}
     return {
         "num_classes": crf.num_classes,
@@ -92,7 +85,7 @@ def _crf_config(crf: DenseCRF) -> dict[str, Any]:
     }
 
 
-def _crf_from(config: dict[str, Any]) -> DenseCRF:
+def _crf_from(config: Mapping[str, Any]) -> DenseCRF:
     arguments = dict(config)
     for name in _COMPATS:
         shape = arguments[name]

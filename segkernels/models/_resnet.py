@@ -1,4 +1,4 @@
-"""ResNet with bottlenecks and an output stride, with torchvision's names."""
+"""ResNets with a chosen output stride; their parameters have torchvision's names."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from segkernels.models._base import Scores, SegmentationModel
 from segkernels.models._blocks import (
     Backend,
     FCNHead,
+    conv_norm,
     load_parts,
     max_pool,
     op_backend,
@@ -23,58 +24,68 @@ LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 Stem = Literal["7x7", "deep"]
 
 
-def _conv(before: int, after: int, kernel: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(
-        before, after, kernel, stride, kernel // 2 * dilation, dilation=dilation, bias=False
-    )
+def _conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    pad = kernel // 2 * dilation
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, pad, dilation, bias=False)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as torchvision has it), 1x1, and the identity."""
+    """A bottleneck block: 1x1, 3x3 and 1x1 convolutions, and a shortcut.
+
+    The 3x3 convolution has the stride, as in torchvision.
+    """
 
     def __init__(
-        self, before: int, planes: int, stride: int, dilation: int, shortcut: bool, backend: Backend
+        self,
+        in_channels: int,
+        planes: int,
+        stride: int,
+        dilation: int,
+        downsample: bool,
+        backend: Backend,
     ) -> None:
         super().__init__()
-        after = 4 * planes
-        self.conv1, self.bn1 = _conv(before, planes, 1), nn.BatchNorm2d(planes)
+        out = 4 * planes
+        self.conv1, self.bn1 = _conv(in_channels, planes, 1), nn.BatchNorm2d(planes)
         self.conv2 = _conv(planes, planes, 3, stride, dilation)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3, self.bn3 = _conv(planes, after, 1), nn.BatchNorm2d(after)
+        self.conv3, self.bn3 = _conv(planes, out, 1), nn.BatchNorm2d(out)
         self.downsample = (
-            nn.Sequential(_conv(before, after, 1, stride), nn.BatchNorm2d(after))
-            if shortcut
+            nn.Sequential(_conv(in_channels, out, 1, stride), nn.BatchNorm2d(out))
+            if downsample
             else None
         )
         self.op_backend = op_backend(backend)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[N, before, H, W] to [N, 4 planes, H / stride, W / stride]."""
+        """[N, in_channels, H, W] to [N, 4 planes, H / stride, W / stride]."""
         backend = self.op_backend
         x = conv_bn_act(input, self.conv1, self.bn1, backend=backend)
         x = conv_bn_act(x, self.conv2, self.bn2, backend=backend)
-        identity = input
+        shortcut = input
         if self.downsample is not None:
-            conv, norm = self.downsample[0], self.downsample[1]
-            assert isinstance(conv, nn.Conv2d)
-            assert isinstance(norm, nn.BatchNorm2d)
-            identity = conv_bn_act(input, conv, norm, activation=None, backend=backend)
-        return conv_bn_act(x, self.conv3, self.bn3, residual=identity, backend=backend)
+            layers = conv_norm(self.downsample)
+            shortcut = conv_bn_act(input, *layers, activation=None, backend=backend)
+        return conv_bn_act(x, self.conv3, self.bn3, residual=shortcut, backend=backend)
 
 
 class ResNet(nn.Module):
-    """The convolutions of a ResNet; `forward` returns the outputs of its four layers.
+    """The convolutional part of a ResNet.
 
-    Where the output stride is below 32, the last layers have no stride and the convolutions after
-    it are dilated so much more, as torchvision's `replace_stride_with_dilation` does.
+    For an output stride below 32 the last layers have stride 1 and dilated convolutions, as with
+    torchvision's `replace_stride_with_dilation`.
 
     Args:
-        layers: blocks in each of the four layers; `LAYERS` has those of 50 and 101.
-        in_channels: of the images.
-        width: times the paper's channels.
+        layers: number of blocks in each of the four layers; `LAYERS` has those of ResNet-50 and
+            ResNet-101.
+        in_channels: number of channels of the images.
+        width: factor on the paper's numbers of channels.
         output_stride: 8, 16 or 32.
-        stem: the first layers: one 7x7 convolution, or three of 3x3 ("deep", as in PSPNet's code).
-        backend: of the convolutions and the pooling.
+        stem: the first layers: one 7x7 convolution ("7x7"), or three 3x3 convolutions ("deep", as
+            in PSPNet's code).
+        backend: see `SegmentationModel`.
 
     Source: He et al.: Deep Residual Learning for Image Recognition, CVPR 2016, table 1.
     """
@@ -83,11 +94,11 @@ class ResNet(nn.Module):
         self,
         layers: Sequence[int],
         in_channels: int,
+        width: float,
+        backend: Backend,
         *,
-        width: float = 1.0,
         output_stride: int = 8,
         stem: Stem = "7x7",
-        backend: Backend,
     ) -> None:
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -97,14 +108,14 @@ class ResNet(nn.Module):
         self.backend = backend
         planes = [scaled(64 * 2**i, width) for i in range(4)]
         self.channels = [4 * p for p in planes]
-        before = planes[0]
+        out = planes[0]
         if stem == "7x7":
-            self.conv1, self.bn1 = _conv(in_channels, before, 7, 2), nn.BatchNorm2d(before)
+            self.conv1, self.bn1 = _conv(in_channels, out, 7, 2), nn.BatchNorm2d(out)
         else:
-            self.conv1, self.bn1 = _conv(in_channels, before, 3, 2), nn.BatchNorm2d(before)
-            self.conv2, self.bn2 = _conv(before, before, 3), nn.BatchNorm2d(before)
-            self.conv3, self.bn3 = _conv(before, 2 * before, 3), nn.BatchNorm2d(2 * before)
-            before *= 2
+            self.conv1, self.bn1 = _conv(in_channels, out, 3, 2), nn.BatchNorm2d(out)
+            self.conv2, self.bn2 = _conv(out, out, 3), nn.BatchNorm2d(out)
+            self.conv3, self.bn3 = _conv(out, 2 * out, 3), nn.BatchNorm2d(2 * out)
+            out *= 2
         self.stem = stem
         stride_so_far, dilation = 4, 1
         for i in range(4):
@@ -114,11 +125,11 @@ class ResNet(nn.Module):
             stride_so_far *= stride
             blocks = []
             for j in range(layers[i]):
-                # The first block keeps the sampling that a trained network's weights expect.
+                # The first block keeps the dilation of the layer before, as in torchvision.
                 rate = first_dilation if j == 0 else dilation
                 step = stride if j == 0 else 1
-                blocks.append(Bottleneck(before, planes[i], step, rate, j == 0, backend))
-                before = self.channels[i]
+                blocks.append(Bottleneck(out, planes[i], step, rate, j == 0, backend))
+                out = self.channels[i]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         for part in self.modules():
             if isinstance(part, nn.Conv2d):
@@ -132,65 +143,58 @@ class ResNet(nn.Module):
             x = conv_bn_act(x, self.conv2, self.bn2, backend=backend)
             x = conv_bn_act(x, self.conv3, self.bn3, backend=backend)
         x = max_pool(x, 3, 2, 1, backend=self.backend)
-        found = []
+        maps = []
         for i in range(1, 5):
             x = getattr(self, f"layer{i}")(x)
-            found.append(x)
-        return found
+            maps.append(x)
+        return maps
+
+
+def load_resnet(model: SegmentationModel, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Load torchvision's ResNet of the same depth, without its ``fc``, into ``model.backbone``."""
+    body = {f"backbone.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
+    load_parts(model, body, ["backbone"], model.name)
 
 
 class ResNetModel(SegmentationModel):
-    """A ResNet and a classifier of its last layer; `classifier` is set by the subclass.
+    """A ResNet with a classifier on layer4, which the subclass sets as ``classifier``.
 
-    The names are torchvision's: ``backbone``, ``classifier`` and ``aux_classifier``.
+    The submodules have torchvision's names: ``backbone``, ``classifier`` and ``aux_classifier``.
 
     Args:
-        layers: see `ResNet`; and so width, output_stride, stem and backend.
-        num_classes: C.
-        in_channels: of the images.
-        width: times the paper's channels.
-        output_stride: 8, 16 or 32.
-        stem: the first layers.
-        aux_loss: whether an `FCNHead` classifies the output of layer3 too.
-        backend: see `SegmentationModel`.
+        num_classes, in_channels, backend: see `SegmentationModel`.
+        layers, width, output_stride, stem: see `ResNet`.
+        aux_loss: whether an `FCNHead` also classifies the output of layer3. With ResNet-50 or
+            ResNet-101 and 21 classes the head has 2,365,205 parameters.
     """
 
     classifier: nn.Module
+    load_backbone = load_resnet
 
     def __init__(
         self,
-        layers: Sequence[int],
         num_classes: int,
         in_channels: int,
-        *,
+        layers: Sequence[int],
         width: float,
-        output_stride: int,
+        backend: Backend,
+        *,
+        output_stride: int = 8,
         stem: Stem = "7x7",
         aux_loss: bool = False,
-        backend: Backend,
     ) -> None:
         super().__init__(num_classes, in_channels, backend)
         self.backbone = ResNet(
-            layers,
-            in_channels,
-            width=width,
-            output_stride=output_stride,
-            stem=stem,
-            backend=backend,
+            layers, in_channels, width, backend, output_stride=output_stride, stem=stem
         )
         self.aux_classifier = (
             FCNHead(self.backbone.channels[2], num_classes, backend) if aux_loss else None
         )
 
     def scores(self, input: torch.Tensor) -> Scores:
-        """Scores of layer4 and, with an auxiliary head, of layer3, to be resized to the input."""
-        found = self.backbone(input)
-        # The classifier first, as torchvision does: the order in which dropout draws.
-        out = self.classifier(found[3])
-        aux = self.aux_classifier(found[2]) if self.aux_classifier is not None else None
-        return Scores(out, (input.size(-2), input.size(-1)), aux=aux)
-
-    def load_backbone(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Load torchvision's ResNet of the same depth, without its ``fc``."""
-        body = {f"backbone.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
-        load_parts(self, body, ["backbone"], self.name)
+        """Scores of layer4 and, with an auxiliary head, of layer3."""
+        maps = self.backbone(input)
+        # The classifier runs first, so that dropout draws random numbers in torchvision's order.
+        out = self.classifier(maps[3])
+        aux = self.aux_classifier(maps[2]) if self.aux_classifier is not None else None
+        return Scores(out, aux=aux)

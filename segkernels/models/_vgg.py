@@ -1,4 +1,4 @@
-"""VGG16's convolutions, and what torchvision's weights become in them."""
+"""The convolutions of VGG16, and the conversion of torchvision's weights."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ from typing import Literal
 import torch
 from torch import nn
 
-from segkernels.models._blocks import Backend, load_parts, op_backend, scaled
+from segkernels.models._base import SegmentationModel
+from segkernels.models._blocks import (
+    Backend,
+    load_parts,
+    max_pool_with_indices,
+    op_backend,
+    scaled,
+    spatial_size,
+)
 from segkernels.nn import ConvBNAct
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
 
 class VGG16(nn.Sequential):
-    """The five stages of configuration D, without the poolings after them: iterate over it.
+    """The five stages of configuration D, without the pooling after each stage.
+
+    Models iterate over the stages and pool themselves.
 
     Args:
-        in_channels: of the images.
-        width: times the paper's channels.
-        norm: BatchNorm after each convolution.
-        dilation: of each stage's convolutions.
+        in_channels: number of channels of the images.
+        width: factor on the paper's numbers of channels.
+        norm: whether BatchNorm follows each convolution.
+        dilation: dilation of the convolutions in each stage.
         padding: "same", or "valid" for none.
-        first_padding: of the first convolution, where it differs (FCN: 100).
-        backend: of the convolutions.
+        first_padding: padding of the first convolution, if it is another one (100 in FCN).
+        backend: see `SegmentationModel`.
 
     Source: Simonyan and Zisserman: Very Deep Convolutional Networks, ICLR 2015, table 1.
     """
@@ -64,9 +74,9 @@ class VGG16(nn.Sequential):
         super().__init__(stages)
 
     def from_torchvision(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """``features.*`` of torchvision's vgg16 or, with `norm`, vgg16_bn, under the names here.
+        """Rename ``features.*`` of torchvision's vgg16 (vgg16_bn with `norm`) to the names here.
 
-        What has no place here keeps its name.
+        A tensor without a counterpart keeps its name.
         """
         layers = [
             f"{s}.{c}" for s, stage in self.named_children() for c, _ in stage.named_children()
@@ -85,26 +95,45 @@ class VGG16(nn.Sequential):
         return found
 
 
+def encode(
+    vgg: VGG16, x: torch.Tensor, backend: Backend
+) -> tuple[torch.Tensor, list[tuple[torch.Tensor, tuple[int, int]]]]:
+    """Run the stages with 2x2 max pooling after each.
+
+    Returns:
+        The pooled output of the last stage, and for each stage what `unpool` takes: the indices of
+        the maxima, and height and width before the pooling.
+    """
+    pooled = []
+    for stage in vgg:
+        x = stage(x)
+        size = spatial_size(x)
+        x, indices = max_pool_with_indices(x, backend)
+        pooled.append((indices, size))
+    return x, pooled
+
+
 def convolutionalise(
     state_dict: Mapping[str, torch.Tensor], kernel: int, channels: int
 ) -> dict[str, torch.Tensor]:
-    """The first two fully connected layers of torchvision's VGG16 as convolutions fc6 and fc7.
+    """Convert the first two fully connected layers of torchvision's VGG16 to convolutions.
 
-    Kernel 7 and 4096 channels are the layers themselves (FCN, section 3.1). Fewer are subsampled by
-    decimation: rows and columns spread evenly over the 7, and of the 4096 filters as many, evenly
-    (Chen et al. 2015, section 3.1: 4x4 or 3x3, and 1024 channels).
+    A 7x7 kernel and 4096 channels keep all weights (FCN, section 3.1). Smaller ones are subsampled:
+    evenly spaced rows and columns of the kernel, and evenly spaced filters (Chen et al. 2015,
+    section 3.1: 4x4 or 3x3, and 1024 channels).
 
     Args:
-        state_dict: torchvision's, of vgg16 or vgg16_bn.
-        kernel: of fc6: 1 to 7.
-        channels: of fc6 and fc7: a divisor of 4096.
+        state_dict: of torchvision's vgg16 or vgg16_bn.
+        kernel: kernel size of fc6, from 1 to 7.
+        channels: number of output channels of fc6 and fc7, a divisor of 4096.
 
     Returns:
         fc6.conv.weight [channels, 512, kernel, kernel], fc7.conv.weight [channels, channels, 1, 1],
         fc6.conv.bias and fc7.conv.bias [channels].
 
     Raises:
-        ValueError: the state dict has no such layers; channels that do not divide them.
+        ValueError: the state dict lacks the layers, or `channels` does not divide their number of
+            filters.
     """
     missing = [
         key
@@ -133,17 +162,16 @@ def convolutionalise(
 
 
 def load_vgg16(
-    model: nn.Module, state_dict: Mapping[str, torch.Tensor], what: str, fc: Sequence[str] = ("",)
+    model: SegmentationModel, state_dict: Mapping[str, torch.Tensor], fc: Sequence[str] = ()
 ) -> None:
-    """Load torchvision's vgg16 or vgg16_bn into ``model.vgg``, ``model.fc6`` and ``model.fc7``.
+    """Load the convolutions of torchvision's vgg16_bn into ``model.vgg``.
 
     Args:
-        model: what to load into.
-        state_dict: torchvision's.
-        what: the model's name, for errors.
-        fc: the modules that have fc6 and fc7: "" is `model` itself; none leaves them out.
+        model: to load into.
+        state_dict: torchvision's, of vgg16_bn or vgg16.
+        fc: names of the modules with fc6 and fc7 to load; "" is `model` itself.
     """
-    vgg = model.vgg
+    vgg = model.get_submodule("vgg")
     assert isinstance(vgg, VGG16)
     state = {f"vgg.{key}": value for key, value in vgg.from_torchvision(state_dict).items()}
     parts = ["vgg"]
@@ -153,4 +181,9 @@ def load_vgg16(
         layers = convolutionalise(state_dict, kernel, out)
         state |= {prefix + key: value for key, value in layers.items()}
         parts += [f"{prefix}fc6", f"{prefix}fc7"]
-    load_parts(model, state, parts, what)
+    load_parts(model, state, parts, model.name)
+
+
+def load_vgg16_with_fc(model: SegmentationModel, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Load torchvision's vgg16: the convolutions, and fc6 and fc7 by `convolutionalise`."""
+    load_vgg16(model, state_dict, fc=[""])

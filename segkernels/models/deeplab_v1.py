@@ -5,7 +5,6 @@ ICLR 2015 (DeepLab, later called v1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -13,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkernels.models import _vgg
-from segkernels.models._base import Scores, SegmentationModel
+from segkernels.models._base import Scores
 from segkernels.models._blocks import Backend, he_init_, max_pool, op_backend, scaled
 from segkernels.models._crf import WithCRF
-from segkernels.models._registry import register
+from segkernels.models._registry import Architecture
 from segkernels.nn import ConvBNAct, DenseCRF
 
 Field = Literal["large_fov", "4x4", "7x7"]
@@ -25,9 +24,9 @@ _FC6 = {"large_fov": (3, 12, 1024), "4x4": (4, 4, 4096), "7x7": (7, 4, 4096)}
 
 
 class AtrousVGG16(_vgg.VGG16):
-    """VGG16 at output stride 8 as DeepLab has it: 3x3 poolings, the last two without stride.
+    """VGG16 at output stride 8: 3x3 max pooling, with stride 1 in the last two.
 
-    The convolutions after pool4 are dilated by 2 ("holes", section 3.1).
+    The convolutions after pool4 have a dilation of 2 ("holes", section 3.1).
     """
 
     def __init__(self, in_channels: int, *, width: float, backend: Backend) -> None:
@@ -43,37 +42,34 @@ class AtrousVGG16(_vgg.VGG16):
 
 
 class DeepLabV1(WithCRF):
-    """VGG16 at output stride 8, fc6 with a large field of view, bilinear upsampling, CRF.
+    """VGG16 at output stride 8, fc6 with a large field of view, bilinear upsampling, and a CRF.
 
-    The poolings, the average pooling after pool5 and the corners of the upsampling are those of the
-    authors' released LargeFOV network. Any size fits; at 8 k + 1 (321, 513) the scores of the
-    corners fall on the corner pixels.
+    The poolings, the average pooling after pool5 and the aligned corners are those of the LargeFOV
+    network that the authors released. Any size fits; with sizes of 8 k + 1 (321, 513) the corner
+    scores lie on the corner pixels.
 
     Args:
-        num_classes: C.
-        in_channels: of the images.
-        field: fc6: "large_fov" 3x3 at dilation 12 with 1024 channels, or "4x4" or "7x7" at
-            dilation 4 with 4096.
-        crf: see `WithCRF`; and so `train_crf`.
-        train_crf: whether training goes through the CRF.
-        width: times the paper's channels.
-        dropout: after fc6 and fc7.
-        backend: see `SegmentationModel`.
+        num_classes, in_channels, crf, train_crf, backend: see `WithCRF`.
+        field: kernel of fc6. "large_fov": 3x3, dilation 12, 1024 channels; "4x4" (65,140,565
+            parameters in all) and "7x7" (134,346,581): dilation 4, 4096 channels.
+        width: factor on the paper's numbers of channels.
+        dropout: probability after fc6 and fc7.
     """
 
     align_corners = True
+    load_backbone = _vgg.load_vgg16_with_fc
 
     def __init__(
         self,
-        num_classes: int,
-        in_channels: int,
+        num_classes: int = 21,
+        in_channels: int = 3,
         *,
-        field: Field,
-        crf: DenseCRF | None,
-        train_crf: bool,
-        width: float,
-        dropout: float,
-        backend: Backend,
+        field: Field = "large_fov",
+        crf: DenseCRF | None = None,
+        train_crf: bool = False,
+        width: float = 1.0,
+        dropout: float = 0.5,
+        backend: Backend = "segkernels",
     ) -> None:
         super().__init__(num_classes, in_channels, crf=crf, train_crf=train_crf, backend=backend)
         if field not in _FC6:
@@ -94,37 +90,14 @@ class DeepLabV1(WithCRF):
         """Scores at stride 8."""
         x = F.avg_pool2d(self.vgg(input), 3, 1, 1)
         x = self.dropout(self.fc6(x))
-        x = self.fc8(self.dropout(self.fc7(x)))
-        return Scores(x, (input.size(-2), input.size(-1)))
-
-    def load_backbone(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Load torchvision's vgg16: its convolutions, and fc6 and fc7 subsampled (section 3.1)."""
-        _vgg.load_vgg16(self, state_dict, self.name)
+        return Scores(self.fc8(self.dropout(self.fc7(x))))
 
 
-@register("Chen et al. 2015", 8, ("dense_crf", "dilated_conv2d", "interpolate", "max_pool2d"))
-def deeplab_v1(
-    num_classes: int = 21,
-    in_channels: int = 3,
-    *,
-    field: Field = "large_fov",
-    crf: DenseCRF | None = None,
-    train_crf: bool = False,
-    width: float = 1.0,
-    dropout: float = 0.5,
-    backend: Backend = "segkernels",
-) -> SegmentationModel:
-    """DeepLab-LargeFOV. 20,505,429 parameters; "4x4" 65,140,565; "7x7" 134,346,581.
+_deeplab_v1 = Architecture(
+    DeepLabV1, "Chen et al. 2015", 8, ("dense_crf", "dilated_conv2d", "interpolate", "max_pool2d")
+)
 
-    See `DeepLabV1` for the arguments.
-    """
-    return DeepLabV1(
-        num_classes,
-        in_channels,
-        field=field,
-        crf=crf,
-        train_crf=train_crf,
-        width=width,
-        dropout=dropout,
-        backend=backend,
-    )
+
+@_deeplab_v1.variant(parameters=20_505_429, flops=257_169_266_048)
+def deeplab_v1() -> None:
+    """DeepLab-LargeFOV."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -11,47 +10,45 @@ from torch import nn
 from segkernels.models import _vgg
 from segkernels.models._base import Box, Scores, SegmentationModel
 from segkernels.models._blocks import Backend, he_init_, max_pool, op_backend, scaled
-from segkernels.models._registry import register
+from segkernels.models._registry import Architecture
 from segkernels.nn import ContextModule, ConvBNAct
 
-_PAPER = "Yu and Koltun 2016"
-_OPS = ("dilated_conv2d", "interpolate", "max_pool2d")
-# Pixels around the image that the front end's unpadded convolutions need: (380 - 8) / 2 of its
-# receptive field of 380, in steps of 8.
+# Pixels that the unpadded convolutions of the front end need on each side of the image: with a
+# receptive field of 380 and a stride of 8, (380 - 8) / 2.
 MARGIN = 186
 
 
 class DilatedNet(SegmentationModel):
-    """VGG16 without pool4 and pool5, dilated by 2 and 4 after them, and a context module.
+    """VGG16 without pool4 and pool5, with dilations 2 and 4 in their place, and a context module.
 
-    ``padding="reflect"`` is the paper's (section 4): no convolution of the front end is padded, the
-    image is, by 186 mirrored pixels on each side (as often mirrored as a small image needs).
-    ``padding="zeros"`` pads each convolution instead, which computes less: at 513 x 513 the front
-    end 1,221 GFLOPs instead of 1,541, and on small images far less.
-    The context module pads with zeros and starts as the identity (section 3).
+    ``padding="reflect"`` is the paper's (section 4): the image is padded by 186 reflected pixels on
+    each side, and the convolutions of the front end are not padded. A small image is reflected
+    several times. ``padding="zeros"`` pads each convolution instead and computes less: the front
+    end takes 1,221 GFLOPs instead of 1,541 at 513 x 513, and far less on small images. The context
+    module pads with zeros and starts as the identity (section 3).
 
-    Any size fits: it is padded to multiples of 8 in the same way, and the output cropped.
+    Any size fits: the image is padded to multiples of 8 in the same way, and the output is cropped.
 
     Args:
-        context: channels of the context module's layers, in classes; None for the front end alone.
-        num_classes: C.
-        in_channels: of the images.
+        num_classes, in_channels, backend: see `SegmentationModel`.
+        context: `multiplier` of the `ContextModule`; None for the front end alone.
         padding: "reflect" or "zeros".
-        width: times the paper's channels of the front end.
-        dropout: after fc6 and fc7.
-        backend: see `SegmentationModel`.
+        width: factor on the paper's numbers of channels in the front end.
+        dropout: probability after fc6 and fc7.
     """
+
+    load_backbone = _vgg.load_vgg16_with_fc
 
     def __init__(
         self,
-        context: int | tuple[int, ...] | None,
-        num_classes: int,
-        in_channels: int,
+        num_classes: int = 21,
+        in_channels: int = 3,
         *,
-        padding: Literal["reflect", "zeros"],
-        width: float,
-        dropout: float,
-        backend: Backend,
+        context: int | tuple[int, ...] | None = 1,
+        padding: Literal["reflect", "zeros"] = "reflect",
+        width: float = 1.0,
+        dropout: float = 0.5,
+        backend: Backend = "segkernels",
     ) -> None:
         super().__init__(num_classes, in_channels, backend)
         if padding not in ("reflect", "zeros"):
@@ -99,89 +96,30 @@ class DilatedNet(SegmentationModel):
         box = Box(0, 0, height, width) if below or right else None
         return Scores(x, (height + below, width + right), box)
 
-    def load_backbone(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Load torchvision's vgg16: its convolutions, and fc6 and fc7 convolutionalised."""
-        _vgg.load_vgg16(self, state_dict, self.name)
-
 
 def _mirror(x: torch.Tensor, dim: int, before: int, after: int) -> torch.Tensor:
-    """Reflection padding, also by more than the size."""
+    """Reflection padding along one axis; the padding may exceed the size of `x`."""
     size = x.size(dim)
     period = max(1, 2 * size - 2)
     place = torch.arange(-before, size + after, device=x.device).remainder(period)
     return x.index_select(dim, torch.where(place < size, place, period - place))
 
 
-@register(_PAPER, 8, _OPS)
-def dilatednet_frontend(
-    num_classes: int = 21,
-    in_channels: int = 3,
-    *,
-    padding: Literal["reflect", "zeros"] = "reflect",
-    width: float = 1.0,
-    dropout: float = 0.5,
-    backend: Backend = "segkernels",
-) -> SegmentationModel:
-    """DilatedNet's front end alone. 134,346,581 parameters.
-
-    See `DilatedNet` for the arguments.
-    """
-    return DilatedNet(
-        None,
-        num_classes,
-        in_channels,
-        padding=padding,
-        width=width,
-        dropout=dropout,
-        backend=backend,
-    )
+_dilatednet = Architecture(
+    DilatedNet, "Yu and Koltun 2016", 8, ("dilated_conv2d", "interpolate", "max_pool2d")
+)
 
 
-@register(_PAPER, 8, _OPS)
-def dilatednet(
-    num_classes: int = 21,
-    in_channels: int = 3,
-    *,
-    padding: Literal["reflect", "zeros"] = "reflect",
-    width: float = 1.0,
-    dropout: float = 0.5,
-    backend: Backend = "segkernels",
-) -> SegmentationModel:
-    """The front end and the Basic context module: 28,392 parameters more, 134,374,973.
-
-    See `DilatedNet` for the arguments.
-    """
-    return DilatedNet(
-        1,
-        num_classes,
-        in_channels,
-        padding=padding,
-        width=width,
-        dropout=dropout,
-        backend=backend,
-    )
+@_dilatednet.variant(parameters=134_346_581, flops=1_541_478_974_976, context=None)
+def dilatednet_frontend() -> None:
+    """DilatedNet's front end alone."""
 
 
-@register(_PAPER, 8, _OPS)
-def dilatednet_large(
-    num_classes: int = 21,
-    in_channels: int = 3,
-    *,
-    padding: Literal["reflect", "zeros"] = "reflect",
-    width: float = 1.0,
-    dropout: float = 0.5,
-    backend: Backend = "segkernels",
-) -> SegmentationModel:
-    """The front end and the Large context module: 6,803,139 parameters more, 141,149,720.
+@_dilatednet.variant(parameters=134_374_973, flops=1_541_717_467_776, context=1)
+def dilatednet() -> None:
+    """DilatedNet: the front end and the Basic context module."""
 
-    See `DilatedNet` for the arguments.
-    """
-    return DilatedNet(
-        ContextModule.LARGE,
-        num_classes,
-        in_channels,
-        padding=padding,
-        width=width,
-        dropout=dropout,
-        backend=backend,
-    )
+
+@_dilatednet.variant(parameters=141_149_720, flops=1_598_948_286_876, context=ContextModule.LARGE)
+def dilatednet_large() -> None:
+    """DilatedNet: the front end and the Large context module."""

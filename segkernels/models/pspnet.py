@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from segkernels.models._base import SegmentationModel
-from segkernels.models._blocks import Backend, op_backend, resize
-from segkernels.models._registry import register
+from segkernels.models._blocks import Backend, op_backend, resize, spatial_size
+from segkernels.models._registry import Architecture
 from segkernels.models._resnet import LAYERS, ResNetModel, Stem
 from segkernels.nn import ConvBNAct
 
-_PAPER = "Zhao et al. 2017"
-_OPS = ("dilated_conv2d", "interpolate", "max_pool2d")
 BINS = (1, 2, 3, 6)
 
 
 class PyramidPooling(nn.Module):
-    """Averages over 1x1, 2x2, 3x3 and 6x6 bins, each reduced by 1x1, and the map (figure 3c)."""
+    """The pyramid pooling module (figure 3c).
+
+    It averages the feature map over 1x1, 2x2, 3x3 and 6x6 bins, reduces the channels of each
+    average with a 1x1 convolution, upsamples, and concatenates the results to the feature map.
+    """
 
     def __init__(self, in_channels: int, backend: Backend) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[N, in_channels, H, W] to [N, out_channels, H, W]."""
-        size = (input.size(-2), input.size(-1))
+        size = spatial_size(input)
         levels = [
             resize(reduce(F.adaptive_avg_pool2d(input, bins)), size, True, self.backend)
             for bins, reduce in zip(BINS, self.reduce, strict=True)
@@ -42,11 +43,13 @@ class PyramidPooling(nn.Module):
 class PSPNet(ResNetModel):
     """A ResNet at output stride 8, pyramid pooling, a 3x3 and a 1x1 convolution.
 
-    The auxiliary loss on layer3 counts 0.4 (section 3.3). Any size fits; at 8 k + 1 (473, 713) the
-    scores of the corners fall on the corner pixels. Training needs two images or more: the bin of
-    1x1 has one pixel.
+    The auxiliary loss on layer3 has a factor of 0.4 (section 3.3). Any size fits; with sizes of
+    8 k + 1 (473, 713) the corner scores lie on the corner pixels. Training needs two images or
+    more, because the 1x1 bin has one pixel.
 
-    Args: see `ResNetModel`.
+    Args:
+        num_classes, in_channels, aux_loss, width, layers, backend: see `ResNetModel`.
+        stem: the first layers of the ResNet, see `ResNet`: "deep" adds 123,776 parameters.
     """
 
     align_corners = True
@@ -54,24 +57,17 @@ class PSPNet(ResNetModel):
 
     def __init__(
         self,
-        layers: Sequence[int],
-        num_classes: int,
-        in_channels: int,
+        num_classes: int = 21,
+        in_channels: int = 3,
         *,
-        stem: Stem,
-        aux_loss: bool,
-        width: float,
-        backend: Backend,
+        stem: Stem = "7x7",
+        aux_loss: bool = False,
+        width: float = 1.0,
+        layers: Sequence[int] = LAYERS[50],
+        backend: Backend = "segkernels",
     ) -> None:
         super().__init__(
-            layers,
-            num_classes,
-            in_channels,
-            width=width,
-            output_stride=8,
-            stem=stem,
-            aux_loss=aux_loss,
-            backend=backend,
+            num_classes, in_channels, layers, width, backend, stem=stem, aux_loss=aux_loss
         )
         before = self.backbone.channels[3]
         pyramid, inner = PyramidPooling(before, backend), max(1, before // 4)
@@ -83,57 +79,20 @@ class PSPNet(ResNetModel):
         )
 
     def has_one_pixel_map(self, input: torch.Tensor) -> bool:
-        """The pyramid's bin of 1x1."""
+        """True: the 1x1 bin of the pyramid is one."""
         return True
 
 
-@register(_PAPER, 8, _OPS)
-def pspnet50(
-    num_classes: int = 21,
-    in_channels: int = 3,
-    *,
-    stem: Stem = "7x7",
-    aux_loss: bool = False,
-    width: float = 1.0,
-    layers: Sequence[int] = LAYERS[50],
-    backend: Backend = "segkernels",
-) -> SegmentationModel:
-    """PSPNet on ResNet-50. 46,592,597 parameters; deep stem 123,776 more; aux 2,365,205 more.
-
-    See `PSPNet` for the arguments.
-    """
-    return PSPNet(
-        layers,
-        num_classes,
-        in_channels,
-        stem=stem,
-        aux_loss=aux_loss,
-        width=width,
-        backend=backend,
-    )
+_pspnet = Architecture(
+    PSPNet, "Zhao et al. 2017", 8, ("dilated_conv2d", "interpolate", "max_pool2d")
+)
 
 
-@register(_PAPER, 8, _OPS)
-def pspnet101(
-    num_classes: int = 21,
-    in_channels: int = 3,
-    *,
-    stem: Stem = "7x7",
-    aux_loss: bool = False,
-    width: float = 1.0,
-    layers: Sequence[int] = LAYERS[101],
-    backend: Backend = "segkernels",
-) -> SegmentationModel:
-    """PSPNet on ResNet-101. 65,584,725 parameters; deep stem 123,776 more; aux 2,365,205 more.
+@_pspnet.variant(parameters=46_592_597, flops=365_144_120_704)
+def pspnet50() -> None:
+    """PSPNet on ResNet-50."""
 
-    See `PSPNet` for the arguments.
-    """
-    return PSPNet(
-        layers,
-        num_classes,
-        in_channels,
-        stem=stem,
-        aux_loss=aux_loss,
-        width=width,
-        backend=backend,
-    )
+
+@_pspnet.variant(parameters=65_584_725, flops=525_186_309_504, defaults={"layers": LAYERS[101]})
+def pspnet101() -> None:
+    """PSPNet on ResNet-101."""

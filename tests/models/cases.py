@@ -1,4 +1,4 @@
-"""The models, small enough to compute with; and what their full sizes are pinned to."""
+"""Small variants of the models for the shared tests, and the parameter counts of full models."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ CLASSES = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One architecture.
+    """A small variant of a model.
 
     Attributes:
-        name: of the model.
-        options: what makes it small.
-        size: of the images of the shared tests, odd where the model allows that.
-        too_small: a size that it refuses; None where any fits.
-        one_image: whether one image is enough to train.
-        label: of the test.
+        name: name of the model.
+        options: arguments that make the model small.
+        size: height and width of the images, odd if the model allows odd sizes.
+        too_small: a size that the model refuses; None if any size fits.
+        one_image: whether the model trains on one image.
+        label: name of the test, if it is not `name`.
     """
 
     name: str
@@ -72,10 +72,10 @@ CASES = [
     Case("deeplab_v3plus_resnet101", RESNET, one_image=False),
 ]
 
-# Of 21 classes and 3 channels, where `arguments` says nothing else.
+# Name, arguments and number of parameters; 21 classes and 3 channels without other arguments.
 PARAMETERS: list[tuple[str, dict[str, Any], int]] = [
-    # VGG16's 14,714,688, fc6 102,764,544, fc7 16,781,312, score_fr 86,037; then score_pool4 10,773
-    # and score_pool3 5,397, and each x2 upsampling 21 * 21 * 4 * 4; the last one has none.
+    # VGG16 has 14,714,688, fc6 102,764,544, fc7 16,781,312, score_fr 86,037, score_pool4 10,773,
+    # score_pool3 5,397, and a x2 upsampling 21 * 21 * 4 * 4. The last upsampling has none.
     ("fcn32s", {}, 134_346_581),
     ("fcn16s", {}, 134_364_410),
     ("fcn8s", {}, 134_376_863),
@@ -114,7 +114,7 @@ PARAMETERS: list[tuple[str, dict[str, Any], int]] = [
 
 @torch.no_grad()
 def as_if_trained(model: models.SegmentationModel) -> models.SegmentationModel:
-    """Set what starts at a constant: BatchNorm's values and statistics, zero weights and biases."""
+    """Randomise what starts at a constant: BatchNorm, and weights and biases that are zero."""
     generator = torch.Generator().manual_seed(2)
 
     def normal(x: torch.Tensor) -> torch.Tensor:

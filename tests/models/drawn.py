@@ -1,4 +1,4 @@
-"""A small segmentation set, drawn: shapes of three kinds on textured ground."""
+"""A small segmentation data set: drawn shapes of three kinds on a textured ground."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ CLASSES = ("ground", "disc", "square", "triangle")
 
 
 def draw(count: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [count, 3, size, size], from about -1 to 1, and labels [count, size, size].
+    """Draw images [count, 3, size, size], from about -1 to 1, and labels [count, size, size].
 
-    Each image has a few shapes of about a third of its size, turned and overlapping at random, on
-    ground of smooth coloured noise. A shape's colour is its kind's, with a shift of its own and
-    noise; the ground's colours cross all of them, so that single pixels do not tell.
+    Each image has a few randomly rotated and overlapping shapes on a ground of smooth coloured
+    noise. The shapes have about a third of the image's size. The colour of a shape depends on its
+    kind, with a random shift and noise. The ground has all these colours too, so the colour of one
+    pixel does not determine its label.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -47,7 +48,7 @@ def draw(count: int, size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def mean_iou(found: torch.Tensor, labels: torch.Tensor) -> float:
-    """Intersection over union, averaged over the classes that occur."""
+    """Mean intersection over union of the classes that occur."""
     counts = torch.bincount((labels * len(CLASSES) + found).flatten(), minlength=len(CLASSES) ** 2)
     table = counts.view(len(CLASSES), len(CLASSES)).double()
     both, either = table.diag(), table.sum(0) + table.sum(1) - table.diag()

@@ -1,6 +1,6 @@
-"""Every model learns: from scratch, a narrow variant, on drawn shapes, in seconds.
+"""A narrow variant of every model learns drawn shapes from scratch, in seconds.
 
-Ground everywhere is a mean IoU of about 0.15.
+A prediction of ground everywhere has a mean IoU of about 0.15.
 """
 
 from __future__ import annotations
@@ -18,7 +18,17 @@ from segkernels import models
 
 @dataclass(frozen=True)
 class Run:
-    """A training: of `name` on images of `size`, to `least` mean IoU on images not trained on."""
+    """A training run.
+
+    Attributes:
+        name: name of the model.
+        least: mean IoU to reach on images outside the training set.
+        size: height and width of the images.
+        options: arguments of the model.
+        steps: number of steps.
+        rate: largest learning rate.
+        batch: batch size.
+    """
 
     name: str
     least: float
@@ -49,7 +59,7 @@ RUNS = [
     Run("deeplab_v1", 0.5, 97, VGG, 450, 2e-3),
     Run("deeplab_v2_vgg16", 0.5, 97, VGG, 400, 3e-3),
     Run("deeplab_v2_resnet101", 0.6, options=RESNET, steps=60),
-    # Slow from scratch, as in the paper (section 4.2.2): its authors train it in two stages.
+    # It learns slowly from scratch; its authors train it in two stages (section 4.2.2).
     Run("deconvnet", 0.35, 224, {"width": 1 / 16}, 200, 3e-2),
     Run("segnet", 0.5, 64, {"width": 1 / 8}, 180, 1e-2, 8),
     Run("fc_densenet56", 0.7, 48, TIRAMISU, 40),
@@ -58,7 +68,7 @@ RUNS = [
     Run("deeplab_v3plus_resnet101", 0.6, options=RESNET),
 ]
 STARTS = 3
-# The rest differ from these in depth alone.
+# These differ from the models in RUNS only in depth.
 DEEPER = {
     *("fcn_resnet101", "fc_densenet67", "fc_densenet103", "pspnet101", "deeplab_v3_resnet101"),
 }
@@ -74,7 +84,7 @@ def test_all_are_here() -> None:
 
 
 def train(run: Run, seed: int) -> float:
-    """Mean IoU on pictures not trained on, from the start that `seed` draws."""
+    """Train a model that is initialised with `seed`; return the mean IoU on other images."""
     torch.manual_seed(seed)
     model = models.create_model(run.name, len(CLASSES), **run.options)
     images, labels = pictures(64, run.size, 0)
@@ -95,8 +105,8 @@ def train(run: Run, seed: int) -> float:
 @pytest.mark.nightly
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_learns(run: Run) -> None:
-    # So short a training depends on its start, and that on the processor's rounding: a bad one is
-    # followed by others.
+    # The result of such a short training depends on the initialisation and on the processor's
+    # rounding, so a run that fails is repeated with other seeds.
     reached: list[float] = []
     while len(reached) < STARTS and max(reached, default=0.0) < run.least:
         reached.append(train(run, seed=len(reached)))

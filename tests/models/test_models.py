@@ -1,10 +1,13 @@
-"""Every model: size, gradients, both backends, compilers, layouts, autocast, folders, bad input."""
+"""Tests of every model: output, gradients, backends, compilers, layouts, files, bad input."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
+import pickle
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.cases import CASES, CLASSES, PARAMETERS, Case, as_if_trained, outputs
+from models.counted import parameters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segkernels import DenseCRF, models
 from segkernels.models import _registry
 
 every = pytest.mark.parametrize("case", CASES, ids=str)
-# For what takes seconds: those whose layers are not all in another one.
+# `once`, for tests that take seconds, leaves out models whose layers another model has too.
 PARTS = ("fcn32s", "fcn16s", "unet-valid", "dilatednet_frontend", "pspnet50")
-# Unpooling, and a pyramid behind a ResNet, at every run; the rest at night.
+# Models with unpooling and with a ResNet and ASPP; `once` marks the others as nightly.
 QUICK = ("segnet", "deeplab_v3_resnet50")
 once = pytest.mark.parametrize(
     "case",
@@ -75,7 +79,7 @@ def test_parameters_are_those_of_the_paper(
     for backend in ("segkernels", "torch"):
         with torch.device("meta"):
             model = models.create_model(name, backend=backend, **arguments)
-        assert sum(p.numel() for p in model.parameters()) == count
+        assert parameters(model) == count
         assert {p.device.type for p in model.parameters()} == {"meta"}
         found.append({key: value.shape for key, value in model.state_dict().items()})
     assert found[0] == found[1]
@@ -112,7 +116,7 @@ def test_output_labels_loss_and_gradients(case: Case) -> None:
     scores = out["out"]
     chosen = scores.gather(1, labels.unsqueeze(1)).squeeze(1)
     assert (scores.amax(1) - chosen).max() <= 1e-5 * scores.abs().max()
-    # In eval mode: what BatchNorm subtracts has no gradient in training.
+    # This needs eval mode: in training a bias before BatchNorm has no gradient.
     assert [key for key, g in gradients(model, loss).items() if not g.any()] == []
 
 
@@ -123,7 +127,7 @@ def test_both_backends_are_the_same_model(case: Case) -> None:
     images = case.images()
     target = target_for(theirs, images)
     theirs.load_state_dict(ours.state_dict())
-    # Folded BatchNorm and fused steps, in float32.
+    # In float32: evaluation with folded BatchNorm and fused steps.
     ours.eval(), theirs.eval()
     with torch.no_grad():
         found, expected = outputs(ours(images)), outputs(theirs(images))
@@ -132,7 +136,7 @@ def test_both_backends_are_the_same_model(case: Case) -> None:
     for key in found:
         close(found[key], expected[key], 1e-4)
     assert (ours.predict(images) == theirs.predict(images)).double().mean() > 0.999
-    # Training, with the same dropout, in float64: gradients of deep nets show every difference.
+    # In float64: training with the same dropout. Gradients of deep networks amplify differences.
     ours.double().train(), theirs.double().train()
     results = []
     for model in (ours, theirs):
@@ -153,9 +157,52 @@ def test_both_backends_are_the_same_model(case: Case) -> None:
 def close(
     found: torch.Tensor, expected: torch.Tensor, share: float, at_least: float = 1e-30
 ) -> None:
-    """To `share` of the largest value, or of `at_least`."""
+    """Compare with a tolerance of `share` times the largest value, or times `at_least`."""
     scale = max(float(expected.detach().abs().max()), at_least)
     torch.testing.assert_close(found, expected, rtol=0, atol=share * scale)
+
+
+@every
+def test_synchronised_batch_norm_gives_the_same(case: Case) -> None:
+    for backend in ("segkernels", "torch"):
+        model, images = as_if_trained(case.build(backend)).eval(), case.images()
+        with torch.no_grad():
+            expected = outputs(model(images))
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            found = outputs(model(images))
+        assert not any(type(part) is torch.nn.BatchNorm2d for part in model.modules())
+        assert found.keys() == expected.keys()
+        for key in expected:
+            close(found[key], expected[key], 1e-6)
+
+
+def with_group_norm(model: models.SegmentationModel) -> models.SegmentationModel:
+    """Replace each BatchNorm2d by a GroupNorm of one group."""
+    for part in list(model.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, torch.nn.BatchNorm2d):
+                setattr(part, name, torch.nn.GroupNorm(1, child.num_features))
+    return model
+
+
+@every
+def test_group_norm_is_the_same_in_both_backends(case: Case) -> None:
+    ours, theirs = (with_group_norm(case.build(b)).double() for b in ("segkernels", "torch"))
+    as_if_trained(ours)
+    theirs.load_state_dict(ours.state_dict())
+    images = case.images(dtype=torch.float64)
+    results = []
+    for model in (ours, theirs):
+        torch.manual_seed(4)
+        out = outputs(model(images))
+        results.append((out, gradients(model, squares(out))))
+    (found, found_grads), (expected, grads) = results
+    assert found.keys() == expected.keys()
+    for key in expected:
+        close(found[key], expected[key], 1e-7)
+    largest = max(float(g.abs().max()) for g in grads.values())
+    for key, grad in grads.items():
+        close(found_grads[key], grad, 1e-7, at_least=1e-6 * largest)
 
 
 @every
@@ -179,9 +226,9 @@ def test_layouts_and_autocast(case: Case) -> None:
         model = model.to(memory_format=torch.channels_last)
         last = outputs(model(images.contiguous(memory_format=torch.channels_last)))["out"]
     close(last, expected, 1e-4)
-    # Unpooling puts a value elsewhere where rounding makes another one the maximum.
-    switches = "max_unpool2d" in spec_of(case).ops
-    assert (half.float() - expected).norm() < (0.35 if switches else 0.1) * expected.norm()
+    # Rounding can change the position of a maximum, and so where unpooling puts the value.
+    unpools = "max_unpool2d" in spec_of(case).ops
+    assert (half.float() - expected).norm() < (0.35 if unpools else 0.1) * expected.norm()
     model.train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model.loss(images, target_for(model, images))
@@ -196,7 +243,7 @@ def test_layouts_and_autocast(case: Case) -> None:
 def test_compiles(case: Case, backend: str) -> None:
     model, images = as_if_trained(case.build(backend)).eval(), case.images(1)
     torch.compiler.reset()
-    # In one graph; with ours also through its operators' fake kernels.
+    # In one graph. "aot_eager" also runs the fake kernels of segkernels' operators.
     tracer = "aot_eager" if backend == "segkernels" else "eager"
     compiled = torch.compile(model, fullgraph=True, backend=tracer)
     with torch.no_grad():
@@ -238,7 +285,7 @@ def test_compiles_for_training(case: Case) -> None:
     "case", [c for c in CASES if c.name in ("fcn8s", "deeplab_v3_resnet50")], ids=str
 )
 def test_compiles_with_inductor(case: Case) -> None:
-    """What people call: the default compiler, over the loss of a step and over predict."""
+    """The default compiler, on the loss of a training step and on predict."""
     model, images = as_if_trained(case.build()), case.images()
     target = torch.randint(0, CLASSES, (2, *case.size))
     for part in model.modules():
@@ -271,7 +318,7 @@ def test_exports(case: Case) -> None:
 
 
 class Seen(TorchDispatchMode):
-    """The names of segkernels' operators that were called."""
+    """Record the names of the segkernels operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -430,6 +477,38 @@ def test_folders_keep_the_crf(tmp_path: Path) -> None:
 
 
 def test_copies_and_pickles_keep_their_name() -> None:
-    model = copy.deepcopy(models.segnet(3, width=1 / 64))
-    assert model.name == "segnet"
-    assert model.arguments["width"] == 1 / 64
+    model = models.segnet(3, width=1 / 64)
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same.name == "segnet"
+        assert same.arguments == model.arguments
+        assert same.arguments["width"] == 1 / 64
+
+
+@pytest.mark.parametrize("spec", _registry.specs(), ids=lambda spec: spec.name)
+def test_builders_look_like_functions(spec: _registry.Spec) -> None:
+    build = getattr(models, spec.name)
+    assert (build.__name__, build.__qualname__) == (spec.name, spec.name)
+    assert pickle.loads(pickle.dumps(build)) is build
+    assert f" {spec.parameters:,} parameters." in build.__doc__
+    signature = inspect.signature(build)
+    assert list(signature.parameters)[:2] == ["num_classes", "in_channels"]
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(signature.parameters.values())[2:])
+    assert all(p.default is not p.empty for p in signature.parameters.values())
+    assert signature.return_annotation == "SegmentationModel"
+    hints = typing.get_type_hints(build)
+    assert hints.keys() == {*signature.parameters, "return"}
+    assert hints["return"] is models.SegmentationModel
+
+
+def test_builders_refuse_arguments_that_they_set() -> None:
+    with pytest.raises(TypeError, match=r"fcn8s\(\) got an unexpected keyword argument 'stride'"):
+        models.create_model("fcn8s", stride=16)
+    with pytest.raises(TypeError, match=r"fcn8s\(\) too many positional arguments"):
+        models.create_model("fcn8s", 21, 3, 16)
+
+
+def test_variants_of_one_class_have_their_own_defaults() -> None:
+    with torch.device("meta"):
+        shallow, deep = models.pspnet50(width=1 / 64), models.pspnet101(width=1 / 64)
+    assert (shallow.arguments["layers"], deep.arguments["layers"]) == ((3, 4, 6, 3), (3, 4, 23, 3))
+    assert len(deep.backbone.layer3) == 23

@@ -1,4 +1,4 @@
-"""What the papers fix: alignment, receptive fields, sizes, weights, the CRF, operations."""
+"""Tests of what the papers state: alignment, receptive fields, sizes, weights, CRF, FLOPs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.cases import as_if_trained
+from models.counted import flops, parameters
 from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
 from segkernels import DenseCRF, models
 from segkernels.cli import app
-from segkernels.models import _summary, _vgg
+from segkernels.cli.models import render
+from segkernels.models import _registry, _vgg
 from segkernels.models._resnet import LAYERS, ResNet
 from segkernels.models.dilatednet import MARGIN, _mirror
 from segkernels.nn import bilinear_kernel_
@@ -91,7 +93,7 @@ def test_unets_output_is_the_centre_of_the_image() -> None:
 
 
 def receptive_field(layers: list[nn.Module]) -> int:
-    """Of one output of layers one after the other, in inputs, by arithmetic."""
+    """The receptive field of a sequence of layers, by arithmetic."""
     field, step = 1, 1
     for layer in layers:
         kernel, dilation, stride = (
@@ -104,8 +106,9 @@ def receptive_field(layers: list[nn.Module]) -> int:
 
 
 def reach(model: nn.Module, size: int, place: tuple[int, int]) -> torch.Tensor:
-    """Where one output's gradient is not zero, for weights that cannot cancel: first and last row
-    and column.
+    """First and last row, and first and last column, where the gradient of one output is not zero.
+
+    The weights must be positive, so that they do not cancel.
     """
     image = torch.ones(1, 4, size, size, dtype=torch.float64, requires_grad=True)
     out = model(image)
@@ -126,7 +129,7 @@ def test_context_module_sees_67_pixels(large: bool) -> None:
         nn.init.constant_(conv.weight, 0.1)
     found = reach(context.double(), 101, (50, 50))
     assert found.tolist() == [50 - 33, 50 + 33, 50 - 33, 50 + 33]
-    # Starting as the identity, it passes the front end's scores on.
+    # The context module starts as the identity.
     x = torch.rand(1, 4, 9, 12)
     if not large:
         torch.testing.assert_close(build(4, width=1 / 64).context(x), x)
@@ -142,7 +145,7 @@ def test_front_end_sees_380_pixels_and_its_cells_lie_on_the_image() -> None:
         layers += [layer.conv for layer in stage] + [pool] * (number < 3)
     field = receptive_field([*layers, model.fc6.conv, model.fc7.conv, model.final])
     assert field == 380 == 2 * MARGIN + 8
-    # A bump just inside and just outside: what max pooling passes on is the bump.
+    # A larger pixel just inside or just outside the field: max pooling passes it on.
     image = torch.zeros(1, 1, field + 16, field + 16, dtype=torch.float64)
 
     def front_end(x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +185,7 @@ def test_mirroring_goes_on_beyond_the_image(size: int) -> None:
 
 
 def vgg_state(norm: bool, width: int, fc: int) -> dict[str, torch.Tensor]:
-    """As torchvision.models.vgg16(_bn)().state_dict(), with other numbers of channels."""
+    """A state dict like torchvision's vgg16 or vgg16_bn, with fewer channels."""
     state, before, index = {}, 3, 0
     for channels, depth in _vgg.STAGES:
         for _ in range(depth):
@@ -250,12 +253,12 @@ def test_deeplab_subsamples_the_fully_connected_layers(
 @pytest.mark.parametrize(
     ("name", "more", "rates"),
     [
-        # conv5 at 2, and what follows it.
+        # conv5 has a dilation of 2.
         ("deeplab_v1", {}, [2, 2, 2, 12]),
         ("deeplab_v1", {"field": "4x4"}, [2, 2, 2, 4]),
         ("deeplab_v2_vgg16", {}, [2, 2, 2, 6, 12, 18, 24]),
         ("dilatednet", {}, [2, 2, 2, 4, 2, 4, 8, 16]),
-        # One block of layer3 goes on at the stride of layer2, and layer4 at 2 and 4.
+        # One block of layer3 has a dilation of 2; layer4 has blocks with 2 and 4.
         ("deeplab_v2_resnet101", {"layers": (1, 1, 2, 2)}, [2, 2, 4, 6, 12, 18, 24]),
         ("deeplab_v3_resnet50", {"layers": (1, 1, 2, 2)}, [2, 2, 4, 12, 24, 36]),
         ("deeplab_v3plus_resnet101", {"layers": (1, 1, 2, 2)}, [2, 6, 12, 18]),
@@ -354,7 +357,7 @@ def test_crf_refines_and_learns(name: str) -> None:
     target = torch.randint(0, 3, (2, 33, 41))
     plain.eval()
     model.eval()
-    # Evaluation: log-probabilities of the CRF on the full-size scores.
+    # In evaluation the output is the CRF's log-probabilities for the full-size scores.
     expected = crf(image, logits=plain(image), log=True)
     torch.testing.assert_close(model(image), expected)
     torch.testing.assert_close(model(image).exp().sum(1), torch.ones(2, 33, 41))
@@ -362,10 +365,10 @@ def test_crf_refines_and_learns(name: str) -> None:
     torch.testing.assert_close(
         model.loss(image, target, ignore_index=1), F.nll_loss(expected, target, ignore_index=1)
     )
-    # Another image than the normalised one that the network reads.
+    # The CRF can compare another image than the network reads.
     other = torch.rand(2, 5, 33, 41)
     torch.testing.assert_close(model(image, other), crf(other, logits=plain(image), log=True))
-    # Training apart, and end to end.
+    # Training without the CRF, and end to end.
     model.train()
     assert model.loss(image, target).grad_fn is not None
     model.loss(image, target).backward()
@@ -379,7 +382,7 @@ def test_crf_refines_and_learns(name: str) -> None:
 
 
 def test_flops_are_those_of_a_hand_count() -> None:
-    # U-Net at 32 x 48: two for each multiplication of a convolution.
+    # U-Net at 32 x 48; a multiply-add counts as two.
     found, h, w = 0, 32, 48
 
     def conv(k: int, a: int, b: int, h: int, w: int) -> int:
@@ -397,10 +400,20 @@ def test_flops_are_those_of_a_hand_count() -> None:
     found += conv(1, 64, 21, h, w)
     with torch.device("meta"):
         model = models.unet(backend="torch")
-    assert _summary.flops(model, 32, 48) == found
+    assert flops(model, 32, 48) == found
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("spec", _registry.specs(), ids=lambda spec: spec.name)
+def test_stored_figures_are_those_of_the_model(spec: _registry.Spec) -> None:
+    with torch.device("meta"):
+        model = models.create_model(spec.name, backend="torch").eval()
+    assert spec.parameters == parameters(model)
+    # 513, or the next smaller size that fits.
+    assert spec.size == 513 - (513 - model.min_size) % model.size_step
+    assert spec.flops == flops(model, spec.size, spec.size)
+
+
 def test_command_prints_every_model() -> None:
     ran = CliRunner().invoke(app, ["models", "--json"])
     assert ran.exit_code == 0, ran.output
@@ -413,8 +426,8 @@ def test_command_prints_every_model() -> None:
         *("dilated_conv2d", "max_pool2d", "max_unpool2d"),
         *("upsample_argmax", "upsample_cross_entropy"),
     ]
-    # torchvision's table has 178.722e9 multiplications at 520 x 520 for this one with its auxiliary
-    # head of 2,365,184 weights; its maps, and so most of that, are the same at 513 x 513.
+    # torchvision states 178.722e9 multiplications at 520 x 520, with an auxiliary head of 2,365,184
+    # weights. The feature maps have the same size at 513 x 513.
     expected = 2 * (178.722e9 - 2_365_184 * 65 * 65)
     assert rows["deeplab_v3_resnet50"]["flops"] == pytest.approx(expected, rel=1e-2)
     readme = Path(__file__).parents[2] / "README.md"
@@ -431,7 +444,7 @@ def test_command_prints_every_model() -> None:
         for name, row in rows.items()
     ]
     console = Console(width=200, file=io.StringIO())
-    _summary.render([_summary.Row(**row) for row in rows.values()], console)
+    render(console)
     assert isinstance(console.file, io.StringIO)
     printed = console.file.getvalue().splitlines()
     for row in rows.values():

@@ -1,6 +1,6 @@
-"""The same as torchvision's models: run by ``pip install ".[peers]" && pytest -m peers``.
+"""Comparison with torchvision's models: ``pip install ".[peers]" && pytest -m peers``.
 
-torchvision's releases each need one release of torch, so that the extra may bring another torch.
+Each release of torchvision needs one release of torch, so the extra may install another torch.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from models.cases import as_if_trained, outputs
+from models.counted import flops, parameters
 
 from segkernels import models
-from segkernels.models import _summary
 
 try:
     import torchvision
     from torchvision.models import segmentation
 
     MISSING = ""
-except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision of another torch
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision needs another torch
     MISSING = f'torchvision cannot be imported ({error}): pip install ".[peers]"'
 
 pytestmark = [pytest.mark.peers, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
@@ -43,7 +43,7 @@ def test_whole_models_load_and_give_the_same(name: str, their_name: str, aux: bo
     expected = as_if_trained(theirs(their_name, aux_loss=aux)).eval()
     for backend in ("segkernels", "torch"):
         model = models.create_model(name, aux_loss=aux, backend=backend)
-        model.load_state_dict(expected.state_dict())  # strict: every name is torchvision's
+        model.load_state_dict(expected.state_dict())  # strict, so all names are the same
         model.eval()
         image = torch.randn(1, 3, 65, 97)
         with torch.no_grad():
@@ -92,7 +92,7 @@ def test_vgg_backbones_load(name: str, backbone: str) -> None:
     model.load_backbone(source.state_dict())
     image = torch.randn(1, 3, 65, 49)
     with torch.no_grad():
-        # Up to the fourth pooling, with every convolution padded by 1 and 2x2 poolings.
+        # The layers before the fourth pooling, with a padding of 1 and 2x2 max pooling.
         found = image
         for number, stage in enumerate(list(model.vgg)[:4]):
             for layer in stage:
@@ -139,9 +139,9 @@ def test_operations_are_those_that_torchvision_states(name: str, their_name: str
     meta = segmentation.__dict__[_weights(their_name)].DEFAULT.meta
     with torch.device("meta"):
         model = models.create_model(name, aux_loss=True, backend="torch").eval()
-    assert sum(p.numel() for p in model.parameters()) == meta["num_params"]
-    # Theirs counts multiplications, at 520 x 520.
-    assert _summary.flops(model, 520, 520) / 2e9 == pytest.approx(meta["_ops"], abs=6e-4)
+    assert parameters(model) == meta["num_params"]
+    # torchvision counts multiplications, at 520 x 520.
+    assert flops(model, 520, 520) / 2e9 == pytest.approx(meta["_ops"], abs=6e-4)
 
 
 def _weights(name: str) -> str:
