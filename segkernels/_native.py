@@ -1,7 +1,7 @@
-"""Loads the compiled module `segkernels._C`, and keeps the reason when it cannot.
+"""Load the compiled module `segkernels._C`, and record the reason when it cannot be loaded.
 
-Importing this module never raises and never compiles: a function that needs native code asks for
-`C()`, which raises with the reason and what to do about it.
+Importing this module never raises and never compiles. Code that needs native functions calls `C()`,
+which raises RuntimeError with the reason and the remedy when they are not available.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-import torch  # before _C: both then share torch's libgomp, instead of starting two thread pools
+import torch  # imported before _C so that both share torch's libgomp and one thread pool
 
 from segkernels._version import __version__
 
@@ -57,11 +57,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def C() -> ModuleType:  # noqa: N802 - reads as the module that it returns
-    """The compiled module.
+def C() -> ModuleType:  # noqa: N802 - named after the module that it returns
+    """Return the compiled module.
 
     Raises:
-        RuntimeError: it is not there or does not load; says why and what to do.
+        RuntimeError: the module is missing or cannot be loaded. The message has the reason and the
+            remedy.
     """
     if _module is None:
         raise RuntimeError(f"segkernels' native code is not available: {_problem}")
@@ -69,17 +70,17 @@ def C() -> ModuleType:  # noqa: N802 - reads as the module that it returns
 
 
 def problem() -> str:
-    """Why `C()` would raise, or ""."""
+    """Return the reason why `C()` raises, or "" if it does not."""
     return _problem
 
 
 def num_threads() -> int:
-    """How many threads a native CPU function may use: torch's setting, or 1 in a forked child.
+    """Return the number of CPU threads for native code: torch's setting, or 1 after a fork.
 
-    libgomp's threads do not survive a fork, and a parallel region in the child then waits for them
-    forever, in torch's operators as in ours. So a forked child (multiprocessing.Pool, a DataLoader
-    worker) is limited to one thread, torch included. Call this before the first torch operator that
-    might run in parallel.
+    libgomp's threads do not survive a fork: the first parallel region in the child process waits
+    for them forever, in torch's operators and in native code alike. A forked child
+    (multiprocessing.Pool, a DataLoader worker) is therefore limited to one thread, and so is torch
+    in it. Call this function before the first torch operator that may run in parallel.
     """
     global _limited
     if not _forked:
@@ -91,14 +92,14 @@ def num_threads() -> int:
 
 
 def where(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """Where a native function on `tensor` runs: (device index, raw CUDA stream, CPU threads).
+    """Return (device index, raw CUDA stream, CPU threads) for a native call on `tensor`.
 
-    (-1, 0, `num_threads()`) for a CPU tensor; for a CUDA tensor its index and the current stream of
-    that device, and 0 threads.
+    These are (-1, 0, `num_threads()`) for a CPU tensor, and (index of its device, current stream of
+    that device, 0) for a CUDA tensor.
 
     Raises:
-        RuntimeError: another kind of device, a ROCm torch, or a CUDA tensor where segkernels was
-            built without CUDA.
+        RuntimeError: the tensor is neither on the CPU nor on CUDA, torch is a ROCm build, or the
+            tensor is on CUDA and segkernels was built without CUDA.
     """
     if tensor.is_cpu:
         return -1, 0, num_threads()
@@ -109,7 +110,7 @@ def where(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Whether the code for CUDA, native or Triton's, computes what is on `device`."""
+    """Whether tensors on `device` are computed by CUDA code (native or Triton)."""
     return device.type == "cuda"
 
 
@@ -119,10 +120,11 @@ def has_cuda() -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the current stream of `device`, which may be any device, captures a CUDA graph."""
+    """Whether the current stream of `device` captures a CUDA graph; False off CUDA."""
     if device.type != "cuda":
         return False
-    if torch.cuda.current_device() == device.index:  # whose stream torch asks
+    # is_current_stream_capturing() looks at the current device only.
+    if torch.cuda.current_device() == device.index:
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

@@ -1,8 +1,9 @@
-"""Faults that only the values show (NaN, an index out of range), told by status words.
+"""Reports invalid values found inside kernels: NaN, labels or indices out of range.
 
-A native function sets `status[code] = 1` where it meets such a value. On the CPU the words are read
-after the call and raise at once. On CUDA they stay on the device, so that nothing synchronises:
-`check()` reads them, and `SEGKERNELS_CHECK=1` in the environment reads them after every call.
+There is one status word per kind of error. A native function sets `status[code] = 1` when it meets
+such a value. On the CPU the words are read after each call, which raises at once. On CUDA they stay
+in device memory, so that no call synchronises: `check()` reads them. With `SEGKERNELS_CHECK=1` in
+the environment they are read after every call.
 """
 
 from __future__ import annotations
@@ -15,24 +16,25 @@ import torch
 
 from segkernels import _native
 
-# In the order of enum StatusCode in csrc/common/status.h.
+# In the order of enum StatusCode in csrc/common/status.h. A message begins "<function>: ".
 _MESSAGES = (
-    "features: expected finite numbers, got NaN or infinity (in the image or a sigma)",
-    "features: too large for exact lattice coordinates in {dtype} (a sigma too small for the "
-    "image's size or intensities); use a larger sigma{wider}",
-    "max_vertices: the lattice has more vertices than that; raise it or leave it out",
-    "probs, logits or unary: expected finite numbers, got NaN or infinity",
-    "probs: expected values from 0 to 1, got some outside",
-    "labels or target: expected 0 to num_classes - 1 or ignore_index, got some outside",
-    "indices: expected indices inside the output plane, got some outside",
-    "codes: expected codes inside the pooling window, got some outside",
+    "features must be finite, got NaN or infinity (in the image or a sigma)",
+    "features must have exact lattice coordinates in {dtype}, got values too large (a sigma too "
+    "small for the image's size or intensities); use a larger sigma{wider}",
+    "max_vertices must be at least the number of lattice vertices, got fewer; raise it or leave it "
+    "out",
+    "probs, logits or unary must be finite, got NaN or infinity",
+    "probs must be from 0 to 1, got values outside",
+    "labels or target must be from 0 to num_classes - 1 or ignore_index, got values outside",
+    "indices must be inside the output plane, got values outside",
+    "codes must be cells of the pooling window inside the output plane, got values outside",
 )
 
 _words: dict[torch.device, torch.Tensor] = {}
 
 
 class _DeviceMemory:
-    """Words at an address of a CUDA device, as torch.as_tensor takes them."""
+    """The status words at an address in CUDA memory, in a form that torch.as_tensor accepts."""
 
     def __init__(self, address: int) -> None:
         self.__cuda_array_interface__ = {
@@ -44,99 +46,100 @@ class _DeviceMemory:
 
 
 def _device_words(device: torch.device) -> torch.Tensor:
-    """The status words of a CUDA device, which live as long as the process.
+    """Return the status words of a CUDA device, which are never freed.
 
-    They are the native module's: words from torch's allocator would, where the first call is
-    captured, be a graph's, and where it is in inference mode, could not be cleared outside.
+    The native module allocates them. Words from torch's allocator would belong to a graph's memory
+    pool if the first call is captured, and could not be cleared outside inference mode if the first
+    call is made inside it.
     """
     if device not in _words:
         with torch.inference_mode(False):
             if _native.has_cuda():
-                _words[device] = _words_at(_native.C().status_words(device.index), device)
+                memory = _DeviceMemory(_native.C().status_words(device.index))
+                _words[device] = torch.as_tensor(memory, device=device)
             else:
                 _words[device] = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=device)
     return _words[device]
 
 
-def _words_at(address: int, device: torch.device) -> torch.Tensor:
-    return torch.as_tensor(_DeviceMemory(address), device=device)
-
-
 class StatusError(ValueError):
-    """A fault in the values of an argument, found by a kernel."""
+    """An argument has an invalid value, found by a kernel."""
 
 
-def _text(words: list[int], op: str, dtype: torch.dtype | None) -> str:
+def _message(words: list[int], op: str, dtype: torch.dtype | None) -> str:
     name = str(dtype).removeprefix("torch.") if dtype is not None else "this dtype"
     wider = ", or float64 features" if dtype != torch.float64 else ""
-    found = [m.format(dtype=name, wider=wider) for m, w in zip(_MESSAGES, words, strict=True) if w]
-    return "; ".join(f"{op}: {message}" for message in found)
+    errors = [m for m, word in zip(_MESSAGES, words, strict=True) if word]
+    return "; ".join(f"{op}: {m.format(dtype=name, wider=wider)}" for m in errors)
 
 
 @contextmanager
 def watch(
     tensor: torch.Tensor, op: str, dtype: torch.dtype | None = None
 ) -> Iterator[torch.Tensor]:
-    """Status words for one native call on `tensor`'s device; raises at the end what it reported.
+    """Yield the status words for one native call, then raise if the call has set one.
 
     Args:
-        tensor: any tensor of the call, for its device.
-        op: the public function's name, which begins the message.
-        dtype: the dtype that the native code computes in, where a message names it.
+        tensor: any tensor of the call; selects the device.
+        op: name of the public function, with which the message begins.
+        dtype: dtype that the native code computes in, for the messages that name it.
 
     Raises:
-        StatusError: on the CPU, or on CUDA under SEGKERNELS_CHECK=1: a value was at fault.
+        StatusError: an argument has an invalid value. Raised on the CPU, and on CUDA with
+            SEGKERNELS_CHECK=1 outside graph capture.
     """
     if not _native.on_cuda(tensor.device):
         words = torch.zeros(len(_MESSAGES), dtype=torch.int32, device=tensor.device)
         yield words
-        found = words.tolist()
-        if any(found):
-            raise StatusError(_text(found, op, dtype))
+        values = words.tolist()
+        if any(values):
+            raise StatusError(_message(values, op, dtype))
         return
     yield _device_words(tensor.device)
     if os.environ.get("SEGKERNELS_CHECK") == "1" and not _native.capturing(tensor.device):
-        _raise(tensor.device, op, dtype)
+        _raise_and_clear(tensor.device, op, dtype)
 
 
-def raise_found(words: list[int], op: str) -> None:
-    """Raise what a native call on the CPU returned as its status words; none if all is well."""
+def raise_if_set(words: list[int], op: str) -> None:
+    """Raise StatusError for the status words that a native CPU call returned; [] if none is set."""
     if words:
-        raise StatusError(_text(words, op, None))
+        raise StatusError(_message(words, op, None))
 
 
-def _raise(device: torch.device, op: str, dtype: torch.dtype | None = None) -> None:
+def _raise_and_clear(device: torch.device, op: str, dtype: torch.dtype | None = None) -> None:
     words = _words[device]
-    found = words.tolist()
-    if any(found):
+    values = words.tolist()
+    if any(values):
         words.zero_()
-        raise StatusError(_text(found, op, dtype))
+        raise StatusError(_message(values, op, dtype))
 
 
 def check(device: torch.device | str | int | None = None) -> None:
-    """Raise what kernels found wrong in the values of their arguments on CUDA since the last check.
+    """Raise if a kernel has found invalid values in its arguments on CUDA since the last check.
 
-    On CUDA a bad value (NaN where numbers must be finite, a label or an index out of range) stops
-    nothing and costs no synchronisation: the element is treated as its function documents and a
-    word on the device is set. This reads the words, so it synchronises. `SEGKERNELS_CHECK=1` in the
-    environment does it after every call, to find the one at fault. On the CPU functions raise at
-    once.
+    On CUDA an invalid value (NaN or infinity where values must be finite, a label or an index out
+    of range) does not raise and costs no synchronisation: the element is treated as the function's
+    documentation states, and a status word is set in device memory. This function reads the words,
+    so it synchronises. `SEGKERNELS_CHECK=1` in the environment checks after every call, to find the
+    call with the invalid value. On the CPU every function raises at once.
 
     Args:
-        device: one CUDA device; default all that were used.
+        device: a CUDA device; default every device that has been used.
 
     Raises:
-        ValueError: what was found; the words are cleared.
+        ValueError: invalid values were found. The words of that device are cleared.
     """
     if device is None:
         devices = list(_words)
     else:
-        wanted = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-        if wanted.type != "cuda":
+        requested = (
+            torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        )
+        if requested.type != "cuda":
             return
-        index = wanted.index if wanted.index is not None else torch.cuda.current_device()
-        wanted = torch.device("cuda", index)
-        devices = [wanted] if wanted in _words else []
-    for found in devices:
-        torch.cuda.synchronize(found)
-        _raise(found, "segkernels")
+        index = requested.index if requested.index is not None else torch.cuda.current_device()
+        requested = torch.device("cuda", index)
+        devices = [requested] if requested in _words else []
+    for used in devices:
+        torch.cuda.synchronize(used)
+        _raise_and_clear(used, "segkernels")

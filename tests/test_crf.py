@@ -681,7 +681,7 @@ def test_exports(device):
 def test_image_that_is_not_finite(bad, device):
     img, probs = torch.rand(3, *SIZE) * 255, torch.from_numpy(probabilities(4, *SIZE))
     img[1, 2, 3] = bad
-    message = r"dense_crf: features: expected finite numbers, got NaN or infinity \(in the image"
+    message = r"dense_crf: features must be finite, got NaN or infinity \(in the image"
     with raises_for_values(message):
         dense_crf(img.to(device), probs.to(device))
     if device.type == "cpu":
@@ -698,7 +698,7 @@ def test_scores_that_are_not_finite(bad, kind, device):
     for dtype in (torch.float16, torch.float32, torch.float64):
         scores = torch.rand(4, *SIZE).to(device, dtype)
         scores[3, 8, 10] = bad
-        with raises_for_values("expected finite numbers, got NaN or infinity"):
+        with raises_for_values("must be finite, got NaN or infinity"):
             dense_crf(img, **{kind: scores})
 
 
@@ -707,7 +707,7 @@ def test_probabilities_outside_0_to_1(bad, device):
     img = channels_first(picture(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     probs[2, 0, 0] = bad
-    with raises_for_values("dense_crf: probs: expected values from 0 to 1, got some outside"):
+    with raises_for_values("dense_crf: probs must be from 0 to 1, got values outside"):
         dense_crf(img, probs)
     dense_crf(img, logits=probs)
 
@@ -727,14 +727,14 @@ def test_probabilities_a_rounding_above_1(device):
 def test_sigma_too_small_for_exact_coordinates(name, sigma, device):
     img = channels_first(picture(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
-    message = "lattice coordinates in float32 .* use a larger sigma, or float64"
+    message = "lattice coordinates in float32, .* use a larger sigma, or float64"
     with raises_for_values(message):
         dense_crf(img, probs.float(), **{name: sigma})
     # float64 still has room, and says so when it has not.
     changes = {name: sigma}
     want = oracle(img.permute(1, 2, 0).cpu().numpy()[None], probs[None].cpu().numpy(), **changes)
     assert_near(dense_crf(img, probs, **changes), want[0], 1e-6)
-    with raises_for_values("lattice coordinates in float64 .* use a larger sigma$"):
+    with raises_for_values("lattice coordinates in float64, .* use a larger sigma$"):
         dense_crf(img, probs, **{name: 1e-12})
 
 
@@ -743,7 +743,9 @@ def test_max_vertices(device):
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     want = dense_crf(img, probs)
     assert torch.equal(dense_crf(img, probs, max_vertices=10**6), want)
-    with raises_for_values("dense_crf: max_vertices: the lattice has more vertices"):
+    with raises_for_values(
+        "dense_crf: max_vertices must be at least the number of lattice vertices"
+    ):
         dense_crf(img, probs, max_vertices=5)
 
 

@@ -334,7 +334,7 @@ def test_errors():
             i[0, 0, 0, 0] = float("nan")
         else:
             s[place] = float("inf")
-        with pytest.raises(ValueError, match=f"dense_crf.*{what}: expected finite"):
+        with pytest.raises(ValueError, match=f"dense_crf.*{what} must be finite"):
             dense_crf(i, s, method="exact")
     with pytest.raises(ValueError, match="from 0 to 1"):
         dense_crf(img, scores + 1, method="exact")

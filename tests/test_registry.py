@@ -95,5 +95,5 @@ def test_an_operator_that_is_not_whole_is_noticed() -> None:
 
 def test_a_name_is_registered_once() -> None:
     op = _registry.ops()[0]
-    with pytest.raises(ValueError, match=f"'{op.name}' is registered already"):
+    with pytest.raises(ValueError, match=f"must not be registered already, got '{op.name}'"):
         _registry.register(op)

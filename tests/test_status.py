@@ -25,11 +25,11 @@ def test_each_code_has_its_message():
     codes = dict(re.findall(r"(k\w+) = (\d+)", body.group(1)))
     assert int(codes.pop("kStatusCodes")) == len(codes) == len(_status._MESSAGES)
     words = {
-        "kFeaturesNotFinite": "features: expected finite",
-        "kFeaturesTooLarge": "features: too large",
+        "kFeaturesNotFinite": "features must be finite",
+        "kFeaturesTooLarge": "features must have exact lattice coordinates",
         "kTooManyVertices": "max_vertices",
-        "kScoresNotFinite": "probs, logits or unary: expected finite",
-        "kProbsOutOfRange": "probs: expected values from 0 to 1",
+        "kScoresNotFinite": "probs, logits or unary must be finite",
+        "kProbsOutOfRange": "probs must be from 0 to 1",
         "kLabelOutOfRange": "labels",
         "kIndexOutOfRange": "indices",
         "kCodeOutOfRange": "codes",
@@ -67,16 +67,16 @@ def test_several_faults_are_all_told():
     ):
         status[0], status[4] = 1, 1
     first, second = str(caught.value).split("; ")
-    assert first.startswith("some_op: features: expected finite numbers")
-    assert second.startswith("some_op: probs: expected values from 0 to 1")
+    assert first.startswith("some_op: features must be finite")
+    assert second.startswith("some_op: probs must be from 0 to 1")
 
 
 @pytest.mark.parametrize(
     ("dtype", "said", "not_said"),
     [
-        (torch.float32, "in float32 .*or float64 features", "this dtype"),
-        (torch.float64, "in float64 ", "or float64 features"),
-        (None, "in this dtype .*or float64 features", "float32"),
+        (torch.float32, "in float32, .*or float64 features", "this dtype"),
+        (torch.float64, "in float64, ", "or float64 features"),
+        (None, "in this dtype, .*or float64 features", "float32"),
     ],
 )
 def test_a_wider_dtype_is_named_where_there_is_one(dtype, said, not_said):
@@ -92,7 +92,7 @@ def test_a_wider_dtype_is_named_where_there_is_one(dtype, said, not_said):
 def test_faults_do_not_linger():
     bad = torch.full((1, 2, 3), float("nan"))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"^permutohedral_filter: features: expected finite"):
+        with pytest.raises(ValueError, match=r"^permutohedral_filter: features must be finite"):
             segkernels.permutohedral_filter(torch.zeros(1, 1, 3), bad)
         segkernels.permutohedral_filter(torch.zeros(1, 1, 3), torch.zeros(1, 2, 3))
 
@@ -132,7 +132,7 @@ def test_check_tells_and_clears(device):
     segkernels.check()
     out = fault()
     assert out.isnan().flatten().tolist() == [False, True, False]
-    with pytest.raises(ValueError, match=r"^segkernels: features: expected finite numbers"):
+    with pytest.raises(ValueError, match=r"^segkernels: features must be finite"):
         segkernels.check(device)
     segkernels.check(device)
 
@@ -164,7 +164,7 @@ def test_check_gathers_what_several_calls_found(where):
     assert out.isnan().flatten().tolist() == [False, True, False]
     img = torch.zeros(3, 4, 5, device=where)
     segkernels.dense_crf(img, torch.full((2, 4, 5), 7.0, device=where))
-    with pytest.raises(ValueError, match=r"features: expected finite.*; .*probs: expected values"):
+    with pytest.raises(ValueError, match=r"features must be finite.*; .*probs must be from"):
         segkernels.check()
 
 
@@ -172,7 +172,7 @@ def test_check_gathers_what_several_calls_found(where):
 def test_environment_checks_every_call(where, monkeypatch):
     segkernels.check()
     monkeypatch.setenv("SEGKERNELS_CHECK", "1")
-    with pytest.raises(ValueError, match=r"^permutohedral_filter: features: expected finite"):
+    with pytest.raises(ValueError, match=r"^permutohedral_filter: features must be finite"):
         fault(where)
     segkernels.check()
     monkeypatch.setenv("SEGKERNELS_CHECK", "0")

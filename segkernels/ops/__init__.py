@@ -1,1 +1,1 @@
-"""The operators, one package each: see CONTRIBUTING.md for how one is spread over the layers."""
+"""The operators, one package each. CONTRIBUTING.md describes the files of an operator."""

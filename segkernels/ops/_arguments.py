@@ -1,9 +1,12 @@
-"""Checks of arguments that operators share. `function` is the public function, for messages."""
+"""Argument checks shared by the operators.
+
+In every check `function` is the name of the public function, for the error message.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,52 +19,61 @@ Int2 = tuple[int, int]
 
 
 def check_tensor(value: Any, name: str, function: str) -> None:
-    """Raise TypeError, in torch's words, unless `value` is a tensor."""
+    """Raise TypeError, with torch's message, unless `value` is a tensor."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{function}(): argument '{name}' must be Tensor, not {type(value)}")
 
 
 def check_floating(tensor: torch.Tensor, name: str, function: str) -> None:
-    """Raise TypeError unless `tensor` has a dtype that native functions take."""
+    """Raise TypeError unless native functions support the dtype of `tensor`."""
     if tensor.dtype not in _dtypes.FLOATING:
         raise TypeError(
             f"{function}: {name} must be one of {', '.join(_dtypes.names())}, got {tensor.dtype}"
         )
 
 
-def is_taken(tensor: torch.Tensor) -> bool:
-    """Whether the operators take a tensor's dtype and device; torch's take the others."""
+def is_supported(tensor: torch.Tensor) -> bool:
+    """Whether the operators support the dtype and device of `tensor`.
+
+    Drop-in functions call torch's own function for other tensors.
+    """
     return tensor.dtype in _dtypes.FLOATING and (tensor.is_cpu or tensor.is_cuda or tensor.is_meta)
 
 
 def check_device(tensor: torch.Tensor) -> None:
-    """Raise RuntimeError when a kernel is to read `tensor` and cannot run on its device.
+    """Raise RuntimeError if a kernel would read `tensor` and no kernel runs on its device.
 
-    A forked child is limited to one thread by this: it comes before torch's operators.
+    Call it before any torch operator: in a forked child it limits torch to one thread.
     """
     if is_eager(tensor) and not tensor.is_meta:
         _native.where(tensor)
 
 
 def check_choice(value: Any, name: str, choices: Collection[Any], function: str) -> None:
-    """Raise ValueError unless `value` is one of the choices."""
+    """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         names = ", ".join(map(repr, choices))
         raise ValueError(f"{function}: {name} must be one of {names}, got {value!r}")
 
 
 def check_same_device(
-    tensor: torch.Tensor, name: str, device: torch.device, of: str, function: str
+    tensor: torch.Tensor, name: str, device: torch.device, owner: str, function: str
 ) -> None:
-    """Raise ValueError unless `tensor` is on the device that `of` tells of ("input is")."""
+    """Raise ValueError unless `tensor` is on `device`.
+
+    `owner` names in the message what else is on that device, with its verb, such as "input is".
+    """
     if tensor.device != device:
-        raise ValueError(f"{function}: {name} must be on {device}, as {of}, got {tensor.device}")
+        raise ValueError(f"{function}: {name} must be on {device}, as {owner}, got {tensor.device}")
 
 
 def check_vector(
     vector: torch.Tensor | None, name: str, size: int, like: torch.Tensor, function: str
 ) -> None:
-    """Raise ValueError unless `vector`, where there is one, is a [size] of the input `like`."""
+    """Raise ValueError unless `vector` is None or [size] on the device of the input `like`.
+
+    Its dtype must be that of `like` or the dtype that `like` is computed in.
+    """
     if vector is not None:
         dtypes = {like.dtype, _dtypes.compute_dtype(like.dtype)}
         check_like(vector, name, (size,), dtypes, like, function)
@@ -75,65 +87,81 @@ def check_like(
     like: torch.Tensor,
     function: str,
 ) -> None:
-    """Raise ValueError unless `tensor` has the shape, a dtype and the device of the input."""
+    """Raise ValueError unless `tensor` has `shape`, one of `dtypes` and the device of `like`."""
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(
             f"{function}: {name} must have shape {list(shape)}, got {list(tensor.shape)}"
         )
-    check_kind(tensor, name, dtypes, like, function)
+    check_dtype_and_device(tensor, name, dtypes, like, function)
 
 
-def check_kind(
+def check_dtype_and_device(
     tensor: torch.Tensor,
     name: str,
     dtypes: set[torch.dtype],
     like: torch.Tensor,
     function: str,
 ) -> None:
-    """Raise ValueError unless `tensor` has one of the dtypes and the device of the input."""
+    """Raise ValueError unless `tensor` has one of `dtypes` and the device of the input `like`."""
     if tensor.dtype not in dtypes:
-        wanted = " or ".join(sorted(map(str, dtypes)))
-        raise ValueError(f"{function}: {name} must be {wanted}, got {tensor.dtype}")
+        names = " or ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"{function}: {name} must be {names}, got {tensor.dtype}")
     check_same_device(tensor, name, like.device, "input is", function)
 
 
 def matches(tensor: torch.Tensor, shape: Sequence[int]) -> bool:
-    """Whether `tensor` has the sizes of a [B, n, *spatial], but for the channels n."""
+    """Whether `tensor` has the sizes of `shape` [B, C, *spatial], except for the channels C."""
     sizes = (tensor.shape[0], *tensor.shape[2:]) if tensor.dim() else ()
     return tensor.dim() == len(shape) and sizes == (shape[0], *shape[2:])
 
 
 def check_matches(
-    tensor: torch.Tensor, name: str, shape: Sequence[int], of: str, function: str
+    tensor: torch.Tensor, name: str, shape: Sequence[int], other: str, function: str
 ) -> None:
-    """Raise ValueError unless `tensor` has the sizes of what is named `of`, but for channels."""
+    """Raise ValueError unless `tensor` matches `shape`, that of the argument named `other`.
+
+    The numbers of channels (dimension 1) may differ.
+    """
     if not matches(tensor, shape):
         raise ValueError(
-            f"{function}: {name} must match the {of} {tuple(shape)} in all dimensions but the "
+            f"{function}: {name} must match the {other} {tuple(shape)} in all dimensions but the "
             f"second, got shape {tuple(tensor.shape)}"
         )
 
 
 def is_int(value: Any) -> bool:
-    """Whether `value` is an int, or one of tracing."""
+    """Whether `value` is an int or a torch.SymInt; False for a bool."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def pair_of(value: Any, kinds: Any = is_int, lengths: tuple[int, ...] = (1, 2)) -> Any:
-    """`value` for rows and columns: one number for both, or a sequence; else None."""
-    if kinds(value):
+def pair_or_none(
+    value: Any, is_element: Callable[[Any], bool] = is_int, lengths: tuple[int, ...] = (1, 2)
+) -> Any:
+    """Return `value` as a pair (rows, columns), or None if it is not a number or sequence of them.
+
+    Args:
+        value: a number for both, or a sequence of numbers.
+        is_element: whether its argument is a number of the right type.
+        lengths: allowed lengths of a sequence.
+    """
+    if is_element(value):
         return value, value
-    if isinstance(value, Sequence) and len(value) in lengths and all(map(kinds, value)):
+    if isinstance(value, Sequence) and len(value) in lengths and all(map(is_element, value)):
         return value[0], value[-1]
     return None
 
 
 def pair(value: Any, name: str, function: str) -> Int2:
-    """`value` for rows and columns: one int for both, or one or two in a sequence.
+    """Return `value` as a pair of ints (rows, columns).
+
+    Args:
+        value: one int for both, or a tuple or list of one or two ints.
+        name: name of the argument, for messages.
+        function: name of the public function, for messages.
 
     Raises:
-        TypeError: not ints.
-        RuntimeError: another number of them (torch's kind of error).
+        TypeError: an element is not an int.
+        RuntimeError: `value` has neither one nor two elements (the exception type of torch).
     """
     if type(value) is int:
         return value, value
@@ -142,22 +170,26 @@ def pair(value: Any, name: str, function: str) -> Int2:
         raise RuntimeError(
             f"{function}: {name} must either be a single int, or a tuple of two ints, got {value}"
         )
-    found = []
-    for one in values:
+    ints = []
+    for element in values:
         try:
-            if isinstance(one, bool):
+            if isinstance(element, bool):
                 raise TypeError
-            found.append(operator.index(one))
+            ints.append(operator.index(element))
         except TypeError:
             raise TypeError(
                 f"{function}(): argument '{name}' must be an int or a tuple of two ints, "
                 f"got {value!r}"
             ) from None
-    return found[0], found[-1]
+    return ints[0], ints[-1]
 
 
 def autocast(*tensors: Any) -> list[Any]:
-    """What autocast hands to a convolution: floating tensors in its dtype, but for float64."""
+    """Cast the arguments of a convolution as autocast does; unchanged when autocast is off.
+
+    Floating tensors other than float64 are cast to autocast's dtype for the device of the first
+    argument. Other values are returned unchanged.
+    """
     first = tensors[0]
     device = first.device.type if isinstance(first, torch.Tensor) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -1,4 +1,4 @@
-"""The floating dtypes that native functions take, as they number them."""
+"""The floating dtypes that native functions support, and their numbers in the native code."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ FLOATING = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What values of `dtype` are computed in: float64 for float64, else float32."""
+    """Return the dtype that `dtype` is computed in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def names() -> tuple[str, ...]:
-    """The dtypes of `FLOATING` by their names in torch."""
+    """Return the names of the dtypes in `FLOATING`, such as "float32"."""
     return tuple(str(dtype).removeprefix("torch.") for dtype in FLOATING)

@@ -1,7 +1,7 @@
-"""Formulas for `torch.utils.flop_counter.FlopCounterMode`.
+"""FLOP formulas for `torch.utils.flop_counter.FlopCounterMode`.
 
-They are registered when that module is imported: it imports Triton, which takes a third of a second
-that `import segkernels` should not.
+The formulas are registered when torch.utils.flop_counter is imported. That module imports Triton,
+which takes a third of a second, so `import segkernels` does not import it.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ _formulas: dict[str, Callable[..., int]] = {}
 
 
 def register(name: str, formula: Callable[..., int]) -> None:
-    """Count "segkernels::<name>" by `formula`, of its arguments with shapes for tensors."""
+    """Count the operator "segkernels::<name>" by `formula`.
+
+    The formula receives the operator's arguments with shapes in place of tensors, and `out_shape`.
+    """
     _formulas[name] = formula
     if _COUNTER in sys.modules:
-        _hand_over(sys.modules[_COUNTER])
+        _register_with(sys.modules[_COUNTER])
 
 
-def _hand_over(counter: Any) -> None:
+def _register_with(counter: Any) -> None:
     while _formulas:
         name, formula = _formulas.popitem()
         counter.register_flop_formula(getattr(torch.ops.segkernels, name))(formula)
 
 
-class _Watch(importlib.abc.MetaPathFinder):
-    """Hands the formulas over behind the import of the counter."""
+class _ImportHook(importlib.abc.MetaPathFinder):
+    """Registers the formulas right after torch.utils.flop_counter is imported."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """The counter's own spec, whose loader then hands over; None for any other module."""
+        """Return the counter's own spec with an extended loader; None for any other module."""
         if name != _COUNTER:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
@@ -45,11 +48,11 @@ class _Watch(importlib.abc.MetaPathFinder):
 
             def exec_module(module: Any) -> None:
                 execute(module)
-                _hand_over(module)
+                _register_with(module)
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if _COUNTER not in sys.modules:
-    sys.meta_path.insert(0, _Watch())
+    sys.meta_path.insert(0, _ImportHook())

@@ -1,14 +1,14 @@
-"""An operator stated once: its kernel, its fake, what it saves, its backward.
+"""Defines an operator in one place: kernel, fake kernel, saved tensors and derivatives.
 
-`Operator` makes of these the torch.library operator "segkernels::<name>" and the
-`torch.autograd.Function`, and picks the way of each call:
+From these `Operator` builds the torch.library operator "segkernels::<name>" and a
+`torch.autograd.Function`, and routes each call:
 
-- straight to the kernel in eager mode where no gradient is wanted: this costs least;
-- through the Function where one is, in reverse or forward mode, and under `torch.func`;
-- through torch's dispatcher while compiling, exporting or tracing, under a dispatch mode, and for
-  tensors that a kernel cannot read as they are (subclasses, meta tensors, negated views).
+- directly to the kernel in eager mode without gradients, which has the least overhead;
+- to the Function when a gradient is needed, in reverse or forward mode, and under `torch.func`;
+- to torch's dispatcher while compiling, exporting or tracing, under a dispatch mode, and for
+  tensors that a kernel cannot read directly (subclasses, meta tensors, negated views).
 
-The dispatcher's autograd kernel is the same Function, so every way has the same derivatives.
+The dispatcher's autograd kernel calls the same Function, so derivatives do not depend on the route.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.compiler import is_compiling
 
 from segkernels.ops import _flops
 
-# Definitions of every operator: "segkernels::<name>".
 library = torch.library.Library("segkernels", "DEF")
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Types of tensors that kernels read; subclasses go to the dispatcher.
+_TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter)
 _SCHEMA_TYPES = {
     bool: "bool",
     int: "SymInt",
@@ -45,17 +45,20 @@ _SCHEMA_TYPES = {
 
 
 def under_functorch() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, jvp, ...) is open."""
+    """Whether a transform of `torch.func` (vmap, grad, jvp, ...) is active."""
     return peek_interpreter_stack() is not None
 
 
-def traced() -> bool:
-    """Whether torch.jit.trace (or an exporter that uses it) records what is done."""
+def is_tracing() -> bool:
+    """Whether torch.jit.trace, or an exporter that uses it, is recording."""
     return _get_tracing_state() is not None
 
 
 def check_not_traced(function: str) -> None:
-    """Raise NotImplementedError under torch.jit.trace, which would record a wrong constant."""
+    """Raise NotImplementedError under torch.jit.trace, which would record the result as a constant.
+
+    `function` is the name of the public function, for the message.
+    """
     if _get_tracing_state() is not None:
         raise NotImplementedError(
             f"{function}: torch.jit.trace cannot record this call; use torch.export"
@@ -63,36 +66,40 @@ def check_not_traced(function: str) -> None:
 
 
 def is_eager(t: torch.Tensor) -> bool:
-    """Whether a call on `t` is computed at once, so that its sizes are ints and no symbols."""
-    return not is_compiling() and _len_torch_dispatch_stack() == 0 and type(t) in _PLAIN
+    """Whether a call on `t` runs immediately, so that sizes are ints and never SymInts."""
+    return not is_compiling() and _len_torch_dispatch_stack() == 0 and type(t) in _TENSOR_TYPES
 
 
-def can_be_looked_at(t: torch.Tensor) -> bool:
-    """Whether the values of `t`, on the CPU, may be read now: no tracing, no transform is open."""
-    return t.is_cpu and is_eager(t) and not under_functorch() and not traced()
+def can_read_values(t: torch.Tensor) -> bool:
+    """Whether `t` is on the CPU and its values may be read: not while tracing or transforming."""
+    return t.is_cpu and is_eager(t) and not under_functorch() and not is_tracing()
 
 
-def through_dispatcher(*tensors: Any) -> bool:
-    """Whether a kernel cannot read these tensors, or what is done must be recorded by torch."""
+def needs_dispatcher(*tensors: Any) -> bool:
+    """Whether a call on these tensors must go through torch's dispatcher."""
     if is_compiling() or peek_interpreter_stack() is not None:
         return True
     if _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None:
         return True
     for t in tensors:
         if isinstance(t, torch.Tensor) and (
-            type(t) not in _PLAIN or t.is_neg() or _cannot_be_read(t)
+            type(t) not in _TENSOR_TYPES or t.is_neg() or _has_no_memory(t)
         ):
             return True
     return False
 
 
-def _cannot_be_read(t: torch.Tensor) -> bool:
-    """Whether `t` has no memory here: zeros, meta tensors, what a closed transform left over."""
+def _has_no_memory(t: torch.Tensor) -> bool:
+    """Whether `t` has no memory that a kernel can read.
+
+    This is so for meta tensors, for torch._efficientzerotensor, and for a tensor kept from a
+    `torch.func` transform that has ended.
+    """
     return not (t.is_cpu or t.is_cuda) or t._is_zerotensor() or not torch._C._has_storage(t)
 
 
 def wants_grad(*tensors: Any) -> bool:
-    """Whether a derivative of a call on these tensors may be asked for, in either mode."""
+    """Whether a call on these tensors must record derivatives, in reverse or forward mode."""
     if forward_ad._current_level >= 0:
         return True
     if is_grad_enabled():
@@ -103,35 +110,41 @@ def wants_grad(*tensors: Any) -> bool:
 
 
 class Operator:
-    """One operator.
+    """A differentiable operator.
 
-    Its Python functions take the tensors, then one record: a NamedTuple of all other arguments. A
-    list of tensors may stand last among the tensors.
+    It is called with the tensors, followed by one record: a NamedTuple of all other arguments. The
+    last of the tensors may be a list of tensors. Autograd does not look into lists, so where it
+    says "lists expanded" below, the elements of the list are separate arguments or results.
 
     Args:
-        name: in torch.library, after "segkernels::".
-        tensors: of the schema, such as "Tensor input, Tensor? weight, Tensor[] terms".
-        record: the NamedTuple's class. Its annotations give the rest of the schema; fields with a
-            default are not in it, so the dispatcher's kernels see the default.
-        kernel: computes the outputs: a tensor, a tuple of tensors, or a list. An output that this
-            call does not have is None; the dispatcher gives an empty tensor for it.
-        fake: the same without values: outputs of the right shape, dtype and layout.
-        direct: the kernel where no gradient follows, if it can do without what is saved.
-        returns: of the schema.
-        differentiable: how many outputs, from the first, have gradients.
-        save: the tensors (or None) that the derivatives need, of the arguments and the outputs.
-        backward: `(ctx, *grads)`, gradients of the outputs to gradients of the tensors. As in
-            `torch.autograd.Function`, with `ctx.saved_tensors`, `ctx.needs_input_grad` (lists of
-            tensors spread) and `ctx.record`. Where an operator has several outputs, a gradient is
-            None that nothing contributes to.
-        jvp: `(ctx, *tangents)`, tangents of the tensors (or None, and lists spread) to tangents
-            of the outputs.
-        transpose: in place of `save`, `backward` and `jvp`, for operators that are linear in their
-            first tensor, and whose others have no gradient: `(grad, *others, record)`.
-        vmap: `(size, dims, *arguments)`, lists spread: a batch of calls as one call, by `whole`,
-            its outputs with the batch in front; None: `fold`.
-        flops: what `torch.utils.flop_counter.FlopCounterMode` counts, of the schema's arguments
-            with shapes for tensors, and `out_shape`.
+        name: name in torch.library, after "segkernels::".
+        tensors: tensor arguments of the schema: "Tensor input, Tensor? weight, Tensor[] terms".
+        record: class of the record. Its annotations give the rest of the schema. Fields with a
+            default are not part of the schema, so kernels called by the dispatcher see the default.
+        kernel: `(*tensors, record)`, computes the outputs: a tensor, a tuple of tensors or a list.
+            An output that a call does not have is None; the dispatcher returns an empty tensor for
+            it.
+        fake: as `kernel`, without values: outputs with the right shape, dtype and layout.
+        direct: as `kernel`, for calls without gradients; it may leave out outputs that only the
+            derivatives need. Default `kernel`.
+        returns: return type of the schema.
+        differentiable: number of outputs that have gradients; they come first.
+        save: `(*tensors, record, *outputs)`, returns the tensors (or None) to save for the
+            derivatives.
+        backward: `(ctx, *grads)`, returns the gradients with respect to the tensors, lists
+            expanded. As in `torch.autograd.Function`, with `ctx.saved_tensors`,
+            `ctx.needs_input_grad` (lists expanded) and `ctx.record`. If the operator has several
+            differentiable outputs, the gradient of an unused one is None.
+        jvp: `(ctx, *tangents)`, returns the tangents of the outputs for the tangents of the
+            tensors (or None), lists expanded.
+        transpose: `(grad, *others, record)`, returns the gradient with respect to the first tensor.
+            It replaces `save`, `backward` and `jvp` for an operator that is linear in its first
+            tensor and has no gradient with respect to the others.
+        vmap: `(size, dims, *args)`, lists expanded: the rule for `torch.vmap`. Computes a batch of
+            calls with `all_outputs` and returns outputs with the batch as their first axis. Default
+            `vmap_merged`.
+        flops: FLOPs for `torch.utils.flop_counter.FlopCounterMode`, from the schema's arguments
+            with shapes in place of tensors, and `out_shape`.
     """
 
     def __init__(
@@ -153,7 +166,7 @@ class Operator:
         flops: Callable[..., int] | None = None,
     ) -> None:
         self.name = name
-        self._layout = _Layout(record)
+        self._record_schema = _RecordSchema(record)
         self.kernel = kernel
         self.tensors = [argument.split()[-1] for argument in tensors.split(",")]
         self._has_list = "Tensor[]" in tensors
@@ -162,63 +175,68 @@ class Operator:
         self._returns_list = returns == "Tensor[]"
         self._differentiable = differentiable
         self._save, self._backward, self._jvp = save, backward, jvp
-        self._vmap = vmap or self.fold
+        self._vmap = vmap or self.vmap_merged
         if transpose is not None:
             if save or backward or jvp or self._has_list:
-                raise TypeError(f"{name}: transpose is all that an operator without lists gives")
-            self._be_linear(transpose)
+                raise TypeError(
+                    f"{name}: transpose must be given without save, backward, jvp and Tensor[]"
+                )
+            self._derive_from_transpose(transpose)
         elif differentiable and backward is None:
-            raise TypeError(f"{name}: backward or transpose is needed, or differentiable=0")
-        library.define(f"{name}({tensors}, {self._layout.schema}) -> {returns}")
+            raise TypeError(f"{name}: backward or transpose must be given, or differentiable=0")
+        library.define(f"{name}({tensors}, {self._record_schema.schema}) -> {returns}")
         self.overload = getattr(torch.ops.segkernels, name).default
         for key in ("CPU", "CUDA"):
-            library.impl(name, lambda *args: self._filled(kernel, args), key)
+            library.impl(name, lambda *args: self._call_for_dispatcher(kernel, args), key)
         library.impl(name, self._autograd_kernel, "Autograd", with_keyset=True)
         torch.library.register_fake(
-            f"segkernels::{name}", lambda *args: self._filled(fake, args), lib=library
+            f"segkernels::{name}", lambda *args: self._call_for_dispatcher(fake, args), lib=library
         )
         if flops is not None:
             _flops.register(name, flops)
         function = self._function(self._forward)
-        # torch's own apply looks into signatures, which only functorch needs, for microseconds.
-        self._recorded = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-        self._transformed = self._function(self._forward_by_dispatcher).apply
+        # Function.apply inspects signatures for functorch, which takes microseconds; the apply of
+        # its base class does not.
+        self._apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+        self._apply_functorch = self._function(self._forward_dispatched).apply
 
     def __call__(self, *args: Any) -> Any:
-        """The outputs for the tensors and the record, on the way that this call needs."""
+        """Return the outputs for the tensors and the record."""
         if is_compiling():
-            return self._dispatched(args)
-        tensors = self._spread(args)[:-1] if self._has_list else args[:-1]
+            return self._dispatch(args)
+        tensors = self._expand_list(args)[:-1] if self._has_list else args[:-1]
         if peek_interpreter_stack() is not None:
-            return self._listed(self._transformed(*tensors, self._layout.bare(args[-1])))
+            return self._to_returns(
+                self._apply_functorch(*tensors, self._record_schema.without_defaults(args[-1]))
+            )
         if _len_torch_dispatch_stack() > 0 or _get_tracing_state() is not None:
-            return self._dispatched(args)
-        recording = is_grad_enabled()
-        wanted = forward_ad._current_level >= 0
+            return self._dispatch(args)
+        grad_enabled = is_grad_enabled()
+        needs_grad = forward_ad._current_level >= 0
         for t in tensors:
             if t is None:
                 continue
-            if type(t) not in _PLAIN or t.is_neg():
-                return self._dispatched(args)
-            if recording and t.requires_grad:
-                wanted = True
-        if wanted:
-            return self._listed(self._recorded(*tensors, args[-1]))
+            if type(t) not in _TENSOR_TYPES or t.is_neg():
+                return self._dispatch(args)
+            if grad_enabled and t.requires_grad:
+                needs_grad = True
+        if needs_grad:
+            return self._to_returns(self._apply(*tensors, args[-1]))
         try:
             return self._direct(*args)
         except RuntimeError:
-            if not self._cannot_be_read(args):
+            if not self._any_without_memory(args):
                 raise
-            return self._dispatched(args)
+            return self._dispatch(args)
 
-    def _cannot_be_read(self, args: tuple[Any, ...]) -> bool:
-        return any(t is not None and _cannot_be_read(t) for t in self._spread(args)[:-1])
+    def _any_without_memory(self, args: tuple[Any, ...]) -> bool:
+        return any(t is not None and _has_no_memory(t) for t in self._expand_list(args)[:-1])
 
-    def whole(self, *args: Any) -> Any:
-        """Every output, also what only derivatives need: what a rule for `torch.vmap` must give."""
-        return self._listed(self._transformed(*self._spread(args)))
+    def all_outputs(self, *args: Any) -> Any:
+        """Return every output, including those that only derivatives need, as vmap rules must."""
+        return self._to_returns(self._apply_functorch(*self._expand_list(args)))
 
-    def fold(
+    def vmap_merged(
         self,
         size: int,
         dims: Sequence[int | None],
@@ -226,99 +244,102 @@ class Operator:
         without_batch: Sequence[str] = (),
         common: Sequence[int] = (),
     ) -> Any:
-        """A batch of calls as one whose first axis holds both batches, for `vmap`.
+        """Compute a batch of calls as one call: a `vmap` rule that merges vmap's axis into axis 0.
 
         Args:
-            size: of the batch.
-            dims: where each of the arguments, lists spread, has it.
-            args: the tensors, lists spread, and the record.
-            without_batch: tensors that have no batch axis themselves: the same for all calls, or
-                the calls are made one by one.
-            common: outputs that have none either, and are the same for all calls.
+            size: size of the axis that vmap maps over.
+            dims: that axis in each tensor, lists expanded; None if a tensor has none.
+            args: the tensors, lists expanded, and the record.
+            without_batch: names of the tensors without a batch axis of their own. If vmap maps over
+                one of them, the calls are made one by one.
+            common: indices of the outputs without a batch axis, which are equal for all calls.
         """
         *tensors, record = args
         names = [*self.tensors, *self.tensors[-1:] * len(tensors)]
-        whole = [name in without_batch for name in names[: len(tensors)]]
-        if any(w and dim is not None for w, dim in zip(whole, dims, strict=False)):
-            return self.loop(size, dims, *args)
-        folded = [
-            t if t is None or w else in_front(t, dim, size).flatten(0, 1)
-            for t, w, dim in zip(tensors, whole, dims, strict=False)
+        unbatched = [name in without_batch for name in names[: len(tensors)]]
+        if any(u and dim is not None for u, dim in zip(unbatched, dims, strict=False)):
+            return self.vmap_loop(size, dims, *args)
+        merged = [
+            t if t is None or u else vmap_axis_first(t, dim, size).flatten(0, 1)
+            for t, u, dim in zip(tensors, unbatched, dims, strict=False)
         ]
-        out = self.whole(*self._grouped((*folded, record)))
+        out = self.all_outputs(*self._collect_list((*merged, record)))
         if isinstance(out, (tuple, list)):
             return tuple(
-                o.expand(size, *o.shape) if i in common else unfolded(o, size)
+                o.expand(size, *o.shape) if i in common else split_vmap_axis(o, size)
                 for i, o in enumerate(out)
             )
-        return unfolded(out, size)
+        return split_vmap_axis(out, size)
 
-    def loop(self, size: int, dims: Sequence[int | None], *args: Any) -> Any:
-        """A batch of calls one by one, for `vmap`."""
-        found = []
+    def vmap_loop(self, size: int, dims: Sequence[int | None], *args: Any) -> Any:
+        """Compute a batch of calls one by one: a `vmap` rule."""
+        results = []
         for i in range(size):
-            one = (
+            tensors = (
                 t if d is None else t.select(d, i) for t, d in zip(args[:-1], dims, strict=False)
             )
-            found.append(self.whole(*self._grouped((*one, args[-1]))))
-        if isinstance(found[0], (tuple, list)):
-            return tuple(map(torch.stack, zip(*found, strict=True)))
-        return torch.stack(found)
+            results.append(self.all_outputs(*self._collect_list((*tensors, args[-1]))))
+        if isinstance(results[0], (tuple, list)):
+            return tuple(map(torch.stack, zip(*results, strict=True)))
+        return torch.stack(results)
 
-    # Arguments: grouped as the public functions give them, spread (lists are several arguments)
-    # as autograd wants them, or flat, as the dispatcher wants them.
+    # The arguments have three forms: (*tensors, record) as this class is called; the same with a
+    # list of tensors expanded into separate arguments, for autograd; and the tensors followed by
+    # the fields of the record, for the dispatcher.
 
-    def _spread(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _expand_list(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*args[:-2], *args[-2], args[-1]) if self._has_list else args
 
-    def _grouped(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _collect_list(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not self._has_list:
             return args
         first = self._count - 1
         return (*args[:first], list(args[first:-1]), args[-1])
 
-    def _inflated(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*args[: self._count], self._layout.built(iter(args[self._count :])))
+    def _build_record(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*args[: self._count], self._record_schema.build(iter(args[self._count :])))
 
-    def _filled(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Outputs for the dispatcher, which knows no None."""
-        out = function(*self._inflated(args))
+    def _call_for_dispatcher(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call `function` and replace outputs that are None, which a schema does not allow."""
+        out = function(*self._build_record(args))
         if not isinstance(out, (tuple, list)):
             return out
         return type(out)(args[0].new_empty(0) if o is None else o for o in out)
 
-    def _listed(self, out: Any) -> Any:
+    def _to_returns(self, out: Any) -> Any:
         return list(out) if self._returns_list else out
 
-    def _dispatched(self, args: tuple[Any, ...]) -> Any:
+    def _dispatch(self, args: tuple[Any, ...]) -> Any:
         check_not_traced(self.name)
-        return self.overload(*args[:-1], *self._layout.flat(args[-1]))
+        return self.overload(*args[:-1], *self._record_schema.flatten(args[-1]))
 
     def _autograd_kernel(self, keys: Any, *args: Any) -> Any:
         tensors = args[: self._count]
         if self._has_list:
             tensors = (*tensors[:-1], *tensors[-1])
         if under_functorch() or wants_grad(*tensors):
-            return self._listed(self._transformed(*self._spread(self._inflated(args))))
+            return self._to_returns(
+                self._apply_functorch(*self._expand_list(self._build_record(args)))
+            )
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _forward(self, *args: Any) -> Any:
-        args = self._grouped(args)
+        args = self._collect_list(args)
         try:
             out = self.kernel(*args)
         except RuntimeError:
-            if not self._cannot_be_read(args):
+            if not self._any_without_memory(args):
                 raise
-            out = self._dispatched(args)
+            out = self._dispatch(args)
         return tuple(out) if self._returns_list else out
 
-    def _forward_by_dispatcher(self, *args: Any) -> Any:
+    def _forward_dispatched(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            out = self._dispatched(self._grouped(args))
+            out = self._dispatch(self._collect_list(args))
         return tuple(out) if self._returns_list else out
 
-    def _be_linear(self, transpose: Callable[..., torch.Tensor]) -> None:
+    def _derive_from_transpose(self, transpose: Callable[..., torch.Tensor]) -> None:
         def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
             others = ctx.saved_tensors
             return transpose(grad, *others, ctx.record), *[None] * len(others)
@@ -333,15 +354,15 @@ class Operator:
             ctx.record = inputs[-1]
             ctx.set_materialize_grads(False)
             if self._save is not None:
-                saved = self._save(*self._grouped(inputs), *outs)
+                saved = self._save(*self._collect_list(inputs), *outs)
                 ctx.save_for_backward(*saved)
                 if forward_ad._current_level >= 0:
                     ctx.save_for_forward(*saved)
             if len(outs) > 1 or not self._differentiable:
-                without = [out for out in outs[self._differentiable :] if out is not None]
-                if forward == self._forward_by_dispatcher:
-                    without += filter(_is_absent, outs[: self._differentiable])
-                ctx.mark_non_differentiable(*without)
+                no_grad = [out for out in outs[self._differentiable :] if out is not None]
+                if forward == self._forward_dispatched:
+                    no_grad += filter(_is_absent, outs[: self._differentiable])
+                ctx.mark_non_differentiable(*no_grad)
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             grads = grads[: self._differentiable]
@@ -360,7 +381,7 @@ class Operator:
 
         def vmap(info: Any, dims: tuple[int | None, ...], *args: Any) -> Any:
             size = info.batch_size
-            if size == 0:  # a batch of one, to know the shapes
+            if size == 0:  # compute a batch of one for the shapes
                 tensors = (
                     t if d is None else t.new_zeros(t.movedim(d, 0).shape[1:])
                     for t, d in zip(args[:-1], dims, strict=False)
@@ -376,22 +397,22 @@ class Operator:
 
 
 def _is_absent(out: torch.Tensor) -> bool:
-    """Whether the dispatcher gave `out` for an output that a call does not have."""
+    """Whether the dispatcher returned `out` for an output that the call does not have."""
     return out.dim() == 1 and out.numel() == 0
 
 
-def in_front(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
-    """`t` with the batch of `torch.vmap` as its first axis, expanded where it has none."""
+def vmap_axis_first(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+    """Move the axis `dim` that `torch.vmap` maps over to the front; if None, expand to `size`."""
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def unfolded(t: torch.Tensor, size: int) -> torch.Tensor:
-    """The first axis as two, a batch of `torch.vmap` in front."""
+def split_vmap_axis(t: torch.Tensor, size: int) -> torch.Tensor:
+    """Split the first axis into the axis that `torch.vmap` maps over and the batch axis."""
     return t.unflatten(0, (size, t.size(0) // size))
 
 
 def _schema_type(kind: Any, name: str) -> str:
-    """How a schema names the type of a record's field `name`."""
+    """Return the schema's type for the annotation `kind` of the record field `name`."""
     if typing.get_origin(kind) is typing.Literal:
         return "str"
     if typing.get_origin(kind) is tuple and typing.get_origin(typing.get_args(kind)[0]):
@@ -402,58 +423,58 @@ def _schema_type(kind: Any, name: str) -> str:
     return _SCHEMA_TYPES[kind]
 
 
-class _Layout:
-    """How a record's fields, those of records in it among them, stand in a schema."""
+class _RecordSchema:
+    """Converts between a record and the schema's arguments; nested records are flattened."""
 
     def __init__(self, record: type[Any]) -> None:
         hints = typing.get_type_hints(record)
         names = [name for name in record._fields if name not in record._field_defaults]
         kinds = [hints[name] for name in names]
         self.record = record
-        # Of each field the layout if it is a record, else None.
-        self.fields = tuple(_Layout(k) if hasattr(k, "_fields") else None for k in kinds)
+        # For each field: its _RecordSchema if it is a record, else None.
+        self.fields = tuple(_RecordSchema(k) if hasattr(k, "_fields") else None for k in kinds)
         self.schema: str = ", ".join(
             f"{_schema_type(kind, name)} {name}" if field is None else field.schema
             for name, kind, field in zip(names, kinds, self.fields, strict=True)
         )
 
-    def flat(self, record: Any) -> list[Any]:
-        """The fields as the dispatcher takes them."""
-        found: list[Any] = []
+    def flatten(self, record: Any) -> list[Any]:
+        """Return the schema's arguments for `record`."""
+        values: list[Any] = []
         for field, value in zip(self.fields, record, strict=False):
-            found += [value] if field is None else field.flat(value)
-        return found
+            values += [value] if field is None else field.flatten(value)
+        return values
 
-    def bare(self, record: Any) -> Any:
-        """The record with nothing that is not in the schema."""
-        return self.built(iter(self.flat(record)))
+    def without_defaults(self, record: Any) -> Any:
+        """Return `record` with the default for every field that is not in the schema."""
+        return self.build(iter(self.flatten(record)))
 
-    def built(self, values: Iterator[Any]) -> Any:
-        """The record of what the dispatcher was given, lists as tuples."""
-        found = []
+    def build(self, values: Iterator[Any]) -> Any:
+        """Return the record for the schema's arguments, with lists as tuples."""
+        fields = []
         for field in self.fields:
-            value = next(values) if field is None else field.built(values)
-            found.append(tuple(value) if isinstance(value, list) else value)
-        return self.record(*found)
+            value = next(values) if field is None else field.build(values)
+            fields.append(tuple(value) if isinstance(value, list) else value)
+        return self.record(*fields)
 
 
-def laid_out_like(out: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """`out` in the dtype and layout of `given`, which has its shape; copied only if need be."""
-    if under_functorch():  # whose tensors have no layout
-        return out.to(given.dtype)
-    like = torch.empty_like(given, device="meta")
-    if out.dtype == like.dtype and out.stride() == like.stride():
+def match_dtype_and_layout(out: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Return `out` in the dtype and layout of `like`, which has its shape; copy only if needed."""
+    if under_functorch():  # its tensors have no layout
+        return out.to(like.dtype)
+    meta = torch.empty_like(like, device="meta")
+    if out.dtype == meta.dtype and out.stride() == meta.stride():
         return out
-    return torch.empty_like(given, requires_grad=False).copy_(out)
+    return torch.empty_like(like, requires_grad=False).copy_(out)
 
 
 def is_contiguous(x: torch.Tensor, memory_format: torch.memory_format) -> bool:
-    """Whether `x` is contiguous in that format; not under `torch.func`, whose tensors know none."""
+    """Whether `x` is contiguous in `memory_format`; False under `torch.func`, without layouts."""
     return not under_functorch() and x.is_contiguous(memory_format=memory_format)
 
 
 def is_channels_last(x: torch.Tensor) -> bool:
-    """Whether results from the 4-D `x` are to be channels_last: it is, or is a view of such."""
+    """Whether results for the 4-D `x` are channels_last: `x` is, or is a view of such a tensor."""
     if x.is_contiguous():
         return False
     if is_contiguous(x, torch.channels_last):

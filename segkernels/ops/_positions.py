@@ -1,8 +1,8 @@
-"""Gather and scatter-add at the positions that max pooling records: gradients of both directions.
+"""Scatter-add and gather at the positions recorded by max pooling.
 
-A position is a one-byte code (a cell of a window) or an int64 index (a pixel of the plane). The
-gradient of pooling scatter-adds, the gradient of unpooling gathers, and each is the transpose of
-the other.
+They are the gradients of max pooling (scatter-add) and of max unpooling (gather), and each is the
+transpose of the other. A position is a uint8 code (the flat index of a cell in its window) or an
+int64 index (the flat index of a pixel in the plane).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from segkernels.ops._windows import Windows
 
 
 def _scatter_add(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
+    """Scatter-add `grad` [N, C, *pooled] to its positions in an [N, C, *full] tensor of zeros."""
     out = _windows.empty(grad, w.full, w)
     if out.numel() == 0:
         return out
@@ -40,14 +41,20 @@ def _scatter_add(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> tor
 
 
 def _needs_sums(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> bool:
-    """Whether the CPU accumulates in one float32 plane a thread, and rounds at the end."""
+    """Whether the CPU kernel needs one float32 plane per thread as workspace.
+
+    It then accumulates a plane in float32 and rounds it once.
+    """
     if w.channels_last or grad.dtype not in (torch.float16, torch.bfloat16):
         return False
     return positions.dtype == torch.int64 or not w.tile_the_plane
 
 
 def _gather(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
-    """Zero for a position outside the plane: the forward pass has reported it."""
+    """Gather [N, C, *pooled] from `grad` [N, C, *full] at the positions.
+
+    The result is zero where a position is outside the plane; the forward pass has reported it.
+    """
     out = _windows.empty(grad, w.pooled, w)
     if out.numel() == 0:
         return out
@@ -69,8 +76,8 @@ def _gather(grad: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Te
     return out
 
 
-def _scatter_add_any(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
-    """Scatter-add to positions that may lie outside the plane, which unpooling allows."""
+def _gather_transpose(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> torch.Tensor:
+    """Scatter-add `x` and skip positions outside the plane, which indices of unpooling may be."""
     if positions.dtype == torch.uint8:
         out: torch.Tensor = scatter_add(x, positions, w)
         return out
@@ -78,7 +85,7 @@ def _scatter_add_any(x: torch.Tensor, positions: torch.Tensor, w: Windows) -> to
     index = positions.flatten(-2)
     inside = (index >= 0) & (index < pixels)
     values = x.flatten(-2).masked_fill(~inside, 0)
-    if x.is_cuda:  # scatter_add has no fixed order there
+    if x.is_cuda:  # scatter_add is not deterministic on CUDA, an accumulating index_put is
         planes = torch.arange(values.numel() // max(1, index.size(-1)), device=x.device)
         first = (planes * pixels).view(*values.shape[:-1], 1)
         at = (first + index.masked_fill(~inside, 0)).flatten()
@@ -103,5 +110,5 @@ gather: Operator = Operator(
     Windows,
     kernel=_gather,
     fake=lambda grad, positions, w: _windows.empty(grad, w.pooled, w),
-    transpose=_scatter_add_any,
+    transpose=_gather_transpose,
 )

@@ -1,4 +1,7 @@
-"""The list of operators: what `segkernels info` prints and what tests hold every operator to."""
+"""Registry of the operators.
+
+`segkernels info` prints it, and tests check every operator against its entry.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Op:
-    """One operator, as its package segkernels/ops/<name>/__init__.py registers it.
+    """The registry entry of an operator, made by its package segkernels/ops/<name>/__init__.py.
 
     Attributes:
-        name: its name in csrc/, segkernels/ops/, tests/ops/ and benchmarks/.
-        functions: the public names, in segkernels, that it is reached by.
-        backends: pairs of device and implementation, such as ("cpu", "c++ simd"), ("cuda", "c++")
-            or ("cuda", "triton").
-        dtypes: dtypes taken, by their names in torch ("float32").
-        layouts: memory layouts taken without a copy ("contiguous", "channels_last", "strided").
-        deterministic: whether the same call gives the same bits, forward and backward.
-        differentiable: the arguments that gradients reach.
-        library_ops: the torch.library operators it defines ("segkernels::name"); each has a fake.
-        note: what a user should know and the fields above do not say.
+        name: name of its folder or file in csrc/, segkernels/ops/, tests/ops/ and benchmarks/.
+        functions: public names in segkernels that call it.
+        backends: pairs of device and implementation: ("cpu", "c++ simd"), ("cuda", "c++"),
+            ("cuda", "triton").
+        dtypes: names of the supported dtypes in torch, such as "float32".
+        layouts: memory layouts that are read without a copy: "contiguous", "channels_last",
+            "strided".
+        deterministic: whether equal calls give equal bits, forward and backward.
+        differentiable: arguments that receive gradients.
+        library_ops: torch.library operators that it defines ("segkernels::name"). Each has a fake
+            kernel.
+        note: limits and behaviour that the other fields do not cover.
     """
 
     name: str
@@ -39,21 +44,24 @@ _ops: dict[str, Op] = {}
 
 
 def register(op: Op) -> None:
-    """Add `op` to the list. Raises ValueError when its name is taken."""
+    """Add `op` to the registry.
+
+    Raises:
+        ValueError: an operator of that name is registered.
+    """
     if op.name in _ops:
-        raise ValueError(f"an operator named {op.name!r} is registered already")
+        raise ValueError(f"register: name must not be registered already, got {op.name!r}")
     _ops[op.name] = op
 
 
 def packages() -> list[str]:
-    """The operators that have a package under segkernels/ops/, registered or not, by name."""
-    ops = importlib.import_module("segkernels.ops")
-    found = pkgutil.iter_modules(ops.__path__)
-    return sorted(module.name for module in found if module.ispkg)
+    """Return the sorted names of the packages under segkernels/ops/, imported or not."""
+    modules = pkgutil.iter_modules(importlib.import_module("segkernels.ops").__path__)
+    return sorted(module.name for module in modules if module.ispkg)
 
 
 def ops() -> list[Op]:
-    """Every operator, by name; imports the packages that are not imported yet."""
+    """Return every operator, sorted by name. Imports packages that are not imported yet."""
     for name in packages():
         importlib.import_module(f"segkernels.ops.{name}")
     return [_ops[name] for name in sorted(_ops)]

@@ -1,4 +1,4 @@
-"""The windows of a pooling, as pooling and unpooling describe them to the native code."""
+"""The geometry of pooling windows, shared by max pooling and the unpoolings."""
 
 from __future__ import annotations
 
@@ -10,27 +10,29 @@ import torch
 from segkernels import _native
 from segkernels.ops._arguments import Int2
 
-# Codes are one byte.
+# A code is one byte: the flat index of a cell in its window.
 MAX_CELLS = 256
 _LIMIT = 2**31
 
 
-def many_cells(kernel_size: Int2) -> bool:
-    """Whether a window has too many cells for codes."""
+def too_large_for_codes(kernel_size: Int2) -> bool:
+    """Whether a window has more than `MAX_CELLS` cells."""
     return kernel_size[0] * kernel_size[1] > MAX_CELLS
 
 
 class Windows(NamedTuple):
-    """Windows over planes, (rows, columns) each.
+    """Pooling windows over a plane. Every pair is (rows, columns).
+
+    A cell of a window is one of its kernel_height x kernel_width elements.
 
     Attributes:
-        full: size of the plane that the windows lie on.
-        pooled: number of windows.
-        kernel_size: cells of a window.
-        stride: from window to window.
-        padding: how far the first window begins before the plane.
-        dilation: from cell to cell.
-        channels_last: whether both sides lie in memory channels last.
+        full: size of the plane that the windows cover: pooling's input, unpooling's output.
+        pooled: number of windows: size of pooling's output and of unpooling's input.
+        kernel_size: number of cells of a window.
+        stride: step between windows.
+        padding: rows and columns by which the first window begins before the plane.
+        dilation: step between the cells of a window.
+        channels_last: whether the tensors of both sizes are in the channels_last layout.
     """
 
     full: Int2
@@ -42,20 +44,23 @@ class Windows(NamedTuple):
     channels_last: bool
 
     @property
-    def many_cells(self) -> bool:
-        """Whether a window has too many cells for codes."""
-        return many_cells(self.kernel_size)
+    def too_large_for_codes(self) -> bool:
+        """Whether a window has more than `MAX_CELLS` cells."""
+        return too_large_for_codes(self.kernel_size)
 
     @property
     def tile_the_plane(self) -> bool:
-        """Whether no place is in two windows, nor any cell outside the plane's upper left sides."""
+        """Whether windows do not overlap and none begins in the padding.
+
+        Cells may still be outside the plane at its lower and right edges.
+        """
         return (
             self.stride == self.kernel_size and self.padding == (0, 0) and self.dilation == (1, 1)
         )
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """That of every tensor on either side."""
+        """Memory format of the tensors of both sizes."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
@@ -68,15 +73,18 @@ def _native_windows(w: Windows, batch: int, channels: int) -> Any:
 
 
 def native(w: Windows, x: torch.Tensor) -> Any:
-    """`w` on the 4-D `x`'s batch and channels, as the native functions take it."""
+    """Return the native description of `w` on the batch and channels of the 4-D `x`."""
     return _native_windows(w, x.size(0), x.size(1))
 
 
 def empty(
     x: torch.Tensor, size: Int2, w: Windows, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """An uninitialised tensor with the 4-D `x`'s batch, channels and device."""
-    if not w.channels_last:  # this costs less
+    """Return an uninitialised [N, C, *size] tensor with the batch, channels and device of `x`.
+
+    Its layout is that of `w`, and its dtype is `dtype`, by default that of the 4-D `x`.
+    """
+    if not w.channels_last:  # new_empty is faster than torch.empty
         return x.new_empty((x.size(0), x.size(1), *size), dtype=dtype)
     return torch.empty(
         (x.size(0), x.size(1), *size),
@@ -87,7 +95,7 @@ def empty(
 
 
 def check_positive(w: Windows, function: str) -> None:
-    """Raise RuntimeError, as torch words it, unless sizes, strides and dilations are positive."""
+    """Raise RuntimeError, with torch's message, unless size, stride and dilation are positive."""
     (kh, kw), (sh, sw), (dh, dw) = w.kernel_size, w.stride, w.dilation
     if kh <= 0 or kw <= 0:
         raise RuntimeError(
@@ -105,7 +113,7 @@ def check_positive(w: Windows, function: str) -> None:
 
 
 def check_range(w: Windows, function: str) -> None:
-    """Raise ValueError when a coordinate or a cell of a window could pass 2^31."""
+    """Raise ValueError if a coordinate or a cell's index could reach 2^31."""
     if w.kernel_size[0] * w.kernel_size[1] >= _LIMIT:
         raise ValueError(
             f"{function}: kernel_size must have fewer than 2^31 cells, got {w.kernel_size}"
@@ -115,6 +123,5 @@ def check_range(w: Windows, function: str) -> None:
         last = w.pooled[axis] * w.stride[axis] + extent
         if w.full[axis] + w.padding[axis] + extent >= _LIMIT or last >= _LIMIT:
             raise ValueError(
-                f"{function}: input's height and width, with padding and windows, must stay below "
-                f"2^31, got {w}"
+                f"{function}: height and width must be below 2^31 with padding and windows, got {w}"
             )

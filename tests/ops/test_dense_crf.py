@@ -307,7 +307,7 @@ def test_scores_that_are_not_finite(bad, kind, device):
         scores = scores_of(kind, 2, 3, 16).to(device, dtype)
         scores[1, 2, 7] = bad
         config = config_of(4, 4, kind=kind, iterations=iterations)
-        message = "probs, logits or unary: expected finite numbers, got NaN or infinity"
+        message = "probs, logits or unary must be finite, got NaN or infinity"
         with raises_for_values(f"dense_crf: {message}"):
             mean_field(scores, to(features, device, dtype), to(mu, device, dtype), config)
 
@@ -317,7 +317,7 @@ def test_a_bad_pixel_takes_no_part_on_cuda(device):
     features, mu = [overlapping(2, 6, 6).to(device)], [compat_of("potts", 3).to(device)]
     scores = scores_of("logits", 2, 3, 36).to(device)
     scores[1, 2, 7] = float("nan")
-    with told_by_check("probs, logits or unary: expected finite numbers"):
+    with told_by_check("probs, logits or unary must be finite"):
         got = mean_field(scores, features, mu, config_of(6, 6))
     bad = torch.zeros(2, 36, dtype=torch.bool)
     bad[1, 7] = True

@@ -447,7 +447,7 @@ def test_features_that_are_not_finite(bad, dtype, device):
         lambda: permutohedral_filter(values, features),
         lambda: PermutohedralLattice(features),
     ):
-        with raises_for_values("features: expected finite numbers, got NaN or infinity"):
+        with raises_for_values("features must be finite, got NaN or infinity"):
             call()
     assert torch.equal(features.nan_to_num(7, 8, 9), kept.nan_to_num(7, 8, 9))
 
@@ -457,12 +457,12 @@ def test_coordinates_beyond_the_exact_integers(dims, device):
     far = torch.zeros(1, dims, 3)
     far[0, dims - 1, 1] = 3e7
     values = torch.ones(1, 1, 3, device=device)
-    message = r"lattice coordinates in float32 .* use a larger sigma, or float64 features"
+    message = r"lattice coordinates in float32, .* use a larger sigma, or float64 features"
     with raises_for_values(message):
         permutohedral_filter(values, far.to(device))
     # float64 holds them.
     assert_near(permutohedral_filter(values, far.to(device).double()), values, 1e-6)
-    with raises_for_values(r"lattice coordinates in float64 .* use a larger sigma$"):
+    with raises_for_values(r"lattice coordinates in float64, .* use a larger sigma$"):
         permutohedral_filter(values, far.to(device).double() * 1e3)
     with raises_for_values("use a larger sigma"):
         PermutohedralLattice((far * 1e30).to(device))
@@ -475,7 +475,7 @@ def test_bad_points_take_no_part_on_cuda(device):
     kept[[3, 17]] = False
     spoilt = features.clone()
     spoilt[0, 1, 3], spoilt[0, 2, 17] = float("nan"), 1e30
-    with told_by_check("features: .*NaN or infinity.*too large"):
+    with told_by_check("features .*NaN or infinity.*too large"):
         got = permutohedral_filter(values.to(device), spoilt.to(device)).cpu()
     assert bool(got[0, :, ~kept].isnan().all())
     alone = reference.permutohedral_filter(values[:1, :, kept], features[:1, :, kept])
@@ -494,7 +494,7 @@ def test_max_vertices(device):
         for way in WAYS:
             assert torch.equal(bounded.filter(values, *way), free.filter(values, *way))
     for bound in (vertices - 1, 1):
-        with raises_for_values("max_vertices: the lattice has more vertices than that"):
+        with raises_for_values("max_vertices must be at least the number of lattice vertices"):
             PermutohedralLattice(features, max_vertices=bound)
 
 

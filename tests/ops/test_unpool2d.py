@@ -65,7 +65,7 @@ class TestUnpoolBedOfNails(suite.OpSuite):
                 torch.zeros(1, 1, 2, 2, device=device), 2, (0, 2)
             ),
             ValueError,
-            r"cell must lie in the block.*\(0, 2\)",
+            r"cell must be inside the block.*\(0, 2\)",
         ),
     ]
 

@@ -13,7 +13,7 @@ from ops.suite import Error, Float, Sample
 
 import segkernels
 from segkernels.ops import _dtypes
-from segkernels.ops.interpolate import _tail
+from segkernels.ops.interpolate import _logits
 from segkernels.ops.upsample_argmax import native, reference
 from segkernels.ops.upsample_argmax.native import Argmax
 
@@ -46,7 +46,7 @@ class TestUpsampleArgmax(suite.OpSuite):
                 torch.zeros(1, 257, 1, 1, device=d), 2, dtype=torch.uint8
             ),
             ValueError,
-            suite.message("dtype must hold labels up to 256", "uint8", "255"),
+            suite.message("dtype must represent labels up to 256", "uint8", "255"),
         ),
         Error(
             "label dtype",
@@ -146,7 +146,7 @@ def test_cuda_equals_the_cpu(
     call: tuple[torch.Tensor, tuple[int, int], dict[str, Any]], dtype: torch.dtype
 ) -> None:
     x, size, kwargs = call
-    r = _tail.resampling("test", x, size, kwargs["mode"], kwargs["align_corners"])
+    r = _logits.resampling("test", x, size, kwargs["mode"], kwargs["align_corners"])
     for rule in (0, 2):
         r = r._replace(rule=rule)
         for confidence in (False, True):
@@ -164,7 +164,7 @@ def test_an_infinity_stays_where_it_is_at_the_same_size(mode: str) -> None:
     """Under CUDA's rule: torch copies there."""
     x = torch.randn(1, 3, 4, 5)
     x[0, 1, 1, 2] = float("inf")
-    r = _tail.resampling("test", x, (4, 5), mode, False)._replace(rule=2)
+    r = _logits.resampling("test", x, (4, 5), mode, False)._replace(rule=2)
     labels, confidence = native.argmax(x, Argmax(r, True, torch.int64))
     assert torch.equal(labels, x.argmax(1))
     torch.testing.assert_close(confidence, x.softmax(1).amax(1), equal_nan=True)

@@ -135,7 +135,7 @@ def _check_input_and_weights(
     if input.dtype not in _dtypes.FLOATING:
         names = ", ".join(_dtypes.names())
         raise ValueError(f"aspp: input must be one of {names}, got {input.dtype}")
-    if not _arguments.is_taken(input):
+    if not _arguments.is_supported(input):
         raise ValueError(f"aspp: input must be on CPU or CUDA, got {input.device}")
     for i, weight in enumerate(weights):
         name, shape = f"weights[{i}]", list(weight.shape)
@@ -151,7 +151,7 @@ def _check_input_and_weights(
                 f"aspp: {name} must have as many output channels as weights[0], which is "
                 f"{list(weights[0].shape)}, got {shape}"
             )
-        _arguments.check_kind(weight, name, {input.dtype}, input, "aspp")
+        _arguments.check_dtype_and_device(weight, name, {input.dtype}, input, "aspp")
 
 
 def _check_others(
@@ -172,4 +172,4 @@ def _check_others(
         raise ValueError(
             f"aspp: pooled must be [{input.size(0)}, C, 1, 1], got {list(pooled.shape)}"
         )
-    _arguments.check_kind(pooled, "pooled", {input.dtype}, input, "aspp")
+    _arguments.check_dtype_and_device(pooled, "pooled", {input.dtype}, input, "aspp")

@@ -113,7 +113,9 @@ def _jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
 
 
 def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
-    out: torch.Tensor = join.fold(size, dims, *args, without_batch=("weights", "scale", "shift"))
+    out: torch.Tensor = join.vmap_merged(
+        size, dims, *args, without_batch=("weights", "scale", "shift")
+    )
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segkernels.ops import _dtypes
-from segkernels.ops._operator import through_dispatcher, wants_grad
+from segkernels.ops._operator import needs_dispatcher, wants_grad
 from segkernels.ops._registry import Op, register
 from segkernels.ops.dense_crf import exact, inputs, operator
 from segkernels.ops.dense_crf.inputs import Compat, Method, Numbers, Scores
@@ -217,7 +217,7 @@ def mean_field(
     Edge Potentials, NIPS 2011, algorithm 1.
     """
     tensors = scores, *features, *compat
-    if wants_grad(*tensors) and not through_dispatcher(*tensors):
+    if wants_grad(*tensors) and not needs_dispatcher(*tensors):
         config = config._replace(lattices=tuple(config.on(features)))  # for the backward pass too
     out: torch.Tensor = operator.mean_field(scores, [*features, *compat], config)
     return out

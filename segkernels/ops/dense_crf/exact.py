@@ -15,7 +15,7 @@ from contextlib import nullcontext
 import torch
 
 from segkernels import _status
-from segkernels.ops._operator import is_eager, through_dispatcher, under_functorch
+from segkernels.ops._operator import is_eager, needs_dispatcher, under_functorch
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
 from segkernels.ops.dense_crf.native import Config
 from segkernels.ops.gaussian_filter.operator import Kernel, apply
@@ -38,7 +38,7 @@ class PointFilter:
     def __init__(self, features: torch.Tensor) -> None:
         self.features = features
         self.plan = None
-        if not through_dispatcher(features):
+        if not needs_dispatcher(features):
             self.plan = Plan(features.detach(), None, "default", _OP)
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:

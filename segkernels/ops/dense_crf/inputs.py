@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from segkernels.ops import _arguments, _dtypes
-from segkernels.ops._operator import can_be_looked_at, laid_out_like
+from segkernels.ops._operator import can_read_values, match_dtype_and_layout
 from segkernels.ops.permutohedral.native import NORMALIZATIONS
 
 Array = npt.NDArray[Any]
@@ -70,7 +70,7 @@ def as_given(out: torch.Tensor, given: Any) -> Any:
             return refined
         like[...] = refined
         return like
-    return laid_out_like(out.view(given.shape), given)
+    return match_dtype_and_layout(out.view(given.shape), given)
 
 
 def to_sigmas(
@@ -82,7 +82,7 @@ def to_sigmas(
             _check_device(value, name, device)
         if value.numel() not in (1, count) or value.dim() > 1:
             raise ValueError(_sigma_shape(name, count, tuple(value.shape)))
-        if can_be_looked_at(value):
+        if can_read_values(value):
             check_sigma(value.detach().flatten().tolist(), name)
         return value.to(device=device, dtype=dtype).expand(count)
     numbers = to_numbers(value)
@@ -97,7 +97,7 @@ def to_sigmas(
 
 def known_sigmas(value: Numbers, sigmas: torch.Tensor | None) -> list[float] | None:
     """The numbers that `to_sigmas` made `sigmas` from, or None where reading them would wait."""
-    if sigmas is None or (isinstance(value, torch.Tensor) and not can_be_looked_at(sigmas)):
+    if sigmas is None or (isinstance(value, torch.Tensor) and not can_read_values(sigmas)):
         return None
     if isinstance(value, torch.Tensor):
         return sigmas.tolist()
@@ -221,7 +221,7 @@ def to_compat(
             f"dense_crf: {name} must be a number, a vector of {channels} or a matrix of "
             f"{channels} x {channels}, got shape {tuple(compat.shape)}"
         )
-    if can_be_looked_at(compat) and not bool(torch.isfinite(compat).all()):
+    if can_read_values(compat) and not bool(torch.isfinite(compat).all()):
         raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
     return compat
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from segkernels.ops._operator import Operator, in_front, unfolded
+from segkernels.ops._operator import Operator, split_vmap_axis, vmap_axis_first
 from segkernels.ops.dense_crf import native
 from segkernels.ops.dense_crf.gradients import gradients
 from segkernels.ops.dense_crf.native import Config
@@ -55,17 +55,17 @@ def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
     scores, *terms, config = args
     count = len(terms) // 2
     if any(dim is not None for dim in dims[1 + count : -1]):  # a compatibility each
-        out: torch.Tensor = mean_field.loop(size, dims, *args)
+        out: torch.Tensor = mean_field.vmap_loop(size, dims, *args)
         return out
     folded = [
-        in_front(t, dim, size).flatten(0, 1)
+        vmap_axis_first(t, dim, size).flatten(0, 1)
         for t, dim in zip((scores, *terms[:count]), dims, strict=False)
     ]
-    return unfolded(mean_field(folded[0], [*folded[1:], *terms[count:]], config), size)
+    return split_vmap_axis(mean_field(folded[0], [*folded[1:], *terms[count:]], config), size)
 
 
 def _gradients_vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
-    return mean_field_backward.loop(size, dims, *args)
+    return mean_field_backward.vmap_loop(size, dims, *args)
 
 
 mean_field: Operator = Operator(

@@ -164,17 +164,17 @@ def _call_for(
     """The call, or None for what is torch's to take or to refuse."""
     if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
-    if _operator.traced():
+    if _operator.is_tracing():
         return None
     if bias is not None and not isinstance(bias, torch.Tensor):
         return None
-    if not _arguments.is_taken(input):
+    if not _arguments.is_supported(input):
         return None
     if any(
         t.dtype != input.dtype or t.device != input.device for t in (weight, bias) if t is not None
     ):
         return None
-    steps, gaps = _arguments.pair_of(stride), _arguments.pair_of(dilation)
+    steps, gaps = _arguments.pair_or_none(stride), _arguments.pair_or_none(dilation)
     if steps is None or gaps is None or not _arguments.is_int(groups):
         return None
     if min(*steps, *gaps, groups) < 1 or input.dim() not in (3, 4) or weight.dim() != 4:
@@ -210,7 +210,7 @@ def _pads(padding: Any, reach: list[int], stride: Int2) -> tuple[Int2, Int2] | N
         return before, (reach[0] - before[0], reach[1] - before[1])
     if padding == "valid":
         return (0, 0), (0, 0)
-    pads = _arguments.pair_of(padding)
+    pads = _arguments.pair_or_none(padding)
     return None if pads is None else (pads, pads)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from segkernels.ops._dtypes import compute_dtype
-from segkernels.ops._operator import Operator, in_front, is_channels_last, unfolded
+from segkernels.ops._operator import Operator, is_channels_last, split_vmap_axis, vmap_axis_first
 from segkernels.ops.dilated_conv2d import backends
 from segkernels.ops.dilated_conv2d.call import Call, Convolution, Epilogue, Wanted
 
@@ -118,11 +118,11 @@ def _jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
 
 def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
     if dims[1:5] == (None,) * 4:
-        out: torch.Tensor = convolve.fold(size, dims, *args, without_batch=_PER_CHANNEL)
+        out: torch.Tensor = convolve.vmap_merged(size, dims, *args, without_batch=_PER_CHANNEL)
         return out
     # A weight each: the batch becomes groups of channels.
     x, *given, residual = (
-        None if t is None else in_front(t, dim, size)
+        None if t is None else vmap_axis_first(t, dim, size)
         for t, dim in zip(args[:6], dims, strict=False)
     )
     per_channel = (None if t is None else t.flatten(0, 1) for t in given)
@@ -211,15 +211,17 @@ def _gradients_vmap(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     w: Wanted = args[3]
     if dims[2] is None and not w.of_weight:
-        out: tuple[torch.Tensor, torch.Tensor] = gradients.fold(
+        out: tuple[torch.Tensor, torch.Tensor] = gradients.vmap_merged(
             size, dims, *args, without_batch=("weight",)
         )
         return out
-    grad, x, weight = (in_front(t, dim, size) for t, dim in zip(args[:3], dims, strict=False))
+    grad, x, weight = (
+        vmap_axis_first(t, dim, size) for t, dim in zip(args[:3], dims, strict=False)
+    )
     w = w._replace(call=_grouped(w.call, size))
-    dx, dw = gradients.whole(_as_groups(grad), _as_groups(x), weight.flatten(0, 1), w)
+    dx, dw = gradients.all_outputs(_as_groups(grad), _as_groups(x), weight.flatten(0, 1), w)
     dx = _from_groups(dx, size) if w.of_input else weight.new_empty(size, 0)
-    return dx, unfolded(dw, size) if w.of_weight else weight.new_empty(size, 0)
+    return dx, split_vmap_axis(dw, size) if w.of_weight else weight.new_empty(size, 0)
 
 
 def count(x_shape: Any, weight_shape: Any, out_shape: Any) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from segkernels import _native
 from segkernels.ops import _arguments, _dtypes
-from segkernels.ops._operator import laid_out_like, through_dispatcher
+from segkernels.ops._operator import match_dtype_and_layout, needs_dispatcher
 from segkernels.ops._registry import Op, register
 from segkernels.ops.gaussian_filter import operator
 from segkernels.ops.gaussian_filter.operator import Kernel
@@ -104,11 +104,13 @@ def gaussian_filter(
     v, f = _flat(values, dtype), _flat(features, dtype)
     q = None if query_features is None else _flat(query_features, dtype)
     plan = None
-    if not through_dispatcher(v, f, q):  # for the sums of weights and the backward pass too
+    if not needs_dispatcher(v, f, q):  # for the sums of weights and the backward pass too
         plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
     out = operator.filter_(v, f, q, Kernel(precision, plan), normalization)
     out = out.squeeze(0).T if values.dim() == 2 else out.view(shape)
-    return laid_out_like(out, values) if out.shape == values.shape else out.to(values.dtype)
+    return (
+        match_dtype_and_layout(out, values) if out.shape == values.shape else out.to(values.dtype)
+    )
 
 
 def _flat(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""interpolate: torch's, with a deterministic gather backward."""
+"""interpolate: a drop-in for torch's with a deterministic backward pass."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _registry.register(
         differentiable=("input",),
         library_ops=("segkernels::interpolate",),
         note="twice differentiable; antialias=True, 3-D and 5-D inputs, integer dtypes and the "
-        "other modes are handed to torch",
+        "other modes are computed by torch",
     )
 )
 
@@ -38,56 +38,50 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> torch.Tensor:
-    """Resize `input`: `torch.nn.functional.interpolate`, argument for argument and value for value.
+    """Resize `input`, with the arguments and results of `torch.nn.functional.interpolate`.
 
-    Source coordinates and nearest indices are computed in torch's own arithmetic on the same device
-    (float32 for float32 and the half types, with a fused multiplication and addition), so float32
-    results differ from torch's by the rounding of the last sums only; half types are computed and
-    accumulated in float32 and rounded once, and equal ``F.interpolate(input.float(), ...)``
-    rounded. The backward is a gather in a fixed order, accumulated in float32 (float64 for
-    float64): the same bits every time, also under `torch.use_deterministic_algorithms`, where
-    torch's own bicubic backward raises on CUDA. It is differentiable twice.
+    Source coordinates and nearest indices are computed with torch's own arithmetic for the device
+    (in float32 for float32 and half precision, with a fused multiply-add), so float32 results
+    differ from torch's only by the rounding of the final sums. Half precision (float16 and
+    bfloat16) is computed and accumulated in float32 and rounded once: results equal
+    ``F.interpolate(input.float(), ...)`` rounded.
 
-    The unpoolings of the literature that resample are this op with an integer `scale_factor`:
+    The backward pass gathers in a fixed order and accumulates in float32 (float64 for float64
+    input), so it is deterministic, also under `torch.use_deterministic_algorithms`, where torch's
+    bicubic backward pass raises on CUDA. It can be differentiated again.
+
+    Unpooling methods that resample are this function with an integer `scale_factor`:
     nearest-neighbour unpooling (mode "nearest"), bilinear and bicubic upsampling.
 
     Args:
-        input: [N, C, H, W], float16, bfloat16, float32 or float64; contiguous and channels_last
-            tensors are taken as they are and the layout is kept, other strides are copied first.
+        input: [N, C, H, W], float16, bfloat16, float32 or float64. Contiguous and channels_last
+            tensors are read without a copy and the layout is preserved; tensors with other strides
+            are copied first.
         size: (H_out, W_out), or one int for both.
-        scale_factor: multiplier of (H, W), or one for both; give this or `size`.
-        mode: "nearest" (floor(i * H / H_out), as torch and OpenCV have it), "nearest-exact" (of
-            pixel centres), "bilinear", or "bicubic" (Keys 1981, a = -0.75).
-        align_corners: for "bilinear" and "bicubic": whether the centres of the corner pixels of
-            input and output coincide (True), or their outer corners (False, the default).
-        recompute_scale_factor: compute coordinates from the sizes (True), or with `scale_factor`
+        scale_factor: multiplier of (H, W), or one for both. Give either this or `size`.
+        mode: "nearest" (floor(i * H / H_out), as in torch and OpenCV), "nearest-exact" (nearest
+            pixel centre), "bilinear" or "bicubic" (Keys 1981, a = -0.75).
+        align_corners: for "bilinear" and "bicubic": align the centres of the corner pixels of input
+            and output (True), or their outer corners (False, the default).
+        recompute_scale_factor: compute coordinates from the sizes (True), or from `scale_factor`
             itself (None, False).
         antialias: as in torch, which computes it.
 
     Returns:
-        [N, C, H_out, W_out] in `input`'s dtype and layout.
+        [N, C, H_out, W_out] in the dtype and layout of `input`.
 
     Raises:
-        ValueError, NotImplementedError, RuntimeError, TypeError: those of
+        ValueError, NotImplementedError, RuntimeError, TypeError: as
             `torch.nn.functional.interpolate`, with its messages.
 
-    Other modes ("area"), dtypes and numbers of dimensions are handed to torch, and so are all calls
-    under torch.jit.trace.
+    torch computes other modes ("area"), dtypes and numbers of dimensions, and every call under
+    torch.jit.trace.
     """
-    found = _resampling_for(
-        input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
-    )
-    if found is None:
-        return F.interpolate(
-            input,
-            size,
-            scale_factor,
-            mode,
-            align_corners,
-            recompute_scale_factor,
-            antialias,
-        )
-    out: torch.Tensor = operator.interpolate(input, found)
+    arguments = size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
+    r = _resampling_for(input, *arguments)
+    if r is None:
+        return F.interpolate(input, *arguments)
+    out: torch.Tensor = operator.interpolate(input, r)
     return out
 
 
@@ -100,14 +94,14 @@ def _resampling_for(
     recompute_scale_factor: bool | None,
     antialias: bool,
 ) -> Resampling | None:
-    """The resampling, or None for what torch is to compute, or to raise for."""
+    """Return the resampling, or None if torch computes the call or raises for it."""
     if (
         not isinstance(input, torch.Tensor)
         or input.dim() != 4
-        or not _arguments.is_taken(input)
+        or not _arguments.is_supported(input)
         or mode not in _resampling.MODES
         or antialias
-        or _operator.traced()
+        or _operator.is_tracing()
         or (size is None) == (scale_factor is None)
         or (size is not None and recompute_scale_factor)
         or (align_corners is not None and mode.startswith("nearest"))
@@ -116,15 +110,15 @@ def _resampling_for(
     height, width = input.size(2), input.size(3)
     factors = (0.0, 0.0)
     if size is not None:
-        pair = _arguments.pair_of(size, lengths=(2,))
+        pair = _arguments.pair_or_none(size, lengths=(2,))
         if pair is None:
             return None
         out_size = (pair[0], pair[1])
     else:
-        scales = _arguments.pair_of(scale_factor, _is_number, lengths=(2,))
+        scales = _arguments.pair_or_none(scale_factor, _is_number, lengths=(2,))
         if scales is None:
             return None
-        # As torch: a product of float64, rounded down.
+        # As in torch: the product in float64, rounded down.
         out_size = (
             math.floor(float(height) * scales[0]),
             math.floor(float(width) * scales[1]),

@@ -1,4 +1,4 @@
-"""One 2-D resampling: what interpolate and the operators on upsampled logits share."""
+"""Description of a 2-D resampling, shared by interpolate and the operators on upsampled logits."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from segkernels.ops._operator import is_contiguous
 
 # enum class Mode in csrc/interpolate/axis.h
 MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2, "bicubic": 3}
-# enum class Rule
+# enum class Rule, in the same file
 _CPU, _CPU_SMALL, _CUDA = 0, 1, 2
 
 
 class Resampling(NamedTuple):
-    """From `in_size` to `out_size`, or the transpose of that: the gradient's way.
+    """Resampling from `in_size` to `out_size`, or its transpose, which computes the gradient.
 
     Attributes:
-        in_size: (height, width) of the low side's input, whichever way it runs.
-        out_size: (height, width) of its output.
-        factors: scale factors that source coordinates are computed with; 0 for out / in.
+        in_size: (height, width) of the forward pass's input, also if `transpose` is set.
+        out_size: (height, width) of the forward pass's output, also if `transpose` is set.
+        factors: scale factors (height, width) from which source coordinates are computed; 0 for
+            out_size / in_size.
         mode: one of `MODES`.
         align_corners: as in `torch.nn.functional.interpolate`.
-        rule: whose arithmetic computes the indices of the nearest modes.
-        transpose: run from the output's size to the input's.
+        rule: which of torch's formulas computes the indices of the nearest modes; see `rule_for`.
+        transpose: map a tensor of `out_size` to one of `in_size`.
     """
 
     in_size: tuple[int, int]
@@ -36,16 +37,20 @@ class Resampling(NamedTuple):
     transpose: bool
 
     def transposed(self) -> Resampling:
-        """The same resampling, the other way."""
+        """Return the transpose of this resampling."""
         return self._replace(transpose=not self.transpose)
 
     def result_size(self) -> tuple[int, int]:
-        """(height, width) of what it returns."""
+        """Return (height, width) of the result."""
         return self.in_size if self.transpose else self.out_size
 
 
 def rule_for(input: torch.Tensor, out_size: tuple[int, int], mode: str) -> int:
-    """Which of torch's arithmetics applies: its CPU kernels compute nearest indices in two ways."""
+    """Return the formula that torch uses for coordinates on the device of `input`.
+
+    torch's CPU kernels have two for nearest indices: a general one, and one for small outputs and
+    channels_last tensors.
+    """
     if input.is_cuda:
         return _CUDA
     if not mode.startswith("nearest"):

@@ -1,4 +1,4 @@
-"""The native call of interpolate, and how a native call is told of a resampling."""
+"""The native call of interpolate, and the native description of a resampling."""
 
 from __future__ import annotations
 
@@ -15,34 +15,27 @@ from segkernels.ops.interpolate._resampling import MODES, Resampling
 
 @functools.lru_cache(maxsize=1024)
 def native_resampling(r: Resampling, planes: int, inner: int) -> Any:
-    """`r` on that many planes of `inner` channels each, as native functions take it."""
+    """Return the native description of `r` on `planes` planes of `inner` innermost channels."""
     return _native.C().Resampling(
         planes, inner, r.in_size, r.out_size, r.factors, MODES[r.mode], r.align_corners, r.rule
     )
 
 
-def resampling_of(x: torch.Tensor, r: Resampling) -> Any:
-    """`r` on the 4-D `x`: its channels are planes, or innermost where it is channels_last."""
-    if is_channels_last(x):
-        return native_resampling(r, x.size(0), x.size(1))
-    return native_resampling(r, x.size(0) * x.size(1), 1)
-
-
 def empty_result(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """An uninitialised tensor of `x`'s batch, channels, dtype and layout, and another size."""
+    """Return an uninitialised [N, C, *size] tensor in the dtype and layout of the 4-D `x`."""
     return _empty(x, size, is_channels_last(x))
 
 
 def _empty(x: torch.Tensor, size: tuple[int, int], channels_last: bool) -> torch.Tensor:
     shape = (x.size(0), x.size(1), *size)
-    if not channels_last:  # this costs less
+    if not channels_last:  # new_empty is faster than torch.empty
         return x.new_empty(shape)
     layout = torch.channels_last
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def resample(x: torch.Tensor, r: Resampling) -> torch.Tensor:
-    """Resample `x`; copies it first when it is a strided view."""
+    """Resample the 4-D `x`; a strided view is copied first."""
     channels_last = is_channels_last(x)
     out = _empty(x, r.result_size(), channels_last)
     if out.numel() == 0:

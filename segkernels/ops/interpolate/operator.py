@@ -1,4 +1,4 @@
-"""The derivatives of interpolate: one linear map and its transpose."""
+"""The operator interpolate. It is linear; its gradient is the transposed resampling."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""interpolate in plain torch: outputs are weighted sums of a few inputs, axis after axis.
+"""interpolate in plain torch: weighted sums of a few inputs, along one axis after the other.
 
-torch's kernels compute source coordinates in the dtype that they accumulate in, so float32 results
-differ from float64 ones by up to 1e-3 on large maps. The reference therefore takes the dtype of the
-coordinates apart from the dtype of the sums.
+torch's kernels compute source coordinates in the dtype in which they accumulate, so float32 and
+float64 results differ by up to 1e-3 on large maps. The reference therefore has separate dtypes for
+coordinates and sums.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ def interpolate(
     *,
     coordinates: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """As `segkernels.interpolate`; sums in `input`'s dtype (float32 at least), any device.
+    """As `segkernels.interpolate`; any device, sums in the dtype of `input` or at least float32.
 
     Args:
         input: [N, C, H, W].
-        size: as there, and so the next four.
-        scale_factor: as there.
-        mode: as there.
-        align_corners: as there.
-        recompute_scale_factor: as there.
-        coordinates: the dtype of source coordinates; default float64 for float64, else float32.
+        size: as in `segkernels.interpolate`.
+        scale_factor: as in `segkernels.interpolate`.
+        mode: as in `segkernels.interpolate`.
+        align_corners: as in `segkernels.interpolate`.
+        recompute_scale_factor: as in `segkernels.interpolate`.
+        coordinates: dtype of source coordinates; default float64 for float64 input, else float32.
     """
     out_size, factors = sizes_and_factors(input, size, scale_factor, recompute_scale_factor)
     compute = torch.float64 if input.dtype == torch.float64 else torch.float32
     x = input.to(compute)
     on_cpu, same_size = input.device.type == "cpu", tuple(input.shape[2:]) == out_size
-    # The width first, as torch's kernels do.
+    # The width first, as in torch's kernels.
     for axis in (1, 0):
         n_in, n_out = input.size(2 + axis), out_size[axis]
         index, weight = taps(
             n_in, n_out, mode, bool(align_corners), factors[axis], coordinates or compute
         )
-        # torch copies an axis that keeps its size in bilinear mode; on CUDA in every mode, where
-        # both axes do.
+        # On the CPU torch copies an axis whose size is unchanged, in bilinear mode only. On CUDA it
+        # copies in every mode, if the sizes of both axes are unchanged.
         if n_in == n_out and mode == "bilinear" if on_cpu else same_size:
             index, weight = torch.arange(n_in).unsqueeze(1), torch.ones(n_in, 1)
         x = _along(x, 2 + axis, index.to(x.device), weight.to(x))
@@ -67,7 +67,7 @@ def sizes_and_factors(
     scale_factor: float | Sequence[float] | None,
     recompute_scale_factor: bool | None,
 ) -> tuple[tuple[int, int], tuple[float, float]]:
-    """(H_out, W_out), and the factors that coordinates are computed with (0: from the sizes)."""
+    """Return (H_out, W_out) and the scale factors of the coordinates (0: ratio of the sizes)."""
     if size is not None:
         pair = (size, size) if isinstance(size, int) else (size[0], size[1])
         return pair, (0.0, 0.0)
@@ -84,17 +84,17 @@ def sizes_and_factors(
 def taps(
     n_in: int, n_out: int, mode: str, align_corners: bool, factor: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which inputs each output reads, int64 [n_out, K], and their weights, float64 [n_out, K].
+    """Return the input indices of each output, int64 [n_out, K], and weights, float64 [n_out, K].
 
-    K is 1 for the nearest modes, 2 for bilinear, 4 for bicubic.
+    K is 1 for the nearest modes, 2 for bilinear and 4 for bicubic.
 
     Args:
-        n_in: the input's size.
-        n_out: the output's.
+        n_in: size of the input.
+        n_out: size of the output.
         mode: as in `segkernels.interpolate`.
-        align_corners: likewise.
-        factor: the scale factor of the coordinates; 0 for n_out / n_in.
-        dtype: what coordinates and weights are rounded to, as torch's kernels do.
+        align_corners: as in `segkernels.interpolate`.
+        factor: scale factor of the coordinates; 0 for n_out / n_in.
+        dtype: dtype to which coordinates and weights are rounded, as in torch's kernels.
     """
 
     def rounded(x: torch.Tensor) -> torch.Tensor:
@@ -108,24 +108,24 @@ def taps(
     scale = rounded(torch.tensor(step, dtype=torch.float64))
     if mode == "nearest":
         index = rounded(i * scale).floor().long()
-        found = {0: torch.ones_like(i)}
+        weights = {0: torch.ones_like(i)}
     elif mode == "nearest-exact":
         index = rounded(rounded(scale * (i + 0.5) - 0.5).clamp(min=0) + 0.5).floor().long()
-        found = {0: torch.ones_like(i)}
+        weights = {0: torch.ones_like(i)}
     else:
-        # Torch's compilers fuse this product and difference: one rounding.
+        # torch's compilers fuse this multiplication and subtraction, so it rounds once.
         source = rounded(scale * i if align_corners else scale * (i + 0.5) - 0.5)
         if mode == "bilinear":
             source = source.clamp(min=0)
         index = source.to(torch.float32).floor().long().clamp(max=n_in - 1)
         t = rounded(source - index).clamp(0, 1)
         if mode == "bilinear":
-            found = {0: rounded(1 - t), 1: t}
+            weights = {0: rounded(1 - t), 1: t}
         else:
             far, near = _cubic_far, _cubic_near
-            found = {-1: far(t + 1), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
-    index = torch.stack([index + offset for offset in found], 1).clamp(0, n_in - 1)
-    return index, torch.stack(list(found.values()), 1)
+            weights = {-1: far(t + 1), 0: near(t), 1: near(1 - t), 2: far(2 - t)}
+    index = torch.stack([index + offset for offset in weights], 1).clamp(0, n_in - 1)
+    return index, torch.stack(list(weights.values()), 1)
 
 
 # Cubic convolution with a = -0.75 (Keys 1981, eq. 4), for |x| <= 1 and 1 < |x| < 2.

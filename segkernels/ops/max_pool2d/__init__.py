@@ -1,4 +1,4 @@
-"""max_pool2d: torch's, and with one-byte codes in place of indices."""
+"""max_pool2d: a drop-in for torch's, which can also return one-byte codes instead of indices."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _registry.register(
         deterministic=True,
         differentiable=("input",),
         library_ops=("segkernels::max_pool2d", "segkernels::max_pool2d_backward"),
-        note="twice differentiable; integer dtypes are handed to torch",
+        note="twice differentiable; integer dtypes are computed by torch",
     )
 )
 
@@ -41,69 +41,82 @@ def max_pool2d(
     *,
     return_codes: bool = False,
 ) -> Any:
-    """The largest value of every window: `torch.nn.functional.max_pool2d`, bit for bit.
+    """Take the maximum of every window, equal to `torch.nn.functional.max_pool2d` bit for bit.
 
-    NaN counts as the largest (of several NaNs the last), -0 equals 0, and of equal values the first
-    of a window in row order wins. Padding counts as minus infinity. The backward is a gather, or on
-    the CPU a sum in row order, accumulated in float32 (float64 for float64): the same bits every
-    time. It is differentiable twice. What is kept for it is one byte a window (an index of a window
-    of more than 256 cells).
+    NaN is larger than every number (of several NaNs the last wins), -0 equals 0, and of equal
+    values the first in row order wins. Padding counts as minus infinity.
+
+    The backward pass gathers, or on the CPU adds in row order, and accumulates in float32 (float64
+    for float64 input), so it is deterministic. It can be differentiated again. It saves one byte
+    per window, or an int64 index for windows of more than 256 cells.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Contiguous and
-            channels_last tensors are taken as they are and the layout is kept; other strides are
-            copied first. Integers are handed to torch.
+        input: [N, C, H, W] or [C, H, W], float16, bfloat16, float32 or float64. Contiguous and
+            channels_last tensors are read without a copy and the layout is preserved; tensors with
+            other strides are copied first. torch computes integer dtypes.
         kernel_size: height and width of a window, or one int for both.
-        stride: from window to window; default `kernel_size`.
-        padding: on every side; at most half of `kernel_size`.
-        dilation: from cell to cell of a window.
-        ceil_mode: round the number of windows up instead of down; windows that would begin beyond
-            the input and its first padding are left out.
+        stride: step between windows; default `kernel_size`.
+        padding: padding on every side, at most half of `kernel_size`.
+        dilation: step between the cells of a window.
+        ceil_mode: round the number of windows up instead of down. Windows that would begin after
+            the input and its first padding are dropped.
         return_indices: also return int64 indices, ``y * W + x`` in the input's plane.
         return_codes: also return uint8 codes, ``m * kernel_width + n`` for the cell in row m and
-            column n of the window: eight times smaller than indices, and what
-            `segkernels.max_unpool2d` is fastest with. At most 256 cells (16x16).
+            column n of the window. Codes are eight times smaller than indices, and
+            `segkernels.max_unpool2d` is fastest with them. At most 256 cells (16x16).
 
     Returns:
-        [N, C, H_out, W_out] (or without N, as `input`), in `input`'s dtype and layout, where
+        [N, C, H_out, W_out] (without N if `input` has none), in the dtype and layout of `input`,
+        where
 
-            H_out = floor((H + 2 padding - dilation (kernel_size - 1) - 1) / stride) + 1;
+            H_out = floor((H + 2 padding - dilation (kernel_size - 1) - 1) / stride) + 1.
 
-        with `return_indices` or `return_codes` a tuple of that and a tensor of its shape.
+        With `return_indices` or `return_codes`, a tuple of that tensor and the indices or codes,
+        which have the same shape.
 
     Raises:
-        RuntimeError: sizes that do not fit, as torch has it.
-        TypeError: arguments of another type; codes of an integer `input`.
-        ValueError: `return_codes` with more than 256 cells, or with `return_indices`.
+        RuntimeError: sizes do not fit; the message is torch's.
+        TypeError: an argument has the wrong type, or `return_codes` is set and `input` is an
+            integer tensor.
+        ValueError: `return_codes` is set with more than 256 cells or with `return_indices`.
     """
     _arguments.check_tensor(input, "input", "max_pool2d")
     if return_codes and return_indices:
-        raise ValueError("max_pool2d: give return_indices or return_codes, not both")
+        raise ValueError("max_pool2d: return_codes must be False with return_indices, got True")
     if return_codes:
         _operator.check_not_traced("max_pool2d")
-    if not _arguments.is_taken(input) or _operator.traced():
+    if not _arguments.is_supported(input) or _operator.is_tracing():
         if return_codes:
             raise TypeError(
-                f"max_pool2d: return_codes needs a floating input ({', '.join(_dtypes.names())}) "
-                f"on CPU or CUDA, got {input.dtype} on {input.device}"
+                f"max_pool2d: input must be one of {', '.join(_dtypes.names())} on CPU or CUDA "
+                f"with return_codes, got {input.dtype} on {input.device}"
             )
         args: tuple[Any, ...] = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return F.max_pool2d(input, *args)
-    kernel = _arguments.pair(kernel_size, "kernel_size", "max_pool2d")
-    steps = kernel
-    if stride is not None and not (isinstance(stride, (tuple, list)) and len(stride) == 0):
-        steps = _arguments.pair(stride, "stride", "max_pool2d")
-    pads = _arguments.pair(padding, "padding", "max_pool2d")
-    gaps = _arguments.pair(dilation, "dilation", "max_pool2d")
+    kernel_size = _arguments.pair(kernel_size, "kernel_size", "max_pool2d")
+    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
+        stride = kernel_size
+    else:
+        stride = _arguments.pair(stride, "stride", "max_pool2d")
+    padding = _arguments.pair(padding, "padding", "max_pool2d")
+    dilation = _arguments.pair(dilation, "dilation", "max_pool2d")
     batched = input.dim() == 4
-    make = _known_pooling if _operator.is_eager(input) else _pooling
-    channels_last = batched and _operator.is_channels_last(input)
-    shown = bool(return_codes), bool(return_indices)
-    p = make(input.shape, channels_last, kernel, steps, pads, gaps, bool(ceil_mode), *shown)
-    if return_codes and _windows.many_cells(kernel):
+    make = _cached_pooling if _operator.is_eager(input) else _pooling
+    p = make(
+        input.shape,
+        batched and _operator.is_channels_last(input),
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        bool(ceil_mode),
+        bool(return_codes),
+        bool(return_indices),
+    )
+    if return_codes and _windows.too_large_for_codes(kernel_size):
         raise ValueError(
-            f"max_pool2d: return_codes needs a window of at most {_windows.MAX_CELLS} cells "
-            f"(16x16), got kernel_size={kernel}"
+            f"max_pool2d: kernel_size must have at most {_windows.MAX_CELLS} cells (16x16) with "
+            f"return_codes, got {kernel_size}"
         )
     x = input if batched else input.unsqueeze(0)
     values, codes, indices = operator.pool(x, p)
@@ -116,35 +129,36 @@ def max_pool2d(
 def _pooling(
     shape: torch.Size,
     channels_last: bool,
-    kernel: Int2,
-    steps: Int2,
-    pads: Int2,
-    gaps: Int2,
+    kernel_size: Int2,
+    stride: Int2,
+    padding: Int2,
+    dilation: Int2,
     ceil_mode: bool,
     return_codes: bool,
     return_indices: bool,
 ) -> Pooling:
-    """The windows, checked as torch checks them and in its order."""
+    """Return the call's record after torch's checks, in torch's order."""
     if len(shape) not in (3, 4):
         raise RuntimeError(
             "max_pool2d: non-empty 3D or 4D (batch mode) tensor expected for input, got shape "
             f"{list(shape)}"
         )
-    _check_padding(kernel, steps, pads, gaps)
+    _check_padding(kernel_size, stride, padding, dilation)
     full = (shape[-2], shape[-1])
-    w = Windows(full, (0, 0), kernel, steps, pads, gaps, channels_last)
+    w = Windows(full, (0, 0), kernel_size, stride, padding, dilation, channels_last)
     _windows.check_positive(w, "max_pool2d")
     if any(size == 0 for size in shape[-3:]):
         raise RuntimeError(
             "max_pool2d: Expected 3D or 4D (batch mode) tensor with optional 0 dim batch size for "
             f"input, but got:{list(shape)}"
         )
-    if pads[0] > kernel[0] // 2 or pads[1] > kernel[1] // 2:
+    (pad_h, pad_w), (kh, kw) = padding, kernel_size
+    if pad_h > kh // 2 or pad_w > kw // 2:
         raise RuntimeError(
             "max_pool2d: pad should be smaller than or equal to half of kernel size, but got "
-            f"padW = {pads[1]}, padH = {pads[0]}, kW = {kernel[1]}, kH = {kernel[0]}"
+            f"padW = {pad_w}, padH = {pad_h}, kW = {kw}, kH = {kh}"
         )
-    pooled = (_windows_along(w, 0, ceil_mode), _windows_along(w, 1, ceil_mode))
+    pooled = (_pooled_size(w, 0, ceil_mode), _pooled_size(w, 1, ceil_mode))
     if pooled[0] < 1 or pooled[1] < 1:
         channels = shape[-3]
         raise RuntimeError(
@@ -156,28 +170,28 @@ def _pooling(
     return Pooling(w, return_codes, return_indices)
 
 
-# Of shapes that are known, that is all but those of tracing.
-_known_pooling = functools.lru_cache(maxsize=1024)(_pooling)
+# For eager calls only: sizes are SymInts while tracing.
+_cached_pooling = functools.lru_cache(maxsize=1024)(_pooling)
 
 
-def _check_padding(kernel: Int2, stride: Int2, padding: Int2, dilation: Int2) -> None:
-    for k, step, pad, gap in zip(kernel, stride, padding, dilation, strict=True):
-        if step == 0:
+def _check_padding(kernel_size: Int2, stride: Int2, padding: Int2, dilation: Int2) -> None:
+    for k, s, pad, d in zip(kernel_size, stride, padding, dilation, strict=True):
+        if s == 0:
             raise RuntimeError("max_pool2d: stride should not be zero")
         if pad < 0:
             raise RuntimeError(f"max_pool2d: pad must be non-negative, but got pad: {pad}")
-        if 2 * pad > max((k - 1) * gap + 1, 0):
+        if 2 * pad > max((k - 1) * d + 1, 0):
             raise RuntimeError(
                 "max_pool2d: pad should be at most half of effective kernel size, but got "
-                f"pad={pad}, kernel_size={k} and dilation={gap}"
+                f"pad={pad}, kernel_size={k} and dilation={d}"
             )
 
 
-def _windows_along(w: Windows, axis: int, ceil_mode: bool) -> int:
-    size, step, pad = w.full[axis], w.stride[axis], w.padding[axis]
-    room = size + 2 * pad - w.dilation[axis] * (w.kernel_size[axis] - 1) - 1
+def _pooled_size(w: Windows, axis: int, ceil_mode: bool) -> int:
+    size, stride, padding = w.full[axis], w.stride[axis], w.padding[axis]
+    span = size + 2 * padding - w.dilation[axis] * (w.kernel_size[axis] - 1) - 1
     if not ceil_mode:
-        return room // step + 1
-    count = (room + step - 1) // step + 1
+        return span // stride + 1
+    count = (span + stride - 1) // stride + 1
     # The last window must begin inside the input or its first padding.
-    return count - 1 if (count - 1) * step >= size + pad else count
+    return count - 1 if (count - 1) * stride >= size + padding else count

@@ -1,4 +1,8 @@
-"""max_pool2d as an operator: its gradient scatter-adds to the recorded positions."""
+"""The operator max_pool2d.
+
+Its backward pass scatter-adds to the recorded positions, its forward-mode derivative gathers from
+them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from segkernels.ops.max_pool2d import native
 from segkernels.ops.max_pool2d.native import Pooling
 
 
-def _save(x: torch.Tensor, p: Pooling, *found: Any) -> tuple[torch.Tensor]:
-    _, codes, indices = found
-    return (indices if p.windows.many_cells else codes,)
+def _save(x: torch.Tensor, p: Pooling, *outputs: Any) -> tuple[torch.Tensor]:
+    _, codes, indices = outputs
+    return (indices if p.windows.too_large_for_codes else codes,)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""max_unpool2d: torch's, deterministic, and from one-byte codes."""
+"""max_unpool2d: a deterministic drop-in for torch's, which also accepts one-byte codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _registry.register(
         differentiable=("input",),
         library_ops=("segkernels::max_unpool2d", "segkernels::max_unpool2d_backward"),
         note="twice differentiable, by torch's scatter_add with int64 indices; integer dtypes are "
-        "handed to torch",
+        "computed by torch",
     )
 )
 
@@ -40,65 +40,73 @@ def max_unpool2d(
     *,
     dilation: int | Sequence[int] = 1,
 ) -> torch.Tensor:
-    """Values back to where max pooling found them, zero elsewhere.
+    """Write values to the positions recorded by max pooling, and zero elsewhere.
 
-    As `torch.nn.functional.max_unpool2d`, and also from the codes of
-    ``segkernels.max_pool2d(..., return_codes=True)``: then every output element is written once,
-    with no clearing and no scatter. The unpooling of DeconvNet (Noh et al. 2015, section 3.2.1) and
-    SegNet (Badrinarayanan et al. 2017, section 3).
+    Equals `torch.nn.functional.max_unpool2d`, and also accepts the codes of
+    ``segkernels.max_pool2d(..., return_codes=True)``. With codes every output element is written
+    once, without clearing the output first and without a scatter. This is the unpooling of
+    DeconvNet (Noh et al. 2015, section 3.2.1) and SegNet (Badrinarayanan et al. 2017, section 3).
 
-    Where several values point to one place, the last in row order stays, always (torch: undefined).
-    Gradients are torch's: every value reads the gradient where it pointed, also one that another
-    has overwritten.
+    If several values have the same position, the last in row order wins (undefined in torch).
+    Gradients are torch's: every value receives the gradient at its position, even if another value
+    has overwritten it.
 
     Args:
-        input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Contiguous and
-            channels_last tensors are taken as they are and the layout is kept; other strides are
-            copied first. Integers are handed to torch.
-        indices: `input`'s shape: uint8 codes, positions in the window; or int64 indices,
-            ``y * W_out + x``, anywhere in the output's plane.
-        kernel_size: that of the pooling, and so the next three.
-        stride: default `kernel_size`.
+        input: [N, C, H, W] or [C, H, W], float16, bfloat16, float32 or float64. Contiguous and
+            channels_last tensors are read without a copy and the layout is preserved; tensors with
+            other strides are copied first. torch computes integer dtypes.
+        indices: positions in the shape of `input`: uint8 codes (flat index of a cell in its window)
+            or int64 indices, ``y * W_out + x``, anywhere in the output's plane.
+        kernel_size: as in the pooling.
+        stride: as in the pooling; default `kernel_size`.
         padding: as in the pooling.
-        output_size: (..., H_out, W_out), less than a stride away from the default,
+        output_size: (..., H_out, W_out), two or four elements of which the last two count. Each
+            must differ by less than the stride from the default,
 
             H_out = (H - 1) stride + dilation (kernel_size - 1) + 1 - 2 padding.
-
-            The last two of two or four elements count.
         dilation: as in the pooling; torch has no such argument.
 
     Returns:
-        [N, C, H_out, W_out] (or without N, as `input`), in `input`'s dtype and layout.
+        [N, C, H_out, W_out] (without N if `input` has none), in the dtype and layout of `input`.
 
     Raises:
-        RuntimeError: shapes, dtypes or devices that do not fit, as torch has it.
-        ValueError: an `output_size` that does not fit; more than 256 cells with codes; an index
-            outside the plane, or a code that is no cell of its window or lies outside the plane. On
-            CUDA those are left out and `segkernels.check` raises.
-        TypeError: arguments of another type.
+        RuntimeError: shapes, dtypes or devices do not fit; the message is torch's.
+        ValueError: `output_size` does not fit, a window has more than 256 cells with codes, or a
+            position is invalid: an index outside the plane, or a code that is no cell of its window
+            or whose cell is outside the plane. On CUDA invalid positions are skipped, and
+            `segkernels.check` raises.
+        TypeError: an argument has the wrong type.
     """
     for name, value in (("input", input), ("indices", indices)):
         _arguments.check_tensor(value, name, "max_unpool2d")
-    _operator.check_not_traced("max_unpool2d")  # which torch's own fails under, too
-    if not _arguments.is_taken(input):
+    _operator.check_not_traced("max_unpool2d")  # torch's own function fails under it too
+    if not _arguments.is_supported(input):
         if indices.dtype == torch.uint8:
             raise TypeError(
-                f"max_unpool2d: codes need a floating input ({', '.join(_dtypes.names())}) on CPU "
-                f"or CUDA, got {input.dtype} on {input.device}"
+                f"max_unpool2d: input must be one of {', '.join(_dtypes.names())} on CPU or CUDA "
+                f"with codes, got {input.dtype} on {input.device}"
             )
         args: tuple[Any, ...] = (kernel_size, stride, padding, output_size)
         return F.max_unpool2d(input, indices, *args)
-    kernel = _arguments.pair(kernel_size, "kernel_size", "max_unpool2d")
-    steps = kernel if stride is None else _arguments.pair(stride, "stride", "max_unpool2d")
-    pads = _arguments.pair(padding, "padding", "max_unpool2d")
-    gaps = _arguments.pair(dilation, "dilation", "max_unpool2d")
+    kernel_size = _arguments.pair(kernel_size, "kernel_size", "max_unpool2d")
+    stride = kernel_size if stride is None else _arguments.pair(stride, "stride", "max_unpool2d")
+    padding = _arguments.pair(padding, "padding", "max_unpool2d")
+    dilation = _arguments.pair(dilation, "dilation", "max_unpool2d")
     batched = input.dim() == 4
     size = None if output_size is None else tuple(output_size)
-    known = size is None or all(type(n) is int for n in size)
-    make = _known_windows if known and _operator.is_eager(input) else _windows_for
-    channels_last = batched and _operator.is_channels_last(input)
-    given = input.shape, indices.shape, indices.dtype, channels_last
-    w = make(*given, kernel, steps, pads, gaps, size)
+    hashable = size is None or all(type(n) is int for n in size)
+    make = _cached_windows if hashable and _operator.is_eager(input) else _make_windows
+    w = make(
+        input.shape,
+        indices.shape,
+        indices.dtype,
+        batched and _operator.is_channels_last(input),
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        size,
+    )
     if input.device != indices.device:
         raise RuntimeError(
             "max_unpool2d: Expected all tensors to be on the same device, but input is on "
@@ -109,48 +117,48 @@ def max_unpool2d(
     return operator.unpool(input.unsqueeze(0), indices.unsqueeze(0), w).squeeze(0)
 
 
-def _windows_for(
+def _make_windows(
     shape: torch.Size,
     indices_shape: torch.Size,
     indices_dtype: torch.dtype,
     channels_last: bool,
-    kernel: Int2,
-    steps: Int2,
-    pads: Int2,
-    gaps: Int2,
+    kernel_size: Int2,
+    stride: Int2,
+    padding: Int2,
+    dilation: Int2,
     output_size: tuple[Any, ...] | None,
 ) -> Windows:
-    """The windows, checked as torch checks them and in its order."""
+    """Return the windows after torch's checks, in torch's order."""
     if len(shape) not in (3, 4):
         raise RuntimeError(
             "max_unpool2d: Input to max_unpooling2d should be a 3d or 4d Tensor, but got a tensor "
             f"with {len(shape)} dimensions."
         )
     pooled = (shape[-2], shape[-1])
-    default = (
-        (pooled[0] - 1) * steps[0] + gaps[0] * (kernel[0] - 1) + 1 - 2 * pads[0],
-        (pooled[1] - 1) * steps[1] + gaps[1] * (kernel[1] - 1) + 1 - 2 * pads[1],
+    height, width = (
+        (pooled[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1 - 2 * padding[i]
+        for i in (0, 1)
     )
-    full = _output_size(default, steps, output_size)
+    full = _output_size((height, width), stride, output_size)
     _check_indices(shape, indices_shape, indices_dtype)
     if indices_dtype == torch.int64:
-        # They say all; the windows only made the default size.
+        # Indices do not depend on the windows, which only determine the default output size.
         return Windows(full, pooled, (1, 1), (1, 1), (0, 0), (1, 1), channels_last)
-    w = Windows(full, pooled, kernel, steps, pads, gaps, channels_last)
+    w = Windows(full, pooled, kernel_size, stride, padding, dilation, channels_last)
     _windows.check_positive(w, "max_unpool2d")
-    if pads[0] < 0 or pads[1] < 0:
-        raise RuntimeError(f"max_unpool2d: pad must be non-negative, but got pad: {pads}")
-    if kernel[0] * kernel[1] > _windows.MAX_CELLS:
+    if padding[0] < 0 or padding[1] < 0:
+        raise RuntimeError(f"max_unpool2d: pad must be non-negative, but got pad: {padding}")
+    if w.too_large_for_codes:
         raise ValueError(
-            f"max_unpool2d: codes need a window of at most {_windows.MAX_CELLS} cells (16x16), got "
-            f"kernel_size={kernel}"
+            f"max_unpool2d: kernel_size must have at most {_windows.MAX_CELLS} cells (16x16) with "
+            f"codes, got {kernel_size}"
         )
     _windows.check_range(w, "max_unpool2d")
     return w
 
 
-# Of shapes that are known, that is all but those of tracing.
-_known_windows = functools.lru_cache(maxsize=1024)(_windows_for)
+# For eager calls only: sizes are SymInts while tracing.
+_cached_windows = functools.lru_cache(maxsize=1024)(_make_windows)
 
 
 def _check_indices(shape: torch.Size, indices: torch.Size, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""max_unpool2d as an operator: its gradient gathers from the recorded positions."""
+"""The operator max_unpool2d. Its backward pass gathers from the recorded positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""max_unpool2d in plain torch: codes become indices, and sources are written in row order."""
+"""max_unpool2d in plain torch: convert codes to indices, then write values in row order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops.max_pool2d import reference as pool
+from segkernels.ops.max_pool2d.reference import pair
 
 Sizes = int | Sequence[int]
 
@@ -22,36 +22,39 @@ def max_unpool2d(
     *,
     dilation: Sizes = 1,
 ) -> torch.Tensor:
-    """As `segkernels.max_unpool2d`, in any dtype and on any device; positions are not checked."""
-    kernel, pad, gap = pool.two(kernel_size), pool.two(padding), pool.two(dilation)
-    step = kernel if stride is None else pool.two(stride)
-    count = input.shape[-2:]
-    size = [(count[i] - 1) * step[i] + gap[i] * (kernel[i] - 1) + 1 - 2 * pad[i] for i in (0, 1)]
+    """As `segkernels.max_unpool2d`; any dtype and device, positions are not checked."""
+    kernel_size, padding, dilation = pair(kernel_size), pair(padding), pair(dilation)
+    stride = kernel_size if stride is None else pair(stride)
+    pooled = input.shape[-2:]
+    size = [
+        (pooled[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1 - 2 * padding[i]
+        for i in (0, 1)
+    ]
     if output_size is not None:
         size = list(output_size[-2:])
     if indices.dtype == torch.uint8:
         code = indices.long()
-        y = torch.arange(count[0], device=input.device)[:, None] * step[0] - pad[0]
-        x = torch.arange(count[1], device=input.device) * step[1] - pad[1]
-        m, n = code // kernel[1], code % kernel[1]
-        indices = (y + m * gap[0]) * size[1] + x + n * gap[1]
+        y = torch.arange(pooled[0], device=input.device)[:, None] * stride[0] - padding[0]
+        x = torch.arange(pooled[1], device=input.device) * stride[1] - padding[1]
+        m, n = code // kernel_size[1], code % kernel_size[1]
+        indices = (y + m * dilation[0]) * size[1] + x + n * dilation[1]
     out: torch.Tensor = _Scatter.apply(input.flatten(-2), indices.flatten(-2), size[0] * size[1])
     return out.unflatten(-1, size)
 
 
 class _Scatter(torch.autograd.Function):
-    """The last source of each place; every source reads the gradient where it pointed."""
+    """Scatter values; the last value at an index wins, and every value receives its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, places: torch.Tensor, size: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        sources = torch.arange(values.shape[-1], device=values.device).expand_as(places)
+    def forward(ctx: Any, values: torch.Tensor, indices: torch.Tensor, size: int) -> torch.Tensor:
+        ctx.save_for_backward(indices)
+        order = torch.arange(values.shape[-1], device=values.device).expand_as(indices)
         last = torch.full((*values.shape[:-1], size), -1, device=values.device)
-        last.scatter_reduce_(-1, places, sources, "amax")
-        found = values.gather(-1, last.clamp(min=0)) if values.shape[-1] else values.new_zeros(())
-        return torch.where(last >= 0, found, 0)
+        last.scatter_reduce_(-1, indices, order, "amax")
+        out = values.gather(-1, last.clamp(min=0)) if values.shape[-1] else values.new_zeros(())
+        return torch.where(last >= 0, out, 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (places,) = ctx.saved_tensors
-        return grads[0].gather(-1, places), None, None
+        (indices,) = ctx.saved_tensors
+        return grads[0].gather(-1, indices), None, None

@@ -9,8 +9,8 @@ import torch
 from segkernels.ops import _arguments, _dtypes
 from segkernels.ops._operator import (
     check_not_traced,
-    laid_out_like,
-    through_dispatcher,
+    match_dtype_and_layout,
+    needs_dispatcher,
     wants_grad,
 )
 from segkernels.ops._registry import Op, register
@@ -74,7 +74,7 @@ class PermutohedralLattice:
         self._flat = flat
         self._spatial = tuple(spatial)
         self._lattice: Lattice | None = None
-        if flat.numel() > 0 and not through_dispatcher(flat):
+        if flat.numel() > 0 and not needs_dispatcher(flat):
             (self._lattice,) = native.build(
                 [flat.detach()], spatial, max_vertices=max_vertices, op="PermutohedralLattice"
             )
@@ -155,7 +155,7 @@ def permutohedral_filter(
     dtype = torch.promote_types(torch.promote_types(values.dtype, features.dtype), torch.float32)
     flat, flat_features = flat.to(dtype), flat_features.to(dtype)
     built = None
-    if wants_grad(flat, flat_features) and not through_dispatcher(flat, flat_features):
+    if wants_grad(flat, flat_features) and not needs_dispatcher(flat, flat_features):
         # For the backward pass too.
         (built,) = native.build([flat_features.detach()], spatial, op=what)
     record = Filter(normalization, transpose, tuple(spatial), built)
@@ -196,7 +196,7 @@ def _values(
 
 def _shaped(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     out = out.squeeze(0).T if values.dim() == 2 else out.view(values.shape)
-    return laid_out_like(out, values)
+    return match_dtype_and_layout(out, values)
 
 
 def _check_tensor(tensor: torch.Tensor, name: str, what: str) -> None:

@@ -13,34 +13,34 @@ from segkernels.ops._arguments import Int2
 from segkernels.ops._windows import Windows
 
 
-class Nails(NamedTuple):
-    """The blocks, and the cell of each that holds its value."""
+class BedOfNails(NamedTuple):
+    """The blocks, and the cell (row, column) of every block that has its value."""
 
     windows: Windows
     cell: Int2
 
 
 def nearest(x: torch.Tensor, w: Windows) -> torch.Tensor:
-    """Repeat every value of the 4-D `x` over its block."""
+    """Write every value of the 4-D `x` to all cells of its block."""
     return _run(_native.C().unpool_nearest, x, w.full, w)
 
 
 def nearest_backward(grad: torch.Tensor, w: Windows) -> torch.Tensor:
-    """The sum of every block."""
+    """Sum every block."""
     return _run(_native.C().unpool_nearest_backward, grad, w.pooled, w)
 
 
-def nails(x: torch.Tensor, n: Nails) -> torch.Tensor:
-    """Every value of the 4-D `x` at the cell of its block."""
+def bed_of_nails(x: torch.Tensor, n: BedOfNails) -> torch.Tensor:
+    """Write every value of the 4-D `x` to one cell of its block, and zero to the others."""
     w = n.windows
     cell = n.cell[0] * w.kernel_size[1] + n.cell[1]
     return _run(_native.C().unpool_bed_of_nails, x, w.full, w, cell)
 
 
-def nails_backward(grad: torch.Tensor, n: Nails) -> torch.Tensor:
-    """The value at the cell of every block."""
+def bed_of_nails_backward(grad: torch.Tensor, n: BedOfNails) -> torch.Tensor:
+    """Read one cell of every block."""
     w, (row, column) = n
-    _native.where(grad)
+    _native.where(grad)  # checks the device, and limits torch to one thread after a fork
     out = _windows.empty(grad, w.pooled, w)
     return out.copy_(grad[:, :, row :: w.kernel_size[0], column :: w.kernel_size[1]])
 

@@ -1,6 +1,7 @@
-"""The derivatives of unpool_nearest and unpool_bed_of_nails.
+"""The operators unpool_nearest and unpool_bed_of_nails, and their gradients.
 
-Both are linear; their gradients sum a block and read a cell of it, and theirs are the unpoolings.
+All four are linear. The gradient of unpool_nearest sums a block, that of unpool_bed_of_nails reads
+one cell of it; each operator and its gradient are transposes of each other.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from segkernels.ops import _windows
 from segkernels.ops._operator import Operator
 from segkernels.ops._windows import Windows
 from segkernels.ops.unpool2d import native
-from segkernels.ops.unpool2d.native import Nails
+from segkernels.ops.unpool2d.native import BedOfNails
 
 nearest: Operator = Operator(
     "unpool_nearest",
@@ -27,19 +28,19 @@ nearest_backward: Operator = Operator(
     fake=lambda grad, w: _windows.empty(grad, w.pooled, w),
     transpose=lambda grad, w: nearest(grad, w),
 )
-nails: Operator = Operator(
+bed_of_nails: Operator = Operator(
     "unpool_bed_of_nails",
     "Tensor input",
-    Nails,
-    kernel=native.nails,
+    BedOfNails,
+    kernel=native.bed_of_nails,
     fake=lambda x, n: _windows.empty(x, n.windows.full, n.windows),
-    transpose=lambda grad, n: nails_backward(grad, n),
+    transpose=lambda grad, n: bed_of_nails_backward(grad, n),
 )
-nails_backward: Operator = Operator(
+bed_of_nails_backward: Operator = Operator(
     "unpool_bed_of_nails_backward",
     "Tensor grad",
-    Nails,
-    kernel=native.nails_backward,
+    BedOfNails,
+    kernel=native.bed_of_nails_backward,
     fake=lambda grad, n: _windows.empty(grad, n.windows.pooled, n.windows),
-    transpose=lambda grad, n: nails(grad, n),
+    transpose=lambda grad, n: bed_of_nails(grad, n),
 )

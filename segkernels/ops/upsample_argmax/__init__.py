@@ -1,4 +1,4 @@
-"""upsample_argmax: the label map of upsampled logits, without the upsampled logits."""
+"""upsample_argmax: labels of upsampled logits, without storing the upsampled logits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from segkernels.ops import _dtypes, _registry
-from segkernels.ops.interpolate import _tail
+from segkernels.ops.interpolate import _logits
 from segkernels.ops.upsample_argmax import operator
 from segkernels.ops.upsample_argmax.native import LABELS, Argmax
 
@@ -20,7 +20,7 @@ _registry.register(
         layouts=("contiguous", "channels_last", "strided"),
         deterministic=True,
         library_ops=("segkernels::upsample_argmax",),
-        note="half types are compared in float32",
+        note="half precision is compared in float32",
     )
 )
 
@@ -33,11 +33,11 @@ def upsample_argmax(
     return_confidence: bool = False,
     dtype: torch.dtype = torch.int64,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Predicted label of each pixel: argmax over the classes of upsampled logits.
+    """Predict the label of each pixel: argmax over the classes of upsampled logits.
 
-    Equals ``F.interpolate(logits, size, mode=mode, align_corners=align_corners).argmax(1)`` and
-    never stores the upsampled logits. Half types are interpolated and compared in float32, without
-    the rounding that would make classes tie.
+    Equals ``F.interpolate(logits, size, mode=mode, align_corners=align_corners).argmax(1)`` without
+    storing the upsampled logits. Half precision (float16 and bfloat16) is interpolated and compared
+    in float32, without the rounding that would make classes equal.
 
     Args:
         logits: [N, C, H, W], float16, bfloat16, float32 or float64; any strides.
@@ -45,27 +45,28 @@ def upsample_argmax(
         mode: "nearest", "nearest-exact", "bilinear" or "bicubic", as in `interpolate`.
         align_corners: as in `interpolate`.
         return_confidence: also return the softmax probability of the label.
-        dtype: of the labels: torch.uint8, int16, int32 or int64.
+        dtype: dtype of the labels: torch.uint8, int16, int32 or int64.
 
     Returns:
         labels: [N, H_out, W_out] in `dtype`, from 0 to C - 1. Of equal logits the first wins, and
-            NaN wins over numbers, as in `torch.argmax`.
-        confidence: only with `return_confidence`: [N, H_out, W_out], float32 (float64 for float64),
-            from 1 / C to 1; NaN where the largest logit is NaN or infinite. No gradient.
+            NaN is larger than every number, as in `torch.argmax`.
+        confidence: only with `return_confidence`: [N, H_out, W_out], float32 (float64 for float64
+            logits), from 1 / C to 1; NaN where the largest logit is NaN or infinite. Not
+            differentiable.
 
     Raises:
-        ValueError: a wrong shape, size or mode, or more classes than `dtype` holds.
-        TypeError: a dtype of `logits` or of the labels that is not one of the above.
+        ValueError: a shape, size or mode is invalid, or `dtype` cannot represent every class.
+        TypeError: the dtype of `logits` or of the labels is not one of the above.
     """
     name = "upsample_argmax"
-    _tail.check_logits(name, logits)
+    _logits.check_logits(name, logits)
     if dtype not in LABELS:
         raise TypeError(f"{name}: dtype must be torch.uint8, int16, int32 or int64, got {dtype}")
     if logits.size(1) - 1 > torch.iinfo(dtype).max:
         raise ValueError(
-            f"{name}: dtype must hold labels up to {logits.size(1) - 1}, got {dtype}, which holds "
-            f"{torch.iinfo(dtype).max}"
+            f"{name}: dtype must represent labels up to {logits.size(1) - 1}, got {dtype} with a "
+            f"maximum of {torch.iinfo(dtype).max}"
         )
-    r = _tail.resampling(name, logits, size, mode, align_corners)
+    r = _logits.resampling(name, logits, size, mode, align_corners)
     labels, confidence = operator.argmax(logits.detach(), Argmax(r, return_confidence, dtype))
     return (labels, confidence) if return_confidence else labels

@@ -11,23 +11,24 @@ from segkernels.ops import _dtypes
 from segkernels.ops.interpolate._resampling import Resampling
 from segkernels.ops.interpolate.native import native_resampling
 
-# enum class LabelType in csrc/upsample_argmax/upsample_argmax.h, and the most classes each holds
+# enum class LabelType in csrc/upsample_argmax/upsample_argmax.h
 LABELS = {torch.uint8: 0, torch.int16: 1, torch.int32: 2, torch.int64: 3}
 
 
 class Argmax(NamedTuple):
-    """The resampling, whether confidences are asked for, and the labels' dtype."""
+    """The resampling, whether to compute confidences, and the dtype of the labels."""
 
     resampling: Resampling
     confidence: bool
     dtype: torch.dtype
 
 
-Found = tuple[torch.Tensor, torch.Tensor | None]
+# (labels, confidences); None if confidences are not computed.
+Outputs = tuple[torch.Tensor, torch.Tensor | None]
 
 
-def outputs(logits: torch.Tensor, a: Argmax) -> Found:
-    """Uninitialised labels, and confidences if they are asked for."""
+def outputs(logits: torch.Tensor, a: Argmax) -> Outputs:
+    """Return uninitialised labels, and confidences if requested."""
     shape = (logits.size(0), *a.resampling.out_size)
     labels = torch.empty(shape, dtype=a.dtype, device=logits.device)
     if not a.confidence:
@@ -36,8 +37,8 @@ def outputs(logits: torch.Tensor, a: Argmax) -> Found:
     return labels, torch.empty(shape, dtype=compute, device=logits.device)
 
 
-def argmax(logits: torch.Tensor, a: Argmax) -> Found:
-    """Labels and confidences."""
+def argmax(logits: torch.Tensor, a: Argmax) -> Outputs:
+    """Compute the labels, and confidences if requested."""
     labels, confidences = outputs(logits, a)
     if labels.numel() == 0:
         return labels, confidences

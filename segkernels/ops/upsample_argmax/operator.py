@@ -1,4 +1,4 @@
-"""upsample_argmax as an operator. It has no gradient."""
+"""The operator upsample_argmax. It is not differentiable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""upsample_argmax in plain torch: the upsampled logits in full, then their argmax and softmax."""
+"""upsample_argmax in plain torch: upsample the logits, then take argmax and softmax."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def upsample_argmax(
     *,
     coordinates: torch.dtype | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As `segkernels.upsample_argmax`; `coordinates` as in interpolate's reference."""
+    """As `segkernels.upsample_argmax`; `coordinates` as in the reference of interpolate."""
     compute = torch.float64 if logits.dtype == torch.float64 else torch.float32
     upsampled = reference.interpolate(
         logits.to(compute), size, None, mode, align_corners, coordinates=coordinates

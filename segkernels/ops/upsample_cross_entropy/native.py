@@ -1,4 +1,4 @@
-"""The native calls of the losses of upsampled logits."""
+"""The native calls of the cross entropy losses of upsampled logits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ TARGETS = {**LABELS, torch.float32: 4, torch.float64: 5}
 
 
 class Loss(NamedTuple):
-    """What the loss is, apart from tensors.
+    """The arguments of a loss other than tensors.
 
     Attributes:
-        binary: binary cross entropy of one logit; else softmax cross entropy over classes.
-        ignore_index: the label that does not count.
+        binary: whether it is the binary cross entropy of one logit, or else the softmax cross
+            entropy over classes.
+        ignore_index: label of pixels that are left out of the loss.
         reduction: "none", "mean" or "sum".
-        label_smoothing: of softmax cross entropy.
-        resampling: from the logits' size to the target's.
+        label_smoothing: as in F.cross_entropy; 0 for the binary loss.
+        resampling: from the size of the logits to that of the target.
     """
 
     binary: bool
@@ -36,12 +37,15 @@ class Loss(NamedTuple):
     resampling: Resampling
 
     def name(self) -> str:
-        """The public function's name, for messages."""
+        """Return the name of the public function, for messages."""
         return "upsample_binary_cross_entropy" if self.binary else "upsample_cross_entropy"
 
 
-# The loss, or a value a pixel for "none"; what is kept of a pixel; [loss, weight, weights].
-Found = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
+# (loss, kept, totals):
+# loss: a scalar, or one value per pixel for "none".
+# kept: log-sum-exp over the classes of each pixel, for the backward pass; None for the binary loss.
+# totals: [sum of the losses, reduced; sum of the pixels' weights; sum of the class weights].
+Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
 
 def outputs(
@@ -50,10 +54,10 @@ def outputs(
     weight: torch.Tensor | None,
     pos_weight: torch.Tensor | None,
     loss: Loss,
-) -> Found:
-    """Uninitialised results.
+) -> Outputs:
+    """Return uninitialised outputs.
 
-    Nothing is kept of the binary loss: a pixel's gradient needs its own logit alone.
+    `kept` is None for the binary loss, whose gradient needs only the pixel's own logit.
     """
     compute = _dtypes.compute_dtype(logits.dtype)
     device = logits.device
@@ -66,7 +70,7 @@ def outputs(
 
 
 def empty_gradient(logits: torch.Tensor) -> torch.Tensor:
-    """An uninitialised gradient of `logits`, in their dtype and layout."""
+    """Return an uninitialised gradient with respect to `logits`, in their dtype and layout."""
     return empty_result(logits, (logits.size(2), logits.size(3)))
 
 
@@ -108,8 +112,8 @@ def forward(
     weight: torch.Tensor | None,
     pos_weight: torch.Tensor | None,
     loss: Loss,
-) -> Found:
-    """The loss, kept values and totals."""
+) -> Outputs:
+    """Compute the loss, and `kept` and `totals` for the backward pass."""
     value, kept, totals = outputs(logits, target, weight, pos_weight, loss)
     where = _native.where(logits)
     none = loss.reduction == "none"
@@ -135,13 +139,13 @@ def backward(
     totals: torch.Tensor,
     loss: Loss,
 ) -> torch.Tensor:
-    """The gradient of the logits, in their dtype and layout."""
+    """Compute the gradient with respect to `logits`, in their dtype and layout."""
     out = empty_gradient(logits)
     if out.numel() == 0:
         return out
     where = _native.where(logits)
     grad = grad.contiguous()
-    # Labels out of range were reported by the forward pass; here they are skipped again.
+    # The forward pass has reported labels out of range; the backward pass ignores those pixels.
     call = _call(logits, target, weight, pos_weight, loss, None)
     workspace = _workspace(call, where, True) if where[0] < 0 else None
     _native.C().upsample_loss_backward(

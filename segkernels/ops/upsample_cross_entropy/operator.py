@@ -1,7 +1,7 @@
-"""The gradient of the losses of upsampled logits.
+"""The operators of the cross entropy losses of upsampled logits.
 
-The forward pass keeps the log of each pixel's sum of exponentials; the backward pass computes the
-upsampled logits again.
+The softmax loss saves the log-sum-exp of each pixel. The backward pass computes the upsampled
+logits again.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def _no_second_derivative(ctx: Any, grad: torch.Tensor) -> Any:
 
 
 def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
-    # A mean or a sum is that of its own call. Of the totals of "none" only the sum of the class
-    # weights is read again.
+    # A mean or a sum is over one call. With "none" the backward pass reads only one of `totals`,
+    # the sum of the class weights, which is the same for all calls.
     if args[-1].reduction != "none":
-        return loss.loop(size, dims, *args)
-    whole = _without_batch(args[-1])
-    return loss.fold(size, dims, *args, without_batch=whole, common=(2,))
+        return loss.vmap_loop(size, dims, *args)
+    return loss.vmap_merged(size, dims, *args, without_batch=_without_batch(args[-1]), common=(2,))
 
 
-def _gradient_vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
+def _backward_vmap(size: int, dims: Sequence[int | None], *args: Any) -> Any:
     if args[-1].reduction != "none" or any(dim is not None for dim in dims[3:5]):
-        return loss_backward.loop(size, dims, *args)
+        return loss_backward.vmap_loop(size, dims, *args)
     *tensors, totals, record = args
     totals = totals if dims[6] is None else totals.select(dims[6], 0)
-    whole = (*_without_batch(record), "totals")
+    without_batch = (*_without_batch(record), "totals")
     args = *tensors, totals, record
-    return loss_backward.fold(size, (*dims[:6], None), *args, without_batch=whole)
+    return loss_backward.vmap_merged(size, (*dims[:6], None), *args, without_batch=without_batch)
 
 
 def _without_batch(record: Loss) -> tuple[str, ...]:
+    """Return the names of the tensors without a batch axis."""
     return ("pos_weight",) if record.binary else ("weight", "pos_weight")
 
 
@@ -69,5 +69,5 @@ loss_backward: Operator = Operator(
     kernel=native.backward,
     fake=lambda grad, logits, *rest: native.empty_gradient(logits),
     backward=_no_second_derivative,
-    vmap=_gradient_vmap,
+    vmap=_backward_vmap,
 )

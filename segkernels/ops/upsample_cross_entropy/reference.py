@@ -1,4 +1,4 @@
-"""The losses in plain torch: the upsampled logits in full, then torch's losses of them."""
+"""The losses in plain torch: upsample the logits, then apply torch's losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def upsample_cross_entropy(
     *,
     coordinates: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """As `segkernels.upsample_cross_entropy`; `coordinates` as in interpolate's reference."""
+    """As `segkernels.upsample_cross_entropy`; `coordinates` as in the reference of interpolate."""
     upsampled = _upsampled(logits, target, mode, align_corners, coordinates)
     if weight is not None:
         weight = weight.to(upsampled.dtype)
@@ -46,22 +46,22 @@ def upsample_binary_cross_entropy(
     *,
     coordinates: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """As `segkernels.upsample_binary_cross_entropy`; `coordinates` as in interpolate's."""
+    """As `segkernels.upsample_binary_cross_entropy`; `coordinates` as above."""
     upsampled = _upsampled(logits, target, mode, align_corners, coordinates)
-    counts = torch.ones_like(target, dtype=torch.bool)
+    valid = torch.ones_like(target, dtype=torch.bool)
     if not target.is_floating_point():
-        counts = target.long() != ignore_index
+        valid = target.long() != ignore_index
     losses = F.binary_cross_entropy_with_logits(
         upsampled,
-        torch.where(counts, target, 0).to(upsampled.dtype),
+        torch.where(valid, target, 0).to(upsampled.dtype),
         None if weight is None else weight.to(upsampled.dtype),
         pos_weight=None if pos_weight is None else pos_weight.to(upsampled.dtype),
         reduction="none",
     )
-    losses = torch.where(counts, losses, 0)
+    losses = torch.where(valid, losses, 0)
     if reduction == "none":
         return losses
-    return losses.sum() / counts.sum() if reduction == "mean" else losses.sum()
+    return losses.sum() / valid.sum() if reduction == "mean" else losses.sum()
 
 
 def _upsampled(

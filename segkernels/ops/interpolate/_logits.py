@@ -1,4 +1,7 @@
-"""The checks that the operators on upsampled logits share."""
+"""Argument checks shared by the operators on upsampled logits.
+
+`name` is the name of the public function, for the error message.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from segkernels.ops.interpolate._resampling import Resampling
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
-    """Raise unless `logits` is a floating [N, C, H, W] with at least one class and pixel."""
+    """Raise unless `logits` is a floating [N, C, H, W] with at least one class, row and column."""
     check_not_traced(name)
     _arguments.check_device(logits)
     if logits.dim() != 4:
@@ -33,11 +36,11 @@ def resampling(
     mode: str,
     align_corners: bool | None,
 ) -> Resampling:
-    """The resampling of `logits` to `size`, as F.interpolate's with the same arguments."""
+    """Check the arguments and return the resampling of F.interpolate(logits, size, ...)."""
     _arguments.check_choice(mode, "mode", _resampling.MODES, name)
     if align_corners and mode.startswith("nearest"):
         raise ValueError(f"{name}: align_corners must be False for mode {mode!r}, got True")
-    pair = _arguments.pair_of(size, lengths=(2,))
+    pair = _arguments.pair_or_none(size, lengths=(2,))
     if pair is None:
         raise ValueError(f"{name}: size must be an int or (height, width), got {size!r}")
     if pair[0] < 1 or pair[1] < 1:
