@@ -1,7 +1,7 @@
-"""Builds segkernels._C with ninja; everything declarative is in pyproject.toml.
+"""Builds segkernels._C with ninja. The package metadata is in pyproject.toml.
 
-Environment: SEGKERNELS_CUDA (0, 1, auto; for tests emulated), CUDA_HOME, TORCH_CUDA_ARCH_LIST,
-MAX_JOBS, CXX.
+Environment variables: SEGKERNELS_CUDA (0, 1 or auto; emulated* for tests), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, MAX_JOBS, CXX.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from setuptools import Extension, setup
 from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
-# A PEP 517 build does not put the project's own folder on sys.path.
+# A PEP 517 build does not put the project's folder on sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from build_tools import cuda, ninja_build
 
 
 class CleanBuild(build):
-    """Empties setuptools' staging folder, or a module that was renamed stays in the wheel."""
+    """Empties setuptools' staging folder first, so that no renamed module stays in the wheel."""
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
@@ -28,10 +28,10 @@ class CleanBuild(build):
 
 
 class NinjaBuild(build_ext):
-    """Compiles csrc/ into the one extension module."""
+    """Compiles csrc/ into the extension module."""
 
     def run(self) -> None:
-        self.for_wheel = not (self.inplace or self.editable_mode)  # setuptools clears them
+        self.for_wheel = not (self.inplace or self.editable_mode)  # setuptools resets these
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -39,24 +39,24 @@ class NinjaBuild(build_ext):
             config = ninja_build.configure()
             if config.emulation and self.for_wheel:
                 raise ninja_build.BuildError(
-                    f"SEGKERNELS_CUDA={config.emulation} is for tests, and is built in place only: "
+                    f"SEGKERNELS_CUDA={config.emulation} is for tests and is only built in place: "
                     "python setup.py build_ext --inplace"
                 )
             if config.emulation:
-                print(f"CUDA {config.emulation} on the CPU")
+                print(f"CUDA code emulated on the CPU: {config.emulation}")
             elif config.toolkit:
                 arches = ", ".join(map(str, config.arches))
                 print(f"CUDA {config.toolkit.version_string} ({config.toolkit.nvcc}): {arches}")
             else:
                 print(f"Building for the CPU only: {config.cuda_missing}")
-            # Linked in the build folder, so that the next build finds it up to date, then copied.
+            # Link in the build folder, where the next build finds the module up to date, then copy.
             linked = config.build_dir / Path(self.get_ext_filename(ext.name)).name
             ninja_build.run(ninja_build.write(config, linked))
         except (ninja_build.BuildError, cuda.CudaError) as error:
             raise SystemExit(f"\nsegkernels: {error}") from None
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(linked, target)  # as new: setuptools copies what is newer than in place
+        shutil.copy(linked, target)  # with a new timestamp: setuptools only copies newer files
 
 
 setup(

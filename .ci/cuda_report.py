@@ -1,11 +1,11 @@
-"""Compiles every CUDA source and prints what ptxas says of each kernel; fails on register spills.
+"""Compiles every CUDA source and prints ptxas' figures for each kernel; fails on register spills.
 
-Also where the machine code of *.sm90a.cu lacks Hopper's matrix instruction or its copy engine's.
+Also fails when the machine code of *.sm90a.cu lacks Hopper's wgmma or TMA load instructions.
 
     python .ci/cuda_report.py [--all]
 
-Machine code for sm_80 and sm_90 (sm_90a for *.sm90a.cu) and PTX, the same as a default build, whose
-objects it reuses. One line a kernel and architecture, with the largest figures over its template
+Compiles for sm_80 and sm_90 (sm_90a for *.sm90a.cu) and PTX, as a default build does, and reuses
+its objects. Prints one line per kernel and architecture, with the maxima over the template
 instances; --all prints every instance.
 """
 
@@ -24,27 +24,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from build_tools import cuda, ninja_build
 
-# Kernels that may spill: a part of the demangled name to (bytes allowed, why that is right).
+# Kernels that may spill: part of the demangled name -> (bytes allowed, reason).
 BUDGET = {
-    "update_kernel<double,": (24, "registers saved around float64's exp and log, once a point"),
-    "update_and_splat_kernel<double,": (24, "the same"),
-    "update_kernel<float,": (24, "the same around float32's, for more than 128 classes"),
+    "update_kernel<double,": (24, "registers saved around float64 exp and log, once per point"),
+    "update_and_splat_kernel<double,": (24, "as for update_kernel<double>"),
+    "update_kernel<float,": (24, "registers saved around float32 exp and log, above 128 classes"),
 }
 
-
-# Instructions that the machine code of a kernel for one architecture must have, by a part of its
-# mangled name: wgmma, and the copy engine's load of a box.
+# Required instructions of sm_90a kernels, by part of the mangled name: wgmma and the TMA tile load.
 INSTRUCTIONS = {"conv_kernel": ("HGMMA", "UTMALDG"), "weight_kernel": ("HGMMA", "UTMALDG")}
 
 
 def allowed(kernel: Kernel) -> int:
-    """Bytes that a kernel may spill."""
+    """Bytes that `kernel` may spill."""
     return max((bytes_ for part, (bytes_, _) in BUDGET.items() if part in kernel.name), default=0)
 
 
 @dataclass
 class Kernel:
-    """What ptxas reports of one function on one architecture."""
+    """ptxas' figures for one function on one architecture."""
 
     symbol: str
     arch: str
@@ -58,7 +56,7 @@ class Kernel:
 
 
 def parse(log: str, source: str) -> list[Kernel]:
-    """The kernels (and functions that were not inlined) in the output of ``ptxas -v``."""
+    """Parse the output of ``ptxas -v``: kernels, and functions that were not inlined."""
     found: list[Kernel] = []
     entry = current = None
     for line in log.splitlines():
@@ -86,7 +84,7 @@ def parse(log: str, source: str) -> list[Kernel]:
 
 
 def demangle(symbols: list[str]) -> list[str]:
-    """C++ names of `symbols`, or the symbols themselves where no demangler is installed."""
+    """C++ names of `symbols`, or `symbols` unchanged if no demangler is installed."""
     tool = shutil.which("cu++filt") or shutil.which("c++filt")
     if tool is None or not symbols:
         return symbols
@@ -95,9 +93,9 @@ def demangle(symbols: list[str]) -> list[str]:
 
 
 def shorten(name: str) -> str:
-    """A kernel's name without return type, namespaces, template arguments and parameters.
+    """Kernel name without return type, namespaces, template arguments and parameters.
 
-    A kernel that runs a functor of ours is named by the functor: ``Embed (for_each_kernel)``.
+    A kernel that runs a functor of this project is named after it: ``Embed (for_each_kernel)``.
     """
     name = name.replace("(anonymous namespace)::", "")
     flat, depth, arguments = "", 0, ""
@@ -116,7 +114,7 @@ def shorten(name: str) -> str:
 
 
 def collect(config: ninja_build.Config) -> list[Kernel]:
-    """Compile what is out of date, and read every log."""
+    """Compile outdated objects and parse all ptxas logs."""
     ninja_build.run(ninja_build.write(config, config.build_dir / "report.so"), "cuda")
     kernels: list[Kernel] = []
     for source in ninja_build.sources(".cu"):
@@ -132,16 +130,16 @@ def collect(config: ninja_build.Config) -> list[Kernel]:
 
 
 def find_cuobjdump(toolkit: cuda.Toolkit) -> str | None:
-    """The toolkit's cuobjdump, or the one that triton brings."""
-    places = [toolkit.nvcc.parent]
+    """Path of cuobjdump, from the toolkit or else from the triton package."""
+    folders = [toolkit.nvcc.parent]
     triton = importlib.util.find_spec("triton")
-    for folder in (triton.submodule_search_locations or []) if triton else []:
-        places.append(Path(folder, "backends/nvidia/bin"))
-    return shutil.which("cuobjdump", path=os.pathsep.join(map(str, places)))
+    for location in (triton.submodule_search_locations or []) if triton else []:
+        folders.append(Path(location, "backends/nvidia/bin"))
+    return shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
 
 
 def count_instructions(sass: str) -> dict[str, dict[str, int]]:
-    """How often each kernel of `INSTRUCTIONS` has each of its instructions, in cuobjdump's text."""
+    """Count the `INSTRUCTIONS` of each kernel in the output of cuobjdump."""
     counts: dict[str, dict[str, int]] = {}
     for text in sass.split("Function : ")[1:]:
         symbol = text.split(maxsplit=1)[0]
@@ -152,12 +150,12 @@ def count_instructions(sass: str) -> dict[str, dict[str, int]]:
 
 
 def lacking_instructions(config: ninja_build.Config) -> list[str]:
-    """Kernels of one architecture's sources that lack an instruction they are written for."""
+    """Messages about kernels in *.sm90a.cu that lack a required instruction."""
     assert config.toolkit is not None
     specific = [path for path in ninja_build.sources(".cu") if ninja_build.specific_arch(path)]
     tool = find_cuobjdump(config.toolkit)
     if tool is None:
-        print("no cuobjdump: the instructions of", *specific, "were not looked at")
+        print("cuobjdump was not found: instructions were not checked in", *specific)
         return []
     lacking = []
     for source in specific:
@@ -165,16 +163,16 @@ def lacking_instructions(config: ninja_build.Config) -> list[str]:
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         counts = count_instructions(sass)
         if not counts:
-            lacking.append(f"{source} has none of the kernels {', '.join(INSTRUCTIONS)}")
+            lacking.append(f"{source}: none of the kernels {', '.join(INSTRUCTIONS)}")
         for symbol, found in counts.items():
             lacking += [f"{demangle([symbol])[0]}: no {name}" for name, n in found.items() if not n]
-        shown = {name for found in counts.values() for name in found}
-        print(f"{source}: {len(counts)} kernels, looked for {' and '.join(sorted(shown))}")
+        checked = {name for found in counts.values() for name in found}
+        print(f"{source}: checked {len(counts)} kernels for {' and '.join(sorted(checked))}")
     return lacking
 
 
 def show(kernels: list[Kernel], every: bool) -> None:
-    """Print the table."""
+    """Print the table of kernels; with `every`, one line per template instance."""
     print(
         f"{'kernel':44} {'arch':7} {'count':>5} {'regs':>5} {'spill':>6} {'stack':>6} {'smem':>7}"
     )
@@ -195,7 +193,7 @@ def show(kernels: list[Kernel], every: bool) -> None:
 
 
 def main() -> int:
-    """Report, and return the exit status: 1 when a kernel spills more than its budget."""
+    """Print the report; return 1 if a kernel exceeds its spill budget or lacks an instruction."""
     config = ninja_build.configure()
     if config.toolkit is None:
         print("!" * 80)
@@ -205,7 +203,7 @@ def main() -> int:
     config.arches = cuda.parse_arches(cuda.DEFAULT_ARCHES)
     kernels = collect(config)
     if not kernels:
-        print("No kernel was compiled: nothing was checked")
+        print("No kernel was compiled, so nothing was checked")
         return 1
     show(kernels, "--all" in sys.argv[1:])
     over = [kernel for kernel in kernels if kernel.spill > allowed(kernel)]
@@ -217,7 +215,7 @@ def main() -> int:
     ptx = ", ".join(f"compute_{arch.number}" for arch in config.arches if arch.ptx)
     print(
         f"CUDA {config.toolkit.version_string}: {len(kernels)} kernels, PTX for {ptx}, "
-        f"{len(over)} over their spill budget"
+        f"{len(over)} over the spill budget"
     )
     return 1 if over or lacking else 0
 

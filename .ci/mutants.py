@@ -1,17 +1,17 @@
-"""Mutation test: does an operator's quick tests find a fault that is put into its code?
+"""Mutation test: do the quick tests of an operator detect a fault in its code?
 
-    python .ci/mutants.py run            # all of mutants.json, each in a copy of the tree
-    python .ci/mutants.py run cpp-03     # one
-    python .ci/mutants.py draw           # how mutants.json was drawn: by a seed, one fault a line
+    python .ci/mutants.py run            # all mutants of mutants.json
+    python .ci/mutants.py run cpp-03     # one mutant
+    python .ci/mutants.py draw           # write mutants.json
 
-`run` copies the checkout, builds the CPU code there, changes one line at a time, builds again what
-that line is part of, and runs the tests that TESTS names for its file with `-m "not slow"`. A
-mutant is found when they fail, or when the process that runs them crashes or takes too long. The
-table says by which test. The exit status is 1 if a mutant survives.
+`run` copies the checkout and builds the CPU code there. For each mutant it changes one line,
+rebuilds, and runs the tests that TESTS lists for the file with `-m "not slow"`. A mutant is found
+when a test fails, or when the test process crashes or exceeds its time limit. The output names the
+first failing test. The exit status is 1 if a mutant survives.
 
-`draw` takes the lines of the sources in an order that a seed fixes, and one of RULES for each: so
-nobody chose the lines. A line whose change cannot show in a result (a block size, code of another
-device) is named in REJECTED with its reason, and the next one is taken.
+`draw` selects the mutants: source lines in an order fixed by a seed, each changed by one of RULES.
+A change that cannot affect a result (a block size, code for another device) is listed in REJECTED
+with its reason and skipped.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_name("mutants.json")
 SEED = 13
 
-# How many of each kind of fault, in each language.
+# Number of mutants of each kind, by language.
 WANTED = {"cpp": 3, "triton": 1, "python": 4}
 
-# Files whose lines decide results. The rest plans, times, prints or models another machine.
+# Files that determine results. LEFT_OUT excludes files that plan, print, or only run on CUDA.
 SOURCES = {
     "cpp": ["csrc/**/*.h", "csrc/**/*.cpp"],
     "triton": ["segkernels/ops/*/triton_kernels.py"],
@@ -47,9 +47,7 @@ SOURCES = {
         "segkernels/ops/**/*.py",
         "segkernels/nn/*.py",
         "segkernels/models/*.py",
-        "segkernels/crf.py",
-        "segkernels/labels.py",
-        "segkernels/label_maps.py",
+        "segkernels/cli/label_maps.py",
     ],
 }
 LEFT_OUT = re.compile(
@@ -116,7 +114,7 @@ RULES = {
 
 TYPES = {"float", "float16", "float32", "int8", "int16", "int32", "int8_t", "int16_t"}
 
-# Whose quick tests must find it. The first pattern that matches a path.
+# Tests that must detect a fault, by file: the first pattern that matches the path applies.
 INTERPOLATE = "tests/ops/test_interpolate.py tests/ops/test_upsample_argmax.py"
 WINDOWS = "tests/ops/test_max_pool2d.py tests/ops/test_max_unpool2d.py tests/ops/test_unpool2d.py"
 CRF = "tests/ops/test_permutohedral.py tests/ops/test_dense_crf.py tests/test_crf.py"
@@ -133,6 +131,7 @@ TESTS = [
     (r"csrc/(\w+)/", r"tests/ops/test_\1.py"),
     (r"ops/dilated_conv2d/", CONV),
     (r"ops/gaussian_filter/triton", "tests/test_interpreted.py"),
+    (r"ops/dense_crf/labels", "tests/test_labels.py"),
     (r"ops/(permutohedral|dense_crf)/", CRF + " tests/test_crf_exact.py"),
     (r"ops/_windows", WINDOWS),
     (r"ops/interpolate/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),
@@ -143,38 +142,47 @@ TESTS = [
     (r"nn/pooling", "tests/test_pooling_modules.py"),
     (r"nn/upsampling", "tests/test_nn_upsample.py"),
     (r"models/", MODELS),
-    (r"segkernels/crf\.py", "tests/test_crf.py tests/test_dense_crf_module.py"),
-    (r"segkernels/(labels|label_maps)\.py", r"tests/test_\1.py"),
+    (r"nn/dense_crf", "tests/test_crf.py tests/test_dense_crf_module.py"),
+    (r"cli/label_maps", "tests/test_label_maps.py"),
 ]
 
-# Drawn, and not a fault that a result could show.
+# Candidates that cannot change a result, with the reason.
 NO_CODE = "does not compile"
-CUDA_ONLY = "only the CUDA build runs it"
+CUDA_ONLY = "only runs in the CUDA build"
 REJECTED = {
-    ("permutohedral/rows.simd.cpp", "buffer[i] = x[i <= n"): "that lane is not stored",
-    ("interpolate/kernels.h", ": out_row;"): "that lane is not stored",
-    ("interpolate/launch.h", "if (n < 0) return;"): "a loop of no steps",
-    ("interpolate/kernels.h", "base = i <= last"): "a sum of none either way",
-    ("window/runs.h", "w_.pooled[1] < kMost"): "chooses between two right ways",
+    ("permutohedral/rows.simd.cpp", "buffer[i] = x[i <= n"): "the lane is not stored",
+    ("interpolate/kernels.h", ": out_row;"): "the lane is not stored",
+    ("interpolate/launch.h", "if (n < 0) return;"): "the loop has no iterations",
+    ("interpolate/kernels.h", "base = i <= last"): "the sum is empty in both cases",
+    ("window/runs.h", "w_.pooled[1] < kMost"): "chooses between two correct code paths",
     ("max_unpool2d.h", "> INT32_MAX"): "needs 2^31 elements: tests marked huge",
-    ("dense_crf/native.py", "_BATCH * width * 2"): "more scratch than is used",
+    ("dense_crf/native.py", "_BATCH * width * 2"): "allocates more workspace than is used",
     ("dilated_conv2d/torch_path.py", "!= torch.float32"): CUDA_ONLY,
     ("interpolate/kernels.h", "double(g.y.out)"): CUDA_ONLY,
     ("interpolate/kernels.h", "const float span ="): CUDA_ONLY,
     ("interpolate/kernels.h", "const double span = (float"): CUDA_ONLY,
     ("permutohedral/native.py", "min(lattice.entries, lattice.grid.tiles)"): CUDA_ONLY,
-    ("upsample_cross_entropy/native.py", "dtype=torch.int8, device"): "bytes, signed or not",
-    ("interpolate/_resampling.py", "out_size[1] + out_size[1]"): "chooses between two right ways",
+    (
+        "upsample_cross_entropy/native.py",
+        "dtype=torch.int8, device",
+    ): "the sign of the bytes does not matter",
+    (
+        "interpolate/_resampling.py",
+        "out_size[1] + out_size[1]",
+    ): "chooses between two correct code paths",
     ("window/scatter.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
     ("window/scatter.h", "values = i * sources;"): NO_CODE,
     ("upsample_cross_entropy/__init__.py", "inputs = r.in_size[0]"): CUDA_ONLY,
-    ("permutohedral/native.py", "// 2 > width:"): "how points are cut into tiles",
-    ("permutohedral/native.py", "width = spatial[-2]"): "how points are cut into tiles",
-    ("dense_crf/exact.py", "+ 8 * channels * 2)"): "an estimate in an error's text",
+    ("permutohedral/native.py", "// 2 > width:"): "changes only how points are split into tiles",
+    (
+        "permutohedral/native.py",
+        "width = spatial[-2]",
+    ): "changes only how points are split into tiles",
+    ("dense_crf/exact.py", "+ 8 * channels * 2)"): "an estimate in an error message",
     (
         "dilated_conv2d/__init__.py",
         "input.dtype is torch.float16",
-    ): "a shorter way to the same call",
+    ): "a shortcut to the same call",
     (
         "max_unpool2d/native.py",
         "2**31 else torch.int32",
@@ -182,12 +190,12 @@ REJECTED = {
     (
         "nn/convolution.py",
         "step = conv.stride[0] * conv.stride[0]",
-    ): "chooses between two right ways",
+    ): "chooses between two correct code paths",
 }
 
 
 def code_only(path: Path) -> list[str]:
-    """The lines, with blanks for comments, strings and what only words an error."""
+    """The lines of a file with comments, strings and error messages replaced by blanks."""
     text = path.read_text()
     if path.suffix == ".py":
         return _python_only(text)
@@ -222,24 +230,24 @@ def _python_only(text: str) -> list[str]:
 
 
 def candidates(language: str, kind: str) -> Iterator[dict[str, str | int]]:
-    """Every change that a rule of this kind makes to a line."""
+    """Every mutant that the rules of `kind` produce in the files of `language`."""
     kernels = {p for pattern in SOURCES["triton"] for p in ROOT.glob(pattern)}
     for path in sorted({p for pattern in SOURCES[language] for p in ROOT.glob(pattern)}):
         name = str(path.relative_to(ROOT))
         if LEFT_OUT.search(name) or (language == "python" and path in kernels):
             continue
-        whole = path.read_text().split("\n")
-        for number, (line, code) in enumerate(zip(whole, code_only(path), strict=True), 1):
+        lines = path.read_text().split("\n")
+        for number, (line, code) in enumerate(zip(lines, code_only(path), strict=True), 1):
             for pattern, replacement in RULES[kind]:
                 for match in re.finditer(pattern, code):
                     new = line[: match.start()] + match.expand(replacement) + line[match.end() :]
-                    changed = [*whole[: number - 1], new, *whole[number:]]
-                    if new != line and whole.count(line) == 1 and sound(path, whole, changed):
+                    changed = [*lines[: number - 1], new, *lines[number:]]
+                    if new != line and lines.count(line) == 1 and is_valid(path, lines, changed):
                         yield {"kind": kind, "file": name, "line": number, "old": line, "new": new}
 
 
-def sound(path: Path, before: list[str], after: list[str]) -> bool:
-    """Whether it still parses and has no new name: such a fault finds itself."""
+def is_valid(path: Path, before: list[str], after: list[str]) -> bool:
+    """Whether the changed file parses and introduces no new name (trivially detected)."""
     names = set(re.findall(r"\w+", "\n".join(before)))
     if set(re.findall(r"[A-Za-z_]\w*", "\n".join(after))) - names - TYPES:
         return False
@@ -251,14 +259,14 @@ def sound(path: Path, before: list[str], after: list[str]) -> bool:
     return True
 
 
-def place_in_draw(candidate: dict[str, str | int]) -> str:
-    """Random by the seed, and the same whatever else is a candidate."""
+def draw_order(candidate: dict[str, str | int]) -> str:
+    """Sort key: a hash of seed and candidate, independent of the other candidates."""
     text = f"{SEED} {candidate['file']} {candidate['old']} {candidate['new']}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def rejected(candidate: dict[str, str | int]) -> bool:
-    """Whether REJECTED names it."""
+    """Whether REJECTED lists the candidate."""
     return any(
         str(candidate["file"]).endswith(file) and part in str(candidate["new"])
         for file, part in REJECTED
@@ -266,15 +274,15 @@ def rejected(candidate: dict[str, str | int]) -> bool:
 
 
 def draw() -> None:
-    """Write mutants.json, and print it."""
+    """Write and print mutants.json."""
     chosen: list[dict[str, str | int]] = []
     for language, count in WANTED.items():
         number = 0
         for kind in RULES:
-            order = sorted(candidates(language, kind), key=place_in_draw)
+            order = sorted(candidates(language, kind), key=draw_order)
             taken: list[str] = []
             for candidate in order:
-                # Two faults of a kind in one file say little more than one.
+                # At most one mutant of each kind per file.
                 if rejected(candidate) or candidate["file"] in taken:
                     continue
                 if language == "triton" and any(
@@ -293,16 +301,16 @@ def draw() -> None:
 
 
 def tests_of(name: str) -> list[str]:
-    """The test files that must find a fault in this file."""
+    """The test files that must detect a fault in the file `name`."""
     for pattern, tests in TESTS:
         match = re.search(pattern, name)
         if match:
             return match.expand(tests).split()
-    raise SystemExit(f"no tests are named for {name}")
+    raise SystemExit(f"TESTS has no entry for {name}")
 
 
 class Tree:
-    """A copy of the checkout with the CPU code built in it."""
+    """A copy of the checkout in which the CPU code is built."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -317,7 +325,7 @@ class Tree:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, folder / name)
-        # Half the time of -O3, and the same numbers.
+        # Compiles in half the time of -O3, with the same results.
         flags = folder / "build_tools" / "ninja_build.py"
         flags.write_text(flags.read_text().replace('"-O3"', '"-O1"'))
         self.environment = {
@@ -329,13 +337,13 @@ class Tree:
         }
 
     def build(self) -> bool:
-        """Compile what has changed: whether that works."""
+        """Rebuild; return whether the build succeeds."""
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True)
         return done.returncode == 0
 
     def test(self, tests: list[str]) -> tuple[bool, str]:
-        """Whether they pass, and the first failure."""
+        """Run `tests`; return whether they pass, and the first failure."""
         tests = [t for t in tests if (self.folder / t).exists()]
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         command += ["-m", "not slow", "-n", "2", *tests]
@@ -356,31 +364,31 @@ class Tree:
         return False, failed[0] if failed else done.stdout.strip().split("\n")[-1]
 
     def change(self, mutant: dict[str, str]) -> None:
-        """Put the fault in."""
+        """Apply a mutant."""
         path = self.folder / mutant["file"]
         text = path.read_text()
         if text.split("\n").count(mutant["old"]) != 1:
             raise SystemExit(
-                f"{mutant['id']}: the line is no longer in {mutant['file']}: draw again"
+                f"{mutant['id']}: the line is no longer in {mutant['file']}; run draw again"
             )
         path.write_text(text.replace(mutant["old"] + "\n", mutant["new"] + "\n"))
 
     def restore(self, name: str) -> None:
-        """Take it out again."""
+        """Restore the file `name`."""
         (self.folder / name).write_bytes((ROOT / name).read_bytes())
 
 
 def run(wanted: list[str]) -> int:
-    """Run those with these ids, or all."""
+    """Run the mutants with the ids in `wanted`, or all; return the exit status."""
     mutants = [m for m in json.loads(LIST.read_text()) if not wanted or m["id"] in wanted]
-    # The build after a mutant restores that one and makes the next: those of one file together, and
-    # Python's last, after a build that restores all.
+    # Each build also restores the previous mutant's file. So mutants of one file come together, and
+    # those in Python last, after one build that restores all native code.
     mutants.sort(key=lambda m: (not m["file"].startswith("csrc/"), m["file"]))
     survivors = 0
     with tempfile.TemporaryDirectory(prefix="segkernels-mutants-") as folder:
         tree = Tree(Path(folder))
         if not tree.build():
-            raise SystemExit("the code does not build without a mutant")
+            raise SystemExit("the code without a mutant does not build")
         passed, by = tree.test(sorted({t for m in mutants for t in tests_of(m["file"])}))
         if not passed:
             raise SystemExit(f"the tests fail without a mutant: {by}")
@@ -389,7 +397,7 @@ def run(wanted: list[str]) -> int:
             start = time.monotonic()
             native = mutant["file"].startswith("csrc/")
             if not native and built and not tree.build():
-                raise SystemExit("the code no longer builds")
+                raise SystemExit("the restored code does not build")
             built = native
             tree.change(mutant)
             if native and not tree.build():
@@ -407,7 +415,7 @@ def run(wanted: list[str]) -> int:
 
 
 def main() -> int:
-    """The command."""
+    """Parse the command line and run the action."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("action", choices=["draw", "run"])
     parser.add_argument("ids", nargs="*")

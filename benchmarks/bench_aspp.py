@@ -1,18 +1,17 @@
-"""The ASPP module against torch's layers, in evaluation and in training."""
+"""Benchmarks of the ASPP module in evaluation and in training, against torch's layers."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from budget import each
-from checks import WrongResultError
+from checks import LAYER_TOLERANCE, check_float64
+from floors import convolution_flops
 from inputs import normal
 from measure import measure
-from peers import eager
+from peers import eager, torch_layers
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import AsppShape, aspps
 from timing import clock
@@ -21,12 +20,10 @@ import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 SHAPES = each(aspps(clock.device.type == "cuda"))
-# float32 may be tf32
-_ACCURACY = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
 
 
-def built(shape: AsppShape, device: torch.device) -> segkernels.ASPP:
-    """The module, with statistics that are not the trivial ones."""
+def make_module(shape: AsppShape, device: torch.device) -> segkernels.ASPP:
+    """The module, with random running variances."""
     torch.manual_seed(0)
     form = shape.form
     made = segkernels.ASPP(shape.channels, shape.out_channels, shape.rates, form=form, dropout=0)  # type: ignore[arg-type]
@@ -37,52 +34,29 @@ def built(shape: AsppShape, device: torch.device) -> segkernels.ASPP:
     return made.to(memory_format=shape.kind.memory_format)
 
 
-def maps(shape: AsppShape, device: torch.device) -> torch.Tensor:
-    """Standard normal values."""
+def make_input(shape: AsppShape, device: torch.device) -> torch.Tensor:
+    """Standard normal values of shape [N, C, H, W]."""
     size = (shape.batch, shape.channels, shape.height, shape.width)
     x = normal(size, device, 1).to(shape.kind.torch_dtype)
     return x.contiguous(memory_format=shape.kind.memory_format)
 
 
-def plain(module: segkernels.ASPP) -> segkernels.ASPP:
-    """The same from torch's layers."""
-    other = copy.deepcopy(module)
-    other.backend = "torch"
-    return other
-
-
-def products(shape: AsppShape, times: int = 1) -> dict[str, Any]:
-    """The floor: useful FLOPs at the rate of the dtype; torch's convolutions use tf32."""
-    dtype = shape.kind.dtype
-    if dtype == "float32" and clock.device.type == "cuda":
-        dtype = "tf32"
-    return {"flops": times * shape.useful_flops(), "flops_dtype": dtype}
-
-
-def as_close(ours: torch.Tensor, exact: torch.Tensor, shape: AsppShape) -> str:
-    """Holds `ours` against torch's layers in float64."""
-    off = float((ours.double() - exact).norm() / exact.norm())
-    if not off <= _ACCURACY[ours.dtype]:
-        raise WrongResultError(f"{shape.name}: off torch in float64 by {off:g}")
-    return "torch in float64"
-
-
 @SHAPES
 def test_aspp(benchmark: BenchmarkFixture, shape: AsppShape, device: torch.device) -> None:
-    module, x = built(shape, device).eval(), maps(shape, device)
-    theirs = plain(module)
+    module, x = make_module(shape, device).eval(), make_input(shape, device)
+    torch_module = torch_layers(module)
 
     def no_grad(layers: segkernels.ASPP) -> Callable[[], torch.Tensor]:
         return torch.no_grad()(lambda: layers(x))
 
-    exact = torch.no_grad()(plain(module).double())(x[:1].double())
+    exact = torch.no_grad()(torch_layers(module).double())(x[:1].double())
     measure(
         benchmark,
         f"ASPP {shape.name}",
         no_grad(module),
-        checked=as_close(no_grad(module)()[:1], exact, shape),
-        peers=[eager(no_grad(theirs))],
-        **products(shape),
+        checked=check_float64(no_grad(module)()[:1], exact, LAYER_TOLERANCE, shape.name),
+        peers=[eager(no_grad(torch_module))],
+        **convolution_flops(shape.useful_flops(), shape.kind.dtype),
         source=shape.source,
     )
 
@@ -90,11 +64,11 @@ def test_aspp(benchmark: BenchmarkFixture, shape: AsppShape, device: torch.devic
 @SHAPES
 def test_aspp_training(benchmark: BenchmarkFixture, shape: AsppShape, device: torch.device) -> None:
     if shape.kind.dtype != "float32" and device.type == "cpu":
-        pytest.skip("on a CPU one trains in float32")
-    module, x = built(shape, device).train(), maps(shape, device)
+        pytest.skip("on the CPU only float32 training is measured")
+    module, x = make_module(shape, device).train(), make_input(shape, device)
     if shape.batch == 1 and shape.form == "v3":
-        module.convs[-1][2].eval()  # one value a channel has no statistics
-    theirs, exactly = plain(module), plain(module).double()
+        module.convs[-1][2].eval()  # batch statistics need more than one value per channel
+    torch_module, float64_module = torch_layers(module), torch_layers(module).double()
 
     def gradient(layers: segkernels.ASPP, x: torch.Tensor) -> Callable[[], torch.Tensor]:
         x = x.detach().requires_grad_()
@@ -107,13 +81,13 @@ def test_aspp_training(benchmark: BenchmarkFixture, shape: AsppShape, device: to
 
         return call
 
-    exact = gradient(exactly, x.double())()
+    exact = gradient(float64_module, x.double())()
     measure(
         benchmark,
         f"ASPP training {shape.name}",
         gradient(module, x),
-        checked=as_close(gradient(module, x)(), exact, shape),
-        peers=[eager(gradient(theirs, x))],
-        **products(shape, 3),
+        checked=check_float64(gradient(module, x)(), exact, LAYER_TOLERANCE, shape.name),
+        peers=[eager(gradient(torch_module, x))],
+        **convolution_flops(3 * shape.useful_flops(), shape.kind.dtype),
         source=shape.source,
     )

@@ -1,4 +1,4 @@
-"""`segkernels.dense_crf`: inference, as a CUDA graph, and a training step of the layer."""
+"""Benchmarks of `dense_crf` (also as a CUDA graph) and of forward and backward of `DenseCRF`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.benchmark(timer=clock)
 @each(CRF + CRF_BATCHED)
 def test_dense_crf(benchmark: BenchmarkFixture, shape: CrfShape, device: torch.device) -> None:
     if shape.batch > 1 and device.type == "cpu":
-        pytest.skip("a batch on the CPU is its pictures one after the other")
+        pytest.skip("on the CPU a batch is computed image by image")
     call = cases.crf(shape, device)
     others, checked = checked_crf(shape, call(), device)
     if device.type == "cpu" and torch.get_num_threads() > 1:
@@ -39,7 +39,7 @@ def test_dense_crf(benchmark: BenchmarkFixture, shape: CrfShape, device: torch.d
         peers=others,
         moved=cases.crf_bytes(shape),
         peak=functools.partial(peak_bytes, cases.crf, shape, device, device=device),
-        weight=20.0,  # README's table
+        weight=20.0,  # more rounds: these times are in README's table
         crf=[shape.height, shape.width, shape.classes, shape.iterations],
         source=shape.source,
         vertices=cases.crf_vertices(shape, device),
@@ -57,13 +57,13 @@ def test_dense_crf_as_graph(
     _, checked = checked_crf(shape, plain, device)
     replay = as_graph(cases.crf(shape, device, max_vertices=bound), device)
     replayed = replay().clone()
-    checks.close(replayed[0], plain[0], 1.0, f"{shape.name} as a graph")
-    checks.same(replay(), replayed, f"{shape.name} as a graph, twice")
+    checks.check_close(replayed[0], plain[0], 1.0, f"{shape.name} as a graph")
+    checks.check_equal(replay(), replayed, f"{shape.name} as a graph, second replay")
     measure(
         benchmark,
         f"dense_crf {shape.name} as a CUDA graph",
         replay,
-        checked=f"{checked}, through the call without a graph",
+        checked=f"the call without a graph, checked against {checked}",
         moved=cases.crf_bytes(shape),
         source=shape.source,
         max_vertices=bound,
@@ -79,10 +79,10 @@ def test_dense_crf_exact(
 ) -> None:
     large = shape.height * shape.width > 30_000
     if device.type == "cpu" and large and shape.name not in str(request.config.args):
-        pytest.skip(f"takes the square of the pixels; name {shape.name} to run it on the CPU")
+        pytest.skip(f"time is quadratic in the pixels; select {shape.name} to run it on the CPU")
     images, probs = crf_inputs(shape, device)
     lattice = cases.crf(shape, device)
-    scale = 20.0 if device.type == "cuda" else 1.0  # products of float16
+    scale = 20.0 if device.type == "cuda" else 1.0  # on CUDA weights and values are float16
     measure(
         benchmark,
         f"dense_crf exact {shape.name}",
@@ -111,7 +111,7 @@ def test_dense_crf_training(
 def checked_crf(
     shape: CrfShape, result: torch.Tensor, device: torch.device
 ) -> tuple[list[peers.Peer], str]:
-    """The peers of a case, and what its result was held against."""
+    """Check the result of a case; return its peers and what it was checked against."""
     images, probs = crf_inputs(shape, device)
     first = images[0].permute(1, 2, 0).cpu().numpy().astype(np.uint8)
     single = CrfShape(shape.height, shape.width, shape.classes, shape.iterations, shape.source)
@@ -131,14 +131,14 @@ def single_threaded(call: cases.Call) -> cases.Call:
 
 
 def checked_gradient(device: torch.device) -> str:
-    """Holds the logits' gradient of a small case against autograd through plain torch."""
+    """Check the gradient of a small case with respect to the logits against autograd in torch."""
     shape = CrfShape(40, 48, 4, 3, "")
     found = cases.crf_training(shape, device)().cpu()
     images, probs = (t.cpu() for t in crf_inputs(shape, device))
     logits = probs.log().flatten(2).requires_grad_()
     y, x = torch.meshgrid(torch.arange(shape.height), torch.arange(shape.width), indexing="ij")
-    place = torch.stack([x, y]).float().view(1, 2, -1)
-    features = [place / 3, torch.cat([place / 80, images.float().flatten(2) / 13], dim=1)]
+    positions = torch.stack([x, y]).float().view(1, 2, -1)
+    features = [positions / 3, torch.cat([positions / 80, images.float().flatten(2) / 13], dim=1)]
     compat = [torch.tensor(3.0), torch.tensor(10.0)]
     kinds = ("symmetric", "symmetric")
     out = reference.mean_field(logits, features, compat, "logits", kinds, shape.iterations, False)
@@ -146,5 +146,5 @@ def checked_gradient(device: torch.device) -> str:
     assert logits.grad is not None
     expected = logits.grad.view_as(found)
     scale = float(expected.abs().max())
-    checks.close(found[0], expected[0], scale, f"the gradient at {shape.name}")
-    return f"plain torch's gradient at {shape.name}"
+    checks.check_close(found[0], expected[0], scale, f"gradient at {shape.name}")
+    return f"gradient of the torch reference at {shape.name}"

@@ -1,4 +1,4 @@
-"""dilated_conv2d and its gradients against torch: alone, and with the normalisation behind it."""
+"""Benchmarks of dilated_conv2d, with and without scale, shift and ReLU, and of its gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import param
-from checks import WrongResultError
+from checks import CONV_TOLERANCE, check_float64
+from floors import convolution_flops
 from inputs import normal
 from measure import measure
 from peers import Peer, cudnn_relu, deterministic, eager
@@ -23,7 +24,7 @@ import segkernels
 pytestmark = pytest.mark.benchmark(timer=clock)
 BACKENDS = ("auto", "sm90")
 CUDA = clock.device.type == "cuda"
-# Of `auto` every kind, of a single backend one.
+# "auto" is measured for every kind, "sm90" for one.
 CASES = pytest.mark.parametrize(
     ("shape", "backend"),
     [
@@ -32,12 +33,10 @@ CASES = pytest.mark.parametrize(
         for backend in (BACKENDS if CUDA and shape.kind.name == "bfloat16-NHWC" else ("auto",))
     ],
 )
-# float32 may be tf32
-_ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 2e-3}
 
 
 def tensors(shape: ConvShape, device: torch.device) -> dict[str, torch.Tensor]:
-    """Input, weight, and a batch normalisation's scale and shift."""
+    """Input "x", weight "w", and "scale" and "shift" of a folded batch normalisation."""
     fan = shape.channels * shape.kernel**2
     window = (shape.out_channels, shape.channels, shape.kernel, shape.kernel)
     made = {
@@ -53,33 +52,18 @@ def tensors(shape: ConvShape, device: torch.device) -> dict[str, torch.Tensor]:
     }
 
 
-def products(shape: ConvShape) -> dict[str, Any]:
-    """The floor: useful FLOPs at the rate of the dtype; torch's convolutions use tf32."""
-    dtype = shape.kind.dtype
-    if dtype == "float32" and clock.device.type == "cuda":
-        dtype = "tf32"
-    return {"flops": shape.useful_flops(), "flops_dtype": dtype}
-
-
-def as_close(ours: torch.Tensor, exact: torch.Tensor, shape: ConvShape) -> str:
-    """Holds a picture's worth of `ours` against torch's in float64."""
-    off = float((ours.double() - exact).norm() / exact.norm())
-    if not off <= _ACCURACY[ours.dtype]:
-        raise WrongResultError(f"{shape.name}: off torch in float64 by {off:g}")
-    return "torch in float64"
-
-
 def backward(out: torch.Tensor, leaf: torch.Tensor) -> Callable[[], torch.Tensor]:
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0]
 
 
-def untried() -> Any:
-    """cuDNN without trying every algorithm: what is computed once need not be fast."""
+def no_cudnn_benchmark() -> Any:
+    """Context without cuDNN's algorithm search, for results that are computed only once."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False)
 
 
-def tried(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+def run_or_skip(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return the result of `call`; skip the test where the backend does not support it."""
     try:
         return call()
     except ValueError as error:
@@ -113,9 +97,9 @@ def test_dilated_conv2d(
     if fused:
         sizes = ((1, 1), (shape.padding,) * 2, (shape.dilation,) * 2)
         bias_and_relu = cudnn_relu(t["x"], t["w"], t["shift"], *sizes)
-        peers.append(replace(bias_and_relu, note="bias and ReLU, without the scale"))
+        peers.append(replace(bias_and_relu, note="bias and ReLU, no scale"))
     wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-    with untried():
+    with no_cudnn_benchmark():
         exact = F.conv2d(wide[0][:1], *wide[1:])
     if fused:
         scale, shift = t["scale"].double()[:, None, None], t["shift"].double()[:, None, None]
@@ -124,9 +108,9 @@ def test_dilated_conv2d(
         benchmark,
         f"dilated_conv2d {backend} {'fused ' if fused else ''}{shape.name}",
         call,
-        checked=as_close(tried(call)[:1], exact, shape),
+        checked=check_float64(run_or_skip(call)[:1], exact, CONV_TOLERANCE, shape.name),
         peers=peers,
-        **products(shape),
+        **convolution_flops(shape.useful_flops(), shape.kind.dtype),
         source=shape.source,
     )
 
@@ -144,10 +128,10 @@ def test_dilated_conv2d_backward(
     t[of].requires_grad_()
     args = (t["x"], t["w"], None, 1, shape.padding, shape.dilation)
     torch.manual_seed(1)
-    call = backward(tried(lambda: segkernels.dilated_conv2d(*args, backend=backend)), t[of])
+    call = backward(run_or_skip(lambda: segkernels.dilated_conv2d(*args, backend=backend)), t[of])
     torch.manual_seed(1)
-    theirs = F.conv2d(*args)
-    run = backward(theirs, t[of])
+    out = F.conv2d(*args)
+    run = backward(out, t[of])
     peer = eager(run)
     if (
         shape.kind.dtype == "bfloat16"
@@ -155,21 +139,21 @@ def test_dilated_conv2d_backward(
         and device.type == "cpu"
         and shape.channels < 32
     ):
-        peers = [Peer(peer.name, peer.where, missing="crashes in oneDNN for so few channels")]
+        peers = [Peer(peer.name, peer.where, missing="oneDNN crashes for fewer than 32 channels")]
     else:
         peers = [peer, deterministic(run)]
     torch.manual_seed(1)
-    grad = torch.randn_like(theirs).double()
+    grad = torch.randn_like(out).double()
     wide = {name: t[name].detach().double() for name in ("x", "w")}
     wide[of].requires_grad_()
-    with untried():
+    with no_cudnn_benchmark():
         exact = torch.autograd.grad(F.conv2d(wide["x"], wide["w"], *args[2:]), wide[of], grad)[0]
     measure(
         benchmark,
         f"dilated_conv2d backward of {of} {backend} {shape.name}",
         call,
-        checked=as_close(call(), exact, shape),
+        checked=check_float64(call(), exact, CONV_TOLERANCE, shape.name),
         peers=peers,
-        **products(shape),
+        **convolution_flops(shape.useful_flops(), shape.kind.dtype),
         source=shape.source,
     )

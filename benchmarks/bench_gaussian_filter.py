@@ -1,4 +1,4 @@
-"""The exact Gaussian filter beside torch by hand and KeOps."""
+"""Benchmarks of the exact Gaussian filter, against a torch implementation and KeOps."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ import segkernels
 from segkernels.ops.gaussian_filter.plan import Plan
 
 pytestmark = pytest.mark.benchmark(timer=clock)
-_CPU_PAIRS = 10**9  # of points, that a run on the CPU takes unless told by name
+_CPU_PAIRS = 10**9  # cases with more pairs of points run on the CPU only if selected by name
 TOLERANCE = {"default": 1e-3, "high": 1e-6}
 
 
 def skip_on_cpu(shape: FilterShape, device: torch.device, request: pytest.FixtureRequest) -> None:
-    """Large cases on the CPU only where they are asked for by name."""
+    """Skip a large case on the CPU unless it is selected by name."""
     pairs = (shape.height * shape.width) ** 2
     if device.type == "cpu" and pairs > _CPU_PAIRS and shape.name not in str(request.config.args):
-        pytest.skip(f"{pairs:.1e} pairs on the CPU; name {shape.name} to run it")
+        pytest.skip(f"{pairs:.1e} pairs of points; select {shape.name} to run it on the CPU")
 
 
 @pytest.mark.parametrize("precision", ["default", "high"])
@@ -43,14 +43,12 @@ def test_gaussian_filter(
 ) -> None:
     skip_on_cpu(shape, device, request)
     if device.type == "cpu" and precision == "high":
-        pytest.skip("on the CPU both precisions are one")
+        pytest.skip("on the CPU both precisions are the same")
     values, features = filter_inputs(shape, device)
     exact = functools.partial(segkernels.gaussian_filter, precision=precision)
     plan = Plan(features.flatten(2), None, "default", "bench_gaussian_filter")
-    pairs, share = (
-        (shape.height * shape.width) ** 2,
-        plan.share(128 if device.type == "cuda" else 64),
-    )
+    pairs = (shape.height * shape.width) ** 2
+    share = plan.share(128 if device.type == "cuda" else 64)
     measure(
         benchmark,
         f"gaussian_filter {shape.name} {precision}",

@@ -1,4 +1,4 @@
-"""interpolate, forward and backward, against F.interpolate."""
+"""Benchmarks of interpolate, forward and backward, against F.interpolate."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ pytestmark = [
 
 @functools.cache
 def checked(shape: UpShape, mode: str, device: torch.device) -> str:
-    """Holds result and gradient of a few channels against the reference."""
+    """Check result and gradient of two channels against the reference."""
     x = upsampling.maps(shape, device).requires_grad_()
     out = segkernels.interpolate(x, shape.high, mode=mode)
     grad = torch.randn_like(out)
-    (ours,) = torch.autograd.grad(out, x, grad)
+    (found,) = torch.autograd.grad(out, x, grad)
     part = x.detach()[:1, :2].double().requires_grad_()
     expected = reference.interpolate(part, shape.high, mode=mode, coordinates=torch.float32)
-    (theirs,) = torch.autograd.grad(expected, part, grad[:1, :2].double())
+    (exact,) = torch.autograd.grad(expected, part, grad[:1, :2].double())
     rtol = {"float32": 1e-5, "float16": 2**-10, "bfloat16": 2**-7}[shape.kind.dtype]
-    atol = 1e-5 if rtol < 1e-4 else rtol / 4  # a cubic's terms cancel
+    atol = 1e-5 if rtol < 1e-4 else rtol / 4  # cubic weights have both signs, so terms cancel
     torch.testing.assert_close(out[:1, :2].double(), expected, rtol=rtol, atol=atol)
-    torch.testing.assert_close(ours[:1, :2].double(), theirs, rtol=rtol, atol=1e-3)
-    return "the reference, 2 channels"
+    torch.testing.assert_close(found[:1, :2].double(), exact, rtol=rtol, atol=1e-3)
+    return "the torch reference, 2 channels"
 
 
 def test_forward(

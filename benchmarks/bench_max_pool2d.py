@@ -1,4 +1,4 @@
-"""max_pool2d with codes, with indices and its gradient, against torch."""
+"""Benchmarks of max_pool2d with codes and with indices, and of its gradient, against torch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ import torch
 import torch.nn.functional as F
 from measure import measure
 from peers import deterministic, eager
-from pooling import as_close as close
-from pooling import backward, each_shape, exact_pool_gradient, plane, same, window
+from pooling import (
+    backward,
+    check_equal,
+    check_float64,
+    each_shape,
+    exact_pool_gradient,
+    make_input,
+    window,
+)
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import PoolShape
 from timing import clock
@@ -23,12 +30,12 @@ pytestmark = pytest.mark.benchmark(timer=clock)
 def test_max_pool2d(
     benchmark: BenchmarkFixture, shape: PoolShape, kind: str, device: torch.device
 ) -> None:
-    x, sizes = plane(shape, device), window(shape)
+    x, sizes = make_input(shape, device), window(shape)
     values, positions = segkernels.max_pool2d(x, *sizes, **{kind: True})
     expected, indices = F.max_pool2d(x, *sizes, return_indices=True)
-    checked = same(values, expected, shape)
+    checked = check_equal(values, expected, shape)
     if kind == "return_indices":
-        same(positions, indices, shape)
+        check_equal(positions, indices, shape)
     measure(
         benchmark,
         f"max_pool2d {kind} {shape.name}",
@@ -44,7 +51,7 @@ def test_max_pool2d(
 def test_max_pool2d_backward(
     benchmark: BenchmarkFixture, shape: PoolShape, device: torch.device
 ) -> None:
-    x, sizes = plane(shape, device).requires_grad_(), window(shape)
+    x, sizes = make_input(shape, device).requires_grad_(), window(shape)
     values = segkernels.max_pool2d(x, *sizes)
     call = backward(values, x)
     peer = backward(F.max_pool2d(x, *sizes), x)
@@ -54,7 +61,7 @@ def test_max_pool2d_backward(
         benchmark,
         f"max_pool2d backward {shape.name}",
         call,
-        checked=close(call(), exact, shape),
+        checked=check_float64(call(), exact, shape),
         peers=[eager(peer), deterministic(peer)],
         moved=x.nbytes + values.nbytes + values.numel(),
         source=shape.source,

@@ -1,4 +1,4 @@
-"""max_unpool2d from codes and from indices, and its gradient, against torch."""
+"""Benchmarks of max_unpool2d from codes and from indices, and of its gradient, against torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from measure import measure
 from peers import deterministic, eager
-from pooling import backward, each_shape, plane, same, window
+from pooling import backward, check_equal, each_shape, make_input, window
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import PoolShape
 from timing import clock
@@ -23,7 +23,7 @@ KINDS = pytest.mark.parametrize("kind", ["return_codes", "return_indices"])
 def test_max_unpool2d(
     benchmark: BenchmarkFixture, shape: PoolShape, kind: str, device: torch.device
 ) -> None:
-    x, sizes = plane(shape, device), window(shape)
+    x, sizes = make_input(shape, device), window(shape)
     values, positions = segkernels.max_pool2d(x, *sizes, **{kind: True})
     indices = F.max_pool2d(x, *sizes, return_indices=True)[1]
 
@@ -37,7 +37,7 @@ def test_max_unpool2d(
         benchmark,
         f"max_unpool2d {kind} {shape.name}",
         call,
-        checked=same(call(), peer(), shape),
+        checked=check_equal(call(), peer(), shape),
         peers=[eager(peer), deterministic(peer)],
         moved=x.nbytes + values.nbytes + positions.nbytes,
         source=shape.source,
@@ -49,7 +49,7 @@ def test_max_unpool2d(
 def test_max_unpool2d_backward(
     benchmark: BenchmarkFixture, shape: PoolShape, kind: str, device: torch.device
 ) -> None:
-    x, sizes = plane(shape, device), window(shape)
+    x, sizes = make_input(shape, device), window(shape)
     values, positions = segkernels.max_pool2d(x, *sizes, **{kind: True})
     indices = F.max_pool2d(x, *sizes, return_indices=True)[1]
     values.requires_grad_()
@@ -59,7 +59,7 @@ def test_max_unpool2d_backward(
         benchmark,
         f"max_unpool2d backward {kind} {shape.name}",
         call,
-        checked=same(call(), peer(), shape),
+        checked=check_equal(call(), peer(), shape),
         peers=[eager(peer)],
         moved=x.nbytes + values.nbytes + positions.nbytes,
         source=shape.source,

@@ -1,8 +1,7 @@
-"""ConvBNAct and ContextModule in evaluation against torch's layers."""
+"""Benchmarks of ConvBNAct and ContextModule in evaluation, against torch's layers."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import each
-from checks import WrongResultError
+from checks import LAYER_TOLERANCE, check_float64
+from floors import convolution_flops
 from inputs import normal
 from measure import measure
-from peers import Peer, eager
+from peers import Peer, eager, torch_layers
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import CONTEXT, ContextShape, ConvShape, Kind, convs, of_kinds
 from timing import clock
@@ -22,33 +22,16 @@ import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
 CUDA = clock.device.type == "cuda"
-# float32 may be tf32
-_ACCURACY = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 2e-3}
 _BAND = 32  # rows
 
 
-def laid(what: Any, kind: Kind, device: torch.device) -> Any:
-    """A module or tensor in the dtype and layout of `kind`."""
-    return what.to(device, kind.torch_dtype).to(memory_format=kind.memory_format)
-
-
-def plain(module: Any) -> Any:
-    """The same from torch's layers."""
-    other = copy.deepcopy(module)
-    other.backend = "torch"
-    return other
+def to_kind(value: Any, kind: Kind, device: torch.device) -> Any:
+    """Convert a module or tensor to the dtype and layout of `kind`."""
+    return value.to(device, kind.torch_dtype).to(memory_format=kind.memory_format)
 
 
 def no_grad(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Callable[[], Any]:
     return torch.no_grad()(lambda: run(x))
-
-
-def as_close(ours: torch.Tensor, exact: torch.Tensor, name: str) -> str:
-    """Holds `ours` against torch's layers in float64."""
-    off = float((ours.double() - exact).norm() / exact.norm())
-    if not off <= _ACCURACY[ours.dtype]:
-        raise WrongResultError(f"{name}: off torch in float64 by {off:g}")
-    return "torch in float64"
 
 
 @each(convs(CUDA))
@@ -59,16 +42,15 @@ def test_conv_bn_act(benchmark: BenchmarkFixture, shape: ConvShape, device: torc
     assert module.bn is not None
     torch.nn.init.uniform_(module.bn.running_var, 0.5, 2)
     x = normal((shape.batch, shape.channels, shape.height, shape.width), device)
-    module, x = laid(module, shape.kind, device), laid(x, shape.kind, device)
-    exact = no_grad(plain(module).double(), x[:1].double())()
+    module, x = to_kind(module, shape.kind, device), to_kind(x, shape.kind, device)
+    exact = no_grad(torch_layers(module).double(), x[:1].double())()
     measure(
         benchmark,
         f"ConvBNAct {shape.name}",
         no_grad(module, x),
-        checked=as_close(no_grad(module, x)()[:1], exact, shape.name),
-        peers=[eager(no_grad(plain(module), x))],
-        flops=shape.useful_flops(),
-        flops_dtype="tf32" if CUDA and x.dtype == torch.float32 else shape.kind.dtype,
+        checked=check_float64(no_grad(module, x)()[:1], exact, LAYER_TOLERANCE, shape.name),
+        peers=[eager(no_grad(torch_layers(module), x))],
+        **convolution_flops(shape.useful_flops(), shape.kind.dtype),
         source=shape.source,
     )
 
@@ -82,17 +64,17 @@ def test_context_module(
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     x = torch.randn(shape.batch, shape.classes, shape.height, shape.width)
-    module, x = laid(module, shape.kind, device), laid(x, shape.kind, device)
-    exact = no_grad(plain(module).double(), x.double())()
+    module, x = to_kind(module, shape.kind, device), to_kind(x, shape.kind, device)
+    exact = no_grad(torch_layers(module).double(), x.double())()
     banded = no_grad(lambda x: in_bands(module, x), x)
-    as_close(banded(), exact, f"{shape.name} in bands")
+    check_float64(banded(), exact, LAYER_TOLERANCE, f"{shape.name} in bands")
     measure(
         benchmark,
         f"ContextModule {shape.name}",
         no_grad(module, x),
-        checked=as_close(no_grad(module, x)(), exact, shape.name),
+        checked=check_float64(no_grad(module, x)(), exact, LAYER_TOLERANCE, shape.name),
         peers=[
-            eager(no_grad(plain(module), x)),
+            eager(no_grad(torch_layers(module), x)),
             Peer(f"{_BAND} rows at a time", str(device), banded, on_device=True),
         ],
         source=shape.source,
@@ -100,9 +82,9 @@ def test_context_module(
 
 
 def in_bands(module: segkernels.ContextModule, x: torch.Tensor) -> torch.Tensor:
-    """The module's chain for a band of rows at a time, whose maps stay in the cache.
+    """Run the module's layers on one band of rows at a time, so that the maps stay in the cache.
 
-    Each band computes its halo anew: 33 rows more on each side at first, fewer layer by layer.
+    Each band recomputes its halo: 33 rows on each side at the input, fewer after each layer.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     out, height = torch.empty_like(x), x.size(2)

@@ -1,4 +1,4 @@
-"""What a call costs before it computes anything: the smallest inputs, ours beside torch."""
+"""Benchmarks of call overhead: the smallest inputs, against torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from timing import Call, clock
 import segkernels
 
 pytestmark = pytest.mark.benchmark(timer=clock)
-_SOURCE = "the smallest that has a result: the call itself is what takes the time"
+_SOURCE = "smallest valid input: the time is the overhead of the call"
 Pair = tuple[Call, Call]
 
 
 def gradient(function: Callable[..., Any], x: torch.Tensor) -> Call:
-    """Forward and backward, autograd's part included."""
+    """Forward and backward of `function`, including the overhead of autograd."""
     x = x.detach().requires_grad_()
     grad = torch.ones_like(function(x))
     return lambda: torch.autograd.grad(function(x), x, grad)[0]
@@ -103,7 +103,7 @@ def test_overhead(benchmark: BenchmarkFixture, op: str, device: torch.device) ->
     ours, theirs = OPS[op](torch.randn(1, 2, 2, 2, device=device))
     found, expected = ours(), theirs()
     if not torch.allclose(found.double(), expected.double(), rtol=1e-3, atol=1e-4):
-        raise WrongResultError(f"{op} of 2 x 2: not torch's values")
+        raise WrongResultError(f"{op} of 2 x 2: result differs from torch's")
     measure(
         benchmark,
         f"overhead of {op}",
@@ -119,11 +119,11 @@ def test_overhead_of_a_crf(benchmark: BenchmarkFixture, device: torch.device) ->
     probs = torch.full((1, 2, 2, 2), 0.5, device=device)
     refined = segkernels.dense_crf(image, probs, iterations=1)
     if not torch.allclose(refined, probs):
-        raise WrongResultError("dense_crf of equal probabilities on one colour changed them")
+        raise WrongResultError("dense_crf changed equal probabilities on an image of one colour")
     measure(
         benchmark,
         "overhead of dense_crf, 1 iteration",
         lambda: segkernels.dense_crf(image, probs, iterations=1),
-        checked="symmetry",
+        checked="symmetry: equal probabilities stay equal",
         source=_SOURCE,
     )

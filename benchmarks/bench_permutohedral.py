@@ -1,4 +1,4 @@
-"""The permutohedral lattice: built, used again, and both in one call."""
+"""Benchmarks of the permutohedral lattice: build, filter, and both in one call."""
 
 from __future__ import annotations
 

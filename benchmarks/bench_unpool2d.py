@@ -1,4 +1,4 @@
-"""unpool_nearest and unpool_bed_of_nails, and their gradients, against torch."""
+"""Benchmarks of unpool_nearest, unpool_bed_of_nails and their gradients, against torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from measure import measure
 from peers import eager
-from pooling import as_close, backward, each_shape, plane, same
+from pooling import backward, check_equal, check_float64, each_shape, make_input
 from pytest_benchmark.fixture import BenchmarkFixture
 from shapes import PoolShape
 from timing import clock
@@ -19,8 +19,8 @@ SHAPES = each_shape(lambda shape: shape.kernel == 2 and shape.height % 2 == 0)
 
 
 def pooled(shape: PoolShape, device: torch.device) -> torch.Tensor:
-    """What is unpooled to `shape`."""
-    return segkernels.max_pool2d(plane(shape, device), 2)
+    """The input of an unpooling whose output has `shape`."""
+    return segkernels.max_pool2d(make_input(shape, device), 2)
 
 
 def torch_nails(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ def test_unpool_nearest(
         benchmark,
         f"unpool_nearest {shape.name}",
         lambda: segkernels.unpool_nearest(x, 2),
-        checked=same(segkernels.unpool_nearest(x, 2), peer(), shape),
+        checked=check_equal(segkernels.unpool_nearest(x, 2), peer(), shape),
         peers=[eager(peer)],
         moved=5 * x.nbytes,
         source=shape.source,
@@ -65,7 +65,7 @@ def test_unpool_nearest_backward(
         benchmark,
         f"unpool_nearest backward {shape.name}",
         call,
-        checked=as_close(call(), exact, shape),
+        checked=check_float64(call(), exact, shape),
         peers=[eager(peer)],
         moved=5 * x.nbytes,
         source=shape.source,
@@ -76,12 +76,12 @@ def test_unpool_nearest_backward(
 def test_unpool_bed_of_nails(
     benchmark: BenchmarkFixture, shape: PoolShape, device: torch.device
 ) -> None:
-    x, like = pooled(shape, device), plane(shape, device)
+    x, like = pooled(shape, device), make_input(shape, device)
     measure(
         benchmark,
         f"unpool_bed_of_nails {shape.name}",
         lambda: segkernels.unpool_bed_of_nails(x, 2),
-        checked=same(segkernels.unpool_bed_of_nails(x, 2), torch_nails(x, like), shape),
+        checked=check_equal(segkernels.unpool_bed_of_nails(x, 2), torch_nails(x, like), shape),
         peers=[eager(lambda: torch_nails(x, like))],
         moved=5 * x.nbytes,
         source=shape.source,
@@ -92,14 +92,14 @@ def test_unpool_bed_of_nails(
 def test_unpool_bed_of_nails_backward(
     benchmark: BenchmarkFixture, shape: PoolShape, device: torch.device
 ) -> None:
-    x, like = pooled(shape, device).requires_grad_(), plane(shape, device)
+    x, like = pooled(shape, device).requires_grad_(), make_input(shape, device)
     call = backward(segkernels.unpool_bed_of_nails(x, 2), x)
     peer = backward(torch_nails(x, like), x)
     measure(
         benchmark,
         f"unpool_bed_of_nails backward {shape.name}",
         call,
-        checked=same(call(), peer(), shape),
+        checked=check_equal(call(), peer(), shape),
         peers=[eager(peer)],
         moved=2 * x.nbytes,
         source=shape.source,

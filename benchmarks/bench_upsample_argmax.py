@@ -1,4 +1,4 @@
-"""upsample_argmax against interpolation and argmax, eager and compiled."""
+"""Benchmarks of upsample_argmax, against interpolation and argmax, eager and compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_upsample_argmax(benchmark: BenchmarkFixture, shape: UpShape, device: to
     case = (shape, device)
     x = upsampling.maps(*case)
     ours = segkernels.upsample_argmax(x, shape.high)
-    # Rounding decides between logits that are almost equal.
+    # Rounding decides between nearly equal logits.
     agree = (ours == upsampling.torch_argmax(x.float(), shape.high)).double().mean().item()
     assert agree > 0.9999
     peak = functools.partial(peak_bytes, device=device)

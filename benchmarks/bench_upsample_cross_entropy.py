@@ -1,4 +1,4 @@
-"""upsample_cross_entropy, forward and backward, against interpolation and loss."""
+"""Benchmarks of upsample_cross_entropy, forward and backward, against interpolation and loss."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ pytestmark = [
 
 
 def checked(shape: UpShape, device: torch.device) -> str:
-    """Holds the gradient against torch's in float32."""
+    """Check the gradient against torch's in float32."""
     ours = upsampling.ours_train(shape, device)()
     x = upsampling.maps(shape, device).float().requires_grad_()
     target = upsampling.labels(shape, device)
     (expected,) = torch.autograd.grad(upsampling.torch_loss(x, target), x)
     scale = expected.abs().max().item()
     rtol = {"float32": 1e-4, "float16": 2**-9, "bfloat16": 2**-7}[shape.kind.dtype]
-    # Gradients of a mean over many pixels are below float16's normal numbers.
+    # In float16, gradients of a mean over many pixels are subnormal.
     atol = 1e-4 * scale + (2**-24 if shape.kind.dtype == "float16" else 0)
     torch.testing.assert_close(ours.float(), expected, rtol=rtol, atol=atol)
-    return "F.interpolate and F.cross_entropy in float32, gradient"
+    return "gradient of F.interpolate and F.cross_entropy in float32"
 
 
 def test_upsample_cross_entropy(
@@ -54,7 +54,8 @@ def test_upsample_cross_entropy(
                 shape, upsampling.torch_loss, lambda f: upsampling.train(f, *case)
             ),
         ],
-        # Logits are read twice, labels and kept values twice, the gradient is written.
+        # Forward and backward read logits and labels and write and read the saved values; then the
+        # gradient is written.
         moved=3 * x.nbytes + target.numel() * (2 * 8 + 2 * 4),
         peak=functools.partial(peak, upsampling.ours_train, *case),
         source=shape.source,

@@ -1,4 +1,4 @@
-"""How much time a run spends on each case, and what quick mode leaves out."""
+"""The time budget of each case, and the selection of cases for quick mode."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 import pytest
 
-_LIMIT = 400.0  # seconds: a whole run on a GPU takes less than eight minutes
+_LIMIT = 400.0  # seconds: a full run on a GPU takes less than eight minutes
 _QUICK_LIMIT = 420.0
-_HEAD_START = 30.0  # what compiles or is slow may stand at the beginning
-_LONG = 2.0  # seconds: of rounds that take longer there are fewer
+_HEAD_START = 30.0  # seconds: the first cases may be slow or compile
+_LONG = 2.0  # seconds: if a round takes longer, fewer rounds run
 _FEWEST = 3
 
 
 class Shape(Protocol):
-    """What `grid` asks of a shape."""
+    """The attributes of a shape that `each` uses."""
 
     @property
     def name(self) -> str: ...
@@ -27,16 +27,16 @@ class Shape(Protocol):
 
 
 class Budget:
-    """The limits of this run; conftest.py sets them from the options and the device.
+    """The limits of this run. conftest.py sets them from the options and the device.
 
     Attributes:
-        quick: smaller pictures, few cases, few rounds.
-        seconds: what the rounds of a case may take, its peers' included.
-        rounds: the fewest and the most.
-        slow: a peer whose call takes longer is timed once, not every round.
-        limit: seconds that the whole run should take; where it is late, cases get few rounds.
-        late: whether it is.
-        patience: seconds left to spend on rounds that are thrown away because others ran.
+        quick: whether the run is in quick mode: smaller images, fewer cases, fewer rounds.
+        seconds: time for the rounds of a case, peers included.
+        rounds: minimum and maximum number of rounds.
+        slow: seconds; a peer whose call takes longer is timed once instead of in every round.
+        limit: target of the total time in seconds; a late run measures few rounds per case.
+        late: whether the run is late.
+        patience: seconds left for repeating rounds that other processes disturbed.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Budget:
         self._started = time.monotonic()
 
     def choose(self, quick: bool, cuda: bool, patience: float) -> None:
-        """Set all of them for a run."""
+        """Set the limits of a run."""
         self.quick, self.patience = quick, patience
         self.slow = 1.0 if cuda else 3.0 if quick else 10.0
         self.limit = (_LIMIT if cuda else math.inf) if not quick else _QUICK_LIMIT
@@ -60,7 +60,7 @@ class Budget:
             self.seconds, self.rounds = (0.5, (5, 30)) if quick else (15.0, (5, 30))
 
     def count(self, once: float) -> int:
-        """How many rounds of `once` seconds each are taken."""
+        """Number of rounds, if one round takes `once` seconds."""
         least, most = self.rounds
         if self.late or once > _LONG:
             least = min(least, _FEWEST)
@@ -68,26 +68,26 @@ class Budget:
         return min(most, max(least, int(seconds / max(once, 1e-9))))
 
     def start(self) -> None:
-        """The run begins."""
+        """Start the clock of the run."""
         self._started = time.monotonic()
 
     def reached(self, share: float) -> None:
-        """That share of the cases is done: notice when it took more than its share of the limit."""
+        """Update `late` when a share of the cases is done, from its share of the time limit."""
         self.late = time.monotonic() - self._started > self.limit * share + _HEAD_START
 
 
 budget = Budget()
 
-#: Left out by quick mode.
+#: Mark of a case that quick mode skips.
 full_only = pytest.mark.full
 
 
 def each(shapes: Iterable[Shape]) -> pytest.MarkDecorator:
-    """Parametrises `shape`; quick mode keeps those that say so."""
+    """Parametrise `shape`; quick mode runs the shapes with `quick` set."""
     return pytest.mark.parametrize("shape", [param(s, s.name, s.quick) for s in shapes])
 
 
 def param(value: Any, name: str, quick: bool) -> Any:
-    """A value, or a tuple of them, to parametrise by; quick mode keeps it only where told to."""
+    """`pytest.param` of a value, or of a tuple of values; quick mode runs it only if `quick`."""
     values = value if isinstance(value, tuple) else (value,)
     return pytest.param(*values, id=name, marks=() if quick else (full_only,))

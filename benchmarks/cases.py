@@ -1,4 +1,4 @@
-"""The calls that are timed, made ready from a shape."""
+"""The calls that are timed, with inputs prepared from a shape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Call = Callable[[], torch.Tensor]
 
 
 def crf(shape: CrfShape, device: torch.device, max_vertices: int | None = None) -> Call:
-    """`dense_crf` with its defaults, but for the iterations."""
+    """`dense_crf` with default arguments except the iterations."""
     images, probs = crf_inputs(shape, device)
 
     def call() -> torch.Tensor:
@@ -27,13 +27,13 @@ def crf(shape: CrfShape, device: torch.device, max_vertices: int | None = None) 
 
 
 def crf_exact(shape: CrfShape, device: torch.device) -> Call:
-    """`dense_crf` with its defaults and exact filters."""
+    """`dense_crf` with exact filters, and otherwise default arguments except the iterations."""
     images, probs = crf_inputs(shape, device)
     return lambda: segkernels.dense_crf(images, probs, iterations=shape.iterations, method="exact")
 
 
 def crf_training(shape: CrfShape, device: torch.device) -> Call:
-    """Forward and backward of the layer behind logits; returns the logits' gradient."""
+    """Forward and backward of `DenseCRF`; returns the gradient with respect to the logits."""
     images, probs = crf_inputs(shape, device)
     logits = probs.log().requires_grad_()
     layer = segkernels.DenseCRF(shape.classes, iterations=shape.iterations).to(device)
@@ -50,7 +50,7 @@ def crf_training(shape: CrfShape, device: torch.device) -> Call:
 
 
 def crf_vertices(shape: CrfShape, device: torch.device) -> dict[str, int]:
-    """Vertices of the lattices of the smoothing and the colour term, the whole batch together."""
+    """Lattice vertices of the spatial and the bilateral term, summed over the batch."""
     kinds = ("spatial", "bilateral")
     shapes = [FilterShape(shape.height, shape.width, kind, 1, "") for kind in kinds]
     return {
@@ -59,48 +59,48 @@ def crf_vertices(shape: CrfShape, device: torch.device) -> dict[str, int]:
 
 
 def crf_bytes(shape: CrfShape) -> int:
-    """The image and the probabilities read once, the result written once."""
+    """Bytes to read image and probabilities once and to write the result once."""
     return shape.pixels * (3 + 2 * 4 * shape.classes)
 
 
 def permutohedral(shape: FilterShape, device: torch.device) -> Call:
-    """Building a lattice and filtering once."""
+    """Build a lattice and filter once."""
     values, features = filter_inputs(shape, device)
     return lambda: segkernels.permutohedral_filter(values, features)
 
 
 def permutohedral_reused(shape: FilterShape, device: torch.device) -> Call:
-    """Filtering on a lattice that is there already."""
+    """Filter on an existing lattice."""
     values, features = filter_inputs(shape, device)
     lattice = segkernels.PermutohedralLattice(features)
     return lambda: lattice.filter(values)
 
 
 def permutohedral_build(shape: FilterShape, device: torch.device) -> Callable[[], Any]:
-    """Building a lattice."""
+    """Build a lattice."""
     _, features = filter_inputs(shape, device)
     return lambda: segkernels.PermutohedralLattice(features)
 
 
 def filter_bytes(shape: FilterShape) -> int:
-    """Values and features read once, the result written once, in float32."""
+    """Bytes to read values and features once and to write the result once, in float32."""
     return shape.height * shape.width * 4 * (2 * shape.channels + shape.dims)
 
 
 def vertices(shape: FilterShape, device: torch.device) -> list[int]:
-    """Occupied vertices of the lattice."""
+    """Number of lattice vertices of each image."""
     _, features = filter_inputs(shape, device)
     return segkernels.PermutohedralLattice(features).num_vertices
 
 
 def gaussian(shape: FilterShape, device: torch.device, precision: str = "default") -> Call:
-    """The exact filter once, its points sorted anew."""
+    """The exact filter, including the sorting of the points."""
     values, features = filter_inputs(shape, device)
     return lambda: segkernels.gaussian_filter(values, features, precision=precision)
 
 
 def gaussian_training(shape: FilterShape, device: torch.device) -> Call:
-    """Forward and backward of the exact filter; returns the features' gradient."""
+    """Forward and backward of the exact filter; returns the gradient with respect to features."""
     values, features = filter_inputs(shape, device)
     values.requires_grad_()
     features.requires_grad_()

@@ -1,12 +1,13 @@
-"""Two runs against each other: what became slower or faster, beyond noise.
+"""Compares two runs: which cases became slower or faster by more than the noise.
 
-The rule. Of a case, `change` is our median in B over that in A. Where torch, or another peer on
-the same device, was timed in both runs, `drift` is the geometric mean of how those changed: the
-machine, not us; otherwise it is 1. Noise is the root of the summed squares of the relative
-half-widths of the middle halves of all the times in that quotient, doubled, and at least 5% on
-CUDA, 10% on the CPU. A case is slower where change / drift > 1 + noise, faster where it is
-< 1 / (1 + noise). On the CPU a case in which other processes used more than a tenth of a core, in
-either run, is not judged. Runs on different devices or in different modes are not compared.
+`change` is the median time of segkernels in the second run divided by that in the first. `drift` is
+the geometric mean of the same quotient for the peers on the same device (such as torch) that both
+runs timed: it measures a change of the machine. Without such peers it is 1. `noise` is twice the
+root of the sum of squares of the relative half interquartile ranges of all times in change / drift,
+and at least 5% on CUDA and 10% on the CPU. A case is slower if change / drift > 1 + noise, and
+faster if change / drift < 1 / (1 + noise). On the CPU, a case is not judged if other processes used
+more than 0.1 cores in either run. Runs on different devices or in different modes cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from dataclasses import dataclass
 from results import OURS, Case, Run
 from tables import digits, geometric_mean, table
 
-_LEAST = {"cuda": 0.05, "cpu": 0.10}
-_QUIET = 0.1  # cores
-_WIDTHS = 2.0
+_MIN_NOISE = {"cuda": 0.05, "cpu": 0.10}
+_QUIET = 0.1  # cores used by other processes
+_NOISE_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a case changed from A to B; above 1 where it takes longer."""
+    """The change of a case between two runs: times in milliseconds, drift, noise."""
 
     name: str
     before: float
@@ -36,12 +37,12 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """The change less the machine's."""
+        """change / drift; above 1 if the case became slower."""
         return self.after / self.before / self.drift
 
     @property
     def verdict(self) -> str:
-        """One of "slower", "faster", "same", and "busy" where the machine was."""
+        """One of "slower", "faster", "same" and "busy" (not judged)."""
         if self.busy:
             return "busy"
         if self.factor > 1 + self.noise:
@@ -51,7 +52,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of two runs: the cases of both, and what only one has."""
+    """Changes of the cases in both runs, and the names of cases in only one of them."""
 
     changes: Sequence[Change]
     only_before: Sequence[str]
@@ -60,17 +61,17 @@ class Comparison:
 
     @property
     def slower(self) -> list[Change]:
-        """Regressions, the worst first."""
+        """Cases that became slower, the largest factor first."""
         found = [change for change in self.changes if change.verdict == "slower"]
         return sorted(found, key=lambda change: -change.factor)
 
 
 class NotComparableError(Exception):
-    """Two runs that are not of one device and mode."""
+    """Two runs differ in device or mode."""
 
 
 def compare(before: Run, after: Run) -> Comparison:
-    """Apply the rule to two runs."""
+    """Compare two runs."""
     for fact in ("device", "device_kind", "mode"):
         a, b = before.setting.get(fact), after.setting.get(fact)
         if a != b:
@@ -92,19 +93,20 @@ def compare(before: Run, after: Run) -> Comparison:
 
 
 def _change(old: Case, new: Case, kind: str) -> Change:
-    here = new.info.get("peers_on_device", [])
-    same = [name for name in new.rivals if name in old.rivals and name in here]
-    drift = geometric_mean(new.times[n].median / old.times[n].median for n in same) if same else 1.0
-    ours = [old.times[OURS].noise, new.times[OURS].noise]
-    theirs = [case.times[name].noise / len(same) for name in same for case in (old, new)]
-    noise = max(_LEAST[kind], _WIDTHS * math.sqrt(sum(n * n for n in ours + theirs)))
+    on_device = new.info.get("peers_on_device", [])
+    peers = [name for name in new.peer_times if name in old.peer_times and name in on_device]
+    quotients = [new.times[name].median / old.times[name].median for name in peers]
+    drift = geometric_mean(quotients) if peers else 1.0
+    parts = [case.times[OURS].noise for case in (old, new)]
+    parts += [case.times[name].noise / len(peers) for name in peers for case in (old, new)]
+    noise = max(_MIN_NOISE[kind], _NOISE_FACTOR * math.sqrt(sum(part * part for part in parts)))
     others = max(case.info.get("others_cores", 0.0) for case in (old, new))
     busy = kind == "cpu" and others > _QUIET
     return Change(new.name, old.ours.median, new.ours.median, drift, noise, busy)
 
 
 def text(found: Comparison) -> str:
-    """The comparison as Markdown: regressions first."""
+    """The comparison as Markdown, slower cases first."""
     slower = found.slower
     faster = sorted(
         (change for change in found.changes if change.verdict == "faster"), key=lambda c: c.factor
@@ -116,10 +118,10 @@ def text(found: Comparison) -> str:
         f"of {len(found.changes)} cases in both runs"
     ]
     if busy:
-        parts.append(f"{busy} not judged: other processes used more than a tenth of a core")
+        parts.append(f"{busy} not judged: other processes used more than 0.1 cores")
     for title, changes in (("Slower", slower), ("Faster", faster)):
         if changes:
-            header = ["case", "before ms", "after ms", "machine", "change", "noise"]
+            header = ["case", "before (ms)", "after (ms)", "drift", "change / drift", "noise"]
             rows = [
                 [
                     change.name,
@@ -132,7 +134,7 @@ def text(found: Comparison) -> str:
                 for change in changes
             ]
             parts.append(f"{title}:\n\n{table(header, rows)}")
-    parts += [f"Differs: {warning}" for warning in found.warnings]
+    parts += [f"The runs differ in {warning}" for warning in found.warnings]
     for title, names in (("before", found.only_before), ("after", found.only_after)):
         if names:
             parts.append(f"Only {title}: {', '.join(names)}")

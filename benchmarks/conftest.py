@@ -1,4 +1,4 @@
-"""Collects bench_*.py, chooses device and mode, and adds to pytest-benchmark's table and JSON."""
+"""Collects bench_*.py, chooses device and mode, and extends pytest-benchmark's JSON and output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-# pytest imports with --import-mode=importlib, which leaves this folder off the path.
+# pytest's --import-mode=importlib does not put this folder on sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import floors
@@ -26,29 +26,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
-        help="what the benchmarks run on; auto: CUDA where there is a device",
+        help="device of the benchmarks; auto: CUDA if available",
     )
     group.addoption(
         "--quick",
         action="store_true",
         default=None,
         dest="quick",
-        help="fewer cases, smaller ones, fewer rounds; what a CPU does unless told otherwise",
+        help="fewer and smaller cases, fewer rounds (default on a CPU)",
     )
     group.addoption(
         "--full",
         action="store_false",
         default=None,
         dest="quick",
-        help="every case at its paper's size; what a GPU does unless told otherwise",
+        help="all cases at the papers' sizes (default on a GPU)",
     )
     group.addoption(
         "--patience",
         type=float,
         default=0.0,
         metavar="SECONDS",
-        help="take rounds again in which other processes used more than a tenth of a core, "
-        "for so long in the whole run",
+        help="total time to spend on repeating rounds in which other processes used more than "
+        "0.1 cores",
     )
 
 
@@ -57,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise pytest.UsageError("--device cuda: torch sees no CUDA device")
+        raise pytest.UsageError("--device cuda: torch finds no CUDA device")
     cuda = wanted == "cuda"
     clock.device = (
         torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -65,11 +65,11 @@ def pytest_configure(config: pytest.Config) -> None:
     quick = config.getoption("quick")
     budget.choose(not cuda if quick is None else quick, cuda, config.getoption("--patience"))
     if cuda:
-        torch.backends.cudnn.benchmark = True  # what a user with fixed sizes sets
+        torch.backends.cudnn.benchmark = True  # as users with fixed sizes set it
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    named = parent.session.isinitpath(file_path)  # then pytest collects it itself
+    named = parent.session.isinitpath(file_path)  # pytest itself collects files named as arguments
     if file_path.suffix == ".py" and file_path.name.startswith("bench_") and not named:
         return pytest.Module.from_parent(parent, path=file_path)
     return None

@@ -1,13 +1,13 @@
 """Pooling, unpooling and resampling against torch on the CPU, over a grid of cases.
 
-    python benchmarks/cpu_grid.py                               the cases where torch is faster
-    python benchmarks/cpu_grid.py --all --only "unpool.*fp32.*" every case whose name matches
+    python benchmarks/cpu_grid.py                               print cases where torch is faster
+    python benchmarks/cpu_grid.py --all --only "unpool.*fp32.*" print all cases with matching names
     python benchmarks/cpu_grid.py --threads 2 --json run.json
 
-A result is held against torch's before it is timed. Ours and torch's then run in turns; the figures
-are the least of the rounds, in processor time of the process, so that other processes on the cores
-count little. OpenMP's threads spin while they wait, which is processor time too: set
-OMP_WAIT_POLICY=passive for more than one thread. Gradients are timed through autograd.
+Each result is checked against torch's before it is timed. segkernels and torch then run
+alternately. The figures are minima over the rounds, in CPU time of the process, so that other
+processes have little effect. OpenMP threads spin while they wait, which counts as CPU time: with
+more than one thread, set OMP_WAIT_POLICY=passive. Gradients are timed through autograd.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import segkernels as sk
 Function = Callable[[torch.Tensor], Any]
 Call = Callable[[], Any]
 
-_SLICE = 1.5e-3  # seconds of processor time that a sample takes at least
+_SAMPLE_SECONDS = 1.5e-3  # least CPU time of a sample
 _DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -40,7 +40,7 @@ _DTYPES = {
     "fp64": torch.float64,
 }
 _LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
-# Batch, channels, height, width. The first shows what a call costs beside its work.
+# Batch, channels, height, width. The first size shows the overhead of a call.
 _PLANES = {
     "16x16": (1, 8, 16, 16),
     "23x31": (4, 64, 23, 31),
@@ -49,7 +49,7 @@ _PLANES = {
 }
 # kernel_size, stride, padding
 _WINDOWS = {"2x2": (2, 2, 0), "3x3s2": (3, 2, 0), "3x3s2p1": (3, 2, 1), "3x3s1p1": (3, 1, 1)}
-# Channels, from, to.
+# Channels, input size, output size.
 _SIZES = {
     "8->16": (8, 8, 16),
     "33->129": (19, 33, 129),
@@ -61,23 +61,25 @@ _SIZES = {
 
 
 class Case(NamedTuple):
-    """A function of `x` and torch's for the same."""
+    """A function of `x` in segkernels and in torch."""
 
     name: str
     ours: Function
     theirs: Function
     x: torch.Tensor
-    gradient: bool = True  # not that of another case
+    gradient: bool = True  # whether its backward is timed, too
 
 
 def main(
-    only: Annotated[str, typer.Option(help="Cases whose whole name this pattern matches.")] = ".*",
+    only: Annotated[
+        str, typer.Option(help="Regular expression that the full name of a case must match.")
+    ] = ".*",
     every: Annotated[bool, typer.Option("--all", help="Print all cases.")] = False,
-    threads: Annotated[int, typer.Option(help="torch's number of threads.")] = 1,
-    rounds: Annotated[int, typer.Option(help="Turns of each case.")] = 7,
-    to: Annotated[Path | None, typer.Option("--json", help="Write the ratios there.")] = None,
+    threads: Annotated[int, typer.Option(help="Number of threads of torch and segkernels.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Rounds per case.")] = 7,
+    to: Annotated[Path | None, typer.Option("--json", help="File for the ratios.")] = None,
 ) -> None:
-    """Time the grid and print torch's time over ours."""
+    """Time the grid and print torch's time divided by segkernels' time."""
     torch.set_num_threads(threads)
     pattern = re.compile(only)
     ratios: dict[str, float] = {}
@@ -89,12 +91,12 @@ def main(
                 continue
             calls = prepare(case.ours, case.x), prepare(case.theirs, case.x)
             check(name, *calls)
-            ours, theirs = least(*calls, rounds)
+            ours, theirs = minimum_times(*calls, rounds)
             ratios[name] = theirs / ours
             if every or theirs < ours:
                 times = [f"{1e6 * ours:.1f}", f"{1e6 * theirs:.1f}"]
                 rows.append([name, *times, f"{theirs / ours:.2f}"])
-    print(table(["case", "ours, us", "torch, us", "ratio"], rows))
+    print(table(["case", "segkernels, us", "torch, us", "ratio"], rows))
     slower = sum(ratio < 1 for ratio in ratios.values())
     print(f"\n{slower} of {len(ratios)} cases are slower than torch {torch.__version__}")
     if to is not None:
@@ -102,7 +104,7 @@ def main(
 
 
 def grid() -> Iterator[Case]:
-    """Every case but the gradients, which are made of them."""
+    """All forward cases; the backward cases are derived from them."""
     for dtype, layout in itertools.product(_DTYPES, _LAYOUTS):
         for size, shape in _PLANES.items():
             x = _values(shape, dtype, layout)
@@ -115,12 +117,12 @@ def grid() -> Iterator[Case]:
 
 
 def forward(function: Function, x: torch.Tensor) -> Call:
-    """The result."""
+    """A call of `function`."""
     return lambda: function(x)
 
 
 def backward(function: Function, x: torch.Tensor) -> Call:
-    """The gradient of `x` for a fixed one of the result."""
+    """A call of the backward of `function`, with a fixed gradient of the result."""
     leaf = x.detach().requires_grad_()
     out = _first(function(leaf))
     grad = torch.empty_like(out, requires_grad=False)
@@ -129,9 +131,9 @@ def backward(function: Function, x: torch.Tensor) -> Call:
 
 
 def check(name: str, ours: Call, theirs: Call) -> None:
-    """Hold our result against torch's."""
+    """Check the result against torch's."""
     result = _first(ours())
-    # torch rounds some sums of half types more than once.
+    # torch rounds some half-precision sums more than once.
     tolerance = 0.06 if result.dtype in (torch.float16, torch.bfloat16) else 1e-4
     try:
         torch.testing.assert_close(result, _first(theirs()), rtol=tolerance, atol=tolerance)
@@ -139,15 +141,15 @@ def check(name: str, ours: Call, theirs: Call) -> None:
         raise WrongResultError(f"{name}: {error}") from None
 
 
-def least(ours: Call, theirs: Call, rounds: int) -> tuple[float, float]:
-    """Seconds of processor time of each, the least of the rounds."""
-    repeats = [max(1, int(_SLICE / sample(call, 2))) for call in (ours, theirs)]
+def minimum_times(ours: Call, theirs: Call, rounds: int) -> tuple[float, float]:
+    """CPU time of each call in seconds: the minimum over the rounds."""
+    repeats = [max(1, int(_SAMPLE_SECONDS / sample(call, 2))) for call in (ours, theirs)]
     times = [(sample(ours, repeats[0]), sample(theirs, repeats[1])) for _ in range(rounds)]
     return min(t[0] for t in times), min(t[1] for t in times)
 
 
 def sample(call: Call, repeats: int) -> float:
-    """Seconds of processor time of one call."""
+    """CPU time of one call in seconds, as the mean of `repeats` calls."""
     start = time.process_time_ns()
     for _ in range(repeats):
         call()

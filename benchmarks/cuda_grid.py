@@ -1,11 +1,12 @@
-"""Where the Hopper kernel is faster than cuDNN: times of every part of a convolution, on CUDA.
+"""Times of dilated convolutions with cuDNN and with the Hopper kernel over a grid of shapes.
 
-    python benchmarks/cuda_grid.py [OUT.json]     the grid, in about a minute and a half on an H200
-    python benchmarks/cuda_grid.py --read OUT.json   what the rule of "auto" makes of such a file
+    python benchmarks/cuda_grid.py [OUT.json]        measure (about 90 seconds on an H200)
+    python benchmarks/cuda_grid.py --read OUT.json   print measured times and the choice of "auto"
 
-Milliseconds of `backend="torch"` (cuDNN, its algorithms searched) and `backend="sm90"`, each call
-replayed in a CUDA graph with a cold cache, so that no host's time is in them; and what dispatch.py
-chooses. The rates in dispatch.py were fitted to this grid.
+Prints milliseconds of `backend="torch"` (cuDNN, with algorithm search) and `backend="sm90"` for the
+forward pass and both gradients, their ratio, and the backend that dispatch.py chooses. Each call is
+replayed in a CUDA graph with a cold L2 cache, so host time is not included. The rates in
+dispatch.py were fitted to this grid.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
 KINDS = ("forward", "fused", "input_gradient", "weight_gradient")
-_CALLS = 4  # in a graph
+_CALLS = 4  # per graph
 _ROUNDS = 9
-Shape = tuple[int, int, int, int, int, int]  # batch, channels, out channels, height, width, rate
+# Batch, channels, output channels, height, width, dilation.
+Shape = tuple[int, int, int, int, int, int]
 
 
 def shapes() -> Iterator[tuple[Shape, torch.dtype]]:
-    """ASPP's and ResNet's convolutions over the rate, then further sizes; 3 x 3 taps."""
+    """Convolutions of ASPP and ResNet over the dilation, then other sizes; 3 x 3 kernels."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for rate in (1, 2, 4, 6, 8, 9, 10, 12, 18, 24, 36):
         yield (8, 2048, 256, 65, 65, rate), bf16
@@ -87,8 +89,8 @@ def shapes() -> Iterator[tuple[Shape, torch.dtype]]:
         yield size, fp32
 
 
-def chosen(kind: str, shape: Shape, dtype: torch.dtype) -> str:
-    """What "auto" takes on a Hopper."""
+def auto_choice(kind: str, shape: Shape, dtype: torch.dtype) -> str:
+    """The backend that "auto" chooses on a Hopper GPU."""
     batch, channels, out, height, width, rate = shape
     geometry = Geometry(height, width, height, width, (3, 3), (rate, rate), (rate, rate))
     problem = Problem(batch, channels, out, geometry, (1, 1), 1, dtype, torch.device("cuda"))
@@ -97,7 +99,7 @@ def chosen(kind: str, shape: Shape, dtype: torch.dtype) -> str:
 
 
 def milliseconds(call: Callable[[], Any], cold: torch.Tensor) -> float:
-    """The median of a call in a graph."""
+    """Median time of one call in a CUDA graph."""
     for _ in range(2):
         call()
     stream = torch.cuda.Stream()
@@ -119,8 +121,8 @@ def milliseconds(call: Callable[[], Any], cold: torch.Tensor) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in pairs) / _CALLS
 
 
-def measured(shape: Shape, dtype: torch.dtype, cold: torch.Tensor) -> dict[str, Any]:
-    """A row of the grid."""
+def measure_shape(shape: Shape, dtype: torch.dtype, cold: torch.Tensor) -> dict[str, Any]:
+    """Times of one shape with both backends, for the JSON file."""
     batch, channels, out, height, width, rate = shape
 
     def normal(*size: int) -> torch.Tensor:
@@ -143,13 +145,13 @@ def measured(shape: Shape, dtype: torch.dtype, cold: torch.Tensor) -> dict[str, 
         }
         for kind, call in calls.items():
             if (kind, backend, dtype) == ("weight_gradient", "sm90", torch.float32):
-                continue  # there is no such kernel
+                continue  # not implemented
             row[f"{kind} {backend}"] = round(milliseconds(call, cold), 4)
     return row
 
 
-def told(row: dict[str, Any]) -> str:
-    """A row as text: each part's times, their ratio, and what "auto" takes."""
+def format_row(row: dict[str, Any]) -> str:
+    """A row as text: the times of both backends, their ratio, and the choice of "auto"."""
     shape: Shape = tuple(row["shape"])
     dtype = getattr(torch, row["dtype"])
     batch, channels, out, height, width, rate = shape
@@ -157,23 +159,27 @@ def told(row: dict[str, Any]) -> str:
     for kind in KINDS:
         theirs, ours = row[f"{kind} torch"], row.get(f"{kind} sm90", math.inf)
         ratio = theirs / ours
-        auto = chosen(kind, shape, dtype)
-        wrong = "  <- slower" if (ratio < 0.97 if auto == "sm90" else ratio > 1.1) else ""
+        auto = auto_choice(kind, shape, dtype)
+        wrong = "  <- slower choice" if (ratio < 0.97 if auto == "sm90" else ratio > 1.1) else ""
         parts.append(f"  {kind:15s} {theirs:7.4f} {ours:7.4f} {ratio:5.2f}x {auto:5s}{wrong}")
     return "\n".join(parts)
 
 
 def main(
-    file: Annotated[Path | None, typer.Argument(help="Where the times go.")] = None,
-    read: Annotated[bool, typer.Option("--read", help="Measure nothing, read the file.")] = False,
-    limit: Annotated[float, typer.Option(help="Seconds after which no shape begins.")] = 600.0,
+    file: Annotated[Path | None, typer.Argument(help="JSON file for the times.")] = None,
+    read: Annotated[
+        bool, typer.Option("--read", help="Read the file instead of measuring.")
+    ] = False,
+    limit: Annotated[
+        float, typer.Option(help="Seconds after which no further shape is measured.")
+    ] = 600.0,
 ) -> None:
-    """Measure the grid, or read it."""
+    """Measure the grid, or print a measured one."""
     if read:
         if file is None:
             raise typer.BadParameter("--read needs a file")
         for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
-            print(told(row))
+            print(format_row(row))
         return
     torch.backends.cudnn.benchmark = True
     cold = torch.empty(48 << 20, dtype=torch.int32, device="cuda")
@@ -181,14 +187,14 @@ def main(
     start = time.monotonic()
     for shape, dtype in shapes():
         if time.monotonic() - start > limit:
-            print("no time for the rest")
+            print("Time limit reached; the remaining shapes are not measured")
             break
-        rows.append(measured(shape, dtype, cold))
-        print(told(rows[-1]), flush=True)
+        rows.append(measure_shape(shape, dtype, cold))
+        print(format_row(rows[-1]), flush=True)
     if file is not None:
         versions = {"torch": torch.__version__, "cudnn": torch.backends.cudnn.version()}
-        kept = {"device": torch.cuda.get_device_name(), **versions, "rows": rows}
-        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        results = {"device": torch.cuda.get_device_name(), **versions, "rows": rows}
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A report as blocks, written as Markdown or as one HTML page that needs no other file."""
+"""A report as a list of blocks, written as Markdown or as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tables import table
 
 @dataclass(frozen=True)
 class Heading:
-    """A heading below the title."""
+    """A second-level heading."""
 
     text: str
 
@@ -25,14 +25,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Listing:
-    """Lines of a list."""
+    """A bulleted list."""
 
     lines: Sequence[str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the columns in `left` are text. `folded` under a line to click, on the page."""
+    """A table. Columns in `left` are left-aligned. `folded`: title of a collapsed block in HTML."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its name as a file, what it shows in words, and its two forms."""
+    """A plot as SVG and PNG, with its file name and caption."""
 
     name: str
     caption: str
@@ -55,19 +55,19 @@ Block = Heading | Text | Listing | Table | Plot
 
 @dataclass(frozen=True)
 class Document:
-    """A title and blocks."""
+    """A title and the blocks of a report."""
 
     title: str
     blocks: Sequence[Block]
 
     @property
     def plots(self) -> list[Plot]:
-        """The plots, in their order."""
+        """The plots, in order."""
         return [block for block in self.blocks if isinstance(block, Plot)]
 
 
 def markdown(document: Document, plots: str = "plots") -> str:
-    """As Markdown, the plots as files in the folder `plots`."""
+    """Render as Markdown, with links to the plots in the folder `plots`."""
     parts = [f"# {document.title}"]
     for block in document.blocks:
         match block:
@@ -102,7 +102,7 @@ details { margin: .8rem 0; } summary { cursor: pointer; font-weight: 600; }
 
 
 def page(document: Document) -> str:
-    """As an HTML page, the plots and the style within."""
+    """Render as an HTML page with embedded plots and style."""
     title = html.escape(document.title)
     body = "\n".join(_html(block) for block in document.blocks)
     return (
@@ -148,7 +148,7 @@ def _html_table(block: Table) -> str:
 
 
 def _below_one(cell: str) -> bool:
-    """Whether a cell is a ratio, "0.87x", below one."""
+    """Whether a cell is a ratio below one, such as "0.87x"."""
     number = cell.removesuffix("x")
     try:
         return number != cell and float(number) < 1

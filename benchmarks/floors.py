@@ -1,4 +1,4 @@
-"""What a device can do at best, measured in the run itself: its copy rate and its matmul rate."""
+"""Lower bounds of run times, from the copy rate and matmul rate measured in the same run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timing import clock, event_times, wall_time
@@ -21,19 +22,19 @@ _matmuls: dict[tuple[torch.device, str], float] = {}
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time that a call could take, and what sets it: "bytes" or "flops"."""
+    """A lower bound of the time of a call, and what determines it: "bytes" or "flops"."""
 
     seconds: float
     by: str
 
 
 def floor(moved: int = 0, flops: int = 0, dtype: str = "float32") -> Floor | None:
-    """The floor of a call on the device of this run.
+    """Lower bound of the time of a call on the device of this run; None if nothing is given.
 
     Args:
-        moved: bytes; each input read once, each output written once.
-        flops: useful ones, a multiplication and an addition counted as two.
-        dtype: of the products: "float32", "tf32", "bfloat16", "float16".
+        moved: bytes to read each input once and write each output once.
+        flops: necessary FLOPs; a multiply-add counts as two.
+        dtype: dtype of the multiplications: "float32", "tf32", "bfloat16", "float16".
     """
     found = []
     if moved:
@@ -43,11 +44,17 @@ def floor(moved: int = 0, flops: int = 0, dtype: str = "float32") -> Floor | Non
     return max(found, key=lambda floor: floor.seconds, default=None)
 
 
-def copy_rate(device: torch.device, moved: int = 2 * _GIB) -> float:
-    """Bytes a second that the device copies, read and written ones counted.
+def convolution_flops(flops: int, dtype: str) -> dict[str, Any]:
+    """Arguments of `measure` for a convolution in `dtype`; on CUDA torch uses TF32 for float32."""
+    tf32 = dtype == "float32" and clock.device.type == "cuda"
+    return {"flops": flops, "flops_dtype": "tf32" if tf32 else dtype}
 
-    On CUDA from a 1 GiB buffer to another. On the CPU by torch, with its threads, as many bytes as
-    the case moves (to a power of two) and with warm caches: what the call finds too.
+
+def copy_rate(device: torch.device, moved: int = 2 * _GIB) -> float:
+    """Copy rate of the device in bytes per second; bytes read and bytes written both count.
+
+    On CUDA: a copy between two 1 GiB buffers. On the CPU: a copy by torch, with its threads, of as
+    many bytes as the case moves (rounded up to a power of two), with warm caches as in the call.
     """
     if device.type == "cuda":
         size = 2 * _GIB
@@ -72,7 +79,7 @@ def copy_rate(device: torch.device, moved: int = 2 * _GIB) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: str) -> float:
-    """FLOPs a second of a large square matmul: 8192 on CUDA (4096 in float32), 1024 on the CPU."""
+    """FLOPs per second of a matmul: size 8192 on CUDA (4096 in float32), 1024 on the CPU."""
     key = device, dtype
     if key not in _matmuls:
         size = 1024 if device.type == "cpu" else 4096 if dtype == "float32" else 8192
@@ -95,7 +102,7 @@ def matmul_rate(device: torch.device, dtype: str) -> float:
 
 
 def measured() -> dict[str, float]:
-    """Every rate that this run measured, by name, for its report."""
+    """All rates measured in this run, by name, for the report."""
     copies = sorted(_copies.items(), key=lambda entry: entry[0][1])
     rates = {f"copy of {size // 2**20} MiB, GB/s": rate / 1e9 for (_, size), rate in copies}
     rates |= {f"matmul {dtype}, TFLOP/s": rate / 1e12 for (_, dtype), rate in _matmuls.items()}

@@ -1,10 +1,10 @@
-"""How far the lattice is from the exact filter and CRF, and what the exact filter skips.
+"""Measures the error of the lattice filter and CRF, and the work that the exact filter skips.
 
-    python benchmarks/lattice_error.py filters                 # of the landscape of the demo
+    python benchmarks/lattice_error.py filters                 # on the image of segkernels demo
     python benchmarks/lattice_error.py crf landscape photograph.png:labels.png
 
-Figures are held against `gaussian_filter(..., precision="high")` and `dense_crf(method="exact")`,
-on the CPU unless told otherwise. A picture of 320 x 240 takes about a minute on two quiet cores.
+The references are `gaussian_filter(..., precision="high")` and `dense_crf(method="exact")`. Runs on
+the CPU by default, where an image of 320 x 240 takes about a minute on two idle cores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import typer
-from inputs import picture, probabilities
+from inputs import landscape, probabilities
 from PIL import Image
 from tables import table
 
@@ -37,7 +37,7 @@ ITERATIONS = (5, 10)
 
 @dataclass(frozen=True)
 class Kernel:
-    """A Gaussian kernel: over places, or over places and colours."""
+    """A Gaussian kernel over positions, or over positions and colours."""
 
     sxy: float
     srgb: float | None = None
@@ -61,36 +61,36 @@ KERNELS = (
 )
 
 
-class Which(str, Enum):
-    """The tables."""
+class Table(str, Enum):
+    """The tables that the command prints."""
 
     filters = "filters"
     crf = "crf"
 
 
 def main(
-    which: Annotated[Which, typer.Argument(help="The table.")],
-    pictures: Annotated[
+    which: Annotated[Table, typer.Argument(help="The table to print.")],
+    images: Annotated[
         list[str] | None,
         typer.Argument(
-            help=f"Files, or {DRAWN!r} for the drawn one; for the CRF PICTURE:LABELS too."
+            help=f"Image files, or {DRAWN!r} for the demo's image; for crf also IMAGE:LABELS."
         ),
     ] = None,
-    update: Annotated[Path | None, typer.Option(help="A document to put the table in.")] = None,
+    update: Annotated[Path | None, typer.Option(help="Document to write the table to.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Print a table."""
+    """Print a table, and optionally write it to a document."""
     rows: list[list[str]] = []
-    for name in pictures or [DRAWN]:
+    for name in images or [DRAWN]:
         path, _, labels = name.partition(":")
         image = _load(path)
         label = f"{Path(path).name}, {image.shape[1]} x {image.shape[0]}"
-        if which is Which.filters:
+        if which is Table.filters:
             rows += [[label, *_filter_row(image, kernel, device)] for kernel in KERNELS]
         else:
             for kind, probs in _scores(path, labels, image).items():
-                rows += [[label, kind, *row] for row in _field_rows(image, probs, device)]
-    header = FILTER_HEADER if which is Which.filters else FIELD_HEADER
+                rows += [[label, kind, *row] for row in _crf_rows(image, probs, device)]
+    header = FILTER_HEADER if which is Table.filters else CRF_HEADER
     text = table(header, rows, left=(0, 1))
     print(text)
     if update is not None:
@@ -101,32 +101,32 @@ def main(
 
 
 FILTER_HEADER = (
-    "picture",
+    "image",
     "kernel",
-    "lattice's error, L2",
-    "largest",
+    "L2 error",
+    "largest error",
     "skipped, CPU",
     "skipped, CUDA",
-    "changes",
+    "skipping error",
 )
-FIELD_HEADER = (
-    "picture",
+CRF_HEADER = (
+    "image",
     "probabilities",
     "iterations",
     "mean difference",
-    "largest",
-    "same label",
+    "largest difference",
+    "equal labels",
 )
 
 
 def _load(name: str) -> npt.NDArray[np.uint8]:
     if name == DRAWN:
-        return picture(240, 320)
+        return landscape(240, 320)
     return np.asarray(Image.open(name).convert("RGB"))
 
 
 def _filter_row(image: npt.NDArray[np.uint8], kernel: Kernel, device: str) -> list[str]:
-    """The lattice's error filtering smooth random probabilities, and what can be skipped."""
+    """Error of the lattice on smooth random probabilities, and shares of skipped tile pairs."""
     height, width = image.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32)
     planes = [x / kernel.sxy, y / kernel.sxy]
@@ -140,32 +140,32 @@ def _filter_row(image: npt.NDArray[np.uint8], kernel: Kernel, device: str) -> li
     )
     seconds = time.perf_counter() - started
     lattice = segkernels.permutohedral_filter(values, features, "symmetric")
-    apart = (lattice - exact).double()
+    error = (lattice - exact).double()
     plan = Plan(features.flatten(2), None, "high", "lattice_error")
     skipped = [1 - plan.share(size) for size in (64, 128)]
-    change = _change(plan, values.flatten(2))
+    change = _skipping_error(plan, values.flatten(2))
     print(f"{kernel.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     return [
         kernel.name,
-        f"{float(apart.norm() / exact.double().norm()):.2%}",
-        f"{float(apart.abs().max() / exact.abs().max()):.1%}",
+        f"{float(error.norm() / exact.double().norm()):.2%}",
+        f"{float(error.abs().max() / exact.abs().max()):.1%}",
         *(f"{share:.1%}" for share in skipped),
         f"{change:.0e}" if change else "0",
     ]
 
 
-def _change(plan: Plan, values: torch.Tensor) -> float:
-    """The largest change, relative to the largest sum, that skipping makes."""
+def _skipping_error(plan: Plan, values: torch.Tensor) -> float:
+    """Largest change of a sum caused by skipping, relative to the largest sum."""
     skipping = plan.apply(values)
     plan.reach = float("inf")
-    whole = plan.apply(values)
-    return float((skipping - whole).abs().max() / whole.abs().max())
+    full = plan.apply(values)
+    return float((skipping - full).abs().max() / full.abs().max())
 
 
 def _scores(
     path: str, labels: str, image: npt.NDArray[np.uint8]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Probabilities (C, H, W): of rough labels where there are some, and smooth random ones."""
+    """Probabilities (C, H, W): from rough labels, if given, and smooth random ones."""
     height, width = image.shape[:2]
     found: dict[str, npt.NDArray[np.float32]] = {}
     if path == DRAWN:
@@ -180,10 +180,10 @@ def _scores(
     return found
 
 
-def _field_rows(
+def _crf_rows(
     image: npt.NDArray[np.uint8], scores: npt.NDArray[np.float32], device: str
 ) -> list[list[str]]:
-    """The CRF with its defaults, on the lattice and exactly."""
+    """Difference between `dense_crf` on the lattice and exact, with default parameters."""
     probs = torch.from_numpy(scores.astype(np.float32))[None].to(device)
     img = torch.from_numpy(image.transpose(2, 0, 1).copy())[None].to(device)
     rows = []
@@ -192,13 +192,13 @@ def _field_rows(
         exact = segkernels.dense_crf(img, probs, iterations=iterations, method="exact")
         seconds = time.perf_counter() - started
         lattice = segkernels.dense_crf(img, probs, iterations=iterations)
-        apart = (lattice - exact).abs()
+        difference = (lattice - exact).abs()
         same = (lattice.argmax(dim=1) == exact.argmax(dim=1)).double().mean()
         rows.append(
             [
                 str(iterations),
-                f"{float(apart.mean()):.1e}",
-                f"{float(apart.max()):.3f}",
+                f"{float(difference.mean()):.1e}",
+                f"{float(difference.max()):.3f}",
                 f"{float(same):.2%}",
             ]
         )

@@ -1,4 +1,4 @@
-"""One case: ours and its peers in turns, and what pytest-benchmark's JSON keeps of it."""
+"""Times one case against its peers, and records the figures in pytest-benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from timing import (
 )
 
 OURS = "segkernels"
-# The host takes this share of a call's time or more: then the device waits for it.
+# If the host needs at least this share of a call's time, the device waits for the host.
 _HOST_BOUND = 0.8
 
 
 @dataclass
 class Row:
-    """What was measured of a case."""
+    """The measurements of a case, for the table at the end of a run."""
 
     case: str
     seconds: float
@@ -61,38 +61,39 @@ def measure(
     weight: float = 1.0,
     **facts: Any,
 ) -> None:
-    """Times `call` and its peers, each once a round.
+    """Time `call` and its peers, each once per round.
 
-    On CUDA the host's time to queue a call is taken too, and where the host is the slower one, the
-    time as a CUDA graph; ours and that of peers on the device.
+    On CUDA, for `call` and for peers on the device, the host time to queue a call is measured too
+    and, where the host limits the call, the time as a CUDA graph.
 
     Args:
-        benchmark: pytest-benchmark's fixture; `extra_info` gets everything below.
-        case: the name in the report.
-        call: what is timed on `clock.device`.
-        checked: what the result was held against.
-        peers: others that do the same, by the wall clock unless they run on the device.
-        moved: bytes that must be read and written; over the copy rate measured in this run.
-        flops: FLOPs that must be done; over the matmul rate of `flops_dtype` measured in this run.
+        benchmark: pytest-benchmark's fixture; all results are stored in its `extra_info`.
+        case: name of the case in the report.
+        call: the call to time on `clock.device`.
+        checked: what the result was checked against.
+        peers: other implementations; timed by the wall clock unless they run on the device.
+        moved: bytes that must be read and written, for the floor at the measured copy rate.
+        flops: necessary FLOPs, for the floor at the measured matmul rate of `flops_dtype`.
         flops_dtype: "float32", "tf32", "bfloat16" or "float16".
-        peak: tells the peak memory beyond the inputs; on CUDA it is taken from `call` without.
-        weight: by how much more time than others the rounds of this case may take.
-        facts: more for `extra_info`.
+        peak: returns the peak memory beyond the inputs on the CPU; on CUDA it is measured from
+            `call` itself.
+        weight: factor on the time that the rounds of this case may take.
+        facts: further entries of `extra_info`.
     """
-    there = {peer.name: peer for peer in peers if peer.run is not None}
+    available = {peer.name: peer for peer in peers if peer.run is not None}
     calls: dict[str, Call] = {OURS: call}
-    calls |= {name: peer.run for name, peer in there.items() if peer.run is not None}
+    calls |= {name: peer.run for name, peer in available.items() if peer.run is not None}
     about = {
-        name: warm_up(run) if name == OURS or there[name].on_device else wall_time(run)
+        name: warm_up(run) if name == OURS or available[name].on_device else wall_time(run)
         for name, run in calls.items()
     }
 
-    slow = [name for name in there if about[name] > budget.slow]
+    slow = [name for name in available if about[name] > budget.slow]
     every_round = [name for name in calls if name not in slow]
 
     def timed(name: str) -> Callable[[], float]:
         run = calls[name]
-        if name == OURS or there[name].on_device:
+        if name == OURS or available[name].on_device:
             return lambda: device_time(run, about[name])
         return lambda: wall_time(run)
 
@@ -104,16 +105,18 @@ def measure(
     rounds.times |= {name: [about[name]] for name in slow}
     ours = rounds.times[OURS]
     replayed = iter(ours)
-    benchmark.pedantic(lambda: clock.forward(next(replayed)), rounds=len(ours))
-    if benchmark.stats is None:  # --benchmark-disable: run, not timed
+    benchmark.pedantic(lambda: clock.advance(next(replayed)), rounds=len(ours))
+    if benchmark.stats is None:  # --benchmark-disable
         return
 
     medians = {name: statistics.median(times) for name, times in rounds.times.items()}
-    on_device = {name: run for name, run in calls.items() if name == OURS or there[name].on_device}
+    on_device = {
+        name: run for name, run in calls.items() if name == OURS or available[name].on_device
+    }
     row = Row(
         case,
         medians[OURS],
-        {name: medians[name] for name in there},
+        {name: medians[name] for name in available},
         {peer.name: peer.missing for peer in peers if peer.run is None},
         checked,
         floor(moved, flops, flops_dtype),
@@ -123,7 +126,7 @@ def measure(
         peaks = {name: cuda_peak(run, clock.device) for name, run in on_device.items()}
     elif peak is not None and (own := peak()) is not None:
         peaks = {OURS: own}
-    for name, peer in there.items():
+    for name, peer in available.items():
         if clock.device.type != "cuda" and peer.peak is not None:
             found = peer.peak()
             peaks |= {} if found is None else {name: found}
@@ -135,24 +138,24 @@ def measure(
         threads=torch.get_num_threads() if clock.device.type == "cpu" else None,
         quick=budget.quick,
         checked_against=checked,
-        times_ms={name: _spread(times) for name, times in rounds.times.items()},
+        times_ms={name: _quartiles(times) for name, times in rounds.times.items()},
         others_cores=rounds.others,
         rounds_thrown=rounds.thrown,
-        peers_on_device=[name for name, peer in there.items() if peer.on_device],
-        peers_ran_on={name: peer.where for name, peer in there.items()},
-        peers_notes={name: peer.note for name, peer in there.items() if peer.note},
+        peers_on_device=[name for name, peer in available.items() if peer.on_device],
+        peers_ran_on={name: peer.where for name, peer in available.items()},
+        peers_notes={name: peer.note for name, peer in available.items() if peer.note},
         peers_missing=row.missing,
         ratio={name: t / row.seconds for name, t in row.peers.items()},
         floor_ms=None if row.floor is None else 1e3 * row.floor.seconds,
         floor_by=None if row.floor is None else row.floor.by,
         share_of_floor=None if row.floor is None else row.floor.seconds / row.seconds,
         peak_bytes=peaks,
-        **_queueing(on_device, medians),
+        **_host_times(on_device, medians),
         **facts,
     )
 
 
-def _spread(times: Sequence[float]) -> list[float]:
+def _quartiles(times: Sequence[float]) -> list[float]:
     """First quartile, median and third quartile, in milliseconds."""
     quartiles = (
         statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
@@ -160,8 +163,8 @@ def _spread(times: Sequence[float]) -> list[float]:
     return [1e3 * t for t in quartiles]
 
 
-def _queueing(calls: dict[str, Call], medians: dict[str, float]) -> dict[str, Any]:
-    """The host's time a call, and as a graph where that is what limits it; CUDA only."""
+def _host_times(calls: dict[str, Call], medians: dict[str, float]) -> dict[str, Any]:
+    """On CUDA: host time per call, and the time as a CUDA graph where the host limits the call."""
     if clock.device.type != "cuda":
         return {}
     host = {name: host_time(call, clock.device) for name, call in calls.items()}
@@ -171,7 +174,7 @@ def _queueing(calls: dict[str, Call], medians: dict[str, float]) -> dict[str, An
             continue
         try:
             graphs[name] = 1e3 * device_time(as_graph(call, clock.device))
-        except RuntimeError as error:  # it synchronises, or allocates, or runs on the host
+        except RuntimeError as error:  # the call synchronises or runs on the host
             graphs[name] = str(error).split("\n", 1)[0]
     return {
         "host_us": {name: 1e6 * seconds for name, seconds in host.items()},
@@ -180,7 +183,7 @@ def _queueing(calls: dict[str, Call], medians: dict[str, float]) -> dict[str, An
 
 
 def device_name() -> str:
-    """The device of this run, in words."""
+    """Name of the device of this run."""
     if clock.device.type == "cuda":
         return torch.cuda.get_device_name(clock.device)
     return f"CPU, {torch.get_num_threads()} threads"
@@ -188,7 +191,7 @@ def device_name() -> str:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """torch's number of CPU threads, for a while."""
+    """Context that sets torch's number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

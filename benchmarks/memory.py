@@ -14,23 +14,23 @@ from typing import Any
 
 import torch
 
-#: Prepares the inputs, and returns the call.
+#: A function that prepares the inputs and returns the call.
 Prepare = Callable[..., Callable[[], Any]]
 
 _STATUS = Path("/proc/self/status")
 
 
 def peak_bytes(prepare: Prepare, *args: Any, device: torch.device) -> int | None:
-    """Bytes that `prepare(*args)()` needs at its worst, its result included, its inputs not.
+    """Peak memory of `prepare(*args)()` in bytes, including its result, without its inputs.
 
-    On CUDA what torch's allocator gave out. On the CPU the growth of the resident set in another
-    process, after one call that loads libraries and starts threads; only Linux tells it, None
-    elsewhere.
+    On CUDA: allocations by torch's allocator. On the CPU: growth of the resident set in another
+    process during a second call (the first one loads libraries and starts threads); only measured
+    on Linux, None elsewhere.
 
     Args:
-        prepare: a function of a module, so that another process can import it.
-        args: its arguments.
-        device: where the call runs.
+        prepare: a module-level function, which another process can import.
+        args: arguments of `prepare`.
+        device: device of the call.
     """
     if device.type == "cuda":
         return cuda_peak(prepare(*args), device)
@@ -40,7 +40,7 @@ def peak_bytes(prepare: Prepare, *args: Any, device: torch.device) -> int | None
 
 
 def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes of torch's allocator that `call` needs at its worst, beyond what is there before."""
+    """Peak bytes that `call` allocates with torch's allocator."""
     call()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -53,7 +53,7 @@ def cuda_peak(call: Callable[[], Any], device: torch.device) -> int:
 
 @functools.cache
 def _worker() -> multiprocessing.pool.Pool:
-    """One process for all cases of a run: torch's import would take most of the time."""
+    """One process for all cases of a run, because importing torch takes long."""
     return multiprocessing.get_context("spawn").Pool(1)
 
 
@@ -62,9 +62,9 @@ def _resident_growth(prepare: Prepare, args: tuple[Any, ...], threads: int) -> i
     call = prepare(*args)
     call()
     gc.collect()
-    # What the first call freed must be given back, or the second takes it and seems to need less.
+    # Return freed memory to the system. Otherwise the second call reuses it and grows too little.
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current resident set
     before = _resident("VmRSS")
     result = call()
     peak = _resident("VmHWM")
@@ -76,4 +76,4 @@ def _resident(field: str) -> int:
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
+    raise RuntimeError(f"{_STATUS} has no field {field}")

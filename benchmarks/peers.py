@@ -1,7 +1,8 @@
-"""Other implementations, each optional; where one is missing, why."""
+"""Other implementations to compare with, each optional."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,13 +25,14 @@ class Peer:
     """Another implementation of a case.
 
     Attributes:
-        name: what it is called in reports; `setting.versions` has its version.
-        where: what it runs on.
-        run: does the case once, inputs prepared; None where it is missing.
-        missing: why.
-        on_device: whether it runs on the device of this run, and is timed as ours is.
-        note: in what its work differs, for the report.
-        peak: tells its peak memory beyond the inputs, on the CPU; on CUDA `run` tells.
+        name: name in reports; its version is in `setting.versions`.
+        where: where it runs.
+        run: runs the case once, with prepared inputs; None if the peer is not available.
+        missing: why the peer is not available.
+        on_device: whether it runs on the device of this run and is timed as segkernels is.
+        note: how its work differs, for the report.
+        peak: returns its peak memory beyond the inputs on the CPU; on CUDA it is measured from
+            `run`.
     """
 
     name: str
@@ -43,34 +45,41 @@ class Peer:
 
 
 def eager(run: Call, peak: Callable[[], int | None] | None = None) -> Peer:
-    """torch's own operators, cuDNN choosing its algorithm by trying."""
+    """torch's eager operators; cuDNN searches for the fastest algorithm."""
     return Peer("torch", _HERE, run, on_device=True, peak=peak)
 
 
+def torch_layers(module: Any) -> Any:
+    """Copy of a segkernels module that uses torch's layers."""
+    other = copy.deepcopy(module)
+    other.backend = "torch"
+    return other
+
+
 def inductor(function: Callable[..., Any], prepare: Callable[[Callable[..., Any]], Call]) -> Peer:
-    """torch.compile's version of `function`: inductor fuses what eager torch does one by one.
+    """`function` compiled by torch.compile.
 
     Args:
-        function: what is compiled.
-        prepare: makes the call from the compiled function.
+        function: the function to compile.
+        prepare: makes the timed call from the compiled function.
     """
     name = "torch.compile"
     if budget.quick:
-        return Peer(name, _HERE, missing="each case compiles for seconds; not in quick mode")
-    torch.compiler.reset()  # or the ninth shape would run uncompiled
+        return Peer(name, _HERE, missing="compilation takes seconds per case; not in quick mode")
+    torch.compiler.reset()  # otherwise the ninth shape exceeds the recompile limit and runs eagerly
     run = prepare(torch.compile(function, dynamic=False))
     try:
         run()
-    except Exception as error:  # of any kind: no compiler, an operator it cannot lower
+    except Exception as error:  # such as no compiler, or an unsupported operator
         return Peer(name, _HERE, missing=_first_line(error))
     return Peer(name, _HERE, run, on_device=True)
 
 
 def deterministic(run: Call) -> Peer:
-    """torch's own operators in its deterministic mode, as ours always are."""
+    """torch's eager operators in deterministic mode. segkernels is always deterministic."""
     name = "torch, deterministic"
     if clock.device.type == "cpu":
-        return Peer(name, _HERE, missing="on the CPU torch is deterministic without it")
+        return Peer(name, _HERE, missing="on the CPU torch is always deterministic")
 
     def strict() -> Any:
         before = torch.are_deterministic_algorithms_enabled()
@@ -96,7 +105,7 @@ def cudnn_relu(
     dilation: tuple[int, int],
     groups: int = 1,
 ) -> Peer:
-    """cuDNN's convolution with bias and ReLU in one kernel, as torch exposes it."""
+    """torch.cudnn_convolution_relu: cuDNN's convolution with bias and ReLU in one kernel."""
     name = "cudnn_convolution_relu"
     if clock.device.type == "cpu":
         return Peer(name, _HERE, missing="needs a CUDA device")
@@ -112,13 +121,13 @@ def cudnn_relu(
 
 
 def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> Peer:
-    """pydensecrf2, the installable fork of pydensecrf, with the same parameters as `dense_crf`.
+    """pydensecrf2, a fork of pydensecrf, with the parameters that `dense_crf` has by default.
 
-    Its energies are computed here, outside of its time: in pydensecrf they are the caller's work,
-    while `dense_crf` takes probabilities and is timed with the logarithm.
+    Its energies are computed here and not timed, because pydensecrf expects them from the caller.
+    `dense_crf` computes them from probabilities, and its time includes that.
 
     Args:
-        shape: the case; one picture.
+        shape: the case; one image.
         image: (H, W, 3) uint8.
         probs: (C, H, W) float32.
     """
@@ -128,7 +137,7 @@ def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> 
     except ImportError as error:
         return Peer(name, where, missing=f"{error}; pip install pydensecrf2")
     if shape.batch > 1:
-        return Peer(name, where, missing="takes one picture a call")
+        return Peer(name, where, missing="processes one image per call")
     energy = np.ascontiguousarray(-np.log(np.clip(probs, 1e-5, 1)).reshape(shape.classes, -1))
     image = np.ascontiguousarray(image)
 
@@ -143,12 +152,12 @@ def pydensecrf(shape: CrfShape, image: npt.NDArray[np.uint8], probs: Result) -> 
 
 
 def pydensecrf_term(features: Result, probs: Result, iterations: int) -> Peer:
-    """pydensecrf2 with one term over `features`, of weight 4, normalised symmetrically.
+    """pydensecrf2 with one term of weight 4 over `features` and symmetric normalisation.
 
     Args:
         features: (d, H, W) float32.
         probs: (C, H, W) float32.
-        iterations: of mean field.
+        iterations: number of mean-field iterations.
     """
     name, where = "pydensecrf2", "CPU, one thread"
     try:
@@ -169,7 +178,7 @@ def pydensecrf_term(features: Result, probs: Result, iterations: int) -> Peer:
 
 
 def monai(shape: CrfShape, images: torch.Tensor, probs: torch.Tensor) -> Peer:
-    """MONAI's CRF block on its own permutohedral lattice, which is built anew every iteration.
+    """MONAI's CRF block, which builds its permutohedral lattices again in every iteration.
 
     Args:
         shape: the case.
@@ -181,10 +190,10 @@ def monai(shape: CrfShape, images: torch.Tensor, probs: torch.Tensor) -> Peer:
         block: Any = importlib.import_module("monai.networks.blocks.crf").CRF
         importlib.import_module("monai._C")
     except ImportError as error:
-        how = "pip install monai has no compiled code; build it with BUILD_MONAI=1"
+        how = "the pip package has no compiled code; build MONAI with BUILD_MONAI=1"
         return Peer(name, _HERE, missing=f"{_first_line(error)}; {how}")
     if images.is_cuda and shape.classes > 16:
-        return Peer(name, _HERE, missing="on CUDA it takes 16 classes at most")
+        return Peer(name, _HERE, missing="supports at most 16 classes on CUDA")
     layer = block(
         iterations=shape.iterations,
         bilateral_weight=10.0,
@@ -200,12 +209,12 @@ def monai(shape: CrfShape, images: torch.Tensor, probs: torch.Tensor) -> Peer:
         with torch.no_grad():
             return layer(logits, reference)
 
-    note = "normalises its filters another way; builds both lattices in every iteration"
+    note = "normalises its filters differently; builds both lattices in every iteration"
     return Peer(name, _HERE, run, on_device=True, note=note)
 
 
 def crfseg(shape: CrfShape, probs: torch.Tensor) -> Peer:
-    """crfseg's convolutional CRF: the smoothing term alone, in a window of 11 pixels.
+    """crfseg's convolutional CRF: only the smoothing term, in a window of 11 x 11 pixels.
 
     Args:
         shape: the case.
@@ -213,7 +222,7 @@ def crfseg(shape: CrfShape, probs: torch.Tensor) -> Peer:
     """
     name = "crfseg"
     if budget.quick and probs.device.type == "cpu" and probs.numel() > _LARGE:
-        return Peer(name, _HERE, missing="takes ten seconds a call at this size; not in quick mode")
+        return Peer(name, _HERE, missing="ten seconds per call at this size; not in quick mode")
     try:
         layer: Any = importlib.import_module("crfseg").CRF
     except ImportError as error:
@@ -233,13 +242,17 @@ def crfseg(shape: CrfShape, probs: torch.Tensor) -> Peer:
         with torch.no_grad():
             return crf(logits)
 
-    note = "less work: the smoothing term alone, no colours, a window of 11 x 11"
+    note = "less work: only the smoothing term, no colours, a window of 11 x 11"
     return Peer(name, _HERE, run, on_device=True, note=note)
 
 
 def brute_force(values: torch.Tensor, features: torch.Tensor) -> Peer:
-    """The exact filter as one writes it in torch: some rows of the weights at a time, distances by
-    matrix product. `values` (1, C, H, W) and `features` (1, d, H, W) are float32."""
+    """The exact filter in torch: 1024 rows of weights at a time, distances by matrix product.
+
+    Args:
+        values: (1, C, H, W) float32.
+        features: (1, d, H, W) float32.
+    """
     v, f = values[0].flatten(1).T.contiguous(), features[0].flatten(1).T.contiguous()
     squares = f.square().sum(dim=1)
 
@@ -255,7 +268,7 @@ def brute_force(values: torch.Tensor, features: torch.Tensor) -> Peer:
 
 
 def pykeops(values: torch.Tensor, features: torch.Tensor) -> Peer:
-    """The exact filter by KeOps' symbolic matrices, which compiles a kernel at its first call.
+    """The exact filter with KeOps' symbolic matrices, which compile a kernel at the first call.
 
     Args:
         values: (1, C, H, W) float32.
@@ -263,10 +276,12 @@ def pykeops(values: torch.Tensor, features: torch.Tensor) -> Peer:
     """
     name = "pykeops"
     if budget.quick:
-        return Peer(name, _HERE, missing="compiles for half a minute a case; not in quick mode")
+        return Peer(
+            name, _HERE, missing="compilation takes half a minute per case; not in quick mode"
+        )
     try:
         keops: Any = importlib.import_module("pykeops.torch")
-    except Exception as error:  # it looks for compilers and a CUDA toolkit when imported
+    except Exception as error:  # the import searches for compilers and a CUDA toolkit
         return Peer(name, _HERE, missing=f"{_first_line(error)}; pip install pykeops")
     v, f = values[0].flatten(1).T.contiguous(), features[0].flatten(1).T.contiguous()
 

@@ -1,4 +1,4 @@
-"""The plots of a report, each as SVG and as PNG."""
+"""The plots of a report, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.25,
     "legend.frameon": False,
-    "svg.hashsalt": "segkernels",  # the same run gives the same file
+    "svg.hashsalt": "segkernels",  # makes the file reproducible
     "svg.fonttype": "path",
 }
 _MARKERS = "os^Dv<>ph"
 
 
 def all_plots(run: Run) -> list[Plot]:
-    """Those for which the run has cases."""
+    """All plots for which the run has cases."""
     found = [_ratios(run), _floors(run), _memory(run), *_curves(run)]
     return [plot for plot in found if plot is not None]
 
 
 def _colours(names: Sequence[str]) -> dict[str, Any]:
-    """A colour for each implementation, ours always the first."""
+    """A colour for each implementation; segkernels always has the first."""
     palette = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     others = [name for name in names if name != OURS]
     return {OURS: palette[0]} | {n: palette[1 + i % 9] for i, n in enumerate(others)}
 
 
 def _ratios(run: Run) -> Plot | None:
-    ops = {op: cases for op, cases in run.ops().items() if any(case.rivals for case in cases)}
+    ops = {op: cases for op, cases in run.ops().items() if any(case.peer_times for case in cases)}
     if not ops:
         return None
     names = [name for name in run.peers() if not name.startswith(OURS)]
@@ -61,10 +61,10 @@ def _ratios(run: Run) -> Plot | None:
         _log(axes, "x", lambda x: f"{x:g}x")
         axes.set_yticks(range(len(ops)), list(ops))
         axes.set_ylim(len(ops) - 0.5, -0.5)
-        axes.set_xlabel("the peer's time over ours: right of the line segkernels is faster")
+        axes.set_xlabel("peer's time / segkernels' time (right of the line: segkernels is faster)")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
-    caption = "Every case against every peer, by operator."
+    caption = "Ratio of each peer's time to segkernels' time, for every case, by operator."
     return _plot("ratios", caption, draw, (8.5, 1.5 + 0.4 * len(ops)))
 
 
@@ -84,11 +84,12 @@ def _floors(run: Run) -> Plot | None:
         _log(axes, "x", lambda x: f"{100 * x:g}%", steps=(1,))
         axes.set_yticks(range(len(ops)), list(ops))
         axes.set_ylim(len(ops) - 0.5, -0.5)
-        axes.set_xlabel("the floor over our time: at the line nothing could be faster")
+        axes.set_xlabel("floor / segkernels' time (at the line: no faster time is possible)")
 
     caption = (
-        "How near each case comes to its floor: the bytes it must move at the copy rate, or the "
-        "products it must form at the matmul rate, both measured in this run."
+        "Share of the floor that each case reaches. The floor is the time to move the necessary "
+        "bytes at the copy rate, or to compute the necessary products at the matmul rate; both "
+        "rates were measured in this run."
     )
     return _plot("floors", caption, draw, (7.5, 1.4 + 0.3 * len(ops)))
 
@@ -115,7 +116,7 @@ def _memory(run: Run) -> Plot | None:
         axes.set_ylabel("segkernels: peak MB beyond the inputs")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
-    caption = "Peak memory beyond the inputs, ours over torch's: below the line we need less."
+    caption = "Peak memory beyond the inputs. Below the line segkernels needs less than torch."
     return _plot("memory", caption, draw, (6.5, 4))
 
 
@@ -149,7 +150,7 @@ def _curve(name: str, cases: list[Case], run: Run) -> Plot:
         axes.minorticks_off()
         _log(axes, "y")
         axes.set_xlabel(over)
-        axes.set_ylabel("ms (median; shaded: middle half)")
+        axes.set_ylabel("ms (median; shaded: quartiles)")
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
     caption = f"{name}. {cases[0].info.get('source', '')}".strip()
@@ -163,7 +164,7 @@ def _log(
     text: Callable[[float], str] = lambda x: f"{x:g}",
     steps: Sequence[float] = (1, 2, 5),
 ) -> None:
-    """A logarithmic axis with labels at `steps` times each power of ten."""
+    """Make an axis logarithmic, with labels at `steps` times each power of ten."""
     axes.set(**{f"{which}scale": "log"})
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(LogLocator(subs=steps))

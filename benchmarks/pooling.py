@@ -1,4 +1,4 @@
-"""What the benchmarks of pooling and unpooling share: inputs, checks, and the torch peer."""
+"""Inputs, calls and checks shared by the benchmarks of pooling and unpooling."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from shapes import POOL, PoolShape, of_kinds
 from timing import clock
 
 
-def each_shape(shapes: Callable[[PoolShape], bool] = lambda _: True) -> pytest.MarkDecorator:
-    """Parametrises over the shapes of the run's device."""
-    return each(filter(shapes, of_kinds(POOL, clock.device.type == "cuda")))
+def each_shape(condition: Callable[[PoolShape], bool] = lambda _: True) -> pytest.MarkDecorator:
+    """Parametrise `shape` with the shapes of the run's device that fulfil a condition."""
+    return each(filter(condition, of_kinds(POOL, clock.device.type == "cuda")))
 
 
-def plane(shape: PoolShape, device: torch.device) -> torch.Tensor:
-    """Standard normal values."""
+def make_input(shape: PoolShape, device: torch.device) -> torch.Tensor:
+    """Standard normal values of shape [N, C, H, W]."""
     torch.manual_seed(0)
     size = (shape.batch, shape.channels, shape.height, shape.width)
     x = torch.randn(size, device=device).to(shape.kind.torch_dtype)
@@ -32,36 +32,36 @@ def window(shape: PoolShape) -> tuple[int, int, int]:
 
 
 def backward(out: torch.Tensor, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """The gradient of `x` for a fixed one of `out`, as a call."""
+    """A call of the backward of `out` to `x`, with a fixed gradient of `out`."""
     torch.manual_seed(1)
     grad = torch.randn_like(out)
     return lambda: torch.autograd.grad(out, x, grad, retain_graph=True)[0]
 
 
-def same(ours: torch.Tensor, theirs: torch.Tensor, shape: PoolShape) -> str:
-    """Holds `ours` against torch's, bit for bit.
+def check_equal(result: torch.Tensor, expected: torch.Tensor, shape: PoolShape) -> str:
+    """Check that `result` is equal to torch's.
 
     Returns:
-        What it was held against, for the report.
+        what the result was checked against, for the report.
     """
-    if not torch.equal(ours, theirs):
-        raise WrongResultError(f"{shape.name}: not torch's values")
+    if not torch.equal(result, expected):
+        raise WrongResultError(f"{shape.name}: result differs from torch's")
     return "torch, bit for bit"
 
 
-def as_close(ours: torch.Tensor, exact: torch.Tensor, shape: PoolShape) -> str:
-    """Holds `ours` against torch's in float64, within its dtype's rounding.
+def check_float64(result: torch.Tensor, exact: torch.Tensor, shape: PoolShape) -> str:
+    """Check `result` against torch's in float64, within the rounding of its dtype.
 
     Returns:
-        What it was held against, for the report.
+        what the result was checked against, for the report.
     """
-    worst = float((ours.double() - exact).abs().max() / exact.abs().max())
-    if not worst <= torch.finfo(ours.dtype).eps:
-        raise WrongResultError(f"{shape.name}: off torch in float64 by {worst:g}")
+    worst = float((result.double() - exact).abs().max() / exact.abs().max())
+    if not worst <= torch.finfo(result.dtype).eps:
+        raise WrongResultError(f"{shape.name}: error {worst:g} against torch in float64")
     return "torch in float64"
 
 
 def exact_pool_gradient(x: torch.Tensor, grad: torch.Tensor, shape: PoolShape) -> torch.Tensor:
-    """The pooling's gradient by torch in float64."""
+    """torch's gradient of max pooling in float64."""
     wide = x.detach().double().requires_grad_()
     return torch.autograd.grad(F.max_pool2d(wide, *window(shape)), wide, grad.double())[0]

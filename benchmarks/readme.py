@@ -1,34 +1,34 @@
-"""README's tables of speed, from the committed results."""
+"""Generates README's speed tables from the committed results."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from report import what
+from report import variant
 from results import OURS, Case, Run, load
 from tables import digits, geometric_mean, table
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 _SINGLE = f"{OURS}, 1 thread"
-_QUIET = 0.1
+_QUIET = 0.1  # cores used by other processes
 
 
 def slug(run: Run) -> str:
-    """The name of the folder of a device's results: "cpu", or the GPU's name."""
+    """Name of the results folder of a run's device: "cpu", or derived from the GPU's name."""
     if run.setting["device_kind"] != "cuda":
         return "cpu"
     return re.sub(r"[^a-z0-9]+", "-", run.setting["device"].lower()).strip("-")
 
 
 def committed(results: Path) -> list[Path]:
-    """Every results.json in the folder of results, the CPU's first."""
+    """All results.json files in the results folder, the CPU's first."""
     found = sorted(results.glob("*/results.json"))
     return sorted(found, key=lambda path: path.parent.name != "cpu")
 
 
 def block(results: Path) -> str:
-    """What stands between the markers: the tables of every committed run."""
+    """The text between the markers: the tables of all committed runs."""
     return "\n\n".join(part(load(path), path.parent.name) for path in committed(results))
 
 
@@ -36,10 +36,15 @@ def part(run: Run, folder: str) -> str:
     """The tables of one run."""
     pieces = []
     if crf := crf_cases(run):
-        pieces += ["`dense_crf` beside pydensecrf2:", _crf_table(run, crf)]
+        pieces += [
+            "`dense_crf` compared with pydensecrf2. `ratio` is pydensecrf2's time divided by "
+            "segkernels' time in the first time column:",
+            _crf_table(run, crf),
+        ]
     pieces += [
-        "Every operator beside torch: how many times as long torch takes, as the geometric mean "
-        "over the cases, and in the worst of them.",
+        "All operators compared with torch. `torch / segkernels` is torch's time divided by "
+        "segkernels' time, as the geometric mean over the cases (above 1: segkernels is faster); "
+        "`worst` is the lowest of these ratios:",
         _op_table(run),
         _setting(run, folder),
     ]
@@ -47,7 +52,7 @@ def part(run: Run, folder: str) -> str:
 
 
 def crf_cases(run: Run) -> list[Case]:
-    """The cases of the table of the CRF."""
+    """The cases of the CRF table."""
     return [
         case
         for case in run.cases
@@ -80,8 +85,12 @@ def _op_table(run: Run) -> str:
             ratios = [c.ratio("torch") for c in cases if c.test == test and "torch" in c.times]
             if ratios:
                 mean, worst = geometric_mean(ratios), min(ratios)
-                rows.append([op, what(op, test), str(len(ratios)), f"{mean:.2f}", f"{worst:.2f}"])
-    return table(["benchmark", "", "cases", "torch / segkernels", "worst"], rows, left=(0, 1))
+                rows.append(
+                    [op, variant(op, test), str(len(ratios)), f"{mean:.2f}", f"{worst:.2f}"]
+                )
+    return table(
+        ["benchmark", "variant", "cases", "torch / segkernels", "worst"], rows, left=(0, 1)
+    )
 
 
 def _setting(run: Run, folder: str) -> str:
@@ -104,7 +113,7 @@ def _setting(run: Run, folder: str) -> str:
     return (
         f"{device}; {', '.join(f'{k} {v}' for k, v in versions.items())}; {facts['date'][:10]}, "
         f"{facts['mode']} mode. Medians of {min(rounds)} to {max(rounds)} interleaved "
-        f"rounds{quiet}. pydensecrf2 has one thread. The whole: "
+        f"rounds{quiet}. pydensecrf2 uses one thread. Full report: "
         f"[benchmarks/results/{folder}/report.md](benchmarks/results/{folder}/report.md)."
     )
 
@@ -113,14 +122,14 @@ _NAMED = ("segkernels", "Python", "torch", "pydensecrf2")
 
 
 def between(text: str) -> str:
-    """What stands between the markers of a README."""
+    """The text between the markers of a README."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README must have {BEGIN} and {END} once each")
     return text.split(BEGIN)[1].split(END)[0].strip("\n")
 
 
 def put(path: Path, text: str) -> None:
-    """Put `text` between the markers of the file."""
+    """Write `text` between the markers of a file."""
     old = path.read_text(encoding="utf-8")
     between(old)
     head, rest = old.split(BEGIN)

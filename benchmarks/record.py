@@ -1,12 +1,12 @@
-"""Measures what is committed: benchmarks/results/<device>/ and the tables in README.md.
+"""Records the committed results: benchmarks/results/<device>/ and the speed tables of README.md.
 
-    python benchmarks/record.py                   runs all, on the GPU or, in quick mode, on the CPU
-    python benchmarks/record.py --from run.json   takes a run that was made before
+    python benchmarks/record.py                   run all benchmarks (on a CPU in quick mode)
+    python benchmarks/record.py --from run.json   use an existing run
 
 Writes results.json (pytest-benchmark's JSON, trimmed), report.md, report.html and plots/ to the
-device's folder, and README's part between its markers from every committed results.json. On the CPU
-it refuses a run in which other processes kept the cores busy while the dense CRF was timed, unless
-it is told to take it: then README says so.
+device's folder. Then writes README's tables from all committed results.json files. On the CPU, a
+run is refused if other processes used more than 0.1 cores while the dense CRF was timed. With
+--allow-busy it is recorded, and README states the load.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ import report
 from results import NotARunError, Run, load, trim
 
 HERE = Path(__file__).resolve().parent
-_QUIET = 0.1  # cores
+_QUIET = 0.1  # cores used by other processes
 
 
 def main(
     made: Annotated[
-        Path | None, typer.Option("--from", help="pytest-benchmark's JSON of a run.")
+        Path | None, typer.Option("--from", help="JSON file of an existing run.")
     ] = None,
     allow_busy: Annotated[
-        bool, typer.Option("--allow-busy", help="Take a run though other processes ran.")
+        bool,
+        typer.Option("--allow-busy", help="Record the run even if other processes used the cores."),
     ] = False,
     patience: Annotated[
-        float, typer.Option(help="Seconds to spend on waiting for quiet rounds.")
+        float, typer.Option(help="Seconds to spend on repeating disturbed rounds.")
     ] = 60.0,
-    results: Annotated[Path, typer.Option(help="The folder of results.")] = HERE / "results",
+    results: Annotated[Path, typer.Option(help="The results folder.")] = HERE / "results",
     page: Annotated[Path, typer.Option("--readme", help="The README to update.")] = HERE.parent
     / "README.md",
 ) -> None:
-    """Measure, and write the results, their report and README's tables."""
+    """Run the benchmarks; write results, report and README's tables."""
     run_json = made if made is not None else _measure(patience)
     try:
         run = load(run_json)
@@ -56,7 +57,7 @@ def main(
     if busy > _QUIET and not allow_busy:
         print(
             f"Not recorded: other processes used {busy:.2f} cores while the dense CRF was timed. "
-            f"Run it again on a quiet machine, or take it with --allow-busy --from {run_json}",
+            f"Run again on an idle machine, or record it with --allow-busy --from {run_json}",
             file=sys.stderr,
         )
         raise typer.Exit(1)
@@ -68,21 +69,21 @@ def main(
         plot.unlink()
     for path in (kept, *report.write(load(kept), folder)):
         print(path)
-    for plot in folder.glob("plots/*.png"):  # the pages use the SVGs
+    for plot in folder.glob("plots/*.png"):  # both reports use the SVGs
         plot.unlink()
     readme.put(page, readme.block(results))
     print(page)
 
 
 def busiest(run: Run) -> float:
-    """Cores that other processes used while the cases of README's table of the CRF were timed."""
+    """Most cores that other processes used while a case of README's CRF table was timed."""
     if run.setting["device_kind"] == "cuda":
         return 0.0
     return max((case.info["others_cores"] for case in readme.crf_cases(run)), default=0.0)
 
 
 def _measure(patience: float) -> Path:
-    """Run every benchmark; the JSON's path."""
+    """Run all benchmarks; return the path of the JSON."""
     target = Path(tempfile.mkdtemp(prefix="segkernels-bench-")) / "run.json"
     command = [
         sys.executable,
@@ -94,11 +95,14 @@ def _measure(patience: float) -> Path:
         f"--patience={patience:g}",
         "-q",
     ]
-    # OpenMP as a user has it who sets nothing.
+    # Measure with OpenMP's defaults.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run(command, cwd=HERE.parent, env=environment)
     if done.returncode != 0:
-        print(f"Not recorded: a benchmark failed; what there is is in {target}", file=sys.stderr)
+        print(
+            f"Not recorded: a benchmark failed. The partial results are in {target}",
+            file=sys.stderr,
+        )
         raise typer.Exit(done.returncode)
     return target
 

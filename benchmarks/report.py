@@ -1,9 +1,9 @@
-"""Reports of a run, from pytest-benchmark's JSON.
+"""Writes the report of a run from pytest-benchmark's JSON, or compares two runs.
 
     python benchmarks/report.py run.json -o report           report.md, report.html, plots/
     python benchmarks/report.py --compare before.json after.json
 
-The second prints what became slower beyond noise, and then ends with status 1 (see compare.py).
+The comparison ends with status 1 if a case became slower by more than the noise (see compare.py).
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from document import Block, Document, Heading, Listing, Table, Text, markdown, p
 from results import OURS, Case, NotARunError, Run, load
 from tables import digits, geometric_mean
 
-_LOSSES = 60  # rows, the worst first
+_MAX_SLOWER = 60  # rows
 
 
 def main(
-    run: Annotated[Path | None, typer.Argument(help="pytest-benchmark's JSON.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The report's folder.")] = Path(
+    run: Annotated[Path | None, typer.Argument(help="JSON file of a run.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the report.")] = Path(
         "benchmark-report"
     ),
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="Two runs: before and after.")
+        tuple[Path, Path] | None, typer.Option(help="Compare two JSON files: before and after.")
     ] = None,
 ) -> None:
     """Write the report of a run, or compare two."""
     if compare is not None:
         raise typer.Exit(print_comparison(*compare))
     if run is None:
-        raise typer.BadParameter("name the JSON of a run, or two of them with --compare")
+        raise typer.BadParameter("expected the JSON file of a run, or two with --compare")
     try:
         loaded = load(run)
     except NotARunError as error:
@@ -49,10 +49,10 @@ def main(
 
 
 def print_comparison(before: Path, after: Path) -> int:
-    """Print what changed from one run's JSON to another's.
+    """Print the changes between two runs.
 
     Returns:
-        The exit status: 1 where something became slower, 2 where they cannot be compared.
+        the exit status: 1 if a case became slower, 2 if the runs cannot be compared.
     """
     try:
         found = comparing.compare(load(before), load(after))
@@ -64,7 +64,7 @@ def print_comparison(before: Path, after: Path) -> int:
 
 
 def write(run: Run, folder: Path) -> list[Path]:
-    """Write report.md, report.html and the plots as SVG and PNG; the two pages' paths."""
+    """Write report.md, report.html and the plots; return the paths of the two reports."""
     document = build(run)
     drawings = folder / "plots"
     drawings.mkdir(parents=True, exist_ok=True)
@@ -78,28 +78,30 @@ def write(run: Run, folder: Path) -> list[Path]:
 
 
 def build(run: Run) -> Document:
-    """What a report says, in its order."""
-    import plots  # matplotlib takes seconds, and comparing needs none
+    """Build the report of a run."""
+    import plots  # importing matplotlib takes seconds, and a comparison does not need it
 
     drawn = {plot.name: plot for plot in plots.all_plots(run)}
-    blocks: list[Block] = [Listing(_setting(run)), *_warnings(run), *_losses(run)]
+    blocks: list[Block] = [Listing(_setting(run)), *_warnings(run), *_slower_cases(run)]
     blocks += [Heading("By operator: geometric means of the ratios"), *_by_op(run)]
     blocks += [drawn.pop(name) for name in ("ratios", "floors", "memory") if name in drawn]
     if drawn:
-        blocks += [Heading("Over size"), *drawn.values()]
+        blocks += [Heading("Scaling"), *drawn.values()]
     for op, cases in run.ops().items():
-        blocks += [Heading(f"{op}: every case"), _cases(cases, f"{len(cases)} cases")]
+        blocks += [Heading(f"{op}: all cases"), _cases(cases, f"{len(cases)} cases")]
     blocks += [*_missing(run), Heading("How this was measured"), Text(_HOW)]
     return Document(f"Speed of segkernels on {run.setting['device']}", blocks)
 
 
 _HOW = (
-    "Each case's result is held against another implementation first; a wrong one prints no time. "
-    "Then ours and every peer run in turns. Times are medians of the rounds; a ratio is a peer's "
-    "median over ours, above 1 where segkernels is faster. On CUDA: events around queued calls, a "
-    "cold L2 cache. On the CPU: the wall clock, warm caches. The floor is the larger of bytes "
-    "moved (each input read once, each output written once) over the copy rate, and of useful "
-    "products over the matmul rate, both measured in this run. benchmarks/README.md says more."
+    "Each result is first checked against another implementation; a case with a wrong result is "
+    "not timed. Then segkernels and all peers run alternately. Times are medians over the rounds. "
+    "A ratio is a peer's median divided by segkernels' median: above 1, segkernels is faster. On "
+    "CUDA, times are measured by events around queued calls, with a cold L2 cache; on the CPU by "
+    "the wall clock, with warm caches. The floor is a lower bound of the time: the larger of the "
+    "necessary bytes (each input read once, each output written once) divided by the copy rate, "
+    "and the necessary FLOPs divided by the matmul rate; both rates were measured in this run. "
+    "See benchmarks/README.md for details."
 )
 
 
@@ -130,42 +132,42 @@ def _setting(run: Run) -> list[str]:
 
 
 def _warnings(run: Run) -> list[Block]:
-    """Says so where other processes took part of the machine."""
+    """A warning if other processes used the machine."""
     busy = [case for case in run.cases if case.info.get("others_cores", 0) > 0.1]
     if not busy or run.setting["device_kind"] == "cuda":
         return []
     worst = max(case.info["others_cores"] for case in busy)
     return [
         Text(
-            f"The machine was not quiet: in {len(busy)} of {len(run.cases)} cases other processes "
-            f"used more than a tenth of a core, {worst:.1f} cores at worst. OpenMP's times mean "
-            "little then; ratios to peers with one thread least of all."
+            f"The machine was not idle: in {len(busy)} of {len(run.cases)} cases other processes "
+            f"used more than 0.1 cores, {worst:.1f} cores at worst. Times with several OpenMP "
+            "threads are then unreliable, and so are ratios to peers with one thread."
         )
     ]
 
 
-def _losses(run: Run) -> list[Block]:
-    """The cases in which a peer is faster, the worst first."""
+def _slower_cases(run: Run) -> list[Block]:
+    """The cases in which a peer is faster, the lowest ratio first."""
     notes = _notes(run)
     pairs = [
         (case, name)
         for cases in run.ops().values()
         for case in cases
-        for name in case.rivals
+        for name in case.peer_times
         if name not in notes
     ]
-    lost = sorted(
+    slower = sorted(
         ((c, n) for c, n in pairs if c.ratio(n) < 1), key=lambda pair: pair[0].ratio(pair[1])
     )
-    clear = sum(case.told_apart(name) for case, name in lost)
+    clear = sum(case.separated(name) for case, name in slower)
     blocks: list[Block] = [
         Heading("Where a peer is faster"),
         Text(
-            f"{len(lost)} of {len(pairs)} pairs of a case and a peer that does the same work; in "
-            f"{clear} of them the middle halves of the times do not meet, in the others they do."
+            f"In {len(slower)} of {len(pairs)} pairs of a case and a peer that does the same work, "
+            f"the peer is faster; in {clear} of them the interquartile ranges do not overlap."
         ),
     ]
-    if lost:
+    if slower:
         header = ["case", "segkernels ms", "peer", "peer ms", "ratio", "beyond noise"]
         rows = [
             [
@@ -174,13 +176,13 @@ def _losses(run: Run) -> list[Block]:
                 name,
                 digits(case.times[name].median),
                 _ratio(case.ratio(name)),
-                "yes" if case.told_apart(name) else "no",
+                "yes" if case.separated(name) else "no",
             ]
-            for case, name in lost[:_LOSSES]
+            for case, name in slower[:_MAX_SLOWER]
         ]
         blocks.append(Table(header, rows, left=(0, 2, 5)))
-    if len(lost) > _LOSSES:
-        blocks.append(Text(f"... and {len(lost) - _LOSSES} more, nearer to 1."))
+    if len(slower) > _MAX_SLOWER:
+        blocks.append(Text(f"... and {len(slower) - _MAX_SLOWER} more, with ratios nearer to 1."))
     return blocks
 
 
@@ -193,7 +195,7 @@ def _by_op(run: Run) -> list[Block]:
         for test in dict.fromkeys(case.test for case in cases):
             some = [case for case in cases if case.test == test]
             shares = [s for case in some if (s := case.info.get("share_of_floor"))]
-            cells = [op, what(op, test), str(len(some))]
+            cells = [op, variant(op, test), str(len(some))]
             for name in names:
                 there = [case.ratio(name) for case in some if name in case.times]
                 cells.append(_ratio(geometric_mean(there)) if there else "")
@@ -201,33 +203,33 @@ def _by_op(run: Run) -> list[Block]:
             rows.append(cells)
     marked = [f"{name} *" if name in notes else name for name in names]
     blocks: list[Block] = [
-        Table(["operator", "what", "cases", *marked, "share of floor"], rows, left=(0, 1))
+        Table(["benchmark", "variant", "cases", *marked, "share of floor"], rows, left=(0, 1))
     ]
     if notes:
-        blocks.append(Text("* Its work differs, see below."))
+        blocks.append(Text("* The work of this peer differs, see below."))
     return blocks
 
 
-def what(op: str, test: str) -> str:
-    """What of an operator a test function measures; nothing where it is the operator itself."""
+def variant(op: str, test: str) -> str:
+    """The part of an operator that a test measures, such as "backward"; "" for its forward."""
     return "" if test == op else test.removeprefix(f"{op}_").replace("_", " ")
 
 
 def _notes(run: Run) -> dict[str, str]:
-    """Peers whose work differs, and in what."""
+    """Peers whose work differs, with the difference."""
     return {
         name: note for case in run.cases for name, note in case.info.get("peers_notes", {}).items()
     }
 
 
 def _cases(cases: Sequence[Case], title: str) -> Table:
-    """Everything of the cases of an operator; columns that would be empty are left out."""
+    """Table of all figures of the cases of an operator, without empty columns."""
     names = list(dict.fromkeys(name for case in cases for name in case.times if name != OURS))
     columns: dict[str, list[str]] = {"case": [case.name for case in cases]}
     columns["segkernels ms"] = [digits(case.ours.median) for case in cases]
-    columns["middle half"] = [f"{digits(c.ours.low)}-{digits(c.ours.high)}" for c in cases]
+    columns["quartiles"] = [f"{digits(c.ours.low)}-{digits(c.ours.high)}" for c in cases]
     for name in names:
-        columns[f"{name} ms"] = [_of(case, name) for case in cases]
+        columns[f"{name} ms"] = [_milliseconds(case, name) for case in cases]
         columns[f"ratio to {name}"] = [
             _ratio(case.ratio(name)) if name in case.times else "" for case in cases
         ]
@@ -242,16 +244,20 @@ def _cases(cases: Sequence[Case], title: str) -> Table:
             digits(g) if isinstance(g, float) else (g or "") for g in graphs
         ]
     columns["rounds"] = [str(case.rounds) for case in cases]
-    columns["others' cores"] = [f"{case.info.get('others_cores', 0):.2f}" for case in cases]
+    columns["cores used by others"] = [f"{case.info.get('others_cores', 0):.2f}" for case in cases]
     columns["checked against"] = [case.info.get("checked_against", "") for case in cases]
-    columns["size from"] = [case.info.get("source", "") for case in cases]
+    columns["source of the size"] = [case.info.get("source", "") for case in cases]
     kept = {name: cells for name, cells in columns.items() if any(cells)}
-    left = [i for i, name in enumerate(kept) if name in ("case", "checked against", "size from")]
+    left = [
+        i
+        for i, name in enumerate(kept)
+        if name in ("case", "checked against", "source of the size")
+    ]
     rows = list(zip(*kept.values(), strict=True))
     return Table(list(kept), rows, left=left, folded=title)
 
 
-def _of(case: Case, name: str) -> str:
+def _milliseconds(case: Case, name: str) -> str:
     return digits(case.times[name].median) if name in case.times else ""
 
 
@@ -261,12 +267,12 @@ def _floor(case: Case) -> str:
 
 
 def _ratio(value: float) -> str:
-    """Two digits below ten, so that 0.996 is not shown as 1.0."""
+    """Format a ratio; two decimals below ten, so that 0.996 is not shown as 1.0."""
     return f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
 
 
 def _missing(run: Run) -> list[Block]:
-    """Peers that were not timed, and in what those that were differ."""
+    """Peers that were not timed, and peers whose work differs."""
     why: dict[str, int] = {}
     for case in run.cases:
         for name, reason in case.info.get("peers_missing", {}).items():
@@ -276,7 +282,7 @@ def _missing(run: Run) -> list[Block]:
     blocks: list[Block] = []
     if why:
         lines = [f"{line} ({count} cases)" for line, count in sorted(why.items())]
-        blocks += [Heading("Peers that are missing, and why"), Listing(lines)]
+        blocks += [Heading("Missing peers"), Listing(lines)]
     if notes:
         blocks += [Heading("Peers whose work differs"), Listing(sorted(notes))]
     return blocks

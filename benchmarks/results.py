@@ -1,4 +1,4 @@
-"""What pytest-benchmark's JSON says of a run, made ready for reports."""
+"""Reads runs from pytest-benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DIGITS = 4
 
 @dataclass(frozen=True)
 class Time:
-    """Of one implementation, in milliseconds: first quartile, median, third quartile."""
+    """Times of one implementation in milliseconds: first quartile, median, third quartile."""
 
     low: float
     median: float
@@ -21,7 +21,7 @@ class Time:
 
     @property
     def noise(self) -> float:
-        """Half of the middle half's width, over the median."""
+        """Half of the interquartile range divided by the median."""
         return (self.high - self.low) / 2 / self.median
 
 
@@ -30,12 +30,13 @@ class Case:
     """One benchmark.
 
     Attributes:
-        key: pytest's name of it, the same in every run.
-        op: of which bench file.
-        test: of which test function in it.
-        name: in words.
-        times: by implementation; ours is `OURS`.
-        info: all else that `measure` noted.
+        key: pytest's test id, the same in every run.
+        op: name of the bench file, without "bench_".
+        test: name of the test function, without "test_".
+        name: name in reports.
+        times: by implementation; `OURS` is segkernels.
+        rounds: number of rounds.
+        info: all other entries of `extra_info`.
     """
 
     key: str
@@ -48,32 +49,32 @@ class Case:
 
     @property
     def ours(self) -> Time:
-        """The time of ours."""
+        """The time of segkernels."""
         return self.times[OURS]
 
     @property
-    def rivals(self) -> dict[str, Time]:
-        """The times of others: not of ours with another setting."""
+    def peer_times(self) -> dict[str, Time]:
+        """The times of other implementations, without segkernels in other settings."""
         return {name: t for name, t in self.times.items() if not name.startswith(OURS)}
 
     def ratio(self, name: str) -> float:
-        """How many times as long as ours an implementation takes."""
+        """Median time of an implementation divided by that of segkernels."""
         return self.times[name].median / self.ours.median
 
-    def told_apart(self, name: str) -> bool:
-        """Whether the middle halves of its times and of ours do not meet."""
+    def separated(self, name: str) -> bool:
+        """Whether its interquartile range and that of segkernels do not overlap."""
         return self.times[name].low > self.ours.high or self.times[name].high < self.ours.low
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: what it was made on, and its cases."""
+    """A run: its setting (device, versions, command) and its cases."""
 
     setting: dict[str, Any]
     cases: list[Case]
 
     def ops(self) -> dict[str, list[Case]]:
-        """Cases by operator, but for those that only draw a curve."""
+        """Cases by operator, without the points of scaling curves."""
         found: dict[str, list[Case]] = {}
         for case in self.cases:
             if "curve" not in case.info:
@@ -81,9 +82,9 @@ class Run:
         return found
 
     def peers(self, cases: list[Case] | None = None) -> list[str]:
-        """Names of the other implementations, in the order in which they come."""
-        among = self.cases if cases is None else cases
-        return list(dict.fromkeys(name for case in among for name in case.times if name != OURS))
+        """Names of the other implementations, in order of appearance."""
+        cases = self.cases if cases is None else cases
+        return list(dict.fromkeys(name for case in cases for name in case.times if name != OURS))
 
 
 class NotARunError(Exception):
@@ -91,7 +92,7 @@ class NotARunError(Exception):
 
 
 def load(path: Path) -> Run:
-    """Read pytest-benchmark's JSON, or what `trim` left of it."""
+    """Read pytest-benchmark's JSON, complete or reduced by `trim`."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return Run(data["segkernels"], [_case(entry) for entry in data["benchmarks"]])
@@ -99,19 +100,15 @@ def load(path: Path) -> Run:
         raise NotARunError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise NotARunError(
-            f"{path} is not the JSON of a run of these benchmarks ({_said(error)}); "
-            "pytest benchmarks --benchmark-only --benchmark-json=FILE writes one"
+            f"{path} is not the JSON of a run of these benchmarks ({type(error).__name__}: "
+            f"{error}); pytest benchmarks --benchmark-only --benchmark-json=FILE writes one"
         ) from error
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _case(entry: dict[str, Any]) -> Case:
     info = dict(entry["extra_info"])
     path, _, test = entry["fullname"].partition("::")
-    times = {name: Time(*spread) for name, spread in info.pop("times_ms").items()}
+    times = {name: Time(*quartiles) for name, quartiles in info.pop("times_ms").items()}
     return Case(
         key=f"{Path(path).name}::{test}",
         op=Path(path).stem.removeprefix("bench_"),
@@ -124,7 +121,7 @@ def _case(entry: dict[str, Any]) -> Case:
 
 
 def trim(path: Path) -> dict[str, Any]:
-    """What of pytest-benchmark's JSON is worth keeping: no names of machines, no single rounds."""
+    """Reduce pytest-benchmark's JSON to what is committed: no host names, no single rounds."""
     data = json.loads(path.read_text(encoding="utf-8"))
     entries = [
         {
@@ -134,8 +131,8 @@ def trim(path: Path) -> dict[str, Any]:
         }
         for entry in data["benchmarks"]
     ]
-    kept: dict[str, Any] = _rounded({"segkernels": data["segkernels"], "benchmarks": entries})
-    return kept
+    trimmed: dict[str, Any] = _rounded({"segkernels": data["segkernels"], "benchmarks": entries})
+    return trimmed
 
 
 def _rounded(value: Any) -> Any:

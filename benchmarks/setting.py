@@ -1,4 +1,4 @@
-"""What a run was made on and with: device, driver, versions, commit, command."""
+"""The setting of a run: device, driver, versions, commit, command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 def collect(device: torch.device, quick: bool) -> dict[str, Any]:
-    """The facts that a report begins with, JSON's types only."""
+    """The setting at the top of a report, as JSON types."""
     cuda = device.type == "cuda"
     facts: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if cuda else cpu_name(),
@@ -49,7 +49,7 @@ def collect(device: torch.device, quick: bool) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of segkernels, Python, torch, and of the peers that are installed."""
+    """Versions of segkernels, Python, torch and the installed peers."""
     found = {
         "segkernels": segkernels.__version__,
         "Python": platform.python_version(),
@@ -64,23 +64,23 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command of this process, as it would be typed in the repository's root."""
+    """The command of this process, as run from the repository's root."""
     name, *rest = sys.argv
     path = Path(name)
     if path.name == "__main__.py":
         start = f"python -m {path.parent.name}"
     else:
         start = path.name if path.suffix != ".py" else f"python {path.parent.name}/{path.name}"
-    # Where this machine keeps its files is nobody else's matter.
+    # Remove paths of this machine.
     rest = [re.sub(r"=/.*/", "=", argument) for argument in rest]
     return " ".join([start, *map(shlex.quote, rest)])
 
 
 def commit() -> str:
-    """The source's commit, with "+ changes" where files differ from it; "unknown" outside git."""
+    """The current commit, with " + changes" if files differ from it; "unknown" outside git."""
     try:
         head = _git("rev-parse", "HEAD")
-        # What a run itself writes is no change of what was measured.
+        # Ignore the files that a run itself writes.
         changed = _git("status", "--porcelain", "--", "..", ":!results", ":!../README.md")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -109,6 +109,6 @@ def driver() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name."""
+    """Name of the CPU."""
     name: str = info.collect()["devices"][0]["name"]
     return name

@@ -1,7 +1,7 @@
-"""The sizes that are measured, and where each comes from.
+"""The sizes that are measured, with their sources.
 
-A shape says whether quick mode keeps it. Of batch, dtype and layout not every combination is
-measured, but those of `kinds`.
+`quick` marks the shapes that quick mode runs. Of all combinations of batch, dtype and layout, those
+of `kinds` are measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Kind:
-    """How a shape is laid out: its whole batch or one picture, its dtype and its layout."""
+    """Batch (the shape's or a single image), dtype and layout of a case."""
 
     batched: bool
     dtype: str  # torch's name
@@ -40,7 +40,7 @@ _MAIN = Kind(True, "bfloat16", "NHWC", quick=True)
 
 
 def kinds(cuda: bool) -> tuple[Kind, ...]:
-    """Those of a run: on the CPU one picture, for there a batch is one after the other."""
+    """The kinds of a run; on the CPU mostly single images, since a batch runs image by image."""
     if cuda:
         return (
             _MAIN,
@@ -61,7 +61,7 @@ def kinds(cuda: bool) -> tuple[Kind, ...]:
 
 @dataclass(frozen=True)
 class CrfShape:
-    """One dense CRF: pictures of H x W with C classes, and iterations of mean field."""
+    """One dense CRF: images of H x W, C classes, and the number of mean-field iterations."""
 
     height: int
     width: int
@@ -82,15 +82,15 @@ class CrfShape:
 
 
 CRF = (
-    CrfShape(240, 320, 2, 5, "pydensecrf's example: its picture's size, 5 iterations, two labels"),
+    CrfShape(240, 320, 2, 5, "pydensecrf's example: its image size, 5 iterations, two labels"),
     CrfShape(512, 512, 21, 10, "PASCAL VOC: 20 classes and background; DeepLab's 10 iterations"),
-    CrfShape(1024, 1024, 21, 10, "the same at four times the pixels, for scaling"),
+    CrfShape(1024, 1024, 21, 10, "the PASCAL VOC case with four times the pixels, for scaling"),
 )
 
-# Only where there is a GPU: on the CPU a batch is the images one after the other.
+# Only on a GPU: on the CPU a batch is computed image by image.
 CRF_BATCHED = (
-    CrfShape(240, 320, 2, 5, "pydensecrf's example, eight pictures in one call", batch=8),
-    CrfShape(512, 512, 21, 10, "the PASCAL VOC case, eight pictures in one call", batch=8),
+    CrfShape(240, 320, 2, 5, "pydensecrf's example, eight images in one call", batch=8),
+    CrfShape(512, 512, 21, 10, "the PASCAL VOC case, eight images in one call", batch=8),
 )
 
 CRF_TRAINING = (
@@ -100,7 +100,7 @@ CRF_TRAINING = (
 
 @dataclass(frozen=True)
 class FilterShape:
-    """One filter: a picture of H x W, its kind of features, and channels of values."""
+    """One filter: an image of H x W, the kind of features, and the channels of the values."""
 
     height: int
     width: int
@@ -121,24 +121,26 @@ class FilterShape:
 FILTER = (
     FilterShape(512, 512, "spatial", 21, "the dense CRF's smoothing term at 512 x 512 x 21"),
     FilterShape(512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21"),
-    FilterShape(512, 512, "bilateral", 3, "bilateral filtering of a colour picture"),
+    FilterShape(512, 512, "bilateral", 3, "bilateral filtering of a colour image"),
 )
 
-# The exact filter takes the square of the pixels.
+# The exact filter takes time quadratic in the pixels.
 EXACT = (
-    FilterShape(120, 160, "bilateral", 2, "a quarter of the picture below, for a CPU"),
+    FilterShape(
+        120, 160, "bilateral", 2, "pydensecrf's example at a quarter of the pixels, for a CPU"
+    ),
     FilterShape(
         240, 320, "bilateral", 2, "the dense CRF's colour term, pydensecrf's example", quick=False
     ),
     FilterShape(
-        240, 320, "bilateral", 16, "the same with 16 labels, as the H100 probe had it", quick=False
+        240, 320, "bilateral", 16, "the dense CRF's colour term with 16 labels", quick=False
     ),
     FilterShape(
         512, 512, "bilateral", 21, "the dense CRF's colour term at 512 x 512 x 21", quick=False
     ),
 )
 EXACT_CRF = (
-    CrfShape(120, 160, 2, 5, "a quarter of the picture below, for a CPU"),
+    CrfShape(120, 160, 2, 5, "pydensecrf's example at a quarter of the pixels, for a CPU"),
     CrfShape(240, 320, 2, 10, "pydensecrf's example, 10 iterations", quick=False),
     CrfShape(512, 512, 21, 10, "the PASCAL VOC case", quick=False),
 )
@@ -146,7 +148,7 @@ EXACT_CRF = (
 
 @dataclass(frozen=True)
 class PoolShape:
-    """One pooling of planes of H x W: its window and stride."""
+    """One pooling of maps of H x W: window, stride and padding."""
 
     batch: int
     channels: int
@@ -166,21 +168,21 @@ class PoolShape:
 
     @property
     def values(self) -> int:
-        """Elements of the plane's side."""
+        """Number of input elements."""
         return self.batch * self.channels * self.height * self.width
 
 
 POOL = (
     PoolShape(8, 64, 360, 480, 2, 2, 0, "SegNet's and DeconvNet's first pooling at CamVid's size"),
     PoolShape(8, 256, 128, 128, 2, 2, 0, "a U-Net's pooling", quick=False),
-    PoolShape(8, 512, 45, 61, 2, 2, 0, "an odd size, as SegNet's fourth pooling has it"),
+    PoolShape(8, 512, 45, 61, 2, 2, 0, "an odd size, as in SegNet's fourth pooling"),
     PoolShape(8, 64, 257, 257, 3, 2, 1, "ResNet's overlapping pooling at a crop of 513"),
 )
 
 
 @dataclass(frozen=True)
 class UpShape:
-    """N maps of C channels (classes), from (h, w) to (H, W)."""
+    """Resampling of [N, C, h, w] to [N, C, H, W]."""
 
     batch: int
     channels: int
@@ -200,8 +202,8 @@ _VOC = "PASCAL VOC crops of 513 at output stride 8: DeepLab's last layer"
 _CITY = "Cityscapes, 19 classes, DeepLabv3+ and DilatedNet at full size"
 UPSAMPLE = (
     UpShape(8, 21, (65, 65), (513, 513), _VOC),
-    UpShape(8, 256, (33, 33), (129, 129), "DeepLabv3+'s decoder: features by 4"),
-    UpShape(8, 256, (65, 65), (130, 130), "a U-Net's or FPN's step by 2", quick=False),
+    UpShape(8, 256, (33, 33), (129, 129), "DeepLabv3+'s decoder: features upsampled by 4"),
+    UpShape(8, 256, (65, 65), (130, 130), "upsampling by 2 in a U-Net or FPN", quick=False),
     UpShape(4, 19, (256, 512), (1024, 2048), _CITY, quick=False),
     UpShape(8, 21, (513, 513), (129, 129), "downsampling"),
 )
@@ -214,7 +216,7 @@ TAIL = (
 
 @dataclass(frozen=True)
 class ConvShape:
-    """One dilated convolution that keeps the size: its padding is dilation * (kernel - 1) / 2."""
+    """One dilated convolution with padding dilation * (kernel - 1) / 2, which keeps the size."""
 
     batch: int
     channels: int
@@ -237,7 +239,7 @@ class ConvShape:
         return self.dilation * (self.kernel - 1) // 2
 
     def useful_flops(self) -> int:
-        """Multiplications and additions whose input lies inside the picture."""
+        """FLOPs without those on padding; a multiply-add counts as two."""
         pairs = 1
         for size in (self.height, self.width):
             shifts = [k * self.dilation - self.padding for k in range(self.kernel)]
@@ -247,7 +249,9 @@ class ConvShape:
 
 _ASPP = "DeepLabv3's ASPP on ResNet's 2048 channels"
 CONV = (
-    ConvShape(8, 2048, 256, 65, 65, 6, f"{_ASPP}: 513 at output stride 8, rate of stride 16"),
+    ConvShape(
+        8, 2048, 256, 65, 65, 6, f"{_ASPP}: 513 at output stride 8, with a rate of output stride 16"
+    ),
     ConvShape(8, 2048, 256, 65, 65, 12, f"{_ASPP}: 513 at output stride 8"),
     ConvShape(8, 2048, 256, 65, 65, 24, f"{_ASPP}: 513 at output stride 8", quick=False),
     ConvShape(8, 2048, 256, 65, 65, 36, f"{_ASPP}: 513 at output stride 8", quick=False),
@@ -255,19 +259,19 @@ CONV = (
     ConvShape(8, 512, 512, 65, 65, 4, "ResNet's last stage, dilated by 4"),
     ConvShape(8, 256, 256, 65, 65, 2, "ResNet's third stage, dilated by 2", quick=False),
     ConvShape(8, 512, 1024, 41, 41, 12, "DeepLab-LargeFOV's fc6 on VGG's 512 channels, crop 321"),
-    ConvShape(8, 2048, 21, 65, 65, 24, "DeepLabv2's ASPP: 21 classes a branch", quick=False),
+    ConvShape(8, 2048, 21, 65, 65, 24, "DeepLabv2's ASPP: 21 classes per branch", quick=False),
     ConvShape(8, 21, 21, 64, 64, 8, "DilatedNet's context module, Basic, 21 classes"),
     ConvShape(4, 19, 19, 128, 256, 8, "DilatedNet's context module, Cityscapes", quick=False),
-    ConvShape(1, 2048, 256, 65, 65, 12, f"{_ASPP}: one picture", quick=False),
-    ConvShape(1, 2048, 256, 128, 256, 12, f"{_ASPP}: one picture of Cityscapes", quick=False),
+    ConvShape(1, 2048, 256, 65, 65, 12, f"{_ASPP}: one image", quick=False),
+    ConvShape(1, 2048, 256, 128, 256, 12, f"{_ASPP}: one image of Cityscapes", quick=False),
 )
 
 
 def convs(cuda: bool) -> tuple[ConvShape, ...]:
     """The convolutions of a run.
 
-    On CUDA each in 16-bit channels_last, those of quick mode in the other kinds too. On the CPU one
-    picture: in full mode as they are, in quick mode with an eighth of the channels of wide ones.
+    On CUDA: all in bfloat16 channels_last, and those of quick mode in the other kinds too. On the
+    CPU: single images; in quick mode, 256 or more channels are reduced to an eighth.
     """
     if cuda:
         others = [shape for shape in CONV if shape.quick]
@@ -287,7 +291,7 @@ def convs(cuda: bool) -> tuple[ConvShape, ...]:
 
 
 def dilations(cuda: bool) -> tuple[ConvShape, ...]:
-    """DeepLabv3's branch over its dilation; on the CPU one picture, an eighth of the channels."""
+    """DeepLabv3's ASPP branch with varying dilation; on the CPU one image, 1/8 of the channels."""
     batch, channels, out = (8, 2048, 256) if cuda else (1, 256, 32)
     kind = _MAIN if cuda else Kind(False, "float32", "NHWC")
     source = f"{batch} x {channels} x 65 x 65 to {out}, {kind.name}"
@@ -301,25 +305,25 @@ def _eighth(channels: int) -> int:
     return channels // 8 if channels >= 256 else channels
 
 
-_Laid = TypeVar("_Laid", PoolShape, UpShape, ConvShape, "AsppShape", "ContextShape")
+_Shape = TypeVar("_Shape", PoolShape, UpShape, ConvShape, "AsppShape", "ContextShape")
 
 
-def of_kinds(shapes: Iterable[_Laid], cuda: bool) -> Iterator[_Laid]:
-    """Every shape in every kind of the run's device, without doubles."""
+def of_kinds(shapes: Iterable[_Shape], cuda: bool) -> Iterator[_Shape]:
+    """Each shape in each kind of the run's device, without duplicates."""
     seen = set()
     for shape in shapes:
         for kind in kinds(cuda):
             batch = shape.batch if kind.batched else 1
             quick = shape.quick and kind.quick
-            laid = replace(shape, batch=batch, kind=kind, quick=quick)
-            if laid.name not in seen:
-                seen.add(laid.name)
-                yield laid
+            variant = replace(shape, batch=batch, kind=kind, quick=quick)
+            if variant.name not in seen:
+                seen.add(variant.name)
+                yield variant
 
 
 @dataclass(frozen=True)
 class AsppShape:
-    """One ASPP of a map of H x W: its form and rates."""
+    """One ASPP on maps of H x W: form and rates."""
 
     batch: int
     channels: int
@@ -338,7 +342,7 @@ class AsppShape:
         return f"{self.form}-{sizes}-r{'.'.join(map(str, self.rates))}-{self.kind.name}"
 
     def useful_flops(self) -> int:
-        """Of the 3x3 branches and v3's 1x1 ones, the image pooling's left out."""
+        """FLOPs of the 3x3 branches and v3's 1x1 convolutions, without the image pooling."""
         size = (self.channels, self.out_channels, self.height, self.width)
         flops = sum(ConvShape(self.batch, *size, rate, "").useful_flops() for rate in self.rates)
         if self.form == "v3":
@@ -358,7 +362,7 @@ ASPP = (
 
 
 def aspps(cuda: bool) -> tuple[AsppShape, ...]:
-    """The pyramids of a run; on the CPU with an eighth of the wide channels in quick mode."""
+    """The ASPP cases of a run; on the CPU in quick mode, with 1/8 of 256 or more channels."""
     if cuda:
         return tuple(of_kinds(ASPP, cuda))
     narrow = [
@@ -375,7 +379,7 @@ def aspps(cuda: bool) -> tuple[AsppShape, ...]:
 
 @dataclass(frozen=True)
 class ContextShape:
-    """DilatedNet's context module on scores of H x W."""
+    """DilatedNet's context module on class scores of H x W."""
 
     batch: int
     classes: int
@@ -391,10 +395,10 @@ class ContextShape:
         return f"{size}-{self.kind.name}"
 
 
-_SCORES = "DilatedNet's context module, Basic, on scores of an eighth of"
+_SCORES = "DilatedNet's context module, Basic, on scores at 1/8 of"
 CONTEXT = (
     ContextShape(8, 21, 64, 64, f"{_SCORES} crops of 512, PASCAL VOC"),
-    ContextShape(4, 19, 128, 256, f"{_SCORES} Cityscapes' pictures", quick=False),
+    ContextShape(4, 19, 128, 256, f"{_SCORES} Cityscapes' images", quick=False),
 )
 
 
@@ -433,9 +437,10 @@ MODELS = (
 
 
 def model_shapes(cuda: bool) -> tuple[ModelShape, ...]:
-    """The models of a run: on CUDA in bfloat16, whole batches and, of two, single images.
+    """The models of a run.
 
-    On the CPU narrow ones on small images, in float32.
+    On CUDA: in bfloat16, with the papers' batches, and two of them also with single images. On the
+    CPU: in float32, with a quarter of the channels, on small images.
     """
     if cuda:
         return (*MODELS, *(replace(shape, batch=1) for shape in MODELS if shape.quick))

@@ -1,4 +1,4 @@
-"""The table that a run prints at its end."""
+"""The table printed at the end of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tables import milliseconds, table
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line a case: ours, each peer with its ratio, the share of the floor, the peak memory."""
+    """One line per case: times, ratios to the peers, share of the floor, peak memory."""
     names = list(dict.fromkeys(name for row in rows for name in row.peers))
     header = ["case", "segkernels ms"]
     for name in names:
@@ -19,9 +19,9 @@ def summary(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [row.case, milliseconds(row.seconds)]
         for name in names:
-            there = row.peers.get(name)
+            peer = row.peers.get(name)
             cells += (
-                ["", ""] if there is None else [milliseconds(there), f"{there / row.seconds:.1f}x"]
+                ["", ""] if peer is None else [milliseconds(peer), f"{peer / row.seconds:.1f}x"]
             )
         cells.append("" if row.floor is None else f"{row.floor.seconds / row.seconds:.1%}")
         cells.append("" if row.peak is None else f"{row.peak / 1e6:.0f}")

@@ -1,4 +1,4 @@
-"""Tables and numbers as text."""
+"""Formatting of tables and figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """A Markdown table; the columns in `left` are text, the others numbers, to the right."""
+    """A Markdown table; the columns in `left` are left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -22,16 +22,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
 
 
 def digits(value: float) -> str:
-    """Three digits, without an exponent."""
+    """Format with three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, without an exponent."""
+    """Format seconds as milliseconds, as `digits` does."""
     return digits(1e3 * seconds)
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """Of positive numbers; NaN where there are none."""
+    """Geometric mean of positive values; NaN for no values."""
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan

@@ -1,4 +1,4 @@
-"""Clocks. On the CPU the wall clock; on CUDA events around each call, with a cold L2 cache."""
+"""Timing: the wall clock on the CPU; on CUDA, events around each call, with a cold L2 cache."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ import torch
 
 Call = Callable[[], Any]
 
-_QUEUED = 10  # calls between two synchronisations, so that launches are not waited for
-_QUEUE_SECONDS = 0.02  # unless they take longer than this together
+_QUEUED = 10  # calls between two synchronisations, which hides launch latency
+_QUEUE_SECONDS = 0.02  # queue fewer calls if together they take longer
 _WARM_UP = 3
-_SLOW = 1.0  # seconds: a call that takes longer is warm after one
+_SLOW = 1.0  # seconds: longer calls are warmed up by one call
 _STAT = Path("/proc/stat")
-_FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
-_FLUSH_SECONDS = 2e-4  # about what overwriting that takes, and queueing it
-_SHORTEST = 2e-4  # seconds: faster calls are repeated within one reading of the wall clock
-_BLOCK = 0.5  # seconds: the counts of busy time are in hundredths,
-_WATCHED = 0.2  # and over less than this they tell nothing
-#: Cores that other processes may use while times are taken that are to be published.
+_FLUSH_BYTES = 256 * 2**20  # larger than any L2 cache
+_FLUSH_SECONDS = 2e-4  # approximate time to overwrite that buffer
+_SHORTEST = 2e-4  # seconds: shorter calls are repeated within one wall-clock reading
+# Linux counts busy time in units of 10 ms, so the load of other processes is only evaluated over
+# blocks of rounds (_BLOCK seconds) and at least over _WATCHED seconds.
+_BLOCK = 0.5
+_WATCHED = 0.2
+#: Most cores that other processes may use during a measurement that is published.
 QUIET = 0.1
 
 
 class Clock:
-    """The timer that pytest-benchmark reads, in seconds.
+    """The timer of pytest-benchmark, in seconds.
 
-    It stands still but for `forward`: a round's time is taken by `device_time`, among the peers'
-    times, and then handed to pytest-benchmark.
+    It only changes through `advance`. `device_time` measures each round, alternating with the
+    peers; afterwards `advance` passes the measured times to pytest-benchmark.
     """
 
-    __name__ = "timing.clock"  # what pytest-benchmark writes of a timer
+    __name__ = "timing.clock"  # shown by pytest-benchmark
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -44,8 +46,8 @@ class Clock:
     def __call__(self) -> float:
         return self._now
 
-    def forward(self, seconds: float) -> None:
-        """Let that much time pass."""
+    def advance(self, seconds: float) -> None:
+        """Advance the clock."""
         self._now += seconds
 
 
@@ -54,12 +56,12 @@ clock = Clock()
 
 @dataclass
 class Rounds:
-    """Times in which every implementation ran once a round.
+    """Times of rounds in which every implementation ran once.
 
     Attributes:
-        times: seconds of each kept round, by name.
-        others: cores that other processes used meanwhile.
-        thrown: rounds that were not kept, because others used more than `QUIET` cores.
+        times: seconds of each round, by implementation.
+        others: cores that other processes used during these rounds.
+        thrown: number of discarded rounds, in which others used more than `QUIET` cores.
     """
 
     times: dict[str, list[float]]
@@ -71,18 +73,18 @@ class Rounds:
 def interleave(
     runs: Mapping[str, Callable[[], float]], rounds: int, patience: float = 0.0
 ) -> tuple[Rounds, float]:
-    """Takes `rounds` times of each of `runs`, in turns, the order turned round each time.
+    """Measure `rounds` rounds of all `runs`; the order is reversed after each round.
 
-    What other processes used is judged over blocks of rounds of half a second at least. While
-    there is patience, a block in which they used more than `QUIET` cores is taken again.
+    The load of other processes is evaluated over blocks of rounds. As long as there is patience, a
+    block in which they used more than `QUIET` cores is discarded and repeated.
 
     Args:
-        runs: by name, what takes one time of an implementation, in seconds.
-        rounds: how many of each.
-        patience: seconds that may be spent on rounds that are thrown away.
+        runs: by name, a function that measures one call of an implementation, in seconds.
+        rounds: number of rounds.
+        patience: seconds that may be spent on discarded rounds.
 
     Returns:
-        The rounds, and the patience that is left.
+        the rounds, and the remaining patience.
     """
     kept = Rounds({name: [] for name in runs})
     order = list(runs)
@@ -109,11 +111,11 @@ def interleave(
 
 
 def event_times(call: Call, device: torch.device, count: int) -> list[float]:
-    """Seconds of each of `count` calls on the current stream of a CUDA device.
+    """Time of each of `count` calls on the current stream of a CUDA device, in seconds.
 
-    As in `triton.testing.do_bench`: all calls are queued, a large buffer is overwritten before each
-    one, so that it finds none of its data in the L2 cache, and nothing is read before the end. A
-    call that synchronises waits for the queue, and its time then includes that of the host.
+    As in `triton.testing.do_bench`, all calls are queued; before each one a large buffer is
+    overwritten, so that the L2 cache is cold; and events are read at the end. A call that
+    synchronises waits for the queue, so its time includes host time.
     """
     flush = torch.empty(_FLUSH_BYTES // 4, dtype=torch.int32, device=device)
     starts = [torch.cuda.Event(enable_timing=True) for _ in range(count)]
@@ -129,14 +131,14 @@ def event_times(call: Call, device: torch.device, count: int) -> list[float]:
 
 
 def device_time(call: Call, about: float = 0.0) -> float:
-    """Seconds of one call on the device of this run.
+    """Time of one call on the device of this run, in seconds.
 
-    On CUDA the median of several that are queued, on the CPU by the wall clock.
+    On CUDA the median of several queued calls; on the CPU by the wall clock.
 
     Args:
-        call: what is timed.
-        about: about how long it takes, by which long calls are queued fewer at a time, and short
-            ones on the CPU repeated.
+        call: the call to time.
+        about: estimate of its time in seconds, which determines how many calls are queued on CUDA
+            or repeated on the CPU.
     """
     if clock.device.type != "cuda":
         return wall_time(call, _count(about))
@@ -144,21 +146,21 @@ def device_time(call: Call, about: float = 0.0) -> float:
 
 
 def cost(about: float) -> float:
-    """What `device_time` takes, of a call that takes about so long."""
+    """Time that `device_time` needs for a call that takes `about` seconds."""
     if clock.device.type != "cuda":
         return about * _count(about)
     return _count(about) * (about + _FLUSH_SECONDS)
 
 
 def _count(about: float) -> int:
-    """Calls within one reading of the clock."""
+    """Number of calls in one measurement."""
     if clock.device.type != "cuda":
         return max(1, int(_SHORTEST / about)) if about else 1
     return max(1, min(_QUEUED, int(_QUEUE_SECONDS / about))) if about else _QUEUED
 
 
 def wall_time(call: Call, repeat: int = 1) -> float:
-    """Seconds of one call by the wall clock, the mean of `repeat` in a row."""
+    """Time of one call by the wall clock in seconds, as the mean of `repeat` calls."""
     start = time.perf_counter()
     for _ in range(repeat):
         call()
@@ -166,10 +168,10 @@ def wall_time(call: Call, repeat: int = 1) -> float:
 
 
 def host_time(call: Call, device: torch.device, count: int = 10) -> float:
-    """Seconds that the host is busy with one call: the time to queue it on a CUDA device.
+    """Time that the host needs to queue one call on a CUDA device, in seconds.
 
-    The best of three times `count` calls, nothing else in the queue. A call that synchronises also
-    waits for the device.
+    The minimum of three measurements of `count` calls, each starting with an empty queue. A call
+    that synchronises also waits for the device.
     """
     best = float("inf")
     for _ in range(3):
@@ -180,9 +182,9 @@ def host_time(call: Call, device: torch.device, count: int = 10) -> float:
 
 
 def others_share() -> Callable[[], float]:
-    """Starts to watch the machine; the function returned tells how many cores others used since.
+    """Start measuring the load; the returned function gives the cores that others used since.
 
-    From Linux's count of busy time, less this process's own; 0 elsewhere.
+    The load is Linux's count of busy time minus that of this process; 0 on other systems.
     """
     if not _STAT.is_file():
         return lambda: 0.0
@@ -200,15 +202,15 @@ def others_share() -> Callable[[], float]:
 
 
 def warm_up(call: Call) -> float:
-    """Run `call` until nothing is done for the first time; about how long it takes then."""
+    """Warm up `call`; return an estimate of its time in seconds."""
     for _ in range(_WARM_UP - 1):
-        if _finished(call) > _SLOW:
+        if _blocking_time(call) > _SLOW:
             break
-    return _finished(call)
+    return _blocking_time(call)
 
 
-def _finished(call: Call) -> float:
-    """Seconds of one call by the wall clock until the device has done it."""
+def _blocking_time(call: Call) -> float:
+    """Time of one call by the wall clock until the device has finished, in seconds."""
     if clock.device.type != "cuda":
         return wall_time(call)
     torch.cuda.synchronize(clock.device)
@@ -219,7 +221,7 @@ def _finished(call: Call) -> float:
 
 
 def as_graph(call: Call, device: torch.device) -> Call:
-    """`call` captured as a CUDA graph; calling the result replays it on the same inputs."""
+    """Capture `call` as a CUDA graph; the returned call replays it on the same inputs."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):

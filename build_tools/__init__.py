@@ -1,1 +1,1 @@
-"""How the native extension is built. Used by setup.py and by .ci/cuda_report.py; needs no torch."""
+"""The build of the native extension, used by setup.py and .ci/cuda_report.py. Needs no torch."""

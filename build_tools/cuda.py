@@ -1,4 +1,4 @@
-"""Finding a CUDA toolkit, and choosing the architectures to compile for."""
+"""Finds a CUDA toolkit and chooses the architectures to compile for."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PIP_PACKAGES = (
     "nvidia-cuda-runtime",
 )
 MIN_VERSION = (12, 0)
-# Machine code for the two data-centre generations in use, and PTX that the driver of anything newer
-# than Hopper compiles at load. (sm_90a code comes from *.sm90a.cu files: see Arch.)
+# Machine code for Ampere and Hopper data-centre GPUs, and PTX, which the driver of a newer GPU
+# compiles when the module loads. (sm_90a code comes from *.sm90a.cu files: see Arch.)
 DEFAULT_ARCHES = "8.0 9.0+PTX"
 NAMED_ARCHES = {
     "turing": "7.5+PTX",
@@ -32,12 +32,12 @@ NAMED_ARCHES = {
 
 
 class CudaError(RuntimeError):
-    """CUDA was asked for and cannot be used; the message says what was looked for, and where."""
+    """CUDA was requested and cannot be used. The message lists the locations searched."""
 
 
 @dataclass(frozen=True)
 class Toolkit:
-    """A CUDA toolkit with everything that the build needs."""
+    """A complete CUDA toolkit: compiler, headers and libraries."""
 
     nvcc: Path
     includes: tuple[Path, ...]
@@ -46,18 +46,17 @@ class Toolkit:
 
     @property
     def version_string(self) -> str:
-        """Such as "13.0"."""
+        """The version as text, such as "13.0"."""
         return f"{self.version[0]}.{self.version[1]}"
 
 
 @dataclass(frozen=True)
 class Arch:
-    """One compute capability, as torch's TORCH_CUDA_ARCH_LIST names it.
+    """One compute capability, as in torch's TORCH_CUDA_ARCH_LIST.
 
-    The suffix ("a" or "f") is kept for reporting only. Plain ``*.cu`` files are always compiled for
-    the generic architecture, and only files named ``*.sm90a.cu`` (or ``*.sm100a.cu``...) for the
-    specific one: PTX of a specific architecture runs nowhere else, so mixing them would compile
-    every file once more for nothing.
+    The suffix ("a" or "f") does not change how plain ``*.cu`` files are compiled: they are always
+    compiled for the generic architecture. Only files named ``*.sm90a.cu`` (or ``*.sm100a.cu``...)
+    are compiled for an architecture-specific target, whose code and PTX run on no other GPU.
     """
 
     major: int
@@ -67,11 +66,11 @@ class Arch:
 
     @property
     def number(self) -> str:
-        """Such as "90", as in sm_90."""
+        """The number in the target's name, such as "90" in sm_90."""
         return f"{self.major}{self.minor}"
 
     def gencode(self) -> list[str]:
-        """nvcc's option for this architecture."""
+        """nvcc options for this architecture."""
         kinds = [f"sm_{self.number}"] + ([f"compute_{self.number}"] if self.ptx else [])
         return [f"-gencode=arch=compute_{self.number},code=[{','.join(kinds)}]"]
 
@@ -80,20 +79,20 @@ class Arch:
 
 
 def site_packages() -> list[Path]:
-    """The environment's package folders; also seen from inside pip's build isolation."""
+    """The environment's package folders, which also exist inside pip's build isolation."""
     paths = sysconfig.get_paths()
     return list(dict.fromkeys(Path(paths[key]) for key in ("purelib", "platlib")))
 
 
 def _candidates() -> Iterator[tuple[str, list[Path]]]:
-    """Pairs of (where this comes from, the roots that together make up one toolkit)."""
+    """Yield (origin, root folders that together form one toolkit), in search order."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield variable, [Path(os.environ[variable])]
-    yield "the usual place", [Path("/usr/local/cuda")]
+    yield "default location", [Path("/usr/local/cuda")]
     if on_path := shutil.which("nvcc"):
-        # It may be a wrapper script somewhere else, so nvcc itself is asked for its folder; a Linux
-        # distribution's own package spreads the rest under /usr.
+        # nvcc on PATH may be a wrapper script, so nvcc itself reports its folder. A Linux
+        # distribution's package installs the other files under /usr.
         yield f"nvcc on PATH ({on_path})", [_root_of_nvcc(on_path), Path(on_path).parent.parent]
     for site in site_packages():
         for root in sorted(site.glob("nvidia/cu[0-9]*"), reverse=True):
@@ -101,8 +100,8 @@ def _candidates() -> Iterator[tuple[str, list[Path]]]:
 
 
 def _root_of_nvcc(nvcc: str) -> Path:
-    answer = _run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull])
-    top = re.search(r"^#\$ TOP=(.+)$", answer or "", re.MULTILINE)
+    output = _run([nvcc, "--dryrun", "-x", "cu", os.devnull, "-o", os.devnull])
+    top = re.search(r"^#\$ TOP=(.+)$", output or "", re.MULTILINE)
     return Path(os.path.realpath(top[1] if top else Path(nvcc).resolve().parent.parent))
 
 
@@ -125,14 +124,14 @@ def _first(roots: list[Path], *patterns: str) -> Path | None:
 
 
 def _header(roots: list[Path], name: str) -> Path | None:
-    """The folder to put on the include path for `name`."""
+    """The include folder that contains the header `name`, or None."""
     folders = ("include", "include/cccl", "targets/*/include", "targets/*/include/cccl")
     found = _first(roots, *(f"{folder}/{name}" for folder in folders))
     return found.parents[name.count("/")] if found else None
 
 
 def _inspect(roots: list[Path]) -> tuple[Toolkit | None, str]:
-    """The toolkit under `roots`, or None and what is missing there."""
+    """Return the toolkit under `roots` and "", or None and what is missing."""
     if not roots[0].is_dir():
         return None, "no such folder"
     nvcc = _first(roots, "bin/nvcc")
@@ -166,23 +165,23 @@ def _inspect(roots: list[Path]) -> tuple[Toolkit | None, str]:
             f"is CUDA {version[1]}.{version[2]}; {MIN_VERSION[0]}.{MIN_VERSION[1]} is needed",
         )
     folders = dict.fromkeys(folder for _, folder in headers.values() if folder)
-    # The compiler's own folder must not be named: libstdc++'s #include_next would miss it.
+    # Passing the compiler's own folder with -I would break libstdc++'s #include_next.
     folders.pop(Path("/usr/include"), None)
     return Toolkit(nvcc, tuple(folders), cudart.parent, number), ""
 
 
 def find_toolkit() -> tuple[Toolkit | None, str]:
-    """The first complete toolkit and "", or None and a report of every place looked at.
+    """Return the first complete toolkit and "", or None and a report of all locations searched.
 
-    ``SEGKERNELS_CUDA=0`` looks nowhere; ``=1`` raises `CudaError` when none is found; unset or
-    ``auto`` leaves the choice to what is there.
+    With ``SEGKERNELS_CUDA=0`` nothing is searched. With ``1``, `CudaError` is raised when no
+    toolkit is found. Unset or ``auto``: CUDA is used if a toolkit is found.
     """
     wanted = os.environ.get("SEGKERNELS_CUDA", "auto").strip().lower() or "auto"
     if wanted not in ("0", "1", "auto"):
         raise CudaError(f"SEGKERNELS_CUDA must be 0, 1 or auto, got {wanted!r}")
     if wanted == "0":
-        return None, "SEGKERNELS_CUDA=0 when it was built"
-    looked = [
+        return None, "SEGKERNELS_CUDA was 0 at build time"
+    searched = [
         f"{variable}: not set"
         for variable in ("CUDA_HOME", "CUDA_PATH")
         if not os.environ.get(variable)
@@ -192,14 +191,15 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
         if toolkit is not None:
             return toolkit, ""
         if origin in os.environ:
-            print(f"Passing over {origin}={os.environ[origin]}: {problem}")
-        looked.append(f"{origin}, {', '.join(map(str, roots))}: {problem}")
+            print(f"Skipping {origin}={os.environ[origin]}: {problem}")
+        searched.append(f"{origin}, {', '.join(map(str, roots))}: {problem}")
     if not shutil.which("nvcc"):
-        looked.append("PATH: no nvcc")
+        searched.append("PATH: no nvcc")
     for site in site_packages():
         if not (site / "nvidia").is_dir():
-            looked.append(f"{site}: none of the pip packages {', '.join(PIP_PACKAGES)}")
-    report = "no CUDA toolkit was found. Looked at:\n" + "\n".join(f"  - {line}" for line in looked)
+            searched.append(f"{site}: none of the pip packages {', '.join(PIP_PACKAGES)}")
+    lines = "\n".join(f"  - {line}" for line in searched)
+    report = f"no CUDA toolkit was found. Searched:\n{lines}"
     if wanted == "1":
         raise CudaError(
             f"SEGKERNELS_CUDA=1, but {report}\nInstall a toolkit and set CUDA_HOME to its folder, "
@@ -209,9 +209,9 @@ def find_toolkit() -> tuple[Toolkit | None, str]:
 
 
 def parse_arches(text: str) -> list[Arch]:
-    """Read TORCH_CUDA_ARCH_LIST's syntax: ``"8.0;9.0a+PTX"``, ``"8.0 9.0"`` or ``"Hopper"``.
+    """Parse TORCH_CUDA_ARCH_LIST: ``"8.0;9.0a+PTX"``, ``"8.0 9.0"`` or ``"Hopper"``.
 
-    Duplicates are merged. Raises `CudaError` naming the first entry that is not an architecture.
+    Duplicates are merged. Raises `CudaError` for the first entry that is not an architecture.
     """
     found: dict[tuple[int, int], Arch] = {}
     words = re.split(r"[;,\s]+", text.strip())
@@ -220,8 +220,8 @@ def parse_arches(text: str) -> list[Arch]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
         if match is None:
             raise CudaError(
-                f"TORCH_CUDA_ARCH_LIST has {word!r}; expected entries such as 8.0, 9.0a or "
-                f"9.0+PTX, separated by ; or spaces, or a name out of {', '.join(NAMED_ARCHES)}"
+                "TORCH_CUDA_ARCH_LIST: entries must be such as 8.0, 9.0a or 9.0+PTX, or one of "
+                f"{', '.join(NAMED_ARCHES)}, separated by ; or spaces, got {word!r}"
             )
         key = (int(match[1]), int(match[2]))
         known = found.get(key, Arch(*key))
@@ -230,34 +230,34 @@ def parse_arches(text: str) -> list[Arch]:
 
 
 def visible_arches() -> list[tuple[int, int]]:
-    """Compute capabilities of the GPUs that nvidia-smi shows, oldest first; empty without one."""
-    answer = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
-    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", answer, re.MULTILINE)
+    """Compute capabilities of the GPUs that nvidia-smi lists, in ascending order."""
+    output = _run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]) or ""
+    found = re.findall(r"^\s*(\d+)\.(\d)\s*$", output, re.MULTILINE)
     return sorted({(int(major), int(minor)) for major, minor in found})
 
 
 def supported_arches(toolkit: Toolkit) -> list[tuple[int, int]]:
-    """What `toolkit` can compile for, oldest first."""
-    answer = _run([str(toolkit.nvcc), "--list-gpu-arch"]) or ""
-    found = re.findall(r"compute_(\d+)(\d)\b", answer)
+    """Compute capabilities that `toolkit` can compile for, in ascending order."""
+    output = _run([str(toolkit.nvcc), "--list-gpu-arch"]) or ""
+    found = re.findall(r"compute_(\d+)(\d)\b", output)
     return sorted({(int(major), int(minor)) for major, minor in found})
 
 
 def choose_arches(toolkit: Toolkit) -> list[Arch]:
-    """TORCH_CUDA_ARCH_LIST if set, else the visible GPUs, else `DEFAULT_ARCHES`."""
+    """Return TORCH_CUDA_ARCH_LIST if set, else those of the visible GPUs, else DEFAULT_ARCHES."""
     supported = supported_arches(toolkit)
-    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
-        arches = parse_arches(asked)
+    if requested := os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
+        arches = parse_arches(requested)
         unknown = [str(a) for a in arches if supported and (a.major, a.minor) not in supported]
         if unknown:
             raise CudaError(
-                f"TORCH_CUDA_ARCH_LIST asks for {', '.join(unknown)}; CUDA "
-                f"{toolkit.version_string} at {toolkit.nvcc} compiles for "
+                f"TORCH_CUDA_ARCH_LIST: CUDA {toolkit.version_string} at {toolkit.nvcc} supports "
                 + ", ".join(f"{major}.{minor}" for major, minor in supported)
+                + f", got {', '.join(unknown)}"
             )
         return arches
     usable = [arch for arch in visible_arches() if not supported or arch in supported]
     if not usable:
-        # Nothing to see, or a GPU that this toolkit does not know yet: PTX serves a newer one.
+        # No GPU is visible, or only GPUs newer than the toolkit, which run the PTX.
         return parse_arches(DEFAULT_ARCHES)
     return [Arch(*arch, ptx=arch == usable[-1]) for arch in usable]

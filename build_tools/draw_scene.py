@@ -1,9 +1,9 @@
-"""Draws the landscape of `segkernels demo`, its exact labels, and rough labels.
+"""Draws the image of `segkernels demo`, a landscape, with its exact labels and rough labels.
 
     python build_tools/draw_scene.py
 
-writes segkernels/cli/scene/*.png. Everything is made from one seed with numpy and Pillow at twice
-the final size and then averaged, which gives edges the mixed pixels of a camera.
+Writes segkernels/cli/scene/*.png. The scene is drawn with numpy and Pillow from a fixed seed, at
+twice the final size, and then averaged, so that pixels at edges mix colours as in a photograph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 CLASSES = ("sky", "mountain", "lake", "meadow", "tree", "house", "path")
-#: One colour a class, and black, the last, for unknown pixels.
+#: One colour per class, then black for unknown pixels.
 COLOURS = (
     (112, 186, 255),
     (150, 128, 176),
@@ -37,23 +37,23 @@ _SKY, _MOUNTAIN, _LAKE, _MEADOW, _TREE, _HOUSE, _PATH = range(len(CLASSES))
 _WIDTH, _HEIGHT = 480, 360
 _ZOOM = 2
 _W, _H = _WIDTH * _ZOOM, _HEIGHT * _ZOOM
-_HORIZON = 330  # the far shore, in drawing pixels from the top
+_HORIZON = 330  # the far shore: row in the drawing, which has twice the final size
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A photograph and what is known about it."""
+    """An image with its exact and rough labels."""
 
     #: (360, 480, 3) uint8.
-    photograph: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]
     #: (360, 480) uint8, the exact class of each pixel.
     truth: npt.NDArray[np.uint8]
-    #: (360, 480) uint8, the rough labels; UNKNOWN where nothing was painted.
+    #: (360, 480) uint8, the rough labels; UNKNOWN for unlabelled pixels.
     rough: npt.NDArray[np.uint8]
 
 
 def draw_scene(seed: int = 7) -> Scene:
-    """The landscape; the same for the same seed."""
+    """Draw the landscape; deterministic for a given seed."""
     canvas = _Canvas(np.random.default_rng(seed))
     canvas.sky()
     canvas.mountains()
@@ -62,12 +62,12 @@ def draw_scene(seed: int = 7) -> Scene:
     canvas.path()
     canvas.house(560, 452)
     canvas.forest()
-    photograph, truth = canvas.develop()
-    return Scene(photograph, truth, _paint_roughly(truth, np.random.default_rng(seed + 1)))
+    image, truth = canvas.downsample()
+    return Scene(image, truth, _paint_roughly(truth, np.random.default_rng(seed + 1)))
 
 
 class _Canvas:
-    """The picture while it is drawn, from the farthest thing to the nearest."""
+    """The drawing: colours and labels, drawn from the background to the foreground."""
 
     def __init__(self, random: np.random.Generator) -> None:
         self.random = random
@@ -101,7 +101,7 @@ class _Canvas:
         for level, relief, shade, light, detail in ridges:
             crest = level - relief * self.noise(detail, 1, 7)[_H // 2]
             rock = self.noise(22, 30, 5) + 0.5 * self.noise(60, 70, 3)
-            # Lit from the left: the slope of a smooth field stands in for the rock faces.
+            # Light from the left: the slope of a smooth noise field shades the rock.
             slope = np.gradient(self.noise(14, 7, 6), axis=1) + 0.4 * np.gradient(rock, axis=1)
             faces = 0.5 + 0.5 * np.tanh(14 * slope)
             colour = shade + (light - shade) * faces[..., None] + 7 * rock[..., None]
@@ -111,7 +111,7 @@ class _Canvas:
     def lake(self) -> None:
         shore = _HORIZON + 5 * self.noise(7, 1, 4)[_H // 2]
         depth = np.clip(self.y - shore, 0, None)
-        # A mirror with waves: each row looks up at the row as far above the shore, displaced.
+        # A reflection: each row shows the row as far above the shore, displaced by waves.
         waves = self.noise(10, 90, 3) * (1.5 + depth / 22)
         rows = np.clip(shore - 1.35 * depth + 2.5 * waves, 0, _H - 1).astype(int)
         columns = np.clip(self.x + waves, 0, _W - 1).astype(int)
@@ -188,7 +188,7 @@ class _Canvas:
         lit = np.clip((x - self.x) / (height * 0.3), -1, 1)[..., None] * _rgb(15, 17, 6)
         colour = _rgb(42, 78, 50) + needles[..., None] * _rgb(0.8, 1, 0.7) + lit
         down = (self.y - (foot - height)) / (height - 16)
-        # Tiers of branches: a cone whose width jumps back at each of them.
+        # Tiers of branches: a cone whose width is reset at each tier.
         tier = 0.55 * down + 0.45 * np.mod(down * 6, 1) * (0.25 + 0.75 * down)
         half = height * 0.27 * tier + 3 * self.noise(90, 90, 3) * (down > 0.04)
         self.put((np.abs(self.x - x) < half) & (down > 0) & (down < 1), colour, _TREE)
@@ -223,8 +223,8 @@ class _Canvas:
             colour = _rgb(62, 94, 42) + leaves[..., None] * _rgb(0.9, 1, 0.6) + lit
             self.put(inside, colour, _TREE)
 
-    def develop(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-        """At the final size: the average colour with a camera's noise, and the commonest class."""
+    def downsample(self) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """Average the colours of each block and add camera noise; take its most frequent class."""
         blocks = (_HEIGHT, _ZOOM, _WIDTH, _ZOOM)
         small = self.pixels.reshape(*blocks, 3).mean(axis=(1, 3))
         small += self.random.normal(0, 3.0, small.shape).astype(np.float32)
@@ -240,10 +240,10 @@ class _Canvas:
 def _paint_roughly(
     truth: npt.NDArray[np.uint8], random: np.random.Generator
 ) -> npt.NDArray[np.uint8]:
-    """Labels as painted with a thick brush: outlines smoothed and shifted, gaps left between.
+    """Make rough labels: outlines smoothed and shifted, with unknown pixels between regions.
 
-    The truth is seen through a warp of some pixels, each class is blurred to a blob, and a pixel is
-    painted where one class clearly leads there.
+    The exact labels are warped by a few pixels and each class mask is blurred. A pixel gets the
+    label of the class with the largest value if that value exceeds a threshold, else UNKNOWN.
     """
     rows, columns = np.mgrid[0:_HEIGHT, 0:_WIDTH]
     warp = [8.0 * _noise(random, 9, 7, 2, _WIDTH, _HEIGHT) for _ in range(2)]
@@ -276,7 +276,7 @@ def _noise(
     width: int = _W,
     height: int = _H,
 ) -> Floats:
-    """Smooth noise of about -1 to 1: grids of random values, each finer and fainter."""
+    """Fractal noise from about -1 to 1: random grids of increasing detail, decreasing amplitude."""
     total = np.zeros((height, width), np.float32)
     share = 0.0
     for octave in range(octaves):
@@ -300,19 +300,19 @@ def _rgb(red: float, green: float, blue: float) -> Floats:
 
 
 def main() -> None:
-    """Write the three pictures."""
+    """Write the image and the two label maps."""
     folder = Path(__file__).resolve().parent.parent / "segkernels" / "cli" / "scene"
     scene = draw_scene()
     palette = [value for colour in COLOURS for value in colour]
     for name, pixels in (
-        ("image", scene.photograph),
+        ("image", scene.image),
         ("labels", scene.rough),
         ("truth", scene.truth),
     ):
-        picture = Image.fromarray(pixels)
+        output = Image.fromarray(pixels)
         if name != "image":
-            picture.putpalette(palette)
-        picture.save(folder / f"{name}.png", optimize=True)
+            output.putpalette(palette)
+        output.save(folder / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

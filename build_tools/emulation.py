@@ -1,7 +1,8 @@
-"""The build of `tests/emulation`: the CUDA sources as C++, run on the CPU by its scheduler.
+"""Builds the CUDA sources as C++ for `tests/emulation`, which runs the kernels on the CPU.
 
-SEGKERNELS_CUDA=emulated, or emulated-asan (AddressSanitizer and UBSan), or emulated-races (races of
-threads, for which races.cpp answers the hooks of -fsanitize=thread). For tests, never in a wheel.
+SEGKERNELS_CUDA selects the variant: emulated; emulated-asan (AddressSanitizer and UBSan); or
+emulated-races (data races between CUDA threads: races.cpp implements the callbacks that
+-fsanitize=thread inserts). Built in place for tests only, never into a wheel.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 FOLDER = "tests/emulation"
 _FRAMES = ["-g1", "-fno-omit-frame-pointer"]
-# Aligned accesses are what CUDA faults on: -fsanitize=alignment says where one is not.
+# A misaligned access faults on CUDA: UBSan's alignment check reports it here.
 ASAN = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
 RACES = [
     *("-fsanitize=thread", "--param", "tsan-distinguish-volatile=1"),
@@ -36,7 +37,7 @@ LINK: dict[str, list[str]] = {
 
 
 def variant(wanted: str) -> str:
-    """`wanted`, if it is one of `VARIANTS`."""
+    """Return `wanted`, or raise CudaError if it is not one of `VARIANTS`."""
     if wanted not in VARIANTS:
         raise cuda.CudaError(
             f"SEGKERNELS_CUDA must be 0, 1, auto, {', '.join(VARIANTS)}, got {wanted!r}"
@@ -45,15 +46,15 @@ def variant(wanted: str) -> str:
 
 
 def edges(config: Config, host: list[str], lines: list[str]) -> list[str]:
-    """Add to build.ninja what compiles the emulation; return its objects."""
+    """Append the emulation's ninja rules and edges to `lines`; return the object files."""
     from . import ninja_build
 
     folder = str(config.build_dir.relative_to(ninja_build.ROOT))
     own = [flag for flag in host if flag not in ("-O3", "-DNDEBUG", "-Icsrc", "-fopenmp")]
-    own.append("-Wno-unused-but-set-variable")  # of lambdas that gcc 12 looks into too late
+    own.append("-Wno-unused-but-set-variable")  # false positives of gcc 12 in lambdas
     flags = VARIANTS[config.emulation]
-    # The scheduler itself makes the accesses of no thread.
-    unhooked = [flag for flag in flags if flag not in RACES]
+    # The scheduler's own accesses belong to no CUDA thread, so they are not instrumented.
+    uninstrumented = [flag for flag in flags if flag not in RACES]
     sources = [
         str(path)
         for suffix in (".cu", ".h")
@@ -77,20 +78,20 @@ def edges(config: Config, host: list[str], lines: list[str]) -> list[str]:
     ]
     objects = []
 
-    def compiled(source: str, kind: list[str], needs: str = "") -> None:
+    def add_object(source: str, compile_flags: list[str], needs: str = "") -> None:
         target = f"{folder}/{source.removeprefix(folder + '/')}.o"
         lines.append(f"build {target}: emulated {source}{needs}")
-        lines.append(f"  flags = {shlex.join(kind)}")
+        lines.append(f"  flags = {shlex.join(compile_flags)}")
         objects.append(target)
 
     headers = " ".join(path for path in translated.values() if path.endswith(".h"))
     for path in sorted(translated.values()):
         if path.endswith(".cu"):
-            kind = [*flags, "-x", "c++", "-include", "cuda.h", f"-I{folder}/csrc"]
-            compiled(path, kind, f" || {headers}")
+            as_cpp = [*flags, "-x", "c++", "-include", "cuda.h", f"-I{folder}/csrc"]
+            add_object(path, as_cpp, f" || {headers}")
     races = ["-DSK_RACES=1"] if config.emulation == "emulated-races" else []
     for name in ("scheduler.cpp", "races.cpp"):
-        compiled(f"{FOLDER}/{name}", [*unhooked, *races])
+        add_object(f"{FOLDER}/{name}", [*uninstrumented, *races])
     for name in ("hopper_forward.cpp", "hopper_weight_gradient.cpp"):
-        compiled(f"{FOLDER}/{name}", ["-O2", "-Icsrc"])
+        add_object(f"{FOLDER}/{name}", ["-O2", "-Icsrc"])
     return objects

@@ -1,4 +1,4 @@
-"""What is compiled, with which flags, as a build.ninja; and running it."""
+"""Writes build.ninja (sources, flags, targets) for the native extension, and runs ninja."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ COMMON_FLAGS = (
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
-# Files named *.simd.cpp are compiled once an instruction set and chosen from at run time.
-# Nobody reads floating-point exception flags: keeping them apart would keep float16 scalar.
+# Files named *.simd.cpp are compiled once per instruction set; one is chosen at run time.
+# -fno-trapping-math: no code reads floating-point exception flags, and preserving them would keep
+# the compiler from vectorising float16.
 SIMD_FLAGS = ("-ffp-contract=fast", "-fno-trapping-math")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=256"]
@@ -33,12 +34,12 @@ _OPENMP_PROBE = "#include <omp.h>\nint main(){return omp_get_level();}"
 
 
 class BuildError(RuntimeError):
-    """The native extension cannot be built here; the message says why and what to do."""
+    """The native extension cannot be built. The message gives the reason and a remedy."""
 
 
 @dataclass
 class Config:
-    """Everything about this machine that the build depends on."""
+    """The build configuration: compiler, OpenMP, instruction sets, CUDA."""
 
     cxx: list[str]
     openmp: bool
@@ -46,17 +47,17 @@ class Config:
     toolkit: cuda.Toolkit | None
     cuda_missing: str
     arches: list[cuda.Arch] = field(default_factory=list)
-    emulation: str = ""  # one of emulation.VARIANTS, or none
+    emulation: str = ""  # one of emulation.VARIANTS, or ""
 
     @property
     def shared_dir(self) -> Path:
-        """The CPU's objects, which are every configuration's, and ninja's logs."""
+        """Folder of the CPU objects, which all configurations share, and of ninja's logs."""
         soabi = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
         return ROOT / "build" / f"native-{soabi}"
 
     @property
     def build_dir(self) -> Path:
-        """One folder a configuration, so that switching between two rebuilds neither."""
+        """Folder of this configuration, so that switching configurations rebuilds nothing."""
         device = self.emulation or "cpu"
         if self.toolkit:
             device = f"cuda{self.toolkit.version_string}-" + "-".join(
@@ -66,11 +67,11 @@ class Config:
 
 
 def configure() -> Config:
-    """Look at this machine and the environment: compiler, OpenMP, SIMD variants, CUDA."""
+    """Detect compiler, OpenMP, SIMD variants and CUDA from the machine and the environment."""
     if sys.platform == "win32":
         raise BuildError(
-            "segkernels builds on Linux and macOS; on Windows use it under WSL 2 (Ubuntu), where "
-            "the CUDA build works as on Linux"
+            "segkernels builds on Linux and macOS. On Windows use WSL 2 (Ubuntu), where the CUDA "
+            "build works as on Linux"
         )
     cxx = shlex.split(os.environ.get("CXX", "")) or [_default_compiler()]
     if not shutil.which(cxx[0]):
@@ -116,12 +117,12 @@ def _compiles(cxx: list[str], flags: list[str], source: str = "int main(){return
 
 
 def sources(suffix: str) -> list[Path]:
-    """Every file under csrc/ with `suffix`, in a fixed order, relative to the root."""
+    """Files under csrc/ that end in `suffix`, sorted, relative to the root."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob(f"*{suffix}"))
 
 
 def write(config: Config, output: Path) -> Path:
-    """Write build.ninja and build_config.h for `config`, linking to `output`; return its path."""
+    """Write build.ninja, which links `output`, and build_config.h; return build.ninja's path."""
     build = config.build_dir
     build.mkdir(parents=True, exist_ok=True)
     _write_if_changed(build / "build_config.h", _config_header(config))
@@ -149,8 +150,8 @@ def write(config: Config, output: Path) -> Path:
     return build / "build.ninja"
 
 
-def _parts(config: Config) -> list[str]:
-    """Which code beside the CPU's the module has, for bindings.cpp."""
+def _feature_macros(config: Config) -> list[str]:
+    """Macros that tell bindings.cpp which CUDA code the module contains."""
     if config.emulation:
         return ["-DSK_EMULATED=1", "-DSK_WITH_CUDA=1", "-DSK_HAVE_SM90A=1"]
     names = sorted({specific_arch(path) for path in sources(".cu")} - {""})
@@ -173,7 +174,7 @@ def _rules(config: Config, host: list[str]) -> list[str]:
     ]
     if config.toolkit:
         nvcc = _join([str(config.toolkit.nvcc)])
-        # ptxas' report stays beside the object for .ci/cuda_report.py; the rest is shown.
+        # .ci/cuda_report.py reads ptxas' report from $out.log; other messages are printed.
         show = "grep -vE '^ptxas info|bytes stack frame' $out.log || true"
         lines += [
             "rule nvcc",
@@ -186,8 +187,8 @@ def _rules(config: Config, host: list[str]) -> list[str]:
     link = [*config.cxx, *(["-bundle", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"])]
     libs = ["-fopenmp"] if config.openmp else []
     if not MACOS:
-        # Nothing but the module's entry point leaves it: two libraries that both export a static
-        # cudart, CUB or std template instantiations have mixed them up and corrupted results.
+        # Export only the module's entry point. Two libraries that both export a static cudart, CUB
+        # or std template instantiations can resolve to each other's and corrupt results.
         exports = config.build_dir / "exports.map"
         names = "PyInit__C; emulation_*" if config.emulation else "PyInit__C"
         _write_if_changed(exports, f"{{ global: {names}; local: *; }};\n")
@@ -207,9 +208,9 @@ def _rules(config: Config, host: list[str]) -> list[str]:
 
 def _cpp_edges(config: Config, source: Path, lines: list[str]) -> list[str]:
     if source.name == "bindings.cpp":
-        # Only this file sees Python: its includes change from one isolated build to the next.
+        # Only this file includes Python's headers, whose paths change between isolated builds.
         includes = [pybind11_include(), sysconfig.get_paths()["include"], str(config.build_dir)]
-        variants = {"": [*_parts(config), *(f"-isystem{folder}" for folder in includes)]}
+        variants = {"": [*_feature_macros(config), *(f"-isystem{folder}" for folder in includes)]}
     elif source.name.endswith(".simd.cpp"):
         variants = {
             isa: [f"-DSK_ISA={isa}", *flags, *SIMD_FLAGS] for isa, flags in config.isas.items()
@@ -258,7 +259,7 @@ def _gencode(config: Config, source: Path) -> list[str]:
 
 
 def pybind11_include() -> str:
-    """pybind11's own headers, or those that an installed torch carries."""
+    """Include folder of pybind11, from its package or else from the installed torch."""
     if spec := importlib.util.find_spec("pybind11"):
         return str(Path(str(spec.origin)).parent / "include")
     if spec := importlib.util.find_spec("torch"):
@@ -282,7 +283,7 @@ def _config_header(config: Config) -> str:
     body = [f"inline constexpr char {name}[] = {_c_string(text)};" for name, text in texts.items()]
     return "\n".join(
         [
-            "// Written by the build: what this _C was built with.",
+            "// Generated by the build: how this _C was built.",
             "#pragma once",
             "namespace segkernels::build {",
             *body,
@@ -326,7 +327,7 @@ def _write_if_changed(path: Path, text: str) -> None:
 
 
 def ninja_command() -> str:
-    """The ninja of the pip package, or one on PATH."""
+    """Path of ninja: from the pip package, or else from PATH."""
     try:
         from ninja import BIN_DIR
     except ImportError:
@@ -339,11 +340,11 @@ def ninja_command() -> str:
 
 
 def run(ninja_file: Path, *targets: str) -> None:
-    """Run ninja on `ninja_file`, with MAX_JOBS at once (default: one a core)."""
+    """Run ninja with MAX_JOBS parallel jobs (default: ninja's, from the number of cores)."""
     jobs = os.environ.get("MAX_JOBS", "").strip()
     if jobs and not (jobs.isdigit() and int(jobs) > 0):
-        raise BuildError(f"MAX_JOBS must be a positive whole number, got {jobs!r}")
+        raise BuildError(f"MAX_JOBS must be a positive integer, got {jobs!r}")
     command = [ninja_command(), "-C", str(ROOT), "-f", str(ninja_file)]
     command += [f"-j{jobs}"] if jobs else []
     if subprocess.run([*command, *targets]).returncode != 0:
-        raise BuildError("the native build failed; the compiler's message is above")
+        raise BuildError("the native build failed; see the compiler's messages above")

@@ -54,9 +54,9 @@ def several(tmp_path: Path) -> results.Run:
 def test_lost_cases_come_first_and_lesser_peers_do_not_count(several: results.Run) -> None:
     text = document.markdown(report.build(several))
     lost = text[text.index("## Where a peer is faster") : text.index("## By operator")]
-    assert text.index("## Where") < text.index("## By operator") < text.index("every case")
+    assert text.index("## Where") < text.index("## By operator") < text.index("all cases")
     assert "2 of 4 pairs" in lost
-    assert "in 1 of them the middle halves" in lost
+    assert "in 1 of them the interquartile ranges" in lost
     rows = [line for line in lost.splitlines() if line.startswith(("| lose", "| draw"))]
     assert [row.split("|")[5].strip() for row in rows] == ["0.50x", "0.98x"]
     assert [row.split("|")[6].strip() for row in rows] == ["yes", "no"]
@@ -85,7 +85,7 @@ def test_a_report_names_its_setting_its_gaps_and_its_noise(several: results.Run)
         "copy of 64 MiB, GB/s: 12.3",
         "torch.compile: too slow (1 cases)",
         "crfseg: less work",
-        "in 1 of 7 cases other processes used more than a tenth of a core, 0.7 cores at worst",
+        "in 1 of 7 cases other processes used more than 0.1 cores, 0.7 cores at worst",
         "50.0% of bytes",
     ):
         assert said in text

@@ -368,7 +368,7 @@ def test_a_graph_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(measuring, "clock", timing.clock)
     monkeypatch.setattr(measuring, "host_time", lambda *_: 1.0)
     monkeypatch.setattr(measuring, "as_graph", refuse)
-    noted = measuring._queueing({"segkernels": lambda: None}, {"segkernels": 1e-3})
+    noted = measuring._host_times({"segkernels": lambda: None}, {"segkernels": 1e-3})
     assert noted["graph_ms"] == {"segkernels": "operation not permitted"}
 
 
