@@ -1,4 +1,4 @@
-"""aspp: the shared suite on both forms, layers of torch, layouts, autocast."""
+"""aspp: the shared suite for both forms, torch's layers, layouts, autocast."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ACCURACY = {
 
 
 def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of the whole tensors, relative."""
+    """Relative error ||ours - exact|| / ||exact|| in float64."""
     assert ours.shape == exact.shape
     ours, exact = ours.detach().double(), exact.detach().double()
     off, size = (ours - exact).norm(), exact.norm()
@@ -38,7 +38,7 @@ def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def flat(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """`aspp` of two branches, whose weights the suite can see."""
+    """`aspp` of two branches, with the weights as separate arguments for the suite."""
     return segkernels.aspp(x, [first, second], **kwargs)
 
 
@@ -177,15 +177,15 @@ class TestAspp(suite.OpSuite):
         ),
     ]
 
-    # torch's convolution sums in an order that depends on the layout and the threads, and inductor
-    # compiles what the backward does around it in its own way.
+    # torch's convolution sums in an order that depends on layout and threads, and inductor compiles
+    # the backward's other operations differently.
 
     @classmethod
     def devices(cls, check: str) -> list[Any]:
-        return suite.DEVICES[:2]  # emulated it would be torch again
+        return suite.DEVICES[:2]  # emulated, torch's kernels would run again
 
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-        # Both may be rounded: CUDA's beside the CPU's.
+        # Both are rounded when CUDA is compared with the CPU.
         rounded = 2 if ours.dtype == expected.dtype == dtype else 1
         assert distance(ours, expected) <= rounded * ACCURACY[dtype]
 
@@ -213,12 +213,12 @@ class TestAspp(suite.OpSuite):
 
     @pytest.mark.compiles
     def test_compile_with_inductor(self, device: str) -> None:
-        # Inductor takes a program's name alone, while CXX may say "ccache g++".
+        # Inductor accepts only a program's name, while CXX may be "ccache g++".
         with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
             super().test_compile_with_inductor(device)
 
-    # Without the weights, which the suite's would empty or fill too: padding is not multiplied, so
-    # a NaN of a weight stays inside the picture.
+    # The next two tests leave the weights unchanged. The suite's would empty them, or put NaN into
+    # them, which the reference multiplies by the padding and the kernels do not.
 
     def test_empty_batch(self, sample: Sample, device: str) -> None:
         found = []
@@ -233,9 +233,9 @@ class TestAspp(suite.OpSuite):
         for mine, expected in zip(*found, strict=True):
             assert torch.equal(mine, expected)
 
-    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+    def test_nan_propagation(self, sample: Sample, device: str) -> None:
         built = suite.build(sample, torch.float32, device)
-        undilated = sample.id in ("v2", "v2, scaled")  # their first branches
+        undilated = sample.id in ("v2", "v2, scaled")  # in their first branches
         for x in (built.args[0], built.kwargs.get("pooled")):
             for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
                 before = x.view(-1)[place].item()
@@ -246,7 +246,7 @@ class TestAspp(suite.OpSuite):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equals_torchs_layers(layout: torch.memory_format) -> None:
+def test_equals_torch_layers(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 13, 11).to(memory_format=layout)
     weights = [torch.randn(6, 8, 1, 1), *(torch.randn(6, 8, 3, 3) for _ in range(3))]
@@ -298,7 +298,7 @@ def test_any_branches(data: Any) -> None:
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12 * (1 + exact.abs().max().item()))
 
 
-def test_autocast_casts_as_for_a_convolution() -> None:
+def test_autocast() -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(2, 8, 7, 9), [torch.randn(4, 8, 3, 3) for _ in range(2)]
     scale, pooled = torch.rand(8) + 0.5, torch.randn(2, 3, 1, 1)
@@ -308,14 +308,14 @@ def test_autocast_casts_as_for_a_convolution() -> None:
     assert distance(out, reference.aspp(x, weights, (2, 5), scale=scale, pooled=pooled)) < 6e-3
 
 
-def test_the_meta_device_gives_shapes() -> None:
+def test_meta_device() -> None:
     with torch.device("meta"):
         x, weights = torch.zeros(2, 8, 7, 9), [torch.zeros(4, 8, 3, 3) for _ in range(2)]
         assert segkernels.aspp(x, weights, (2, 5)).shape == (2, 8, 7, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_dilated_branches_are_one_launch_on_hopper(
+def test_dilated_branches_share_one_launch_on_hopper(
     dtype: torch.dtype, hopper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[int] = []
@@ -349,7 +349,7 @@ def test_dilated_branches_are_one_launch_on_hopper(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["v3", "v2"])
 @pytest.mark.parametrize("backend", ["sm90", "auto"])
-def test_on_a_gpu_against_float64_and_the_same_bits(
+def test_gpu_agrees_with_float64_and_is_deterministic(
     backend: str, form: str, dtype: torch.dtype
 ) -> None:
     if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
