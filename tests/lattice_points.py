@@ -22,6 +22,18 @@ EVERY_DIMS = pytest.mark.parametrize(
 )
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Assert a maximal error relative to the largest magnitude of `want`."""
+    assert got.shape == want.shape
+    want = want.detach().cpu().double()
+    error = (got.detach().cpu().double() - want).abs().max()
+    assert float(error) <= tolerance * float(want.abs().max())
+
+
 def weights_of(points: torch.Tensor) -> torch.Tensor:
     """Barycentric weights (N, d + 1) of points (N, d) in float64."""
     elevated = elevate(points.double())

@@ -12,6 +12,7 @@ Every test runs on the CPU, on CUDA (marker `gpu`) and with the CUDA code emulat
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -171,6 +172,23 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+# Bounds of `relative_error` for convolutions.
+CONVOLUTION_ERROR = {
+    torch.float16: 6e-4,
+    torch.bfloat16: 4e-3,
+    torch.float32: 2e-6,
+    torch.float64: 1e-13,
+}
+
+
+def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    """||ours - exact|| / ||exact|| in float64."""
+    assert ours.shape == exact.shape
+    ours, exact = ours.detach().double(), exact.detach().double()
+    error, size = (ours - exact).norm(), exact.norm()
+    return float(error / size) if size else float(error)
 
 
 @contextlib.contextmanager
@@ -662,6 +680,80 @@ class OpSuite:
         for a, b, c in zip(expected, other, captured, strict=True):
             assert same_bits(a, b)
             assert same_bits(a, c)
+
+
+class ConvolutionSuite(OpSuite):
+    """Tests of convolutions, which are compared by `relative_error`.
+
+    torch's convolutions on the CPU sum in an order that depends on layout and threads, and inductor
+    compiles the other operations of the backward differently.
+    """
+
+    # Keyword argument whose first axis is the input's batch.
+    batched: ClassVar[str]
+    # Samples with convolutions for which cuDNN may spread NaN.
+    undilated: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def devices(cls, check: str) -> list[Any]:
+        return DEVICES[:2]  # emulated, torch's kernels would run again
+
+    def assert_same_layouts(
+        self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        assert relative_error(ours, expected) <= CONVOLUTION_ERROR[dtype]
+
+    def assert_same_again(
+        self, again: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> None:
+        if first[0].is_cuda:
+            return super().assert_same_again(again, first, dtype)
+        for a, b in zip(again, first, strict=True):
+            assert relative_error(a, b) <= CONVOLUTION_ERROR[dtype]
+
+    def _compare_compiled(self, compiled: Callable[..., Any], sample: Sample, device: str) -> None:
+        found = []
+        for function in (compiled, type(self).function):
+            call = build(sample, torch.float32, device, grad=sample.grad)
+            found.append((*call.of(function), *gradients(call, function)))
+        for mine, theirs in zip(*found, strict=True):
+            assert mine.stride() == theirs.stride()
+            assert relative_error(mine, theirs) <= CONVOLUTION_ERROR[torch.float32]
+
+    @pytest.mark.compiles
+    def test_compile_with_inductor(self, device: str) -> None:
+        from torch._inductor import config
+
+        # Inductor accepts only a program's name, while CXX may be "ccache g++".
+        with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
+            super().test_compile_with_inductor(device)
+
+    # The next two tests leave the weights unchanged. OpSuite's would empty them, or put NaN into
+    # them, which the reference multiplies by the padding and the kernels do not.
+
+    def test_empty_batch(self, sample: Sample, device: str) -> None:
+        found = []
+        for function in (type(self).function, type(self).reference):
+            call = build(sample, torch.float32, device, grad=True)
+            inputs = [call.args[0], call.kwargs.get(self.batched)]
+            empty = {id(t): t.detach()[:0].requires_grad_() for t in inputs if t is not None}
+            call.args = tuple(empty.get(id(a), a) for a in call.args)
+            call.kwargs = {name: empty.get(id(a), a) for name, a in call.kwargs.items()}
+            call.floats = [empty.get(id(a), a) for a in call.floats]
+            found.append([*call.of(function), *gradients(call, function)])
+        for mine, expected in zip(*found, strict=True):
+            assert torch.equal(mine, expected)
+
+    def test_nan_propagation(self, sample: Sample, device: str) -> None:
+        call = build(sample, torch.float32, device)
+        spreads = device == "cuda" and sample.id in self.undilated
+        for x in (call.args[0], call.kwargs.get(self.batched)):
+            for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
+                before = x.view(-1)[place].item()
+                x.view(-1)[place] = float("nan")
+                ours, expected = call.of(type(self).function), call.of(type(self).reference)
+                assert_nan_as_expected(ours[0], expected[0], spreads)
+                x.view(-1)[place] = before
 
 
 def widened(

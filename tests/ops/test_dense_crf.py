@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from lattice_points import (
     EVERY_DIMS,
     draw_features,
+    normal,
     poisoned,
     raised_by_check,
     raises_in_call,
@@ -35,10 +36,6 @@ DTYPES = (torch.float32, torch.float64)
 KINDS = ("probs", "logits", "unary")
 COMPATS = ("potts", "diagonal", "matrix")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
 
 def scores_of(kind: str, *shape: int) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,20 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
-from ops.suite import Error, Float, Sample, message
+from ops.suite import CONVOLUTION_ERROR, Error, Float, Sample, message, relative_error
 
 import segkernels
 from segkernels.ops.dilated_conv2d import reference
 from segkernels.ops.dilated_conv2d.geometry import Geometry, out_size, tap_range
-
-# ||ours - exact|| / ||exact||.
-ACCURACY = {
-    torch.float16: 6e-4,
-    torch.bfloat16: 4e-3,
-    torch.float32: 2e-6,
-    torch.float64: 1e-13,
-}
-
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -36,24 +26,20 @@ EPILOGUE = {
 }
 
 
-def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Relative error ||ours - exact|| / ||exact|| in float64."""
-    assert ours.shape == exact.shape
-    ours, exact = ours.detach().double(), exact.detach().double()
-    off, size = (ours - exact).norm(), exact.norm()
-    return float(off / size) if size else float(off)
-
-
 def call(**kw: Any) -> Any:
     return lambda device: segkernels.dilated_conv2d(
         torch.zeros(1, 2, 5, 5, device=device), torch.zeros(3, 2, 3, 3, device=device), **kw
     )
 
 
-class TestDilatedConv2d(suite.OpSuite):
+class TestDilatedConv2d(suite.ConvolutionSuite):
     function = staticmethod(segkernels.dilated_conv2d)
     reference = staticmethod(reference.dilated_conv2d)
     double_backward = True
+    batched = "residual"
+    undilated = ("plain", "7x7")
+    # On the CPU torch's kernels compute the convolution; samples not marked only_gpu also test our
+    # epilogue or strides.
     samples = [
         Sample(
             "all",
@@ -135,76 +121,10 @@ class TestDilatedConv2d(suite.OpSuite):
         Error("scale type", call(scale=2.0), TypeError, "'scale' must be Tensor"),
     ]
 
-    # On the CPU torch's kernels compute the convolution; samples not marked only_gpu also test our
-    # epilogue or strides. torch's convolution sums in an order that depends on layout and threads,
-    # and inductor compiles the backward's other operations differently.
-
-    @classmethod
-    def devices(cls, check: str) -> list[Any]:
-        return suite.DEVICES[:2]  # emulated, torch's kernels would run again
-
-    def assert_same_layouts(
-        self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
-    ) -> None:
-        assert distance(ours, expected) <= ACCURACY[dtype]
-
-    def assert_same_again(
-        self, again: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], dtype: torch.dtype
-    ) -> None:
-        if first[0].is_cuda:
-            return super().assert_same_again(again, first, dtype)
-        for a, b in zip(again, first, strict=True):
-            assert distance(a, b) <= ACCURACY[dtype]
-
-    def _compare_compiled(self, compiled: Any, sample: Sample, device: str) -> None:
-        found = []
-        for function in (compiled, segkernels.dilated_conv2d):
-            built = suite.build(sample, torch.float32, device, grad=sample.grad)
-            out = built.of(function)
-            found.append((*out, *suite.gradients(built, function)))
-        for mine, theirs in zip(*found, strict=True):
-            assert mine.stride() == theirs.stride()
-            assert distance(mine, theirs) <= ACCURACY[torch.float32]
-
-    @pytest.mark.compiles
-    def test_compile_with_inductor(self, device: str) -> None:
-        # Inductor accepts only a program's name, while CXX may be "ccache g++".
-        import torch._inductor.config as config
-
-        with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
-            super().test_compile_with_inductor(device)
-
-    # The next two tests leave the weight unchanged. The suite's would empty it, or put NaN into it,
-    # which the reference multiplies by the padding and the kernels do not.
-
-    def test_empty_batch(self, sample: Sample, device: str) -> None:
-        ours, theirs = [], []
-        for found, function in ((ours, segkernels.dilated_conv2d), (theirs, self.reference)):
-            built = suite.build(sample, torch.float32, device, grad=True)
-            inputs = [built.args[0], built.kwargs.get("residual")]
-            empty = {id(t): t.detach()[:0].requires_grad_() for t in inputs if t is not None}
-            built.args = tuple(empty.get(id(a), a) for a in built.args)
-            built.kwargs = {name: empty.get(id(a), a) for name, a in built.kwargs.items()}
-            built.floats = [empty.get(id(a), a) for a in built.floats]
-            found += [*built.of(function), *suite.gradients(built, function)]
-        for mine, expected in zip(ours, theirs, strict=True):
-            assert torch.equal(mine, expected)
-
-    def test_nan_propagation(self, sample: Sample, device: str) -> None:
-        built = suite.build(sample, torch.float32, device)
-        undilated = sample.id in ("plain", "7x7")
-        for x in (built.args[0], built.kwargs.get("residual")):
-            for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
-                before = x.view(-1)[place].item()
-                x.view(-1)[place] = float("nan")
-                ours, expected = built.of(self.function)[0], built.of(self.reference)[0]
-                suite.assert_nan_as_expected(ours, expected, device == "cuda" and undilated)
-                x.view(-1)[place] = before
-
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
         # torch's float16 gradients exceed the bound slightly.
         loose = 2 if dtype == torch.float16 else 1
-        assert distance(ours, expected) <= loose * ACCURACY[dtype]
+        assert relative_error(ours, expected) <= loose * CONVOLUTION_ERROR[dtype]
 
 
 TORCH_RAISES: dict[str, Any] = {
@@ -264,7 +184,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(problem=problems(), dtype=st.sampled_from(list(ACCURACY)))
+@given(problem=problems(), dtype=st.sampled_from(list(CONVOLUTION_ERROR)))
 def test_any_call_agrees_with_float64(problem: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)  # per example
     x = torch.randn(problem["x"])
@@ -293,7 +213,7 @@ def test_any_call_agrees_with_float64(problem: dict[str, Any], dtype: torch.dtyp
     # relative to the sums of the terms' magnitudes.
     terms = {name: value.detach().abs().requires_grad_() for name, value in wide.items()}
     size = run(terms, reference.dilated_conv2d)
-    assert (out.double() - exact).norm() <= ACCURACY[dtype] * size.norm()
+    assert (out.double() - exact).norm() <= CONVOLUTION_ERROR[dtype] * size.norm()
     plain = F.conv2d(wide["x"], wide["w"], wide.get("bias"), *problem["args"])
     if "scale" in wide:
         plain = plain * wide["scale"][:, None, None]
@@ -311,11 +231,11 @@ def test_any_call_agrees_with_float64(problem: dict[str, Any], dtype: torch.dtyp
     sizes = torch.autograd.grad(size, list(terms.values()), masked.abs())
     for name, a, b, size in zip(ours, mine, theirs, sizes, strict=True):
         assert a.dtype == dtype
-        assert (a.double() - b).norm() <= 2 * ACCURACY[dtype] * size.norm(), name
+        assert (a.double() - b).norm() <= 2 * CONVOLUTION_ERROR[dtype] * size.norm(), name
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dtype", ACCURACY)
+@pytest.mark.parametrize("dtype", CONVOLUTION_ERROR)
 def test_taps_that_skip_the_only_column(dtype: torch.dtype, layout: torch.memory_format) -> None:
     # torch crashes if input or weight are channels_last (in float32 only with a bias).
     x, w = torch.randn(2, 16, 6, 1).to(dtype), torch.randn(8, 16, 2, 1).to(dtype)
@@ -372,7 +292,7 @@ def test_autocast_agrees_with_torchs_convolution(dtype: torch.dtype) -> None:
         found.append((out, *torch.autograd.grad(out.float().sin().sum(), (x, w, b))))
     for mine, theirs in zip(*found, strict=True):
         assert mine.dtype == theirs.dtype
-        assert distance(mine, theirs) <= 2 * ACCURACY[dtype]
+        assert relative_error(mine, theirs) <= 2 * CONVOLUTION_ERROR[dtype]
     with torch.autocast("cpu", dtype):
         ours = segkernels.dilated_conv2d(
             x,
@@ -422,7 +342,7 @@ def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     theirs = (expected, *torch.autograd.grad(expected, exact, grad.double()))
     for mine, their in zip(ours, theirs, strict=True):
         # Rounding partial sums to float16 would give 8e-4.
-        assert distance(mine, their) <= ACCURACY[dtype] / 2
+        assert relative_error(mine, their) <= CONVOLUTION_ERROR[dtype] / 2
 
 
 def surrounded_by_nan(x: torch.Tensor) -> torch.Tensor:
@@ -444,7 +364,7 @@ def test_weight_gradient_where_onednn_reads_out_of_bounds(channels: int, stride:
         grad = surrounded_by_nan(torch.randn_like(out))
         ours = torch.autograd.grad(out, w, grad)[0]
         wide = F.conv2d(x.double(), exact, **options)
-        assert distance(ours, torch.autograd.grad(wide, exact, grad.double())[0]) <= 4e-3
+        assert relative_error(ours, torch.autograd.grad(wide, exact, grad.double())[0]) <= 4e-3
 
 
 def test_gradient_with_respect_to_one_input() -> None:

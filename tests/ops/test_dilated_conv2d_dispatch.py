@@ -9,6 +9,7 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.suite import relative_error
 
 import segkernels
 from segkernels import _native
@@ -197,7 +198,7 @@ def test_each_kernel_follows_the_rule(
     exact = [out, *torch.autograd.grad(out, leaves, grad.double())]
     for ours, wanted in zip(found, exact, strict=True):
         assert ours.stride() == wanted.stride()
-        assert distance(ours, wanted.detach()) <= 6e-4
+        assert relative_error(ours, wanted.detach()) <= 6e-4
     for mask in ((True, False), (False, True), (False, False)):
         for ours, wanted, asked in zip(
             backends.gradients(grad, x, w, mask, c), found[1:], mask, strict=True
@@ -242,10 +243,6 @@ ON_GPU = [
 ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
-def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
-
-
 @pytest.mark.compiles
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -269,7 +266,7 @@ def test_gpu_agrees_with_float64_and_is_deterministic(
     limit = ACCURACY.get(dtype)
     if limit is None:
         # cuDNN may use TF32.
-        limit = max(1e-3, 1.1 * distance(F.conv2d(x, w, None, 1, d, d), exact))
+        limit = max(1e-3, 1.1 * relative_error(F.conv2d(x, w, None, 1, d, d), exact))
     results = []
     for _ in range(3):
         leaves = [t.clone().requires_grad_() for t in (x, w)]
@@ -280,6 +277,6 @@ def test_gpu_agrees_with_float64_and_is_deterministic(
         )
         results.append((out, relu, *torch.autograd.grad(out, leaves, grad)))
     for ours, wanted in zip(results[0], (exact, fused, *gradients), strict=True):
-        assert distance(ours, wanted) <= limit
+        assert relative_error(ours, wanted) <= limit
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))

@@ -17,7 +17,7 @@ import torch
 from emulation import interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import raised_by_check, raises_in_call
+from lattice_points import assert_near, normal, raised_by_check, raises_in_call
 from ops import suite
 from ops.suite import Error, Float, Sample, message
 
@@ -30,17 +30,6 @@ from segkernels.ops.permutohedral.native import NORMALIZATIONS
 DTYPES = (torch.float32, torch.float64)
 # Relative to the largest magnitude of the result; CUDA runs with precision="high" (float32).
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    assert got.shape == want.shape
-    want = want.detach().cpu().double()
-    error = (got.detach().cpu().double() - want).abs().max()
-    assert float(error) <= tolerance * float(want.abs().max())
 
 
 def high(values: torch.Tensor, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:

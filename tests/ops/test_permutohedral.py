@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lattice_points import (
     EVERY_DIMS,
+    assert_near,
     draw_features,
+    normal,
     poisoned,
     raised_by_check,
     raises_in_call,
@@ -34,17 +36,6 @@ WAYS = list(product(NORMALIZATIONS, (False, True)))  # (normalization, transpose
 # Relative to the largest magnitude of the result.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
 CHANNELS = (1, 2, 4, 5, 21, 33, 150)
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    assert got.shape == want.shape
-    want = want.detach().cpu().double()
-    error = (got.detach().cpu().double() - want).abs().max()
-    assert float(error) <= tolerance * float(want.abs().max())
 
 
 def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) -> torch.Tensor:
