@@ -917,7 +917,7 @@ def test_image_on_another_device_raises():
         dense_crf(torch.zeros(3, 4, 5), meta)
 
 
-def elsewhere() -> Iterator[tuple[str, str, dict[str, Any]]]:
+def different_devices() -> Iterator[tuple[str, str, dict[str, Any]]]:
     other, tells = {"device": "meta"}, "must be on cpu, as the scores are, got meta"
     yield (
         "img",
@@ -946,7 +946,9 @@ def elsewhere() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("match", "changes"), [e[1:] for e in elsewhere()], ids=[e[0] for e in elsewhere()]
+    ("match", "changes"),
+    [e[1:] for e in different_devices()],
+    ids=[e[0] for e in different_devices()],
 )
 def test_different_devices_raise(match, changes):
     with pytest.raises(ValueError, match=f"^dense_crf: {match}"):

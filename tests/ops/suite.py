@@ -87,7 +87,7 @@ class Call:
     kwargs: dict[str, Any]
     floats: list[torch.Tensor]  # the arguments that require a gradient
 
-    def of(self, function: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
+    def run(self, function: Callable[..., Any]) -> tuple[torch.Tensor, ...]:
         return as_tuple(function(*self.args, **self.kwargs))
 
 
@@ -162,7 +162,7 @@ def gradients(
     call: Call, function: Callable[..., Any], rounded: torch.dtype = torch.float64
 ) -> tuple[torch.Tensor, ...]:
     """Gradients with respect to `call.floats`, for output gradients rounded to `rounded`."""
-    outputs = call.of(function)
+    outputs = call.run(function)
     wanted = tuple(out for out in outputs if out.requires_grad)
     return torch.autograd.grad(wanted, call.floats, cotangents(outputs, rounded))
 
@@ -326,7 +326,7 @@ class OpSuite:
 
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
         """The reference's outputs in float64, for inputs rounded to `dtype`."""
-        return self._widened(sample, dtype, device).of(type(self).reference)
+        return self._widened(sample, dtype, device).run(type(self).reference)
 
     def expected_gradients(
         self, sample: Sample, dtype: torch.dtype, device: str
@@ -355,7 +355,7 @@ class OpSuite:
     # --- tests ---
 
     def test_equals_the_reference(self, sample: Sample, dtype: torch.dtype, device: str) -> None:
-        ours = build(sample, dtype, device).of(type(self).function)
+        ours = build(sample, dtype, device).run(type(self).function)
         expected = self.expected(sample, dtype, device)
         assert len(ours) == len(expected)
         for mine, theirs in zip(ours, expected, strict=True):
@@ -389,7 +389,7 @@ class OpSuite:
                 [],
             )
             for mine, theirs in zip(
-                call.of(type(self).function), plain.of(type(self).function), strict=True
+                call.run(type(self).function), plain.run(type(self).function), strict=True
             ):
                 self.assert_same_layouts(mine, theirs, dtype)
                 kept = layout == "channels_last" and not _all_contiguous(call)
@@ -418,8 +418,8 @@ class OpSuite:
                 self.assert_close(mine, theirs, torch.float32)
 
     def test_empty_batch(self, sample: Sample, device: str) -> None:
-        ours = build(sample, torch.float32, device, empty=True).of(type(self).function)
-        expected = build(sample, torch.float32, device, empty=True).of(type(self).reference)
+        ours = build(sample, torch.float32, device, empty=True).run(type(self).function)
+        expected = build(sample, torch.float32, device, empty=True).run(type(self).reference)
         for mine, theirs in zip(ours, expected, strict=True):
             assert mine.shape == theirs.shape
             assert same_bits(mine, theirs.to(mine.dtype))
@@ -431,7 +431,7 @@ class OpSuite:
                 for place in (0, x.numel() // 2, x.numel() - 1):
                     before = x.view(-1)[place].item()
                     x.view(-1)[place] = float("nan")
-                    ours, expected = call.of(type(self).function), call.of(type(self).reference)
+                    ours, expected = call.run(type(self).function), call.run(type(self).reference)
                     for mine, theirs in zip(ours, expected, strict=True):
                         assert_nan_as_expected(mine, theirs)
                     x.view(-1)[place] = before
@@ -450,7 +450,7 @@ class OpSuite:
     def _outputs_and_gradients(
         self, sample: Sample, dtype: torch.dtype, device: str
     ) -> tuple[torch.Tensor, ...]:
-        out = build(sample, dtype, device).of(type(self).function)
+        out = build(sample, dtype, device).run(type(self).function)
         if not sample.grad:
             return out
         return (*out, *gradients(build(sample, dtype, device, grad=True), type(self).function))
@@ -462,7 +462,7 @@ class OpSuite:
 
     def test_arguments_are_not_modified(self, sample: Sample, device: str) -> None:
         call, untouched = build(sample, torch.float32, device), build(sample, torch.float32, device)
-        call.of(type(self).function)
+        call.run(type(self).function)
         for a, b in zip(
             (*call.args, *call.kwargs.values()),
             (*untouched.args, *untouched.kwargs.values()),
@@ -475,7 +475,7 @@ class OpSuite:
             call = build(compile_sample, torch.float32, device, grad=grad)
             recorder = _Record()
             with recorder:
-                outputs = call.of(type(self).function)
+                outputs = call.run(type(self).function)
             assert recorder.calls, "the call reached none of segkernels' operators"
             with recorder:
                 if grad:
@@ -507,7 +507,7 @@ class OpSuite:
     def _compare_compiled(self, compiled: Callable[..., Any], sample: Sample, device: str) -> None:
         eager = build(sample, torch.float32, device, grad=sample.grad)
         other = build(sample, torch.float32, device, grad=sample.grad)
-        for mine, theirs in zip(other.of(compiled), eager.of(type(self).function), strict=True):
+        for mine, theirs in zip(other.run(compiled), eager.run(type(self).function), strict=True):
             assert same_bits(mine, theirs)
             assert mine.stride() == theirs.stride()
         if sample.grad:
@@ -548,7 +548,7 @@ class OpSuite:
         call = build(grad_sample, torch.float64, device, grad=True)
         function = with_floats(call, type(self).function)
         outputs, pull = torch.func.vjp(function, *(x.detach() for x in call.floats))
-        given = cotangents(call.of(type(self).function))
+        given = cotangents(call.run(type(self).function))
         assert len(outputs) == len(given)
         for mine, theirs in zip(
             pull(tuple(given)), gradients(call, type(self).function), strict=True
@@ -582,7 +582,7 @@ class OpSuite:
         call = build(grad_sample, torch.float64, device, grad=True)
         function = with_floats(call, type(self).function)
         first, *rest = (x.detach() for x in call.floats)
-        given = cotangents(call.of(type(self).function))
+        given = cotangents(call.run(type(self).function))
 
         def pulled(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
             _, pull = torch.func.vjp(function, x, *rest)
@@ -619,8 +619,8 @@ class OpSuite:
 
     def test_meta_tensors(self, sample: Sample, dtype: torch.dtype) -> None:
         for layout in ("contiguous", "channels_last"):
-            expected = build(sample, dtype, layout=layout).of(type(self).function)
-            found = build(sample, dtype, "meta", layout).of(type(self).function)
+            expected = build(sample, dtype, layout=layout).run(type(self).function)
+            found = build(sample, dtype, "meta", layout).run(type(self).function)
             for mine, theirs in zip(found, expected, strict=True):
                 assert mine.device.type == "meta"
                 assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
@@ -659,22 +659,22 @@ class OpSuite:
         self, sample: Sample, dtype: torch.dtype, device: str, layout: str
     ) -> tuple[torch.Tensor, ...]:
         call = build(sample, dtype, device, layout, grad=self.same_bits_as_cpu)
-        out = call.of(type(self).function)
+        out = call.run(type(self).function)
         return (*out, *gradients(call, type(self).function)) if self.same_bits_as_cpu else out
 
     @pytest.mark.gpu
     def test_side_stream_and_graph_capture(self, sample: Sample) -> None:
         call = build(sample, torch.float32, "cuda")
-        expected = call.of(type(self).function)
+        expected = call.run(type(self).function)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                other = call.of(type(self).function)
+                other = call.run(type(self).function)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = call.of(type(self).function)
+            captured = call.run(type(self).function)
         graph.replay()
         torch.cuda.synchronize()
         for a, b, c in zip(expected, other, captured, strict=True):
@@ -715,7 +715,7 @@ class ConvolutionSuite(OpSuite):
         found = []
         for function in (compiled, type(self).function):
             call = build(sample, torch.float32, device, grad=sample.grad)
-            found.append((*call.of(function), *gradients(call, function)))
+            found.append((*call.run(function), *gradients(call, function)))
         for mine, theirs in zip(*found, strict=True):
             assert mine.stride() == theirs.stride()
             assert relative_error(mine, theirs) <= CONVOLUTION_ERROR[torch.float32]
@@ -740,7 +740,7 @@ class ConvolutionSuite(OpSuite):
             call.args = tuple(empty.get(id(a), a) for a in call.args)
             call.kwargs = {name: empty.get(id(a), a) for name, a in call.kwargs.items()}
             call.floats = [empty.get(id(a), a) for a in call.floats]
-            found.append([*call.of(function), *gradients(call, function)])
+            found.append([*call.run(function), *gradients(call, function)])
         for mine, expected in zip(*found, strict=True):
             assert torch.equal(mine, expected)
 
@@ -751,7 +751,7 @@ class ConvolutionSuite(OpSuite):
             for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
                 before = x.view(-1)[place].item()
                 x.view(-1)[place] = float("nan")
-                ours, expected = call.of(type(self).function), call.of(type(self).reference)
+                ours, expected = call.run(type(self).function), call.run(type(self).reference)
                 assert_nan_as_expected(ours[0], expected[0], spreads)
                 x.view(-1)[place] = before
 

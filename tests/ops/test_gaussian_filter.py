@@ -146,12 +146,12 @@ class TestGaussianFilter(suite.OpSuite):
         for bad, place in product((float("nan"), float("inf")), (0, values.numel() - 1)):
             before = values.view(-1)[place].item()
             values.view(-1)[place] = bad
-            (mine,), (theirs,) = call.of(high), call.of(reference.gaussian_filter)
+            (mine,), (theirs,) = call.run(high), call.run(reference.gaussian_filter)
             assert torch.equal(mine.isfinite(), theirs.isfinite())
             values.view(-1)[place] = before
         features.view(-1)[0] = float("nan")
         with raises_in_call(message("gaussian_filter", "features", "NaN")):
-            call.of(high)
+            call.run(high)
 
 
 def _zeros(device: str, *shape: int) -> torch.Tensor:

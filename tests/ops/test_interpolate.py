@@ -104,7 +104,7 @@ class TestInterpolate(suite.OpSuite):
 
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
         # The coordinates have the dtype that torch computes in.
-        return self._widened(sample, dtype, device).of(_reference_of(dtype))
+        return self._widened(sample, dtype, device).run(_reference_of(dtype))
 
     def expected_gradients(
         self, sample: Sample, dtype: torch.dtype, device: str

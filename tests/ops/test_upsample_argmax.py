@@ -87,7 +87,7 @@ class TestUpsampleArgmax(suite.OpSuite):
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
         call = self._widened(sample, dtype, device)
         call.kwargs["coordinates"] = _dtypes.compute_dtype(dtype)
-        labels, *confidence = call.of(reference.upsample_argmax)
+        labels, *confidence = call.run(reference.upsample_argmax)
         return (labels, *confidence)
 
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:

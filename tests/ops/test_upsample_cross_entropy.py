@@ -66,7 +66,7 @@ class LossSuite(suite.OpSuite):
         return of
 
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-        return self._widened(sample, dtype, device).of(self._with_coordinates(dtype))
+        return self._widened(sample, dtype, device).run(self._with_coordinates(dtype))
 
     def expected_gradients(
         self, sample: Sample, dtype: torch.dtype, device: str
