@@ -1,4 +1,4 @@
-"""Runs of the benchmarks as pytest-benchmark's JSON would have them, for the tests of reports."""
+"""Synthetic benchmark runs in the format of pytest-benchmark's JSON, for the tests of reports."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def case(
     test: str = "test_forward",
     **info: Any,
 ) -> dict[str, Any]:
-    """An entry; times in milliseconds, the middle half `width` of the median to each side."""
+    """A benchmark entry; times in ms, with quartiles `width` (relative) around the median."""
     times = {"segkernels": ours, **(peers or {})}
     return {
         "fullname": f"benchmarks/{file}::{test}[{name}]",
@@ -36,7 +36,7 @@ def case(
 
 
 def run(*cases: dict[str, Any], **setting: Any) -> dict[str, Any]:
-    """A whole run of `cases` on a CPU, but for what `setting` says."""
+    """A run of `cases` on a CPU; `setting` overrides the defaults."""
     return {
         "machine_info": {"node": "secret-host", "cpu": {"brand_raw": "x"}},
         "commit_info": {"id": "0" * 40, "author_time": "today"},
@@ -63,6 +63,6 @@ def run(*cases: dict[str, Any], **setting: Any) -> dict[str, Any]:
 
 
 def write(path: Path, *cases: dict[str, Any], **setting: Any) -> Path:
-    """The same as a file."""
+    """Write `run(...)` to a file."""
     path.write_text(json.dumps(run(*cases, **setting)), encoding="utf-8")
     return path

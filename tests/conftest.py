@@ -1,9 +1,9 @@
-"""Shared by every test: which run, devices, seeds, and what the run's header says.
+"""Shared test configuration: test selection, the device fixtures and the random seed.
 
-`pytest` leaves out what is marked `nightly`, unless `--nightly` or `-m` names it, what is marked
-`gpu` where torch sees no GPU, unless `--gpu` is given, what is marked `emulated` where _C has
-not the emulation of CUDA (tests/emulation), and what is marked `interpreted` where Triton does not
-interpret. Hypothesis tries 25 examples, the same each time, and under `nightly` 200 new ones.
+Tests marked `nightly` are deselected unless `--nightly` or `-m` selects them, and tests marked
+`gpu` where torch sees no GPU, unless `--gpu` is given. Tests marked `emulated` need a _C built with
+the CUDA emulation (tests/emulation), tests marked `interpreted` need Triton's interpreter.
+Hypothesis runs 25 fixed examples per property, or 200 random ones in nightly runs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Small tensors on two threads cost three times the time of the processor: the threads wait by
-# spinning. Tests that are about threads set their number.
+# Threads that spin-wait for each other make small tensors three times slower. Tests about threads
+# set their own number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import emulation
@@ -33,12 +33,12 @@ from emulation import interpreter
 import segkernels
 from segkernels import _native
 
-# Inductor keeps code for 8 and for 16 lanes under one key, and the one run as the other crashes: so
-# a folder for each capability, which ATEN_CPU_CAPABILITY limits.
+# Inductor caches code for 8 and for 16 vector lanes under the same key, and running one in place of
+# the other crashes. So use one cache folder per CPU capability (limited by ATEN_CPU_CAPABILITY).
 _folder = f"segkernels-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _folder))
 
-# A first call compiles or warms up something, so a per-example deadline would only flake.
+# The first call may compile or warm up, so a deadline per example would be flaky.
 hypothesis.settings.register_profile(
     "quick", deadline=None, print_blob=True, max_examples=25, derandomize=True
 )
@@ -64,10 +64,10 @@ def pytest_report_header() -> str:
     return f"torch {torch.__version__}, segkernels._C: {built}"
 
 
-@pytest.hookimpl(tryfirst=True)  # -m comes after it, and hides what it leaves out
+@pytest.hookimpl(tryfirst=True)  # before pytest's own -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     unwanted = {"nightly"} - ({"nightly"} if _nightly(config) else set())
-    # With a GPU but segkernels built without CUDA the gpu tests run, and must fail.
+    # With a GPU, but segkernels built without CUDA, the gpu tests must run and fail.
     if not config.getoption("--gpu") and not torch.cuda.is_available():
         unwanted.add("gpu")
     if not emulation.available():
@@ -81,14 +81,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_sessionfinish() -> None:
-    """Add to the counts of launches that tests/emulation/coverage.py reads."""
+    """Add this run's launch counts to the file that tests/emulation/coverage.py reads."""
     if (counts := os.environ.get("SK_EMULATION_COUNTS")) and emulation.available():
         emulation.library().emulation_count(os.fsencode(counts))
 
 
 @pytest.fixture(autouse=True)
-def _as_at_first() -> Iterator[None]:
-    """The seed, and after a test the number of threads."""
+def _seed_and_threads() -> Iterator[None]:
+    """Set the seed before each test, and restore the number of threads after it."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield
@@ -97,7 +97,7 @@ def _as_at_first() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What is marked `emulated` or `interpreted` computes on the CPU with the code for CUDA."""
+    """Run tests marked `emulated` or `interpreted` with the CUDA code on CPU tensors."""
     with contextlib.ExitStack() as stack:
         if request.node.get_closest_marker("emulated"):
             stack.enter_context(emulation.emulated())
@@ -108,7 +108,7 @@ def _emulated(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_status_word_is_left(request: pytest.FixtureRequest, _emulated: None) -> Iterator[None]:
-    """A fault that a test on CUDA leaves untold fails that test, and not a later one."""
+    """Fail a CUDA test that leaves a status word set, so that no later test reports it."""
     if not any(map(request.node.get_closest_marker, ("gpu", "emulated", "interpreted"))):
         yield
         return
@@ -120,7 +120,7 @@ def _no_status_word_is_left(request: pytest.FixtureRequest, _emulated: None) -> 
 
 @pytest.fixture
 def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """cuDNN's convolutions of float32 multiply float32, by the same algorithm every time."""
+    """Make cuDNN's float32 convolutions deterministic, without TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     conv: Any = torch.backends.cudnn.conv
     before, conv.fp32_precision = conv.fp32_precision, "ieee"
@@ -130,14 +130,14 @@ def exact_cudnn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=emulation.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that segkernels runs on, and the CUDA code on the CPU."""
+    """The CPU, CUDA and the CUDA code emulated on the CPU."""
     return torch.device(request.param)
 
 
 @pytest.fixture(scope="session")
 def build_tools() -> ModuleType:
-    """The build's own package, which is not installed."""
-    # Not through sys.path for good: the root would hide the installed package.
+    """The package build_tools, which is not installed."""
+    # Only temporarily on sys.path: the repository root would hide the installed package.
     root = str(Path(__file__).resolve().parent.parent)
     sys.path.insert(0, root)
     try:
@@ -150,7 +150,7 @@ def build_tools() -> ModuleType:
 
 @pytest.fixture(params=emulation.ON_CUDA)
 def hopper(request: pytest.FixtureRequest) -> str:
-    """The device of a Hopper, and of its model on the CPU."""
+    """The device of a Hopper GPU, or of its model on the CPU."""
     if request.param == "cuda":
         if torch.cuda.get_device_capability() != (9, 0):
             pytest.skip("needs compute capability 9.0")

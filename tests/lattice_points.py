@@ -1,4 +1,4 @@
-"""Shared by the tests of the lattice and the CRF: points, faults in values, poisoned memory."""
+"""Helpers for the lattice and CRF tests: feature points, expected errors, poisoned memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import segkernels
 from segkernels.ops.permutohedral.native import MAX_DIMS
 from segkernels.ops.permutohedral.reference import barycentric, elevate, simplex
 
-# Each number of dimensions is a kernel of its own; a few of them in the quick part.
+# Each dimension has its own kernel instance; the quick part runs a few of them.
 EVERY_DIMS = pytest.mark.parametrize(
     "dims",
     [
@@ -22,19 +22,31 @@ EVERY_DIMS = pytest.mark.parametrize(
 )
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64).to(dtype)
+
+
+def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """Assert a maximal error relative to the largest magnitude of `want`."""
+    assert got.shape == want.shape
+    want = want.detach().cpu().double()
+    error = (got.detach().cpu().double() - want).abs().max()
+    assert float(error) <= tolerance * float(want.abs().max())
+
+
 def weights_of(points: torch.Tensor) -> torch.Tensor:
-    """Barycentric weights (N, d + 1) of points (N, d), in float64."""
+    """Barycentric weights (N, d + 1) of points (N, d) in float64."""
     elevated = elevate(points.double())
     return barycentric(elevated, *simplex(elevated))
 
 
-def inside(
+def draw_features(
     shape: Sequence[int], spread: float = 1.0, margin: float = 1e-3, seed: int = 0
 ) -> torch.Tensor:
-    """Random features (B, d, *spatial), float64, each well inside its simplex.
+    """Random float64 features (B, d, *spatial), each at least `margin` inside its simplex.
 
-    They are exact in float32, and rounding in float32 moves none to another simplex: so float32 and
-    float64 see one topology, and a small step for a finite difference keeps it.
+    The values are exact in float32, and float32 rounding moves none to another simplex. So float32
+    and float64 give the same lattice, and a finite-difference step does not change it.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -53,8 +65,8 @@ def inside(
 
 
 @contextmanager
-def raises_for_values(match: str) -> Iterator[None]:
-    """A fault that only values show raises, on CUDA as SEGKERNELS_CHECK asks for."""
+def raises_in_call(match: str) -> Iterator[None]:
+    """Expect a ValueError about invalid values from the call itself, on CUDA too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEGKERNELS_CHECK", "1")
         with pytest.raises(ValueError, match=match):
@@ -62,8 +74,8 @@ def raises_for_values(match: str) -> Iterator[None]:
 
 
 @contextmanager
-def told_by_check(match: str) -> Iterator[None]:
-    """On CUDA such a fault raises nothing, until `segkernels.check` tells it once."""
+def raised_by_check(match: str) -> Iterator[None]:
+    """Expect no error from a call on CUDA, and one error from the next `segkernels.check()`."""
     yield
     with pytest.raises(ValueError, match=f"^segkernels: {match}"):
         segkernels.check()
@@ -72,7 +84,7 @@ def told_by_check(match: str) -> Iterator[None]:
 
 @contextmanager
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Memory that is allocated and not filled holds NaN, or integers that mean nothing."""
+    """Fill memory from torch.empty and the like with NaN, or 99 for integers."""
 
     def spoil(allocate):
         def allocated(*args, **kwargs):

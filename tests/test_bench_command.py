@@ -1,4 +1,4 @@
-"""`segkernels bench`: what it hands to pytest, and what it says where it cannot run."""
+"""`segkernels bench`: arguments passed to pytest, reports, and errors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def bench(*arguments: str) -> Any:
 
 
 @pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """What pytest.main gets, and it is not run."""
+def pytest_calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Arguments of each call of pytest.main, which is mocked."""
     calls: list[list[str]] = []
 
     def main(arguments: list[str]) -> int:
@@ -33,10 +33,10 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return calls
 
 
-def test_options_reach_pytest(handed: list[list[str]], tmp_path: Path) -> None:
+def test_options_reach_pytest(pytest_calls: list[list[str]], tmp_path: Path) -> None:
     ran = bench(*FOLDER, "--quick", "--device", "cpu", "--op", "unpool2d", "--op", "max_pool2d")
     assert ran.exit_code == 0, ran.output
-    (arguments,) = handed
+    (arguments,) = pytest_calls
     names = [Path(argument).name for argument in arguments if argument.endswith(".py")]
     assert names == ["bench_unpool2d.py", "bench_max_pool2d.py"]
     assert "--benchmark-only" in arguments
@@ -44,15 +44,15 @@ def test_options_reach_pytest(handed: list[list[str]], tmp_path: Path) -> None:
     assert arguments[arguments.index("--device") + 1] == "cpu"
 
     bench(*FOLDER, "--full", "--json", str(tmp_path / "x.json"))
-    assert "--full" in handed[1]
-    assert f"--benchmark-json={tmp_path / 'x.json'}" in handed[1]
-    assert str(ROOT / "benchmarks") in handed[1]
+    assert "--full" in pytest_calls[1]
+    assert f"--benchmark-json={tmp_path / 'x.json'}" in pytest_calls[1]
+    assert str(ROOT / "benchmarks") in pytest_calls[1]
 
     bench(*FOLDER)
-    assert not {"--quick", "--full"} & set(handed[2])
+    assert not {"--quick", "--full"} & set(pytest_calls[2])
 
 
-def test_a_report_is_written_from_the_json(handed: list[list[str]], tmp_path: Path) -> None:
+def test_report_from_json(pytest_calls: list[list[str]], tmp_path: Path) -> None:
     path = write(tmp_path / "run.json", case("a", 1.0, {"torch": 2.0}))
     ran = bench(*FOLDER, "--json", str(path), "--report", str(tmp_path / "out"))
     assert ran.exit_code == 0, ran.output
@@ -60,7 +60,7 @@ def test_a_report_is_written_from_the_json(handed: list[list[str]], tmp_path: Pa
     assert str(tmp_path / "out" / "report.md") in ran.output
 
 
-def test_two_runs_are_compared(tmp_path: Path) -> None:
+def test_compare_two_runs(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", case("x", 1.0))
     b = write(tmp_path / "b.json", case("x", 2.0))
     worse = bench(*FOLDER, "--compare", str(a), str(b))
@@ -70,7 +70,7 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     assert bench(*FOLDER, "--compare", str(a), str(tmp_path / "none")).exit_code == 2
 
 
-def test_it_is_found_beside_the_package_or_here(
+def test_benchmarks_are_found_beside_the_package_or_in_the_current_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(bench_command, "__file__", str(ROOT / "segkernels" / "cli" / "bench.py"))
@@ -91,23 +91,21 @@ def test_it_is_found_beside_the_package_or_here(
         (["--folder", "nowhere"], "no benchmarks in nowhere. They are not part of the installed"),
     ],
 )
-def test_what_cannot_be_done_is_said(
-    handed: list[list[str]], arguments: list[str], said: str
-) -> None:
+def test_invalid_options(pytest_calls: list[list[str]], arguments: list[str], said: str) -> None:
     ran = bench(*arguments)
     assert ran.exit_code == 2
     assert said in ran.output
-    assert handed == []
+    assert pytest_calls == []
 
 
-def test_what_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_command, "_NEEDED", ("pytest", "no_such_package"))
     ran = bench(*FOLDER)
     assert ran.exit_code == 2
     assert 'no_such_package not installed; pip install "segkernels[bench]"' in ran.output
 
 
-def test_the_command_loads_nothing_it_does_not_need() -> None:
+def test_command_does_not_import_heavy_packages() -> None:
     source = Path(bench_command.__file__).read_text()
     top = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     assert not any(name in line for line in top for name in ("pytest", "matplotlib"))

@@ -1,4 +1,4 @@
-"""README's tables of speed are those of the committed results, and how results are recorded."""
+"""Recording of benchmark results, and their tables in README."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def record(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_readme_has_the_committed_results() -> None:
-    """In README stand the tables of what is committed, all of it, and nothing else."""
+    """README has exactly the tables of the committed results."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\(benchmarks/results/([\w-]+)/report\.md\)", text))
     assert named == {path.parent.name for path in readme.committed(RESULTS)}
@@ -69,10 +69,10 @@ def test_readme_has_the_committed_results() -> None:
         assert readme.between(text) == readme.block(RESULTS), again
 
 
-def test_committed_results_are_whole() -> None:
-    """Each folder of results has the report of its JSON, of the device it is named after.
+def test_committed_results_are_complete() -> None:
+    """Each results folder has the report of its JSON and the name of its device.
 
-    Where no whole run is committed, a README says what there is instead.
+    A folder without a complete run has a README that lists its files.
     """
     for path in readme.committed(RESULTS):
         run = results.load(path)
@@ -88,7 +88,7 @@ def test_committed_results_are_whole() -> None:
         assert named == {path.name for path in folder.glob("*.json")}
 
 
-def test_the_tables(tmp_path: Path) -> None:
+def test_tables(tmp_path: Path) -> None:
     run = results.load(several(tmp_path / "run.json"))
     lines = readme.part(run, "cpu").splitlines()
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
@@ -130,12 +130,12 @@ def test_recording_a_run_writes_results_report_and_readme(tmp_path: Path) -> Non
     assert readme.between(page) == readme.block(tmp_path / "results")
     assert "old" not in page
 
-    # From what it kept, it writes the same again.
+    # Recording the stored results again gives the same page.
     again = record(tmp_path, "--from", str(folder / "results.json"))
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "README.md").read_text() == page
 
-    # A GPU's results stand after the CPU's.
+    # A GPU's results follow the CPU's.
     facts = {"driver": "1", "cuda": "13", "cudnn": 9, "memory_bytes": 2**30}
     gpu = write(
         tmp_path / "gpu.json",
@@ -150,7 +150,7 @@ def test_recording_a_run_writes_results_report_and_readme(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_busy_machine_is_refused_or_named(tmp_path: Path) -> None:
+def test_busy_machine_is_rejected_or_noted(tmp_path: Path) -> None:
     run = str(several(tmp_path / "run.json", others=0.6))
     refused = record(tmp_path, "--from", run)
     assert refused.returncode == 1
@@ -163,7 +163,7 @@ def test_a_busy_machine_is_refused_or_named(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_no_run_is_not_recorded(tmp_path: Path) -> None:
+def test_invalid_json_is_not_recorded(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"benchmarks": []}))
     done = record(tmp_path, "--from", str(path))
@@ -171,7 +171,7 @@ def test_what_is_no_run_is_not_recorded(tmp_path: Path) -> None:
     assert "is not the JSON of a run" in done.stderr
 
 
-def test_readme_without_its_markers_is_left_alone(tmp_path: Path) -> None:
+def test_readme_without_markers_is_not_modified(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):

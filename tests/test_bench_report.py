@@ -1,4 +1,4 @@
-"""Reports of benchmark runs: what they say first, their page and plots, and comparing two."""
+"""Reports of benchmark runs: order, contents, plots, and the comparison of two runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def several(tmp_path: Path) -> results.Run:
-    """Two operators, one lost case, one within noise, a curve, a missing and a lesser peer."""
+    """Two operators: faster, slower and undecided cases, a curve, missing and simpler peers."""
     entries = [
         case("win", 1.0, {"torch": 4.0}, share_of_floor=0.5, floor_by="bytes", floor_ms=0.5),
         case("lose", 2.0, {"torch": 1.0}, peak_bytes={"segkernels": 2e6, "torch": 8e6}),
@@ -51,7 +51,7 @@ def several(tmp_path: Path) -> results.Run:
     return results.load(write(tmp_path / "run.json", *entries))
 
 
-def test_lost_cases_come_first_and_lesser_peers_do_not_count(several: results.Run) -> None:
+def test_slower_cases_come_first_and_simpler_peers_do_not_count(several: results.Run) -> None:
     text = document.markdown(report.build(several))
     lost = text[text.index("## Where a peer is faster") : text.index("## By operator")]
     assert text.index("## Where") < text.index("## By operator") < text.index("all cases")
@@ -64,7 +64,7 @@ def test_lost_cases_come_first_and_lesser_peers_do_not_count(several: results.Ru
     assert "1 thread" not in lost
 
 
-def test_geometric_means_leave_curves_out(several: results.Run) -> None:
+def test_geometric_means_exclude_curves(several: results.Run) -> None:
     text = document.markdown(report.build(several))
     by_op = text[text.index("## By operator") : text.index("![")]
     (row,) = (line for line in by_op.splitlines() if line.startswith("| max_pool2d"))
@@ -75,7 +75,7 @@ def test_geometric_means_leave_curves_out(several: results.Run) -> None:
     assert "scaling" not in by_op
 
 
-def test_a_report_names_its_setting_its_gaps_and_its_noise(several: results.Run) -> None:
+def test_report_names_setting_missing_peers_and_noise(several: results.Run) -> None:
     text = document.markdown(report.build(several))
     for said in (
         "Speed of segkernels on A Processor",
@@ -91,7 +91,7 @@ def test_a_report_names_its_setting_its_gaps_and_its_noise(several: results.Run)
         assert said in text
 
 
-def test_what_only_cuda_has_is_shown(tmp_path: Path) -> None:
+def test_cuda_columns(tmp_path: Path) -> None:
     entry = case(
         "small",
         0.01,
@@ -107,7 +107,7 @@ def test_what_only_cuda_has_is_shown(tmp_path: Path) -> None:
         assert cell in text
 
 
-def test_the_page_needs_no_other_file(several: results.Run, tmp_path: Path) -> None:
+def test_html_page_is_self_contained(several: results.Run, tmp_path: Path) -> None:
     report.write(several, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     names = sorted(path.stem for path in (tmp_path / "out" / "plots").glob("*.svg"))
@@ -122,7 +122,7 @@ def test_the_page_needs_no_other_file(several: results.Run, tmp_path: Path) -> N
     assert all((tmp_path / "out" / path).is_file() for path in linked)
 
 
-def test_words_in_a_page_are_escaped(tmp_path: Path) -> None:
+def test_html_is_escaped(tmp_path: Path) -> None:
     path = write(tmp_path / "run.json", case("<b>&", 1.0, {"torch": 0.5}))
     page = document.page(report.build(results.load(path)))
     assert "<b>" not in page
@@ -130,7 +130,7 @@ def test_words_in_a_page_are_escaped(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_plots_show_something_and_are_the_same_each_time(several: results.Run) -> None:
+def test_plots_are_deterministic_and_not_empty(several: results.Run) -> None:
     first, second = plots.all_plots(several), plots.all_plots(several)
     assert [plot.svg for plot in first] == [plot.svg for plot in second]
     for plot in first:
@@ -139,12 +139,12 @@ def test_plots_show_something_and_are_the_same_each_time(several: results.Run) -
         assert 0.01 < (pixels < 250).mean() < 0.5
 
 
-def test_a_run_without_peers_or_floors_has_a_report(tmp_path: Path) -> None:
+def test_report_without_peers_or_floors(tmp_path: Path) -> None:
     loaded = results.load(write(tmp_path / "run.json", case("alone", 1.0)))
     assert "0 of 0 pairs" in document.markdown(report.build(loaded))
 
 
-def test_trimmed_json_reads_the_same_and_names_no_machine(tmp_path: Path) -> None:
+def test_trimmed_json_is_equivalent_and_anonymous(tmp_path: Path) -> None:
     path = write(tmp_path / "run.json", case("a", 1.23456789, {"torch": 2.0}))
     trimmed = results.trim(path)
     text = json.dumps(trimmed)
@@ -162,7 +162,7 @@ def test_trimmed_json_reads_the_same_and_names_no_machine(tmp_path: Path) -> Non
     ("content", "said"),
     [(None, "No such file"), ("{", "JSONDecodeError"), ('{"benchmarks": []}', "'segkernels'")],
 )
-def test_what_is_not_a_run_is_refused(tmp_path: Path, content: str | None, said: str) -> None:
+def test_invalid_json_raises(tmp_path: Path, content: str | None, said: str) -> None:
     path = tmp_path / "run.json"
     if content is not None:
         path.write_text(content)
@@ -191,7 +191,7 @@ def test_slower_beyond_noise(tmp_path: Path) -> None:
     assert found["b"].noise == pytest.approx(2 * 0.2 * 2**0.5)
 
 
-def test_a_slower_machine_is_no_regression(tmp_path: Path) -> None:
+def test_slower_machine_is_not_a_regression(tmp_path: Path) -> None:
     old = [case("a", 1.0, {"torch": 2.0}, width=0.005), case("b", 1.0, {"torch": 2.0}, width=0.005)]
     new = [case("a", 1.5, {"torch": 3.0}, width=0.005), case("b", 1.5, {"torch": 2.0}, width=0.005)]
     found = compared(tmp_path, old, new)
@@ -200,7 +200,7 @@ def test_a_slower_machine_is_no_regression(tmp_path: Path) -> None:
     assert found["b"].verdict == "slower"
 
 
-def test_a_busy_machine_judges_nothing(tmp_path: Path) -> None:
+def test_busy_machine_gives_no_verdict(tmp_path: Path) -> None:
     old = [case("a", 1.0), case("b", 1.0, others_cores=0.5)]
     new = [case("a", 2.0, others_cores=0.3), case("b", 2.0)]
     assert {c.verdict for c in compared(tmp_path, old, new).values()} == {"busy"}
@@ -212,7 +212,7 @@ def test_a_busy_machine_judges_nothing(tmp_path: Path) -> None:
     assert found.changes[0].noise == pytest.approx(max(0.05, 2 * 0.02 * 2**0.5))
 
 
-def test_a_peer_elsewhere_says_nothing_of_the_device(tmp_path: Path) -> None:
+def test_peer_on_another_device_does_not_measure_drift(tmp_path: Path) -> None:
     where = {"peers_on_device": []}
     old = [case("a", 1.0, {"pydensecrf2": 2.0}, **where)]
     new = [case("a", 1.5, {"pydensecrf2": 3.0}, **where)]
@@ -221,7 +221,7 @@ def test_a_peer_elsewhere_says_nothing_of_the_device(tmp_path: Path) -> None:
     assert change.verdict == "slower"
 
 
-def test_comparing_from_the_command_line(tmp_path: Path) -> None:
+def test_compare_command(tmp_path: Path) -> None:
     a = write(tmp_path / "a.json", case("x", 1.0), case("gone", 1.0), case("y", 1.0))
     b = write(tmp_path / "b.json", case("x", 2.0), case("new", 1.0), case("y", 1.0), threads=4)
     gpu = write(tmp_path / "gpu.json", case("x", 1.0), device="A GPU")

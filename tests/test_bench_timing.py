@@ -1,4 +1,4 @@
-"""The clocks of the benchmarks, their rounds, floors and sizes."""
+"""Clocks of the benchmarks, interleaved rounds, lower bounds (floors) and problem sizes."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quiet(monkeypatch: pytest.MonkeyPatch, shares: Iterator[float]) -> None:
-    """Others use what `shares` says, block by block, and a block is one round."""
+    """Mock the load of other processes: `shares` gives it per block, and a block is one round."""
     monkeypatch.setattr(timing, "_BLOCK", 0.0)
     monkeypatch.setattr(timing, "_WATCHED", 0.0)
     monkeypatch.setattr(timing, "others_share", lambda: lambda: next(shares))
 
 
-def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
     quiet(monkeypatch, itertools.repeat(0.0))
     order: list[str] = []
 
@@ -54,7 +54,7 @@ def test_rounds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rounds.thrown == 0
 
 
-def test_busy_rounds_are_taken_again_while_there_is_patience(
+def test_busy_rounds_are_repeated_within_patience(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quiet(monkeypatch, iter([0.0, 0.5, 0.05, 0.9, 0.0]))
@@ -72,7 +72,7 @@ def test_busy_rounds_are_taken_again_while_there_is_patience(
     assert rounds.others == pytest.approx(0.5)
 
 
-def test_others_are_watched_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_is_measured_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     watched: list[float] = []
 
     def watch() -> Callable[[], float]:
@@ -85,9 +85,7 @@ def test_others_are_watched_long_enough(monkeypatch: pytest.MonkeyPatch) -> None
     assert watched[0] >= 0.2
 
 
-def test_what_others_use_is_all_but_our_own(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_load_of_others_excludes_our_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stat, now, own = tmp_path / "stat", [100.0], [0.0]
     monkeypatch.setattr(timing, "_STAT", stat)
     monkeypatch.setattr(timing.os, "sysconf", lambda _: 100)
@@ -95,13 +93,13 @@ def test_what_others_use_is_all_but_our_own(
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     stat.write_text("cpu  1000 0 500 9999 50 0 0 0 0 0\ncpu0 1 2 3\n")
     share = timing.others_share()
-    # In two seconds 1.5 s more of user and 0.3 s more of system time, 0.8 s of them our own.
+    # Over two seconds: 1.5 s of user and 0.3 s of system time in all, of which 0.8 s are our own.
     now[0], own[0] = 102.0, 0.8
     stat.write_text("cpu  1150 0 530 9999 90 0 0 0 0 0\n")
     assert share() == pytest.approx((1.5 + 0.3 - 0.8) / 2)
 
 
-def test_events_stand_around_calls_behind_a_cold_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_surround_calls_after_a_cache_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 
     class Event:
@@ -127,18 +125,18 @@ def test_events_stand_around_calls_behind_a_cold_cache(monkeypatch: pytest.Monke
     found = timing.event_times(lambda: log.append("call"), device, 2)
     one = ["flush", "record", "call", "record"]
     assert log == ["wait", *one, *one, "wait", "read", "read"]
-    assert found == [2e-3, 2e-3]  # events tell milliseconds
+    assert found == [2e-3, 2e-3]  # events count milliseconds
 
     timing.clock.device = device
     log.clear()
     assert timing.device_time(lambda: log.append("call"), about=1.0) == 2e-3
-    assert log.count("call") == 1  # long calls are not queued ten at a time
+    assert log.count("call") == 1  # long calls are not queued ten at once
     log.clear()
     timing.device_time(lambda: log.append("call"), about=1e-5)
     assert log.count("call") == 10
 
 
-def test_the_wall_clock_is_right_and_repeats_short_calls() -> None:
+def test_wall_clock_repeats_short_calls() -> None:
     best = min(timing.device_time(lambda: time.sleep(0.02)) for _ in range(5))
     assert 0.02 <= best < 0.03
     calls = []
@@ -148,7 +146,7 @@ def test_the_wall_clock_is_right_and_repeats_short_calls() -> None:
     assert timing.cost(1.0) == 1.0
 
 
-def test_the_budget_gives_rounds() -> None:
+def test_budget_gives_the_number_of_rounds() -> None:
     limits = budget.Budget()
     limits.choose(quick=True, cuda=False, patience=0)
     least, most = limits.rounds
@@ -157,7 +155,7 @@ def test_the_budget_gives_rounds() -> None:
     assert limits.count(limits.seconds / (least + 2)) == least + 2
 
 
-def test_a_late_run_takes_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_run_gets_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
     limits = budget.Budget()
@@ -173,10 +171,10 @@ def test_a_late_run_takes_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits.count(1e-3) == 3 < usual
     limits.reached(0.9)
     assert limits.count(1e-3) == usual
-    assert limits.count(10.0) == 3  # long rounds are few anyway
+    assert limits.count(10.0) == 3  # long rounds are always few
 
 
-def test_a_floor_is_the_larger_of_bytes_and_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floor_is_the_larger_of_bytes_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "copy_rate", lambda device, moved: 1e9)
     monkeypatch.setattr(floors, "matmul_rate", lambda device, dtype: {"bfloat16": 1e12}[dtype])
     assert floors.floor() is None
@@ -185,7 +183,7 @@ def test_a_floor_is_the_larger_of_bytes_and_products(monkeypatch: pytest.MonkeyP
     assert floors.floor(10**8, 10**10, "bfloat16") == floors.Floor(1e-1, "bytes")
 
 
-def test_rates_are_measured_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_measured_once_per_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(floors, "_copies", {})
     monkeypatch.setattr(floors, "_matmuls", {})
     cpu = torch.device("cpu")
@@ -196,7 +194,7 @@ def test_rates_are_measured_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None
     assert sorted(floors.measured()) == ["copy of 4 MiB, GB/s", "matmul float32, TFLOP/s"]
 
 
-def test_useful_products_are_those_inside_the_map() -> None:
+def test_useful_flops_are_those_inside_the_image() -> None:
     for height, width, kernel, dilation in ((5, 7, 3, 1), (5, 7, 3, 4), (9, 4, 3, 6), (6, 6, 1, 1)):
         shape = shapes.ConvShape(2, 3, 4, height, width, dilation, "", kernel)
         ones = torch.ones(1, 1, height, width, dtype=torch.float64)
@@ -207,7 +205,7 @@ def test_useful_products_are_those_inside_the_map() -> None:
 
 
 @pytest.mark.parametrize("cuda", [False, True])
-def test_every_size_says_where_it_comes_from_and_has_its_own_name(cuda: bool) -> None:
+def test_every_shape_has_a_source_and_a_unique_name(cuda: bool) -> None:
     tables = [list(shapes.of_kinds(t, cuda)) for t in (shapes.POOL, shapes.UPSAMPLE, shapes.TAIL)]
     tables.append(list(shapes.convs(cuda)))
     laid = [shape for table in tables for shape in table]
@@ -222,7 +220,7 @@ def test_every_size_says_where_it_comes_from_and_has_its_own_name(cuda: bool) ->
         assert {shape.batch for shape in laid} >= {1, 8}
 
 
-def test_models_take_the_sizes_that_a_gpu_measures_them_at() -> None:
+def test_models_accept_their_benchmark_sizes() -> None:
     for shape in shapes.model_shapes(cuda=True):
         model = models.create_model(shape.model, shape.classes, shape.channels, width=0.0625)
         model.eval().check_input(
@@ -260,15 +258,15 @@ def test_times_agree_with_triton(what: str) -> None:
     }[what]
     theirs = do_bench(call, warmup=100, rep=300, return_mode="median") / 1e3
     ours = statistics.median(timing.device_time(call) for _ in range(21))
-    assert ours == pytest.approx(theirs, rel=0.05, abs=2e-6)  # events tick in half microseconds
+    assert ours == pytest.approx(theirs, rel=0.05, abs=2e-6)  # events have a resolution of 0.5 us
 
 
 @pytest.mark.slow
-def test_json_times_are_those_that_pytest_benchmark_had(
+def test_json_times_equal_the_measured_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The clock that stands still hands every time on as it was taken."""
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # a worker would take no times
+    """`timing.Clock` passes the measured times to pytest-benchmark unchanged."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # a worker would not take times
     bench = tmp_path / "bench_sleep.py"
     bench.write_text(
         "import time\nimport pytest\nfrom measure import measure\nfrom peers import eager\n"
@@ -303,7 +301,7 @@ def test_json_times_are_those_that_pytest_benchmark_had(
 
 
 class Fixture:
-    """As pytest-benchmark's, for `measure`: it reads the clock around each round."""
+    """Mock of pytest-benchmark's fixture: reads the clock around each round."""
 
     def __init__(self) -> None:
         self.stats = None
@@ -318,9 +316,12 @@ class Fixture:
         self.stats = object()
 
 
-def test_a_case_on_cuda_notes_host_graph_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`measure` as on a GPU, with torch.cuda's functions played by stand-ins: the host takes 5 ms
-    to queue a call, the device 1 ms (eager) or 2 ms (the peer's, which it waits for) to run it."""
+def test_cuda_case_records_host_graph_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`measure` with torch.cuda mocked.
+
+    Our call takes 5 ms on the host and 1 ms on the device (2 ms as a graph); the peer's takes
+    0.1 ms on the host and 2 ms on the device.
+    """
     device = torch.device("cuda", 0)
     timing.clock.device = device
     monkeypatch.setattr(measuring, "clock", timing.clock)
@@ -354,13 +355,13 @@ def test_a_case_on_cuda_notes_host_graph_and_memory(monkeypatch: pytest.MonkeyPa
     assert info["ratio"] == pytest.approx({"torch": 2.0})
     assert info["share_of_floor"] == pytest.approx(0.5)
     assert info["host_us"] == pytest.approx({"segkernels": 5000, "torch": 100})
-    assert info["graph_ms"] == pytest.approx({"segkernels": 2.0})  # only ours waits for the host
+    assert info["graph_ms"] == pytest.approx({"segkernels": 2.0})  # only ours is host-bound
     assert info["peak_bytes"] == {"segkernels": 100, "torch": 300}
     assert info["peers_missing"] == {"gone": "why"}
     assert measuring.rows[0].peak == 100
 
 
-def test_a_graph_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_graph_capture_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen capturing")
 
@@ -373,8 +374,8 @@ def test_a_graph_that_cannot_be_captured_says_why(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_the_cases_of_a_gpu_are_collected_without_one() -> None:
-    """Every case of a run on CUDA is made, though none can run here, and they are not too many."""
+def test_cuda_cases_are_collected_without_a_gpu() -> None:
+    """Every case of a CUDA run can be collected without a GPU, and their number is limited."""
     code = (
         "import sys, torch, pytest\n"
         "torch.cuda.is_available = lambda: True\n"

@@ -1,4 +1,4 @@
-"""The build's choices (toolkit, architectures, flags), on made-up toolkits; and one real build."""
+"""Build choices (toolkit, architectures, flags) with mocked toolkits, and one small real build."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def make_toolkit(root: Path, version: str = "13.0", without: tuple[str, ...] = (
 
 
 @pytest.fixture
-def nowhere(
+def no_cuda(
     build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> pytest.MonkeyPatch:
-    """A machine without any toolkit, whatever this one has."""
+    """A machine without any CUDA toolkit."""
     for name in ("CUDA_HOME", "CUDA_PATH", "SEGKERNELS_CUDA", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
     tools = tmp_path / "tools"
@@ -63,56 +63,54 @@ def nowhere(
     return monkeypatch
 
 
-def test_no_toolkit_says_what_was_looked_for_and_where(
-    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+def test_no_toolkit_reports_the_places_searched(
+    build_tools: ModuleType, no_cuda: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     toolkit, report = build_tools.cuda.find_toolkit()
     assert toolkit is None
     for place in ("CUDA_HOME: not set", "/usr/local/cuda", "PATH: no nvcc", "site", "nvidia-nvvm"):
         assert place in report
-    nowhere.setenv("SEGKERNELS_CUDA", "1")
+    no_cuda.setenv("SEGKERNELS_CUDA", "1")
     with pytest.raises(build_tools.cuda.CudaError, match=r"(?s)SEGKERNELS_CUDA=1.*pip install"):
         build_tools.cuda.find_toolkit()
 
 
-def test_an_incomplete_toolkit_is_passed_over_by_name(
-    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+def test_incomplete_toolkit_is_skipped_and_reported(
+    build_tools: ModuleType, no_cuda: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     lacking = ("include/cccl/cub/cub.cuh", "lib/libcudart_static.a")
     root = make_toolkit(tmp_path / "partial", without=lacking)
-    nowhere.setenv("CUDA_HOME", str(root))
+    no_cuda.setenv("CUDA_HOME", str(root))
     toolkit, report = build_tools.cuda.find_toolkit()
     assert toolkit is None
     assert f"CUDA_HOME, {root}: lacks cub/cub.cuh (nvidia-cuda-cccl), libcudart_static.a" in report
 
 
-def test_an_old_toolkit_is_passed_over(
-    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+def test_old_toolkit_is_skipped(
+    build_tools: ModuleType, no_cuda: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    nowhere.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "old", version="11.8")))
+    no_cuda.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "old", version="11.8")))
     assert "is CUDA 11.8" in build_tools.cuda.find_toolkit()[1]
 
 
-def test_order_of_the_search(
-    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_search_order(build_tools: ModuleType, no_cuda: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find = build_tools.cuda.find_toolkit
     site = make_toolkit(tmp_path / "site/nvidia/cu13", version="13.4")
     assert find()[0].nvcc == site / "bin/nvcc"
-    # An nvcc on PATH is only a wrapper: the folder that it names is what counts.
+    # An nvcc on PATH may be a wrapper; the folder that it reports is used.
     real = make_toolkit(tmp_path / "real", version="13.1")
     wrapper = tmp_path / "tools/nvcc"
     wrapper.write_text(f'#!/bin/sh\nexec {real}/bin/nvcc "$@"\n')
     wrapper.chmod(0o755)
     assert find()[0].nvcc == real / "bin/nvcc"
     home = make_toolkit(tmp_path / "home", version="12.9")
-    nowhere.setenv("CUDA_HOME", str(home))
+    no_cuda.setenv("CUDA_HOME", str(home))
     found = find()[0]
     assert (found.nvcc, found.version_string) == (home / "bin/nvcc", "12.9")
     assert found.includes == (home / "include", home / "include/cccl")
-    nowhere.setenv("SEGKERNELS_CUDA", "0")
+    no_cuda.setenv("SEGKERNELS_CUDA", "0")
     assert find()[0] is None
-    nowhere.setenv("SEGKERNELS_CUDA", "yes")
+    no_cuda.setenv("SEGKERNELS_CUDA", "yes")
     with pytest.raises(build_tools.cuda.CudaError, match="must be 0, 1 or auto, got 'yes'"):
         find()
 
@@ -131,16 +129,16 @@ def test_arch_list(build_tools: ModuleType, text: str, expected: list[str]) -> N
 
 
 @pytest.mark.parametrize("text", ["sm_80", "8", "8.0+SASS", "8.0;fast"])
-def test_bad_arch_list(build_tools: ModuleType, text: str) -> None:
+def test_invalid_arch_list(build_tools: ModuleType, text: str) -> None:
     with pytest.raises(build_tools.cuda.CudaError, match="TORCH_CUDA_ARCH_LIST: entries must be"):
         build_tools.cuda.parse_arches(text)
 
 
 def test_choice_of_architectures(
-    build_tools: ModuleType, nowhere: pytest.MonkeyPatch, tmp_path: Path
+    build_tools: ModuleType, no_cuda: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cuda = build_tools.cuda
-    nowhere.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "toolkit")))
+    no_cuda.setenv("CUDA_HOME", str(make_toolkit(tmp_path / "toolkit")))
     toolkit = cuda.find_toolkit()[0]
 
     def choose() -> str:
@@ -151,18 +149,18 @@ def test_choice_of_architectures(
     smi.write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n9.0\\n'\n")
     smi.chmod(0o755)
     assert choose() == "8.0 9.0+PTX"
-    smi.write_text("#!/bin/sh\nprintf '12.0\\n'\n")  # newer than the toolkit: PTX has to serve
+    smi.write_text("#!/bin/sh\nprintf '12.0\\n'\n")  # newer than the toolkit: needs PTX
     assert choose() == cuda.DEFAULT_ARCHES
-    nowhere.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    no_cuda.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
     assert choose() == "10.0"
-    nowhere.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
+    no_cuda.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
     with pytest.raises(cuda.CudaError, match=r"CUDA 13\.0 .* supports 8\.0, .*, got 7\.0"):
         choose()
 
 
 @pytest.fixture
 def tree(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A small source tree, in a folder whose name has a space, that the build takes for its own."""
+    """A small source tree that the build uses as its root; its path has a space."""
     root = tmp_path / "a tree"
     (root / "csrc/op").mkdir(parents=True)
     (root / "segkernels").mkdir()
@@ -248,7 +246,7 @@ def test_cuda_rules(build_tools: ModuleType, tree: Path, tmp_path: Path) -> None
     assert "SK_HAVE_SM90A" not in without
 
 
-def test_configurations_share_the_cpus_objects(build_tools: ModuleType, tree: Path) -> None:
+def test_configurations_share_cpu_objects(build_tools: ModuleType, tree: Path) -> None:
     toolkit = make_toolkit(tree / "toolkit")
     built = [rules_of(build_tools, tree, toolkit, arches) for arches in ("8.0", "9.0a+PTX")]
     objects = [set(re.findall(r"^build (\S+\.o): \w+ (\S+)", text, re.M)) for text in built]
@@ -274,15 +272,15 @@ def test_emulated_rules(
     assert f'kCuda[] = "{variant}"' in (config.build_dir / "build_config.h").read_text()
 
 
-def test_emulated_is_one_of_three(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_emulation_raises(build_tools: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEGKERNELS_CUDA", "emulated-msan")
     with pytest.raises(build_tools.cuda.CudaError, match="emulated-races, got 'emulated-msan'"):
         build_tools.ninja_build.configure()
 
 
 @pytest.mark.slow
-def test_in_place_an_older_module_replaces_a_newer_one(tree: Path) -> None:
-    """What was built for another configuration before."""
+def test_build_in_place_replaces_a_newer_module(tree: Path) -> None:
+    """The existing module was built for another configuration."""
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "build_tools", tree / "build_tools")
@@ -295,7 +293,7 @@ def test_in_place_an_older_module_replaces_a_newer_one(tree: Path) -> None:
     assert module.read_bytes() == built
 
 
-def test_emulated_is_in_no_wheel(tmp_path: Path) -> None:
+def test_wheel_with_emulation_raises(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
     environment = {**os.environ, "SEGKERNELS_CUDA": "emulated"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -304,7 +302,7 @@ def test_emulated_is_in_no_wheel(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_nothing_is_tied_to_this_processor(build_tools: ModuleType, tree: Path) -> None:
+def test_flags_do_not_depend_on_this_processor(build_tools: ModuleType, tree: Path) -> None:
     config = build_tools.ninja_build.configure()
     text = build_tools.ninja_build.write(config, tree / "module.so").read_text()
     assert "-march=native" not in text
@@ -313,7 +311,7 @@ def test_nothing_is_tied_to_this_processor(build_tools: ModuleType, tree: Path) 
     assert len(blocks) == len(config.isas) - 1
 
 
-def test_readme_has_the_two_commands_that_ci_runs() -> None:
+def test_readme_has_the_commands_that_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text()
     script = (ROOT / ".ci/run").read_text()
     for name in ("install", "test"):

@@ -1,4 +1,4 @@
-"""segkernels.dense_crf: what it takes, what comes back, and what it refuses."""
+"""segkernels.dense_crf: results, argument types, layouts, gradients, compilation, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lattice_points import raises_for_values
+from lattice_points import raises_in_call
 from PIL import Image
 
 from segkernels import PairwiseTerm, dense_crf, permutohedral_filter, probs_from_labels
@@ -22,8 +22,8 @@ from segkernels.ops.dense_crf import reference
 SIZE = (9, 11)
 
 
-def picture(*shape: int, seed: int = 0) -> np.ndarray:
-    """Random uint8 values of a given shape, channels last."""
+def random_image(*shape: int, seed: int = 0) -> np.ndarray:
+    """Random uint8 values of `shape`, channels last."""
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -51,7 +51,7 @@ def oracle(
     normalization: str = "symmetric",
     log: bool = False,
 ) -> np.ndarray:
-    """The definition in float64: img (B, *spatial, n), scores (B, C, *spatial)."""
+    """The reference in float64, for img (B, *spatial, n) and scores (B, C, *spatial)."""
     spatial = scores.shape[2:]
     axes = [np.arange(n, dtype=float) for n in spatial]
     grid = np.stack(np.meshgrid(*axes, indexing="ij")[::-1]).reshape(len(spatial), -1)
@@ -86,11 +86,11 @@ def assert_near(got: Any, want: Any, tolerance: float = 1e-9) -> None:
     assert float((got - want).abs().max()) <= tolerance
 
 
-# --- what it computes ---
+# --- results ---
 
 
 def test_defaults(device):
-    img, probs = picture(*SIZE, 3), probabilities(4, *SIZE)
+    img, probs = random_image(*SIZE, 3), probabilities(4, *SIZE)
     want = oracle(img[None], probs[None])[0]
     got = dense_crf(channels_first(img).to(device), torch.from_numpy(probs).to(device))
     assert_near(got, want)
@@ -119,13 +119,13 @@ def test_defaults(device):
     ids=str,
 )
 def test_parameters(changes, device):
-    img, probs = picture(*SIZE, 3), probabilities(3, *SIZE)
+    img, probs = random_image(*SIZE, 3), probabilities(3, *SIZE)
     got = dense_crf(channels_first(img).to(device), torch.from_numpy(probs).to(device), **changes)
     assert_near(got, oracle(img[None], probs[None], **changes)[0])
 
 
-def test_x_comes_before_y(device):
-    # Smooth along x alone: what is alike in a row spreads, what is alike in a column does not.
+def test_sxy_is_in_the_order_x_y(device):
+    # Smoothing along x only: it spreads within a row, and not within a column.
     probs = torch.full((2, 16, 16), 0.5, dtype=torch.float64, device=device)
     probs[0, 8, :8], probs[1, 8, :8] = 0.99, 0.01
     got = dense_crf(None, probs, sxy_gaussian=(5, 0.2), compat_bilateral=None)
@@ -135,7 +135,7 @@ def test_x_comes_before_y(device):
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5, 14])
 def test_any_number_of_channels(channels, device):
-    img, probs = picture(*SIZE, channels), probabilities(3, *SIZE)
+    img, probs = random_image(*SIZE, channels), probabilities(3, *SIZE)
     srgb = tuple(np.linspace(20, 90, channels))
     want = oracle(img[None], probs[None], srgb=srgb)[0]
     assert_near(
@@ -150,7 +150,7 @@ def test_any_number_of_channels(channels, device):
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batches(batch, device):
-    img, probs = picture(batch, *SIZE, 3), probabilities(batch, 4, *SIZE, axis=1)
+    img, probs = random_image(batch, *SIZE, 3), probabilities(batch, 4, *SIZE, axis=1)
     want = oracle(img, probs)
     x, p = channels_first(img).to(device), torch.from_numpy(probs).to(device)
     whole = dense_crf(x, p)
@@ -164,13 +164,13 @@ def test_batches(batch, device):
 
 
 def test_volumes(device):
-    img, probs = picture(2, 4, 5, 6, 2), probabilities(2, 3, 4, 5, 6, axis=1)
+    img, probs = random_image(2, 4, 5, 6, 2), probabilities(2, 3, 4, 5, 6, axis=1)
     changes = {"sxy_gaussian": (1, 2, 3), "sxy_bilateral": (10, 20, 30), "srgb": (20, 40)}
     want = oracle(img, probs, **changes)
     x, p = channels_first(img).to(device), torch.from_numpy(probs).to(device)
     assert_near(dense_crf(x, p, **changes), want)
     assert_near(dense_crf(img, probs, **changes), want)
-    # One volume without its batch, and one without its channel.
+    # A volume without the batch axis, and one without the channel axis.
     assert_near(dense_crf(img[0], probs[:1], **changes), want[:1])
     grey = {"sxy_bilateral": (10, 20, 30), "srgb": 20}
     want = oracle(img[:1, ..., :1], probs[:1], **grey)
@@ -178,21 +178,21 @@ def test_volumes(device):
 
 
 def test_probs_logits_and_unary_agree(device):
-    img, probs = channels_first(picture(*SIZE, 3)).to(device), probabilities(4, *SIZE)
+    img, probs = channels_first(random_image(*SIZE, 3)).to(device), probabilities(4, *SIZE)
     probs = torch.from_numpy(probs).to(device)
     want = dense_crf(img, probs)
     assert torch.equal(dense_crf(img, probs=probs), want)
     assert_near(dense_crf(img, logits=probs.log()), want, 1e-12)
     assert_near(dense_crf(img, unary=-probs.log()), want, 1e-12)
-    # Only differences and ratios at a pixel count.
+    # Only differences of logits and ratios of probabilities at a pixel matter.
     shift = torch.randn(SIZE, dtype=torch.float64, device=device)
     assert_near(dense_crf(img, logits=probs.log() + shift), want, 1e-12)
     assert_near(dense_crf(img, unary=shift - probs.log()), want, 1e-12)
     assert_near(dense_crf(img, probs * torch.rand(SIZE).to(probs)), want, 1e-12)
 
 
-def test_probabilities_are_clipped_from_below(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+def test_probabilities_are_clamped_from_below(device):
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.zeros(3, *SIZE, dtype=torch.float64, device=device)
     probs[1] = 1
     low = probs.clamp(min=1e-5)
@@ -203,11 +203,11 @@ def test_probabilities_are_clipped_from_below(device):
 
 
 def test_log_probabilities(device):
-    img, probs = channels_first(picture(*SIZE, 3)).to(device), probabilities(4, *SIZE)
+    img, probs = channels_first(random_image(*SIZE, 3)).to(device), probabilities(4, *SIZE)
     probs = torch.from_numpy(probs).to(device)
     logs = dense_crf(img, probs, log=True)
     assert_near(logs.exp(), dense_crf(img, probs), 1e-13)
-    # Finite where the probability itself is 0 in float32.
+    # Finite where the probability underflows to 0 in float32.
     sure = torch.zeros(2, *SIZE, device=device)
     sure[0], sure[1] = 200.0, -200.0
     logs = dense_crf(img, logits=sure, log=True)
@@ -216,14 +216,14 @@ def test_log_probabilities(device):
 
 
 def test_without_iterations(device):
-    img, logits = channels_first(picture(*SIZE, 3)).to(device), torch.randn(4, *SIZE)
+    img, logits = channels_first(random_image(*SIZE, 3)).to(device), torch.randn(4, *SIZE)
     got = dense_crf(img, logits=logits.to(device), iterations=0)
     assert_near(got, logits.softmax(0), 1e-6)
 
 
 @pytest.mark.parametrize("kind", ["probs", "logits", "unary"])
 def test_one_class(kind, device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     for dtype in (torch.float16, torch.float32, torch.float64):
         scores = torch.rand(1, *SIZE).to(device, dtype)
         assert torch.equal(dense_crf(img, **{kind: scores}), torch.ones_like(scores))
@@ -240,7 +240,7 @@ def test_one_pixel(device):
 
 def test_hard_labels(device):
     labels = torch.randint(0, 4, SIZE)
-    img = picture(*SIZE, 3)
+    img = random_image(*SIZE, 3)
     probs = probs_from_labels(labels.to(device), 4, gt_prob=0.6, ignore_index=3)
     got = dense_crf(channels_first(img).to(device), probs)
     want = oracle(img[None], probs[None].cpu().numpy())[0]
@@ -248,15 +248,15 @@ def test_hard_labels(device):
     assert_near(got, want, 1e-4)
 
 
-# --- terms of one's own ---
+# --- pairwise terms ---
 
 
-def own_terms(
+def built_in_terms(
     img: torch.Tensor, dtype: torch.dtype, compat: Any = (3, 10)
 ) -> tuple[PairwiseTerm, PairwiseTerm]:
-    """What dense_crf builds by itself, for an image (n, H, W).
+    """The terms that dense_crf builds itself, for an image (n, H, W).
 
-    On the CPU: on CUDA torch divides by a number by multiplying with its inverse.
+    Computed on the CPU: on CUDA torch replaces a division by a number with a multiplication.
     """
     height, width = img.shape[1:]
     x = torch.arange(width, dtype=dtype).expand(height, width)
@@ -268,12 +268,12 @@ def own_terms(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_own_terms_are_the_built_in_ones(dtype, device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+def test_explicit_terms_equal_the_built_in_ones(dtype, device):
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device, dtype)
     want = dense_crf(img, probs)
     off = {"compat_gaussian": None, "compat_bilateral": None}
-    terms = own_terms(img, dtype)
+    terms = built_in_terms(img, dtype)
     assert torch.equal(dense_crf(None, probs, pairwise=terms, **off), want)
     assert torch.equal(dense_crf(img, probs, pairwise=list(terms), **off), want)
     swapped = dense_crf(None, probs, pairwise=terms[::-1], **off)
@@ -283,11 +283,11 @@ def test_own_terms_are_the_built_in_ones(dtype, device):
     assert not torch.equal(dense_crf(None, probs, compat_bilateral=None), want)
 
 
-def test_own_terms_have_their_own_normalization(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+def test_normalization_of_terms(device):
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     off = {"compat_gaussian": None, "compat_bilateral": None}
-    terms = own_terms(img, torch.float64)
+    terms = built_in_terms(img, torch.float64)
     after = [PairwiseTerm(t.features, t.compat, "after") for t in terms]
     want = dense_crf(img, probs, normalization="after")
     assert torch.equal(dense_crf(None, probs, pairwise=after, **off), want)
@@ -297,8 +297,8 @@ def test_own_terms_have_their_own_normalization(device):
     assert not torch.equal(mixed, dense_crf(img, probs))
 
 
-def test_own_terms_of_a_batch(device):
-    img = channels_first(picture(2, *SIZE, 3)).to(device)
+def test_batched_terms(device):
+    img = channels_first(random_image(2, *SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(2, 4, *SIZE, axis=1)).to(device)
     features = torch.randn(2, 16, *SIZE, device=device)
     got = dense_crf(img, probs, pairwise=[PairwiseTerm(features, [-1.0, -2, -3, -4])])
@@ -308,7 +308,7 @@ def test_own_terms_of_a_batch(device):
     assert float((got - dense_crf(img, probs)).abs().max()) > 1e-3
 
 
-def test_a_term_can_be_pickled_and_is_a_value():
+def test_term_is_immutable_and_can_be_pickled():
     term = PairwiseTerm(torch.zeros(2, 3, 4), 3.0)
     again = pickle.loads(pickle.dumps(term))
     assert again.compat == 3.0
@@ -322,7 +322,7 @@ def test_a_term_can_be_pickled_and_is_a_value():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_torch_dtypes(dtype, device):
-    img, probs = channels_first(picture(*SIZE, 3)).to(device), probabilities(4, *SIZE)
+    img, probs = channels_first(random_image(*SIZE, 3)).to(device), probabilities(4, *SIZE)
     probs = torch.from_numpy(probs).to(device, dtype)
     got = dense_crf(img, probs)
     assert got.dtype == dtype
@@ -347,7 +347,7 @@ def test_image_dtypes(dtype, device):
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", ">f8"])
 def test_numpy_dtypes(dtype):
-    img, probs = picture(*SIZE, 3), probabilities(4, *SIZE).astype(dtype)
+    img, probs = random_image(*SIZE, 3), probabilities(4, *SIZE).astype(dtype)
     got = dense_crf(img, probs)
     assert isinstance(got, np.ndarray)
     assert got.dtype == np.dtype(dtype)
@@ -359,15 +359,15 @@ def test_numpy_dtypes(dtype):
     "dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "i8", "f2", "f4", "f8", ">i2", ">f4"]
 )
 def test_numpy_image_dtypes(dtype):
-    img, probs = picture(*SIZE, 3) // 2, probabilities(4, *SIZE)
+    img, probs = random_image(*SIZE, 3) // 2, probabilities(4, *SIZE)
     assert np.array_equal(dense_crf(img.astype(dtype), probs), dense_crf(img, probs))
 
 
-def test_numpy_and_torch_give_the_same():
-    img, probs = picture(*SIZE, 3), probabilities(4, *SIZE).astype(np.float32)
+def test_numpy_and_torch_agree():
+    img, probs = random_image(*SIZE, 3), probabilities(4, *SIZE).astype(np.float32)
     want = dense_crf(channels_first(img), torch.from_numpy(probs))
     assert np.array_equal(dense_crf(img, probs), want.numpy())
-    # Each kind of image with each kind of scores.
+    # All combinations of image and score types.
     assert torch.equal(dense_crf(img, torch.from_numpy(probs)), want)
     assert np.array_equal(dense_crf(channels_first(img), probs), want.numpy())
     assert np.array_equal(
@@ -377,8 +377,8 @@ def test_numpy_and_torch_give_the_same():
 
 
 @pytest.mark.gpu
-def test_numpy_image_goes_to_the_scores_device():
-    img, probs = picture(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).cuda()
+def test_numpy_image_is_moved_to_the_scores_device():
+    img, probs = random_image(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).cuda()
     got = dense_crf(img, probs)
     assert got.device == probs.device
     assert torch.equal(got, dense_crf(channels_first(img).cuda(), probs))
@@ -387,7 +387,7 @@ def test_numpy_image_goes_to_the_scores_device():
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "I;16", "I", "F"])
 def test_pil_images(mode):
     channels = {"RGB": 3, "RGBA": 4}.get(mode, 1)
-    array = picture(*SIZE, channels) if channels > 1 else picture(*SIZE)
+    array = random_image(*SIZE, channels) if channels > 1 else random_image(*SIZE)
     array = array.astype({"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode, np.uint8))
     image, probs = Image.fromarray(array), probabilities(4, *SIZE)
     assert image.mode == mode
@@ -396,8 +396,8 @@ def test_pil_images(mode):
     assert np.array_equal(dense_crf(image, tensor).numpy(), dense_crf(array, probs))
 
 
-def test_pil_palette_images_are_their_colours():
-    image = Image.fromarray(picture(*SIZE, 3)).quantize(16)
+def test_pil_palette_images_use_their_colours():
+    image = Image.fromarray(random_image(*SIZE, 3)).quantize(16)
     probs = probabilities(4, *SIZE)
     assert image.mode == "P"
     want = dense_crf(np.asarray(image.convert("RGB")), probs)
@@ -405,7 +405,7 @@ def test_pil_palette_images_are_their_colours():
 
 
 def views(array: np.ndarray) -> Iterator[np.ndarray]:
-    """The same values otherwise laid out."""
+    """The same values in other layouts."""
     yield np.asfortranarray(array)
     yield array[::-1].copy()[::-1]
     yield array[:, ::-1].copy()[:, ::-1]
@@ -419,7 +419,7 @@ def views(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def test_numpy_layouts():
-    img, probs = picture(*SIZE, 3), probabilities(4, *SIZE)
+    img, probs = random_image(*SIZE, 3), probabilities(4, *SIZE)
     want = dense_crf(img, probs)
     for view in views(img):
         kept = view.copy()
@@ -439,7 +439,7 @@ def test_numpy_layouts():
 
 
 def test_torch_layouts(device):
-    img = channels_first(picture(2, *SIZE, 3)).to(device)
+    img = channels_first(random_image(2, *SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(2, 4, *SIZE, axis=1)).to(device)
     want = dense_crf(img, probs)
     wide = torch.full((2, 8, 9, 23), float("nan"), dtype=torch.float64, device=device)
@@ -459,7 +459,7 @@ def test_torch_layouts(device):
 
 
 def test_inputs_are_not_changed(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     matrix = torch.randn(4, 4, dtype=torch.float64, device=device)
     features = torch.randn(2, *SIZE, dtype=torch.float64, device=device)
@@ -469,7 +469,7 @@ def test_inputs_are_not_changed(device):
     versions = [t._version for t in given]
     term = PairwiseTerm(features, matrix)
     dense_crf(img, probs, compat_bilateral=matrix, sxy_bilateral=sigma, pairwise=[term])
-    with raises_for_values("use a larger sigma"):
+    with raises_in_call("use a larger sigma"):
         dense_crf(img, probs, compat_bilateral=matrix, srgb=1e-7, pairwise=[term])
     with pytest.raises(ValueError, match="compat_gaussian"):
         dense_crf(img, probs, compat_bilateral=matrix, compat_gaussian=[1, 2], pairwise=[term])
@@ -482,7 +482,7 @@ def test_inputs_are_not_changed(device):
 
 @pytest.mark.parametrize("make", [lambda a: a, lambda a: Image.fromarray(a[..., 0])])
 def test_unit_range_image_warns(make):
-    img, probs = picture(*SIZE, 3).astype(np.float32) / 255, probabilities(4, *SIZE)
+    img, probs = random_image(*SIZE, 3).astype(np.float32) / 255, probabilities(4, *SIZE)
     with pytest.warns(UserWarning, match=r"from 0 to 1 and srgb is 13.*13/255") as caught:
         dense_crf(make(img), probs)
     assert caught[0].filename == __file__
@@ -490,31 +490,31 @@ def test_unit_range_image_warns(make):
         dense_crf(make(img), torch.from_numpy(probs))
 
 
-def test_what_does_not_warn():
-    img, probs = picture(*SIZE, 3).astype(np.float32) / 255, probabilities(4, *SIZE)
+def test_no_warning():
+    img, probs = random_image(*SIZE, 3).astype(np.float32) / 255, probabilities(4, *SIZE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dense_crf(img, probs, srgb=13 / 255)
         dense_crf(img, probs, srgb=(13, 13, 0.05))
         dense_crf(img * 255, probs)
         dense_crf(img - 0.5, probs)
-        dense_crf(picture(*SIZE, 3) // 255, probs)  # integers
+        dense_crf(random_image(*SIZE, 3) // 255, probs)  # integers
         dense_crf(channels_first(img), torch.from_numpy(probs))
         dense_crf(img, probs, compat_bilateral=None)
 
 
-def test_unit_range_with_its_sigma_is_the_same(device):
-    img, probs = picture(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).to(device)
+def test_unit_range_with_scaled_sigma_agrees(device):
+    img, probs = random_image(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).to(device)
     want = dense_crf(channels_first(img).to(device), probs)
     unit = channels_first(img.astype(np.float64) / 255).to(device)
     assert_near(dense_crf(unit, probs, srgb=13 / 255), want, 1e-6)
 
 
-# --- what surrounds a call ---
+# --- default device and dtype, threads ---
 
 
 def test_default_device_and_dtype_do_not_matter(device):
-    img, probs = picture(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).to(device)
+    img, probs = random_image(*SIZE, 3), torch.from_numpy(probabilities(4, *SIZE)).to(device)
     values, features = torch.randn(1, 2, 30).to(device), torch.randn(1, 3, 30).to(device)
 
     def results() -> list[torch.Tensor]:
@@ -537,7 +537,7 @@ def test_default_device_and_dtype_do_not_matter(device):
 
 
 def test_calls_from_several_threads(device):
-    images = [channels_first(picture(20, 30, 3, seed=i)).to(device) for i in range(8)]
+    images = [channels_first(random_image(20, 30, 3, seed=i)).to(device) for i in range(8)]
     probs = [torch.rand(4, 20, 30).softmax(0).to(device) for _ in images]
     call = functools.partial(dense_crf, iterations=3)
     want = [call(i, p) for i, p in zip(images, probs, strict=True)]
@@ -559,8 +559,8 @@ def test_gradcheck(device):
         torch.tensor([60.0, 90.0], dtype=torch.float64),  # srgb
         torch.tensor(1.5, dtype=torch.float64),  # compat_gaussian
         torch.randn(3, 3, dtype=torch.float64),  # compat_bilateral
-        torch.randn(1, 3, 4, dtype=torch.float64),  # a term's features
-        torch.randn(3, dtype=torch.float64),  # its compat
+        torch.randn(1, 3, 4, dtype=torch.float64),  # features of a term
+        torch.randn(3, dtype=torch.float64),  # compat of that term
     ]
     leaves = [t.to(device).requires_grad_() for t in leaves]
 
@@ -584,13 +584,13 @@ def test_gradcheck(device):
 
 @pytest.mark.parametrize("kind", ["probs", "unary"])
 def test_gradcheck_of_scores(kind, device):
-    img = channels_first(picture(3, 4, 3)).to(device)
+    img = channels_first(random_image(3, 4, 3)).to(device)
     scores = torch.from_numpy(probabilities(3, 3, 4)).to(device).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: dense_crf(img, **{kind: s}, log=True), scores)
 
 
-def test_gradient_of_a_batch_in_another_layout(device):
-    img = channels_first(picture(2, *SIZE, 3)).to(device)
+def test_gradient_of_a_channels_last_batch(device):
+    img = channels_first(random_image(2, *SIZE, 3)).to(device)
     logits = torch.randn(2, 4, *SIZE, dtype=torch.float64, device=device).requires_grad_()
     (want,) = torch.autograd.grad(dense_crf(img, logits=logits)[:, 1].sum(), logits)
     other = logits.detach().to(memory_format=torch.channels_last).requires_grad_()
@@ -599,7 +599,7 @@ def test_gradient_of_a_batch_in_another_layout(device):
 
 
 def test_half_precision_gradients(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     logits = torch.randn(4, *SIZE, device=device).half().requires_grad_()
     full = logits.detach().float().requires_grad_()
     for leaf in (logits, full):
@@ -609,7 +609,7 @@ def test_half_precision_gradients(device):
 
 
 @pytest.mark.parametrize("changed", ["logits", "compat", "features"])
-def test_inputs_changed_before_backward_are_noticed(changed, device):
+def test_in_place_change_before_backward_raises(changed, device):
     tensors = {
         "logits": torch.randn(3, *SIZE, device=device),
         "compat": torch.randn(3, 3, device=device),
@@ -624,8 +624,8 @@ def test_inputs_changed_before_backward_are_noticed(changed, device):
         out.square().sum().backward()
 
 
-def test_no_gradient_through_integers_or_numbers(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+def test_gradient_only_through_tensors(device):
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     assert not dense_crf(img, logits=torch.randn(4, *SIZE, device=device)).requires_grad
     sigma = torch.tensor(3.0, device=device, requires_grad=True)
     out = dense_crf(img, logits=torch.randn(4, *SIZE, device=device), sxy_gaussian=sigma)
@@ -640,7 +640,7 @@ def test_no_gradient_through_integers_or_numbers(device):
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiles])],
 )
-def test_compiles_in_one_graph(backend, device):
+def test_compiles_to_one_graph(backend, device):
     torch.compiler.reset()
 
     def call(img, logits, compat):
@@ -649,7 +649,7 @@ def test_compiles_in_one_graph(backend, device):
 
     compiled = torch.compile(call, fullgraph=True, backend=backend)
     for size in (SIZE, (6, 5)):
-        img = channels_first(picture(2, *size, 3)).to(device)
+        img = channels_first(random_image(2, *size, 3)).to(device)
         logits = torch.randn(2, 4, *size, device=device).requires_grad_()
         compat = torch.randn(4, 4, device=device).requires_grad_()
         results = []
@@ -666,7 +666,7 @@ def test_exports(device):
             return dense_crf(img, logits=logits, iterations=2)
 
     arguments = (
-        channels_first(picture(2, *SIZE, 3)).to(device),
+        channels_first(random_image(2, *SIZE, 3)).to(device),
         torch.randn(2, 4, *SIZE, device=device),
     )
     program = torch.export.export(Refine(), arguments)
@@ -674,46 +674,46 @@ def test_exports(device):
     assert torch.equal(program.module()(*arguments), Refine()(*arguments))
 
 
-# --- values at fault ---
+# --- invalid values ---
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_image_that_is_not_finite(bad, device):
+def test_non_finite_image(bad, device):
     img, probs = torch.rand(3, *SIZE) * 255, torch.from_numpy(probabilities(4, *SIZE))
     img[1, 2, 3] = bad
     message = r"dense_crf: features must be finite, got NaN or infinity \(in the image"
-    with raises_for_values(message):
+    with raises_in_call(message):
         dense_crf(img.to(device), probs.to(device))
     if device.type == "cpu":
-        with raises_for_values(message):
+        with raises_in_call(message):
             dense_crf(img.permute(1, 2, 0).numpy(), probs.numpy())
-    # Without the term that has the image, it does not matter.
+    # The Gaussian term does not use the image.
     assert bool(dense_crf(img.to(device), probs.to(device), compat_bilateral=None).isfinite().all())
 
 
 @pytest.mark.parametrize("kind", ["probs", "logits", "unary"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite(bad, kind, device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+def test_non_finite_scores(bad, kind, device):
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     for dtype in (torch.float16, torch.float32, torch.float64):
         scores = torch.rand(4, *SIZE).to(device, dtype)
         scores[3, 8, 10] = bad
-        with raises_for_values("must be finite, got NaN or infinity"):
+        with raises_in_call("must be finite, got NaN or infinity"):
             dense_crf(img, **{kind: scores})
 
 
 @pytest.mark.parametrize("bad", [-0.01, -1e-6, 1.01, 255.0])
 def test_probabilities_outside_0_to_1(bad, device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     probs[2, 0, 0] = bad
-    with raises_for_values("dense_crf: probs must be from 0 to 1, got values outside"):
+    with raises_in_call("dense_crf: probs must be from 0 to 1, got values outside"):
         dense_crf(img, probs)
     dense_crf(img, logits=probs)
 
 
-def test_probabilities_a_rounding_above_1(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+def test_probabilities_slightly_above_1(device):
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.zeros(2, *SIZE, device=device)
     probs[0] = 1 + 1e-6
     one = torch.zeros(2, *SIZE, device=device)
@@ -725,31 +725,29 @@ def test_probabilities_a_rounding_above_1(device):
     ("name", "sigma"), [("srgb", 1e-5), ("sxy_gaussian", 5e-7), ("sxy_bilateral", 5e-7)]
 )
 def test_sigma_too_small_for_exact_coordinates(name, sigma, device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     message = "lattice coordinates in float32, .* use a larger sigma, or float64"
-    with raises_for_values(message):
+    with raises_in_call(message):
         dense_crf(img, probs.float(), **{name: sigma})
-    # float64 still has room, and says so when it has not.
+    # float64 still represents the coordinates, up to a smaller sigma.
     changes = {name: sigma}
     want = oracle(img.permute(1, 2, 0).cpu().numpy()[None], probs[None].cpu().numpy(), **changes)
     assert_near(dense_crf(img, probs, **changes), want[0], 1e-6)
-    with raises_for_values("lattice coordinates in float64, .* use a larger sigma$"):
+    with raises_in_call("lattice coordinates in float64, .* use a larger sigma$"):
         dense_crf(img, probs, **{name: 1e-12})
 
 
 def test_max_vertices(device):
-    img = channels_first(picture(*SIZE, 3)).to(device)
+    img = channels_first(random_image(*SIZE, 3)).to(device)
     probs = torch.from_numpy(probabilities(4, *SIZE)).to(device)
     want = dense_crf(img, probs)
     assert torch.equal(dense_crf(img, probs, max_vertices=10**6), want)
-    with raises_for_values(
-        "dense_crf: max_vertices must be at least the number of lattice vertices"
-    ):
+    with raises_in_call("dense_crf: max_vertices must be at least the number of lattice vertices"):
         dense_crf(img, probs, max_vertices=5)
 
 
-# --- arguments that are refused ---
+# --- invalid arguments ---
 
 IMG = torch.zeros(3, 4, 5)
 PROBS = torch.full((2, 4, 5), 0.5)
@@ -760,7 +758,7 @@ def call(img: Any = IMG, probs: Any = PROBS, **changes: Any) -> Callable[[], obj
     return lambda: dense_crf(img, probs, **changes)
 
 
-def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], object]]]:
+def invalid_calls() -> Iterator[tuple[str, type[Exception], str, Callable[[], object]]]:
     one = r"exactly one of probs, logits and unary is needed, got "
     yield "no scores", ValueError, one + "none", call(probs=None)
     yield "two scores", ValueError, one + r"\['probs', 'logits'\]", call(logits=PROBS)
@@ -896,30 +894,30 @@ def refused() -> Iterator[tuple[str, type[Exception], str, Callable[[], object]]
         yield f"max_vertices={bad}", ValueError, match + str(bad), call(max_vertices=bad)
 
 
-REFUSED = list(refused())
+INVALID = list(invalid_calls())
 
 
 @pytest.mark.parametrize(
-    ("error", "match", "make"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED]
+    ("error", "match", "make"), [r[1:] for r in INVALID], ids=[r[0] for r in INVALID]
 )
-def test_what_is_refused(error, match, make):
+def test_invalid_arguments(error, match, make):
     with pytest.raises(error, match=f"^dense_crf: .*{match}"):
         make()
 
 
-def test_what_the_refused_calls_start_from():
+def test_unchanged_arguments_of_the_invalid_calls():
     assert bool(call()().isfinite().all())
     assert bool(call(pairwise=[TERM] * 6)().isfinite().all())
     assert bool(call(img=torch.zeros(14, 4, 5))().isfinite().all())
 
 
-def test_scores_on_another_device_are_refused():
+def test_image_on_another_device_raises():
     meta = torch.zeros(2, 4, 5, device="meta")
     with pytest.raises(ValueError, match="img must be on meta, as the scores are, got cpu"):
         dense_crf(torch.zeros(3, 4, 5), meta)
 
 
-def elsewhere() -> Iterator[tuple[str, str, dict[str, Any]]]:
+def different_devices() -> Iterator[tuple[str, str, dict[str, Any]]]:
     other, tells = {"device": "meta"}, "must be on cpu, as the scores are, got meta"
     yield (
         "img",
@@ -948,9 +946,11 @@ def elsewhere() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("match", "changes"), [e[1:] for e in elsewhere()], ids=[e[0] for e in elsewhere()]
+    ("match", "changes"),
+    [e[1:] for e in different_devices()],
+    ids=[e[0] for e in different_devices()],
 )
-def test_devices_that_differ_are_refused(match, changes):
+def test_different_devices_raise(match, changes):
     with pytest.raises(ValueError, match=f"^dense_crf: {match}"):
         call(**changes)()
 
@@ -958,10 +958,10 @@ def test_devices_that_differ_are_refused(match, changes):
 @pytest.mark.parametrize(
     "number", [np.float32(7), np.float64(7), np.int64(7), np.uint8(7), torch.tensor(7)]
 )
-def test_numbers_of_any_kind(number):
+def test_any_type_of_number(number):
     changes = dict.fromkeys(
         ("sxy_gaussian", "sxy_bilateral", "srgb", "compat_gaussian", "compat_bilateral"), number
     )
-    img, probs = picture(*SIZE, 3), probabilities(3, *SIZE)
+    img, probs = random_image(*SIZE, 3), probabilities(3, *SIZE)
     want = dense_crf(img, probs, **dict.fromkeys(changes, 7))
     assert np.array_equal(dense_crf(img, probs, **changes), want)

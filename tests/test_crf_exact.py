@@ -1,4 +1,4 @@
-"""`dense_crf(..., method="exact")`: brute force in float64, gradients, volumes, what is refused."""
+"""`dense_crf(..., method="exact")`: brute force in float64, gradients, volumes, errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from emulation import interpreter
-from lattice_points import told_by_check
+from lattice_points import raised_by_check
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -28,7 +28,7 @@ SIGMAS = {"sxy_gaussian": 2.0, "sxy_bilateral": 6.0, "srgb": 40.0}
 
 @pytest.fixture(params=interpreter.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Here CUDA's code is Triton's."""
+    """The CPU, CUDA and Triton's interpreter: the CUDA code of this method is Triton's."""
     return torch.device(request.param)
 
 
@@ -36,8 +36,8 @@ def uniform(*shape: int) -> torch.Tensor:
     return torch.rand(shape, dtype=torch.float64)
 
 
-def places(*spatial: int) -> torch.Tensor:
-    """(1, n, N): x, y, z."""
+def coordinates(*spatial: int) -> torch.Tensor:
+    """Coordinates (1, n, N) in the order x, y, z."""
     lines = [torch.arange(size, dtype=torch.float64) for size in spatial]
     return torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1]).flatten(1)[None]
 
@@ -52,7 +52,7 @@ def brute_force(
     iterations: int = 3,
     log: bool = False,
 ) -> torch.Tensor:
-    """Mean field with whole matrices of weights."""
+    """Mean field with dense weight matrices."""
     channels = scores.shape[1]
     u = energy(scores, kind).flatten(2)
     ways = [normalization] * len(features) if isinstance(normalization, str) else normalization
@@ -76,7 +76,7 @@ def brute_force(
 
 
 def both_terms(img: torch.Tensor, sxy: Any, bilateral: Any, srgb: Any) -> list[torch.Tensor]:
-    place = places(*img.shape[2:])
+    place = coordinates(*img.shape[2:])
     colour = torch.cat([(place / bilateral).expand(len(img), -1, -1), img.flatten(2) / srgb], dim=1)
     return [place / sxy, colour]
 
@@ -90,7 +90,7 @@ COMPATS = {
 
 @pytest.mark.parametrize("compat", list(COMPATS))
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_agrees_with_brute_force_and_so_do_its_gradients(normalization, compat, device):
+def test_outputs_and_gradients_agree_with_brute_force(normalization, compat, device):
     start = [
         uniform(2, 4, 9, 11),
         255 * uniform(2, 3, 9, 11),
@@ -122,7 +122,7 @@ def test_agrees_with_brute_force_and_so_do_its_gradients(normalization, compat, 
     found = torch.autograd.grad(got, mine, weight.to(device))
     expected = torch.autograd.grad(want, theirs, weight)
     for g, w in zip(found, expected, strict=True):
-        # Where the softmax is sharp, gradients are small differences of terms about 1.
+        # A sharp softmax makes gradients small differences of terms of about 1.
         assert float((g.cpu() - w).abs().max()) < 1e-10 * float(w.abs().max()) + 1e-13
 
 
@@ -142,7 +142,7 @@ def test_kinds_of_scores(kind, log, device):
     assert float((got.cpu() - want).abs().max()) < 1e-11
 
 
-def test_the_reference_is_the_same_brute_force():
+def test_reference_equals_brute_force():
     scores, img = uniform(2, 3, 6, 7), 255 * uniform(2, 3, 6, 7)
     features = [f.expand(2, -1, -1) for f in both_terms(img, 2, 6, 40)]
     compat = [torch.tensor(3.0).double(), torch.tensor(10.0).double()]
@@ -177,7 +177,7 @@ def test_volumes_and_terms(device):
         pairwise=[term],
         method="exact",
     )
-    place = places(4, 5, 6)
+    place = coordinates(4, 5, 6)
     features = [
         place / torch.tensor([3.0, 2.0, 1.0]).view(1, 3, 1),
         torch.cat([place / torch.tensor([5.0, 4.0, 2.0]).view(1, 3, 1), img.flatten(2) / 0.3], 1),
@@ -191,20 +191,20 @@ def test_volumes_and_terms(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sigma", [0.01, 0.5, 2.0, 7.0, 1e6])
 @pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("device", interpreter.DEVICES[:-1], indirect=True)  # all torch's
-def test_the_spatial_term_is_the_whole_kernel(sigma, dtype, as_tensor, device):
+@pytest.mark.parametrize("device", interpreter.DEVICES[:-1], indirect=True)  # no Triton kernel
+def test_spatial_term_equals_the_dense_kernel(sigma, dtype, as_tensor, device):
     values = torch.rand(2, 3, 7 * 300, dtype=dtype)
     sigmas = torch.full((2,), sigma, dtype=dtype, device=device)
     one = exact.SpatialFilter((7, 300), sigmas, None if as_tensor else [sigma] * 2)
-    place = places(7, 300)[0] / sigma
+    place = coordinates(7, 300)[0] / sigma
     want = values.double() @ kernel(place, place)
     error = (one.apply(values.to(device)).cpu() - want).abs().max()
     assert float(error) < 32 * torch.finfo(dtype).eps * float(want.abs().max())
     if sigma == 2.0 and not as_tensor:
-        assert one.lines[0][0].shape[0] < 150  # not all 300
+        assert one.lines[0][0].shape[0] < 150  # truncated, not 300
 
 
-def test_one_image_of_a_batch_and_no_iterations(device):
+def test_batches_no_iterations_and_one_class(device):
     scores, img = uniform(2, 3, 6, 7).to(device), 255 * uniform(2, 3, 6, 7).to(device)
     together = dense_crf(img, scores, method="exact")
     alone = torch.stack([dense_crf(i, s, method="exact") for i, s in zip(img, scores, strict=True)])
@@ -230,7 +230,7 @@ def test_no_terms_and_one_term():
 
 
 @pytest.mark.parametrize("name", ["31x37x2", "36x52x3", "40x48x21"])
-def test_the_lattice_is_near(name):
+def test_lattice_approximates_the_exact_method(name):
     with np.load(DATA / f"dense_crf_pydensecrf_{name}.npz") as file:
         image, probs, theirs = file["image"], file["probs"], file["default_Q10"] / 65535
     ours = dense_crf(image, probs, method="exact")
@@ -261,10 +261,10 @@ def test_huge_and_tiny_sigmas(device):
         assert float((got.cpu() - want).abs().max()) < 1e-10
 
 
-# --- what is given back, and what is refused ---
+# --- return types and errors ---
 
 
-def test_arrays_pictures_and_halves_come_back_as_they_went():
+def test_types_and_layouts_of_results():
     image = (255 * np.random.default_rng(0).random((6, 7, 3))).astype(np.uint8)
     probs = np.random.default_rng(1).random((3, 6, 7)).astype(np.float32)
     refined = dense_crf(image, probs, method="exact")
@@ -278,14 +278,14 @@ def test_arrays_pictures_and_halves_come_back_as_they_went():
     assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_same_bits_again():
-    # Not on another number of threads: torch's matrix products of the spatial term differ then.
+def test_deterministic():
+    # Only for one number of threads: torch's matrix products in the spatial term depend on it.
     scores, img = uniform(1, 3, 20, 20).float(), 255 * uniform(1, 3, 20, 20).float()
     first = dense_crf(img, scores, method="exact")
     assert torch.equal(first, dense_crf(img, scores, method="exact"))
 
 
-def test_autocast_changes_nothing(device):
+def test_autocast_has_no_effect(device):
     rows = 2 if interpreter.on() else 9
     scores = uniform(1, 3, rows, 70).float().to(device)
     img = 255 * uniform(1, 3, rows, 70).to(device)
@@ -297,7 +297,7 @@ def test_autocast_changes_nothing(device):
     assert torch.equal(got, want)
 
 
-def test_too_many_points_are_refused_with_what_they_would_take(monkeypatch):
+def test_too_many_points_raise(monkeypatch):
     img, scores = torch.zeros(1, 3, 400, 400), torch.full((1, 2, 400, 400), 0.5)
     with pytest.raises(
         ValueError, match=r"160,000 points.*(seconds|minutes).*MiB.*131,072"
@@ -305,7 +305,7 @@ def test_too_many_points_are_refused_with_what_they_would_take(monkeypatch):
         dense_crf(img, scores, method="exact")
     assert "method='lattice'" in str(told.value)
     assert "SEGKERNELS_EXACT_POINTS=160000" in str(told.value)
-    # Without a term over features the time is linear.
+    # The spatial term alone takes linear time.
     none: Any = None
     dense_crf(none, scores, compat_bilateral=None, iterations=1, method="exact")
     small = scores[:, :, :5, :5]
@@ -343,16 +343,16 @@ def test_errors():
 @interpreter.on_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("where", "told"), [("scores", "probs, logits"), ("image", "features")])
-def test_points_at_fault_take_no_part_on_cuda(where, told, dtype, device):
+def test_invalid_points_are_ignored_on_cuda(where, told, dtype, device):
     scores, img = (uniform(1, 3, 6, 7).to(device, dtype) for _ in range(2))
     (scores if where == "scores" else img)[0, 1, 2, 3] = float("nan")
-    with told_by_check(f"{told}[^;]*$"):
+    with raised_by_check(f"{told}[^;]*$"):
         got = dense_crf(255 * img, scores, method="exact", **SIGMAS)
     assert bool(got[0, :, 2, 3].isnan().all())
     assert int(got.isnan().sum()) == 3
 
 
-# --- the layer, the compiler, the command ---
+# --- module, torch.compile, command line ---
 
 
 def test_gradcheck():
@@ -371,7 +371,7 @@ def test_gradcheck():
     )
 
 
-def test_the_layer_learns(device):
+def test_module_has_gradients(device):
     layer = DenseCRF(3, iterations=2, learn_sigmas=True, method="exact").to(device)
     assert "method='exact'" in repr(layer)
     scores = torch.randn(1, 3, 6, 7, device=device, requires_grad=True)
@@ -386,8 +386,8 @@ def test_the_layer_learns(device):
         assert float(parameter.grad.abs().sum()) > 0
 
 
-@pytest.mark.parametrize("device", interpreter.DEVICES[:-1], indirect=True)  # and takes long there
-def test_compiles_whole(device):
+@pytest.mark.parametrize("device", interpreter.DEVICES[:-1], indirect=True)  # slow if interpreted
+def test_compiles_to_one_graph(device):
     def refine(img, probs, srgb):
         return dense_crf(img, probs, iterations=2, srgb=srgb, method="exact")
 
@@ -404,7 +404,7 @@ def test_compiles_whole(device):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_the_command_refines_exactly(tmp_path):
+def test_refine_command(tmp_path):
     random = np.random.default_rng(0)
     Image.fromarray(random.integers(0, 256, (12, 15, 3), dtype=np.uint8)).save(tmp_path / "i.png")
     probs = random.random((3, 12, 15)).astype(np.float32)
@@ -419,7 +419,7 @@ def test_the_command_refines_exactly(tmp_path):
 
 
 @pytest.mark.gpu
-def test_cuda_synchronises_never() -> None:
+def test_no_synchronisation_on_cuda() -> None:
     scores, img = torch.rand(2, 5, 60, 70).cuda(), 255 * torch.rand(2, 3, 60, 70).cuda()
     want = dense_crf(img, scores, method="exact")
     torch.cuda.set_sync_debug_mode("error")

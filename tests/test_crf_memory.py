@@ -1,4 +1,4 @@
-"""What dense_crf needs beside its inputs: peak memory of a process of its own."""
+"""Peak memory of dense_crf beyond its inputs, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 STATUS = Path("/proc/self/status")
 pytestmark = pytest.mark.skipif(
     not STATUS.is_file() or "VmHWM" not in STATUS.read_text(),
-    reason="only Linux's /proc tells a process's peak memory",
+    reason="peak memory is known only from Linux's /proc",
 )
 
-# The peak is reset after a small call, which loads libraries and starts threads, and with the
-# inputs in place. Python's own allocations are beside the point: a few hundred objects.
+# The peak is reset with the inputs in place, after a small call that loads libraries and starts
+# threads. Python's own allocations are negligible.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -37,7 +37,7 @@ def resident(field):
 def refine(height, width, classes, backward):
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width]
-    # Smooth shading and some noise, as a photograph has them.
+    # Smooth shading with some noise, as in a photograph.
     shade = 128 + 60 * np.sin(x / 50) * np.cos(y / 40)
     img = np.stack([shade, shade[:, ::-1], 255 - shade], -1) + rng.normal(0, 4, (height, width, 3))
     img = img.clip(0, 255).astype(np.uint8)
@@ -61,10 +61,10 @@ print(refine(height, width, classes, bool(backward)))
 
 @functools.cache
 def peak(height: int, width: int, classes: int, backward: bool = False) -> int:
-    """Bytes beyond the inputs, the result among them."""
+    """Peak bytes beyond the inputs; the result is included."""
     sizes = [str(int(n)) for n in (height, width, classes, backward)]
     command = [sys.executable, "-c", PROGRAM, *sizes]
-    # Not in the source folder, whose package is not built.
+    # The package in the source folder may not be built.
     folder = tempfile.gettempdir()
     result = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=300, check=False
@@ -74,7 +74,7 @@ def peak(height: int, width: int, classes: int, backward: bool = False) -> int:
 
 
 @pytest.mark.slow
-def test_the_usual_case_needs_at_most_300_mb():
+def test_usual_case_needs_at_most_300_mb():
     result = 4 * 21 * 512 * 512
     needed = peak(512, 512, 21)
     assert result < needed <= 300e6
@@ -88,19 +88,19 @@ def test_linear_in_pixels():
 
 @pytest.mark.slow
 def test_20_megapixels_fit_in_12_gb():
-    # By the bytes a pixel: in proportion, as the test above shows. Image and probabilities too.
+    # Scaled by the bytes per pixel (memory is linear, see above), plus image and probabilities.
     a_pixel = peak(1024, 1024, 21) / 1024**2 + 3 + 4 * 21
     assert 20e6 * a_pixel <= 12e9
 
 
 @pytest.mark.slow
-def test_memory_is_seen_at_all():
-    # Twice the classes need more, though not twice as much: the lattice stays.
+def test_measurement_depends_on_the_classes():
+    # Twice the classes need more, but not twice as much: the lattice has the same size.
     assert 1.3 * peak(256, 256, 21) < peak(256, 256, 42) < 2.1 * peak(256, 256, 21)
 
 
 @pytest.mark.slow
-def test_a_gradient_needs_a_few_more_rows_a_pixel():
+def test_gradient_needs_a_few_more_rows_per_pixel():
     forward, backward = peak(256, 256, 21), peak(256, 256, 21, backward=True)
     rows = 4 * 24 * 256 * 256
     assert backward <= forward + 16 * rows

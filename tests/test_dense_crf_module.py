@@ -1,4 +1,4 @@
-"""The layer DenseCRF: its parameters and state, that it is dense_crf, and that it learns."""
+"""The module DenseCRF: parameters and state, equality with dense_crf, training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGMAS = ("sxy_gaussian", "sxy_bilateral", "srgb")
 
 
 def batch(device: torch.device, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and logits."""
+    """Random images and logits."""
     img = torch.randint(0, 256, (2, 3, 9, 11), dtype=torch.uint8)
     return img.to(device), torch.randn(2, classes, 9, 11).to(device)
 
@@ -39,7 +39,7 @@ def batch(device: torch.device, classes: int = 4) -> tuple[torch.Tensor, torch.T
         (-np.eye(4), (4, 4)),
     ],
 )
-def test_start_decides_the_kind_of_compatibility(compat, shape):
+def test_initial_compatibility_gives_the_parameters_shape(compat, shape):
     crf = DenseCRF(4, compat_gaussian=compat, compat_bilateral=compat)
     parameters = dict(crf.named_parameters())
     assert sorted(parameters) == ["compat_bilateral", "compat_gaussian"]
@@ -51,7 +51,7 @@ def test_start_decides_the_kind_of_compatibility(compat, shape):
         assert torch.equal(parameter.detach(), want)
 
 
-def test_start_is_copied():
+def test_initial_values_are_copied():
     compat = torch.zeros(4)
     crf = DenseCRF(4, compat_gaussian=compat, compat_bilateral=compat)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_start_is_copied():
     assert torch.equal(crf.compat_bilateral.detach(), compat)
 
 
-def test_what_is_learned():
+def test_parameter_names_and_shapes():
     assert len(list(DenseCRF(4, learn_compat=False).parameters())) == 0
     assert len(list(DenseCRF(4, compat_gaussian=None).parameters())) == 1
     crf = DenseCRF(4, learn_sigmas=True, sxy_gaussian=(3, 4), srgb=(13, 10, 7))
@@ -74,7 +74,7 @@ def test_what_is_learned():
     }
 
 
-def test_sigmas_start_where_told_and_stay_positive():
+def test_initial_sigmas_and_their_positivity():
     for learn in (False, True):
         crf = DenseCRF(4, sxy_gaussian=(3, 4), srgb=np.float32(7), learn_sigmas=learn)
         assert crf.sigma("sxy_gaussian").tolist() == [3, 4]
@@ -115,13 +115,13 @@ def test_state_round_trip(start, device):
         assert torch.equal(copied(img, logits=logits), want)
 
 
-def test_state_of_another_kind_is_refused():
+def test_state_of_another_shape_raises():
     state = DenseCRF(4, compat_gaussian=[1, 2, 3, 4]).state_dict()
     with pytest.raises(RuntimeError, match="size mismatch for compat_gaussian"):
         DenseCRF(4).load_state_dict(state)
 
 
-def test_is_made_on_the_default_device():
+def test_default_device_is_used():
     arguments = {"compat_gaussian": [1, 2, 3, 4], "learn_sigmas": True}
     with torch.device("meta"):
         crf = DenseCRF(4, **arguments)
@@ -132,12 +132,12 @@ def test_is_made_on_the_default_device():
     assert torch.equal(crf(img, logits=logits), want)
 
 
-def test_repr_tells_what_the_state_does_not():
+def test_repr():
     text = repr(DenseCRF(4, iterations=7, normalization="after"))
     assert text == "DenseCRF(4, iterations=7, normalization='after')"
 
 
-# --- it is dense_crf ---
+# --- equality with dense_crf ---
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_repr_tells_what_the_state_does_not():
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["probs", "logits", "unary"])
-def test_start_is_dense_crf(start, kind, device):
+def test_initial_module_equals_dense_crf(start, kind, device):
     img, logits = batch(device)
     scores = {"probs": logits.softmax(1), "logits": logits, "unary": -logits}[kind]
     crf = DenseCRF(4, **start).to(device)
@@ -164,7 +164,7 @@ def test_start_is_dense_crf(start, kind, device):
         assert torch.equal(got, dense_crf(img, **{kind: scores}, log=log, **same))
 
 
-def test_calls_as_dense_crf(device):
+def test_call_arguments(device):
     img, logits = batch(device)
     crf = DenseCRF(4).to(device)
     probs = logits.softmax(1)
@@ -202,7 +202,7 @@ def test_module_in_another_dtype(dtype, device):
 
 
 @pytest.mark.parametrize("compat", [3.0, [1.0, 2, 3], [[0.0, 1, 2], [1, 0, 3], [2, 3, 0]]])
-def test_gradcheck_of_the_parameters(compat, device):
+def test_gradcheck_of_parameters(compat, device):
     img = 255 * torch.rand(1, 2, 3, 4, dtype=torch.float64, device=device)
     logits = torch.randn(1, 3, 3, 4, dtype=torch.float64, device=device)
     crf = DenseCRF(
@@ -231,7 +231,7 @@ def test_gradcheck_of_the_parameters(compat, device):
     "backend",
     ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.compiles])],
 )
-def test_compiles_in_one_graph(backend, device):
+def test_compiles_to_one_graph(backend, device):
     torch.compiler.reset()
     img, logits = batch(device)
     crf = DenseCRF(4, iterations=3, compat_bilateral=torch.eye(4), learn_sigmas=True).to(device)
@@ -246,7 +246,7 @@ def test_compiles_in_one_graph(backend, device):
         assert float((a - b).detach().abs().max()) <= 1e-5 * scale
 
 
-# --- arguments that are refused ---
+# --- invalid arguments ---
 
 
 @pytest.mark.parametrize(
@@ -265,12 +265,12 @@ def test_compiles_in_one_graph(backend, device):
         ({"srgb": float("inf")}, "srgb must be positive and finite, got inf"),
     ],
 )
-def test_what_is_refused(arguments, match):
+def test_invalid_arguments(arguments, match):
     with pytest.raises(ValueError, match=match):
         DenseCRF(**{"num_classes": 3, **arguments})
 
 
-def test_calls_that_are_refused(device):
+def test_invalid_calls(device):
     img, logits = batch(device)
     crf = DenseCRF(3).to(device)
     with pytest.raises(ValueError, match=r"^DenseCRF: it has 3 classes, the scores have 4"):
@@ -283,11 +283,11 @@ def test_calls_that_are_refused(device):
         DenseCRF(4, srgb=(1, 2)).to(device)(img, logits=logits)
 
 
-# --- it learns ---
+# --- training ---
 
 
 def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy images (count, 3, 24, 24) of discs and bands, and their labels: three classes."""
+    """Noisy images (count, 3, 24, 24) of discs and bands, and labels of three classes."""
     generator = torch.Generator().manual_seed(seed)
     y, x = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
     colours = torch.tensor([[90.0, 120, 100], [130, 110, 140], [110, 150, 120]])
@@ -296,13 +296,13 @@ def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         cx, cy, r, band = (torch.rand(4, generator=generator) * 24).tolist()
         label[(y - band).abs() < 4] = 1
         label[(x - cx) ** 2 + (y - cy) ** 2 < (4 + r / 4) ** 2] = 2
-    # Contiguous: torch's nll_loss takes no channels_last input on the CPU.
+    # Contiguous, because torch's nll_loss does not support channels_last on the CPU.
     clean = colours[labels].permute(0, 3, 1, 2).contiguous()
     return clean + 40 * torch.randn(clean.shape, generator=generator), labels
 
 
 class Segmenter(nn.Module):
-    """A classifier of pixels, with or without a CRF behind it."""
+    """A pixel classifier, optionally followed by a CRF."""
 
     def __init__(self, crf: DenseCRF | None) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ class Segmenter(nn.Module):
 
 
 def train(crf: DenseCRF | None, device: torch.device) -> tuple[list[float], float, float]:
-    """Losses of the training, and the loss and the accuracy on other scenes."""
+    """Training losses, then loss and accuracy on other scenes."""
     torch.manual_seed(0)
     model = Segmenter(crf).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
@@ -337,7 +337,7 @@ def train(crf: DenseCRF | None, device: torch.device) -> tuple[list[float], floa
 
 
 @pytest.mark.slow
-def test_trains_in_a_network_and_beats_the_unary(device):
+def test_training_improves_on_the_classifier_alone(device):
     crf = DenseCRF(
         3,
         iterations=5,

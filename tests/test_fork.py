@@ -1,6 +1,6 @@
-"""Forked children: dense_crf used before a fork, on several threads, must not hang after it.
+"""dense_crf used on several threads before a fork must not hang in the forked child.
 
-Each case is a process of its own that is given up on after a while, with all its children.
+Each case runs in its own process, which is killed with its children after a timeout.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FEATURES = torch.randn(1, 4, 20_000)
 
 
 def refine(index=0):
-    # Our function comes first: torch's own, run in parallel by a forked child, would hang.
+    # Our function comes first: torch's, run in parallel in a forked child, would hang.
     out = segkernels.dense_crf(IMG[index], logits=LOGITS[index])
     (grad,) = torch.autograd.grad(out.square().sum(), LOGITS[index])
     return out.detach(), grad
@@ -47,7 +47,7 @@ def blur(index=0):
     return segkernels.permutohedral_filter(FEATURES, FEATURES), torch.tensor(0.0)
 
 
-# A copy of a strided view is torch's, and parallel: our functions limit torch first.
+# torch copies strided views in parallel, unless our functions limit it to one thread before.
 STRIDED = torch.randn(2, 8, 256, 512)[..., ::2]
 CODES = segkernels.max_pool2d(STRIDED, 2, return_codes=True)[1]
 LABELS = torch.zeros(2, 512, 1024, dtype=torch.long)[..., ::2]
@@ -83,7 +83,7 @@ def into(queue, call, index):
 
 
 context = multiprocessing.get_context("fork")
-# OpenMP's threads are up in the parent, from our code as well as from torch's.
+# Start OpenMP's threads in the parent, from our code and from torch's.
 expected = [refine(i) for i in range(4)]
 blurred = blur()
 assert torch.ones(4_000_000).sum() == 4_000_000
@@ -164,18 +164,18 @@ finally:
 }
 
 AFTER = """
-# The parent goes on as before, on all its threads.
+# The parent continues unchanged, on all its threads.
 assert torch.get_num_threads() == _native.num_threads() == 4
 assert same(refine(0), expected[0])
 print("all as expected")
 """
 
 
-def run_whole_group(code: str, timeout: float) -> tuple[int, str]:
-    """Exit status and output of Python code; kills it and its children when time is up."""
+def run_process_group(code: str, timeout: float) -> tuple[int, str]:
+    """Exit status and output of Python code; kills it and its children after `timeout`."""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
-        cwd=tempfile.gettempdir(),  # not the source folder, whose package is not built
+        cwd=tempfile.gettempdir(),  # the package in the source folder may not be built
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -195,11 +195,11 @@ def run_whole_group(code: str, timeout: float) -> tuple[int, str]:
     [case if case == "process" else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_forked_children(case):
-    status, output = run_whole_group(PARENT + CASES[case] + AFTER, timeout=60)
+    status, output = run_process_group(PARENT + CASES[case] + AFTER, timeout=60)
     assert status == 0, output
     assert "all as expected" in output
 
 
-def test_a_hang_is_noticed():
+def test_timeout_fails_the_test():
     with pytest.raises(pytest.fail.Exception, match="still running after"):
-        run_whole_group("import time; time.sleep(600)", timeout=1)
+        run_process_group("import time; time.sleep(600)", timeout=1)

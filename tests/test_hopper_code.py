@@ -1,4 +1,4 @@
-"""The machine code of the Hopper kernels, where there is an nvcc."""
+"""Machine code of the Hopper kernels; needs nvcc."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def report() -> ModuleType:
     try:
         spec.loader.exec_module(module)
     finally:
-        # It puts the root there, which would hide the installed package.
+        # The module adds the repository root, which would hide the installed package.
         sys.path[:] = before
     return module
 
 
-def test_a_kernel_without_its_instructions_is_found(report: ModuleType) -> None:
+def test_count_instructions(report: ModuleType) -> None:
     sass = (
         "Function : _Z11conv_kernelv\n HGMMA.64x256x16.F32 ;\n UTMALDG.4D ;\n HGMMA ;\n"
         "Function : _Z13weight_kernelv\n HMMA.16816.F32 R24 ;\n"
@@ -72,7 +72,7 @@ def test_machine_code(
     counts = report.count_instructions(listing.stdout)
     assert len(counts) == sum("fixup" not in name for name in functions)
     for symbol, found in counts.items():
-        # One loop of four products, and the copies of one step.
+        # One loop step: four matrix products, and the copies.
         assert found["HGMMA"] == 4
         assert found["UTMALDG"] >= 2
         body = functions[symbol]

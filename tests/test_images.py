@@ -1,4 +1,4 @@
-"""Photographs as arrays, and writing files in one step."""
+"""Reading images as arrays, and writing files atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GREY = np.arange(24, dtype=np.uint8).reshape(4, 6)
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "ppm"])
-def test_colour_photographs_are_exact(tmp_path, suffix):
+def test_lossless_colour_formats(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(RGB).save(path)
     read = read_image(path)
@@ -39,18 +39,18 @@ def test_jpeg(tmp_path):
     assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - flat).max() <= 3
 
 
-def test_grey_is_one_channel(tmp_path):
+def test_grey_images_have_one_channel(tmp_path):
     Image.fromarray(GREY).save(tmp_path / "a.png")
     assert np.array_equal(read_image(tmp_path / "a.png"), GREY[..., None])
 
 
-def test_one_bit_is_black_and_white(tmp_path):
+def test_one_bit_images_are_black_and_white(tmp_path):
     bits = GREY % 2 == 1
     Image.fromarray(bits).save(tmp_path / "a.png")
     assert np.array_equal(read_image(tmp_path / "a.png")[..., 0], bits * 255)
 
 
-def test_sixteen_bits_are_on_the_scale_of_eight(tmp_path):
+def test_sixteen_bit_images_are_scaled_to_255(tmp_path):
     deep = GREY.astype(np.uint16) * 2570
     Image.fromarray(deep).save(tmp_path / "a.png")
     read = read_image(tmp_path / "a.png")
@@ -61,7 +61,7 @@ def test_sixteen_bits_are_on_the_scale_of_eight(tmp_path):
     assert read_image(tmp_path / "b.tif").max() == 255
 
 
-def test_alpha_is_dropped_and_the_colour_below_kept(tmp_path):
+def test_alpha_is_dropped(tmp_path):
     alpha = GREY * 10
     Image.fromarray(np.dstack([RGB, alpha])).save(tmp_path / "rgba.png")
     assert np.array_equal(read_image(tmp_path / "rgba.png"), RGB)
@@ -71,10 +71,10 @@ def test_alpha_is_dropped_and_the_colour_below_kept(tmp_path):
     assert np.array_equal(read_image(tmp_path / "la.png"), GREY[..., None])
 
 
-def test_a_palette_photograph_has_its_colours(tmp_path):
-    picture = Image.fromarray(GREY % 2)
-    picture.putpalette([10, 20, 30, 200, 150, 100])
-    picture.save(tmp_path / "a.png", transparency=0)
+def test_palette_images_use_their_colours(tmp_path):
+    image = Image.fromarray(GREY % 2)
+    image.putpalette([10, 20, 30, 200, 150, 100])
+    image.save(tmp_path / "a.png", transparency=0)
     read = read_image(tmp_path / "a.png")
     assert read[0, 0].tolist() == [10, 20, 30]
     assert read[0, 1].tolist() == [200, 150, 100]
@@ -154,19 +154,19 @@ def animated(path):
         ("a.npy", lambda p: np.save(p, np.full((2, 2), np.inf)), "finite values, got NaN"),
     ],
 )
-def test_what_is_no_photograph(tmp_path, name, make, message):
+def test_invalid_files(tmp_path, name, make, message):
     make(tmp_path / name)
     with pytest.raises(PictureError, match=message) as caught:
         read_image(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_photograph(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(PictureError, match="No such file"):
         read_image(tmp_path / "none.png")
 
 
-def test_suffixes_are_readable_ones():
+def test_suffixes():
     suffixes = picture_suffixes()
     assert {".png", ".jpg", ".tif", ".npy", ".npz"} <= suffixes
     assert not {".pdf", ".txt", ".py"} & suffixes
@@ -187,7 +187,7 @@ def test_write_atomically_replaces(tmp_path):
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
+def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -201,7 +201,7 @@ def test_write_atomically_leaves_the_old_file_when_writing_fails(tmp_path):
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_write_atomically_cleans_up_when_the_last_step_fails(tmp_path):
+def test_write_atomically_cleans_up_if_replacing_fails(tmp_path):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
     with pytest.raises(PictureError, match="cannot be written"):
         write_atomically(tmp_path / "folder", lambda file: file.write(b"x"))
@@ -217,7 +217,7 @@ def test_written_files_have_usual_permissions(tmp_path):
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == 0o640
 
 
-def test_a_link_is_written_through(tmp_path):
+def test_symbolic_link_is_followed(tmp_path):
     (tmp_path / "real.png").write_bytes(b"")
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
     save_picture(tmp_path / "link.png", Image.fromarray(GREY))
@@ -233,7 +233,7 @@ def test_check_writable(tmp_path):
     assert (tmp_path / "old.png").read_bytes() == b"old"
 
 
-def test_check_writable_refuses(tmp_path):
+def test_check_writable_raises(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     cases = [
         (tmp_path, "-o .*: expected a file, got a folder"),
@@ -247,7 +247,7 @@ def test_check_writable_refuses(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_check_writable_refuses_without_permission(tmp_path):
+def test_check_writable_raises_without_permission(tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     with pytest.raises(PictureError, match=r"cannot be written \(Permission denied\)"):

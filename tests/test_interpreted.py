@@ -1,4 +1,4 @@
-"""Runs what is marked `interpreted`, in a process where Triton interprets."""
+"""Runs the tests marked `interpreted` in a subprocess with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from emulation import interpreter
 
 HERE = Path(__file__).resolve().parent
 
-# The files that have such tests, and how many pass at least.
+# Files with such tests, and the minimum number of tests that pass in each.
 LEAST = {
     "ops/test_dilated_conv2d_epilogue.py": 55,
     "ops/test_gaussian_filter.py": 160,
@@ -23,7 +23,7 @@ LEAST = {
 SLOW = {"ops/test_gaussian_filter.py"}
 
 
-def test_no_file_is_missing() -> None:
+def test_every_interpreted_file_is_listed() -> None:
     line = "\nfrom emulation import interpreter\n"
     found = {file for file in HERE.rglob("test_*.py") if line in file.read_text()}
     assert found == {Path(__file__).resolve(), *(HERE / name for name in LEAST)}

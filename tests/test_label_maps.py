@@ -1,4 +1,4 @@
-"""Label maps: every way to keep them, what counts as unknown, and writing them back."""
+"""Label maps: file formats and modes, unknown pixels, and writing."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def colour_map(path, rows, mode="RGB"):
 
 
 def palette_map(path, rows, palette, **options):
-    picture = Image.fromarray(np.array(rows, np.uint8))
-    picture.putpalette(palette)
-    picture.save(path, **options)
+    image = Image.fromarray(np.array(rows, np.uint8))
+    image.putpalette(palette)
+    image.save(path, **options)
     return path
 
 
@@ -47,7 +47,7 @@ def error(path, **meaning):
     return str(caught.value)
 
 
-# --- colour pictures
+# --- colour images
 
 
 def test_colours_are_classes_and_black_is_unknown(tmp_path):
@@ -61,7 +61,7 @@ def test_colours_are_classes_and_black_is_unknown(tmp_path):
     assert labels.size == (3, 2)
 
 
-def test_a_mask_of_two_colours_has_two_classes(tmp_path):
+def test_mask_of_two_colours_has_two_classes(tmp_path):
     path = colour_map(tmp_path / "a.png", [[WHITE, BLACK]])
     labels = read_labels(path)
     assert labels.keys == (BLACK, WHITE)
@@ -82,7 +82,7 @@ def test_a_mask_of_two_colours_has_two_classes(tmp_path):
         (("rgb(1,2,3)",), (BLACK, BLUE, RED), "none"),
     ],
 )
-def test_colours_that_are_said_to_be_unknown(tmp_path, unknown, keys, words):
+def test_given_unknown_colours(tmp_path, unknown, keys, words):
     labels = read_labels(colour_map(tmp_path / "a.png", [[RED, BLUE, BLACK]]), Meaning(unknown))
     assert labels.keys == keys
     assert labels.unknown == words
@@ -98,7 +98,7 @@ def test_more_colours_than_classes(tmp_path):
     assert "for the 1 classes given, got 3" in error(path, num_classes=1)
 
 
-def test_a_jpeg_is_caught(tmp_path):
+def test_jpeg_is_rejected(tmp_path):
     rows = np.zeros((32, 32, 3), np.uint8)
     rows[8:20, 5:25], rows[20:, :9] = RED, (40, 160, 90)
     Image.fromarray(rows).save(tmp_path / "a.jpg")
@@ -107,7 +107,7 @@ def test_a_jpeg_is_caught(tmp_path):
     assert "expected at most 2 colours" in error(tmp_path / "a.jpg", num_classes=2)
 
 
-def test_a_jpeg_saved_again_as_png_is_caught(tmp_path):
+def test_jpeg_saved_as_png_is_rejected(tmp_path):
     rows = np.zeros((160, 160, 3), np.uint8)
     rows[50:120, 30:150] = RED
     Image.fromarray(rows).save(tmp_path / "a.jpg", quality=90)
@@ -117,7 +117,7 @@ def test_a_jpeg_saved_again_as_png_is_caught(tmp_path):
     assert "half of them on less than 1%" in text
 
 
-def test_a_photograph_is_caught(tmp_path):
+def test_photograph_is_rejected(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")
     number = len(np.unique(noise.reshape(-1, 3), axis=0))
@@ -125,7 +125,7 @@ def test_a_photograph_is_caught(tmp_path):
     assert f"got {number}" in error(tmp_path / "a.png", num_classes=8)
 
 
-def test_many_classes_are_not_noise(tmp_path):
+def test_many_classes_are_accepted(tmp_path):
     rows = np.repeat(distinct_colours(range(150))[None], 40, axis=0)
     labels = read_labels(colour_map(tmp_path / "a.png", rows))
     assert labels.num_classes == len(np.unique(rows[0], axis=0))
@@ -155,18 +155,18 @@ def test_transparent_pixels_are_unknown(tmp_path):
     assert "got transparent ones only" in error(empty)
 
 
-def test_unknown_index_for_colours(tmp_path):
+def test_invalid_unknown_of_colours(tmp_path):
     path = colour_map(tmp_path / "a.png", [[RED, BLUE, BLACK]])
     assert "--unknown takes a colour, such as black or #000000" in error(path, unknown=("0",))
     assert "or a colour (black, #000000), got 'blakc'" in error(path, unknown=("blakc",))
 
 
-def test_nothing_is_labelled(tmp_path):
+def test_only_unknown_pixels(tmp_path):
     path = colour_map(tmp_path / "a.png", [[BLACK, BLACK]])
     assert "expected labelled pixels, got unknown ones only (black)" in error(path)
 
 
-# --- palette pictures
+# --- palette images
 
 
 def test_palette_indices_are_classes(tmp_path):
@@ -240,7 +240,7 @@ def test_palette_transparency_is_kept(tmp_path):
     assert Image.open(tmp_path / "b.png").info["transparency"] == 0
 
 
-# --- greyscale pictures
+# --- greyscale images
 
 
 def test_grey_values_are_classes(tmp_path):
@@ -251,7 +251,7 @@ def test_grey_values_are_classes(tmp_path):
     assert labels.unknown == "index 255"
 
 
-def test_a_grey_mask_has_two_classes(tmp_path):
+def test_grey_mask_has_two_classes(tmp_path):
     path = grey_map(tmp_path / "a.png", [[0, 255]])
     assert read_labels(path).keys == (0, 255)
     assert "just one class beside index 255" in error(path, alone=False)
@@ -263,7 +263,7 @@ def test_grey_unknown_is_an_index(tmp_path):
     assert "--unknown takes an index for labels without colours" in error(path, unknown=("black",))
 
 
-def test_grey_noise_is_caught(tmp_path):
+def test_grey_noise_is_rejected(tmp_path):
     values = np.zeros((100, 100), np.uint8)
     values[0, :80] = np.arange(80)
     text = error(grey_map(tmp_path / "a.png", values))
@@ -293,9 +293,9 @@ def test_grey_round_trip(tmp_path, mode):
 
 
 def test_grey_alpha_is_unknown(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
-    picture.putalpha(Image.fromarray(np.array([[255, 0, 200]], np.uint8)))
-    picture.save(tmp_path / "a.png")
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
+    image.putalpha(Image.fromarray(np.array([[255, 0, 200]], np.uint8)))
+    image.save(tmp_path / "a.png")
     assert read_labels(tmp_path / "a.png").positions.tolist() == [[0, -1, 2]]
 
 
@@ -362,11 +362,11 @@ def test_probabilities(tmp_path, dtype):
         (np.full((2, 1, 1), 0.5), {"unknown": ("0",)}, "--unknown cannot name pixels in an array"),
     ],
 )
-def test_arrays_that_are_no_labels(tmp_path, values, meaning, message):
+def test_invalid_arrays(tmp_path, values, meaning, message):
     assert message in error(array_map(tmp_path / "a.npy", values), **meaning)
 
 
-def test_what_is_no_label_map(tmp_path):
+def test_invalid_files(tmp_path):
     (tmp_path / "a.png").write_text("hello")
     assert f"LABELS {tmp_path / 'a.png'}: not a picture" in error(tmp_path / "a.png")
     Image.new("CMYK", (2, 2)).save(tmp_path / "b.tif")
@@ -376,7 +376,7 @@ def test_what_is_no_label_map(tmp_path):
 
 
 @given(st.data())
-def test_any_colour_map_comes_back(tmp_path_factory, data):
+def test_colour_map_round_trip(tmp_path_factory, data):
     colours = data.draw(
         st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=3, max_size=40, unique=True)
     )

@@ -1,4 +1,4 @@
-"""probs_from_labels: what each pixel gets, what comes back, and what is refused."""
+"""probs_from_labels: values, dtypes, layouts and errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint
 
 
 def naive(labels, num_classes, gt_prob, ignore_index):
-    """One pixel at a time, as the docstring says it."""
+    """The definition, pixel by pixel."""
     probs = np.empty((num_classes, *labels.shape), np.float64)
     for place in np.ndindex(labels.shape):
         label = int(labels[place])
@@ -48,13 +48,13 @@ def test_each_pixel(data, num_classes, gt_prob, dtype):
     )
 
 
-def test_example_of_the_docstring():
+def test_docstring_example():
     probs = probs_from_labels(np.array([[0, 1, 9]]), 3, gt_prob=0.5, ignore_index=9)
     expected = [[[0.5, 0.25, 1 / 3]], [[0.25, 0.5, 1 / 3]], [[0.25, 0.25, 1 / 3]]]
     np.testing.assert_allclose(probs, expected, rtol=1e-6)
 
 
-def test_default_trust_is_that_of_pydensecrf():
+def test_default_gt_prob_is_pydensecrfs():
     probs = probs_from_labels(np.array([[1]]), 3)
     np.testing.assert_allclose(probs[:, 0, 0], [0.15, 0.7, 0.15], rtol=1e-6)
 
@@ -82,7 +82,7 @@ def test_integer_tensors(dtype, device):
     assert probs[:, 1, 1].tolist() == pytest.approx([1 / 3] * 3)
 
 
-def test_views_and_foreign_byte_order():
+def test_views_and_byte_order():
     labels = np.arange(12, dtype=np.int32).reshape(3, 4) % 5
     expected = probs_from_labels(labels, 5)
     assert np.array_equal(probs_from_labels(labels.astype(">i4"), 5), expected)
@@ -93,7 +93,7 @@ def test_views_and_foreign_byte_order():
     assert np.array_equal(probs_from_labels(frozen, 5), expected)
 
 
-def test_labels_are_left_alone():
+def test_labels_are_not_modified():
     labels = np.array([[0, 255], [1, 0]])
     probs_from_labels(labels, 2, ignore_index=255)
     assert labels.tolist() == [[0, 255], [1, 0]]
@@ -138,13 +138,13 @@ def test_ignore_index_far_outside_the_dtype(ignore_index):
         (np.zeros((2, 2), int), (2, 0.5, 1.5), TypeError, "ignore_index must be an integer"),
     ],
 )
-def test_refuses(labels, arguments, error, message):
+def test_invalid_arguments(labels, arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         probs_from_labels(labels, *arguments)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_a_label_that_is_no_class(dtype):
+def test_label_out_of_range(dtype):
     labels = np.zeros((3, 4), dtype)
     labels[1, 2] = labels[2, 0] = 5
     message = "labels must be in [0, 5), got 5 at (1, 2) (2 such pixels)"
@@ -154,23 +154,23 @@ def test_a_label_that_is_no_class(dtype):
         probs_from_labels(torch.from_numpy(labels), 5, ignore_index=7)
 
 
-def test_a_negative_label():
+def test_negative_label():
     with pytest.raises(ValueError, match=re.escape("got -1 at (0, 0)")):
         probs_from_labels(np.full((1, 1), -1), 5)
 
 
-def test_one_class_still_checks_labels():
+def test_labels_of_a_single_class_are_checked():
     assert np.array_equal(probs_from_labels(np.zeros((2, 2), int), 1), np.ones((1, 2, 2)))
     with pytest.raises(ValueError, match="got 1 at"):
         probs_from_labels(np.ones((2, 2), int), 1)
 
 
-def test_the_status_word_is_about_labels():
+def test_status_code_is_the_labels():
     assert "labels" in _status._MESSAGES[_LABEL_OUT_OF_RANGE]
 
 
 @pytest.mark.gpu
-def test_on_cuda_a_bad_label_is_told_by_check():
+def test_invalid_label_on_cuda_is_reported_by_check():
     labels = torch.tensor([[0, 5]], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,3 +1,5 @@
+"""The module Upsample."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,7 +27,7 @@ def test_upsample_equals_torchs(kwargs: dict[str, Any]) -> None:
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=2e-6)
 
 
-def test_upsample_in_a_model_trains_and_compiles() -> None:
+def test_upsample_trains_and_compiles_in_a_model() -> None:
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 2, 1), segkernels.nn.Upsample(scale_factor=2, mode="bilinear")
     )

@@ -1,4 +1,4 @@
-"""What ops/_operator.py gives every operator, where the shared suite does not see it."""
+"""Tests of ops/_operator.py that the shared suite (ops/suite.py) does not cover."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from segkernels.ops.max_pool2d.operator import pool
 PACKAGE = Path(segkernels.__file__).parent
 
 
-def test_nothing_but_tests_imports_a_reference() -> None:
+def test_only_tests_import_references() -> None:
     for path in PACKAGE.rglob("*.py"):
         if path.name == "reference.py":
             continue
@@ -35,7 +35,7 @@ def test_nothing_but_tests_imports_a_reference() -> None:
                 assert "reference" not in ".".join(names).split("."), path
 
 
-def test_a_record_is_the_rest_of_the_schema() -> None:
+def test_schema_from_record() -> None:
     schema = str(torch.ops.segkernels.max_pool2d.default._schema)
     assert schema == (
         "segkernels::max_pool2d(Tensor input, SymInt[2] full, SymInt[2] pooled, "
@@ -43,14 +43,14 @@ def test_a_record_is_the_rest_of_the_schema() -> None:
         "bool channels_last, bool return_codes, bool return_indices) -> "
         "(Tensor values, Tensor codes, Tensor indices)"
     )
-    # Fields with a default are not of the schema: a lattice is no argument of the dispatcher's.
+    # Fields with a default are left out: the dispatcher cannot carry a lattice.
     assert "lattice" not in str(torch.ops.segkernels.permutohedral_filter.default._schema)
 
 
-# --- tensors cross the border ---
+# --- tensors passed to native code ---
 
 
-def test_native_functions_take_tensors_and_no_addresses() -> None:
+def test_native_functions_accept_tensors_only() -> None:
     C, x = _native.C(), torch.zeros(1, 1, 2, 2)
     with pytest.raises(TypeError):
         C.rows_invert_norm(_native.where(x), 4, x.data_ptr(), x.data_ptr(), False, False)
@@ -59,7 +59,7 @@ def test_native_functions_take_tensors_and_no_addresses() -> None:
         lattice.weights = x.data_ptr()
 
 
-def test_a_native_struct_keeps_what_it_points_to() -> None:
+def test_native_struct_keeps_its_tensors_alive() -> None:
     lattice, tensor = _native.C().Lattice(), torch.zeros(3)
     lattice.weights = tensor
     kept = weakref.ref(tensor)
@@ -73,7 +73,7 @@ def test_a_native_struct_keeps_what_it_points_to() -> None:
     assert kept() is None
 
 
-# --- derivatives of derivatives ---
+# --- higher derivatives ---
 
 
 def smooth(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -94,7 +94,7 @@ def same_smooth(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def test_hessians() -> None:
-    """Forward over reverse, and reverse over reverse, equal torch's reverse over reverse."""
+    """Forward over reverse and reverse over reverse equal torch's reverse over reverse."""
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     w = torch.randn(2, 2, 3, 3, dtype=torch.float64)
     expected = torch.func.jacrev(torch.func.jacrev(same_smooth, (0, 1)), (0, 1))(x, w)
@@ -105,8 +105,8 @@ def test_hessians() -> None:
                 torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_hessians_with_respect_to_one_of_two() -> None:
-    """The gradient that is not wanted is absent, in every way that a call goes."""
+def test_hessians_with_respect_to_one_argument() -> None:
+    """A gradient that is not needed is None, in eager mode and under vmap."""
     x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
     w = torch.randn(2, 2, 3, 3, dtype=torch.float64)
     for i in (0, 1):
@@ -141,7 +141,7 @@ def test_vmap_of_a_convolution_in_channels_last(dtype: torch.dtype) -> None:
 
     plain = torch.stack([torch.func.grad(joined)(weight) for weight in w])
     batched = torch.func.vmap(torch.func.grad(joined))
-    with pytest.raises(RuntimeError, match="vmap"):  # torch's own .contiguous in a format
+    with pytest.raises(RuntimeError, match="vmap"):  # from torch's .contiguous(memory_format=...)
         batched(w)
     over_x = torch.func.vmap(torch.func.grad(lambda x: segkernels.aspp(x, [w[0]], [2]).sum()))
     expected = torch.func.grad(lambda x: segkernels.aspp(x, [w[0]], [2]).sum())(x)
@@ -150,7 +150,7 @@ def test_vmap_of_a_convolution_in_channels_last(dtype: torch.dtype) -> None:
 
 
 def test_batched_gradients() -> None:
-    """`is_grads_batched`, which has batched tensors of its own kind."""
+    """`is_grads_batched`, which uses torch's legacy batched tensors."""
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     w = torch.randn(3, 3, 3, 3, dtype=torch.float64, requires_grad=True)
     for call in (
@@ -165,7 +165,7 @@ def test_batched_gradients() -> None:
             torch.testing.assert_close(one, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
 
 
-def test_no_default_device_reaches_a_workspace() -> None:
+def test_default_device_does_not_affect_workspaces() -> None:
     x, target = torch.randn(1, 3, 4, 4, requires_grad=True), torch.zeros(1, 8, 8, dtype=torch.long)
     with torch.device("meta"):
         assert segkernels.upsample_argmax(x, 8).device.type == "cpu"
@@ -173,8 +173,8 @@ def test_no_default_device_reaches_a_workspace() -> None:
     assert x.grad is not None
 
 
-def test_a_transform_inside_torch_compile() -> None:
-    """Not in one graph, as torch's own operators would be, but with the right tangent."""
+def test_transform_inside_torch_compile() -> None:
+    """The tangent is correct; the graph breaks, unlike for torch's own operators."""
     x = torch.arange(4.0).view(1, 1, 2, 2)
 
     def tangent(x: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ def test_a_transform_inside_torch_compile() -> None:
     assert torch.compile(tangent, backend="aot_eager")(x).sum() == 16
 
 
-def test_tensors_that_a_transform_left_over() -> None:
+def test_tensors_from_a_closed_transform() -> None:
     kept = []
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -203,8 +203,8 @@ def test_tensors_that_a_transform_left_over() -> None:
     )
 
 
-def test_gradients_that_are_not_stored() -> None:
-    """torch gives zeros without memory, as the gradient of the real part of a view."""
+def test_efficient_zero_gradients() -> None:
+    """Zero tensors without storage, which torch's autograd may pass as gradients."""
     x = torch.randn(1, 2, 2, 2, requires_grad=True)
     nothing = torch._efficientzerotensor((1, 2, 4, 4))
     for out in (
@@ -215,7 +215,7 @@ def test_gradients_that_are_not_stored() -> None:
         assert torch.equal(grad, torch.zeros_like(x))
 
 
-def test_only_asked_for_positions_are_computed_without_a_gradient() -> None:
+def test_positions_are_computed_only_if_needed() -> None:
     x = torch.randn(1, 2, 4, 4)
     windows = segkernels.ops.max_pool2d._pooling(
         x.shape, False, (2, 2), (2, 2), (0, 0), (1, 1), False, False, False
@@ -228,7 +228,7 @@ def test_only_asked_for_positions_are_computed_without_a_gradient() -> None:
     assert recorded[1].shape == values.shape
 
 
-# --- an operator of a test ---
+# --- an operator defined by a test ---
 
 
 class Factor(NamedTuple):
@@ -239,7 +239,7 @@ def doubled(x: torch.Tensor, others: list[torch.Tensor], record: Factor) -> list
     return [record.factor * t for t in (x, *others)]
 
 
-def test_lists_and_what_is_not_implemented() -> None:
+def test_tensor_lists_and_missing_derivatives() -> None:
     def backward(ctx: Any, *grads: Any) -> list[Any]:
         return [None if g is None else ctx.record.factor * g for g in grads]
 
@@ -267,7 +267,7 @@ def test_lists_and_what_is_not_implemented() -> None:
     assert _operator.needs_dispatcher(torch.empty(1, device="meta"))
 
 
-# --- operations ---
+# --- FLOP counts ---
 
 
 def flops(call: Any) -> int:
@@ -277,7 +277,7 @@ def flops(call: Any) -> int:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_a_convolution_is_counted_as_torchs(groups: int) -> None:
+def test_convolution_flops_equal_torchs(groups: int) -> None:
     x = torch.randn(2, 4, 9, 8, requires_grad=True)
     w = torch.randn(6, 4 // groups, 3, 3, requires_grad=True)
     scale = torch.ones(6)
@@ -289,19 +289,19 @@ def test_a_convolution_is_counted_as_torchs(groups: int) -> None:
         return F.conv2d(x, w, None, 1, 2, 2, groups)
 
     assert flops(lambda: ours(scale=scale, activation="relu")) == flops(theirs) > 0
-    if groups == 1:  # torch counts a grouped convolution's gradient as a whole one's
+    if groups == 1:  # torch counts a grouped convolution's gradient as an ungrouped one's
         both = flops(lambda: ours(scale=scale).sum().backward())
         assert both == flops(lambda: theirs().sum().backward()) == 3 * flops(theirs)
 
 
-def test_aspp_is_counted_as_its_branches() -> None:
+def test_aspp_flops_equal_its_branches() -> None:
     x, w = torch.randn(1, 3, 6, 7), [torch.randn(2, 3, 1, 1), torch.randn(4, 3, 3, 3)]
     branches = sum(flops(lambda k=k: F.conv2d(x, k, padding="same")) for k in w)
     assert flops(lambda: segkernels.aspp(x, w, (1, 2))) == branches
 
 
 @pytest.mark.slow
-def test_operations_are_counted_whichever_module_comes_first() -> None:
+def test_flops_do_not_depend_on_import_order() -> None:
     code = (
         "{}\n"
         "with FlopCounterMode(display=False) as counter:\n"
@@ -311,7 +311,7 @@ def test_operations_are_counted_whichever_module_comes_first() -> None:
     )
     imports = [
         "import torch",
-        # Looked for, as some packages do, and not imported.
+        # find_spec only looks the module up, as some packages do.
         "import segkernels, importlib.util; importlib.util.find_spec('torch.utils.flop_counter')",
         "from torch.utils.flop_counter import FlopCounterMode",
     ]

@@ -1,4 +1,4 @@
-"""The package around the operators: import, native code, threads, `segkernels info`."""
+"""The package: import, loading of native code, threads, devices, `segkernels info`."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def copy_python_only(folder: Path) -> None:
     shutil.copytree(PACKAGE, folder / "segkernels", ignore=ignored)
 
 
-def test_one_version() -> None:
+def test_versions_are_equal() -> None:
     assert importlib.metadata.version("segkernels") == segkernels.__version__
     assert _native.C().build_info()["version"] == segkernels.__version__
 
 
-def test_the_oldest_torch_allowed_is_the_oldest_tested() -> None:
+def test_oldest_torch_allowed_is_tested() -> None:
     root = Path(__file__).resolve().parent.parent
     (allowed,) = re.findall(r'"torch>=([\d.]+)"', (root / "pyproject.toml").read_text())
     (tested,) = re.findall(
@@ -58,7 +58,7 @@ def test_is_typed() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
-def test_import_without_gpu_or_compiler_or_native_code(tmp_path: Path) -> None:
+def test_import_without_native_code(tmp_path: Path) -> None:
     copy_python_only(tmp_path)
     code = (
         "import segkernels; from segkernels import _native; print(segkernels.__file__)\n"
@@ -73,7 +73,7 @@ def test_import_without_gpu_or_compiler_or_native_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_source_folder_is_named_when_it_hides_the_installed_package(tmp_path: Path) -> None:
+def test_source_folder_that_hides_the_installed_package_is_reported(tmp_path: Path) -> None:
     copy_python_only(tmp_path)
     (tmp_path / "setup.py").touch()
     code = "from segkernels import _native; print(_native.problem())"
@@ -82,7 +82,7 @@ def test_source_folder_is_named_when_it_hides_the_installed_package(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_native_code_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_native_code_of_another_version_is_rejected(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "segkernels")
     (tmp_path / "segkernels/_version.py").write_text('__version__ = "99.0"\n')
     code = "from segkernels import _native; print(_native.problem())"
@@ -91,7 +91,7 @@ def test_native_code_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_unloadable_native_code_keeps_its_reason(tmp_path: Path) -> None:
+def test_native_code_that_does_not_load_is_reported(tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / "segkernels")
     for module in (tmp_path / "segkernels").glob("_C.*"):
         module.write_bytes(b"not a shared library")
@@ -101,7 +101,7 @@ def test_unloadable_native_code_keeps_its_reason(tmp_path: Path) -> None:
     assert "Build it again" in done.stdout
 
 
-def test_threads_are_torchs() -> None:
+def test_number_of_threads_is_torchs() -> None:
     torch.set_num_threads(3)
     assert _native.num_threads() == 3
     assert _native.where(torch.zeros(1)) == (-1, 0, 3)
@@ -109,7 +109,7 @@ def test_threads_are_torchs() -> None:
 
 def _threads_in_child(queue: multiprocessing.Queue[tuple[int, int, float]]) -> None:
     threads = _native.num_threads()
-    total = torch.ones(4_000_000).sum().item()  # torch splits this over its threads
+    total = torch.ones(4_000_000).sum().item()  # torch runs this on several threads
     queue.put((threads, torch.get_num_threads(), total))
 
 
@@ -133,13 +133,13 @@ def test_forked_child_runs_on_one_thread() -> None:
 
 
 def on_device(name: str) -> torch.Tensor:
-    """Something with a device that this machine need not have."""
+    """A mock of a tensor on a device that this machine need not have."""
     device = torch.device(name)
     kinds = {f"is_{kind}": device.type == kind for kind in ("cpu", "cuda")}
     return types.SimpleNamespace(device=device, **kinds)  # type: ignore[return-value]
 
 
-def test_other_devices_are_refused_by_name() -> None:
+def test_other_devices_raise() -> None:
     with pytest.raises(RuntimeError, match=r"CPU and CUDA devices, got a tensor on 'mps:0'"):
         _native.where(on_device("mps:0"))
     with pytest.raises(RuntimeError, match="'meta'"):
@@ -153,14 +153,14 @@ def test_cuda_tensor_without_cuda_code(monkeypatch: pytest.MonkeyPatch) -> None:
         _native.where(on_device("cuda:0"))
 
 
-def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rocm_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with pytest.raises(RuntimeError, match="ROCm"):
         _native.where(on_device("cuda:0"))
 
 
 @pytest.mark.gpu
-def test_cuda_stream_is_the_current_one() -> None:
+def test_where_returns_the_current_cuda_stream() -> None:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         tensor = torch.zeros(1, device="cuda")
@@ -186,18 +186,18 @@ def test_info_json() -> None:
         assert problem["do"]
 
 
-def test_info_for_people_fits_80_columns() -> None:
+def test_info_fits_80_columns() -> None:
     result = CliRunner().invoke(app, ["info"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
     assert str(torch.__version__) in result.stdout
     lines = [line.rstrip() for line in result.stdout.splitlines()]
     assert max(map(len, lines)) <= 80
-    for op in info.collect()["ops"]:  # a line each, not folded
+    for op in info.collect()["ops"]:  # one unwrapped line each
         (line,) = (line for line in lines if line.startswith(f"{op['name']} "))
         assert line.endswith("yes" if op["deterministic"] else "no")
 
 
-def test_info_tells_that_a_gpu_lacks_code(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_info_reports_a_gpu_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = types.SimpleNamespace(name="GPU", major=10, minor=0, total_memory=1 << 30)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

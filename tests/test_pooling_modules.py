@@ -1,4 +1,4 @@
-"""MaxPool2d, MaxUnpool2d, ResizeConv and bilinear_kernel_."""
+"""The modules MaxPool2d, MaxUnpool2d and ResizeConv, and bilinear_kernel_."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import segkernels
 
 
 def checkerboard(out: torch.Tensor, period: int) -> float:
-    """How far the phases of `out` differ, away from its borders: the variance of their means."""
+    """Variance between the means of the `period`^2 phases of `out`, without its borders."""
     inside = out[..., period * 2 : -period * 2, period * 2 : -period * 2]
     means = [inside[..., i::period, j::period].mean() for i in range(period) for j in range(period)]
     return torch.stack(means).var().item()
 
 
-def test_a_transposed_convolution_leaves_a_checkerboard_and_resize_conv_does_not() -> None:
+def test_resize_conv_has_no_checkerboard() -> None:
     constant = torch.ones(1, 8, 12, 12)
     transposed = torch.nn.ConvTranspose2d(8, 4, 3, stride=2, padding=1)
     for mode in ("nearest", "bilinear"):
@@ -28,7 +28,7 @@ def test_a_transposed_convolution_leaves_a_checkerboard_and_resize_conv_does_not
         assert checkerboard(resized(constant), 2) < 1e-12
 
 
-def test_resize_conv_is_resize_then_convolve() -> None:
+def test_resize_conv_equals_resize_and_convolution() -> None:
     x = torch.randn(2, 3, 5, 7)
     layer = segkernels.ResizeConv(3, 6, 5, 3, "bilinear", bias=False, padding_mode="replicate")
     assert list(layer.state_dict()) == ["conv.weight"]
@@ -45,7 +45,7 @@ def test_resize_conv_is_resize_then_convolve() -> None:
         ({"scale_factor": 0}, "scale_factor must be at least 1, got 0"),
     ],
 )
-def test_resize_conv_refuses(kwargs: dict[str, Any], match: str) -> None:
+def test_resize_conv_invalid_arguments(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         segkernels.ResizeConv(3, 3, **kwargs)
 
@@ -65,14 +65,14 @@ def test_bilinear_kernel_upsamples_bilinearly(scale: int, groups: int) -> None:
     assert conv.weight.requires_grad
 
 
-def test_bilinear_kernel_has_fcns_weights() -> None:
+def test_bilinear_kernel_equals_fcns_weights() -> None:
     conv = torch.nn.ConvTranspose2d(1, 1, (4, 3), bias=False)
     segkernels.bilinear_kernel_(conv)
     rows, columns = torch.tensor([0.25, 0.75, 0.75, 0.25]), torch.tensor([0.5, 1.0, 0.5])
     assert torch.equal(conv.weight[0, 0], torch.outer(rows, columns))
 
 
-def test_bilinear_kernel_refuses() -> None:
+def test_bilinear_kernel_invalid_arguments() -> None:
     with pytest.raises(ValueError, match="in_channels=2, out_channels=3"):
         segkernels.bilinear_kernel_(torch.nn.ConvTranspose2d(2, 3, 4))
     with pytest.raises(TypeError, match="ConvTranspose2d"):
@@ -90,7 +90,7 @@ def test_modules_restore_the_maxima(kind: str) -> None:
     assert (restored != 0).sum() == values.numel()
 
 
-def test_modules_take_torchs_arguments() -> None:
+def test_modules_accept_torchs_arguments() -> None:
     x = torch.randn(2, 3, 12, 13)
     args: tuple[Any, ...] = (3, 2, 1, 1, True, True)
     for mine, theirs in zip(

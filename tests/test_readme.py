@@ -1,4 +1,4 @@
-"""README.md does what it says: its Python blocks, its commands, its operators, its picture."""
+"""README.md: Python blocks, commands, list of operators, signatures and links."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from segkernels.ops import _registry
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CUDA = ROOT / "docs" / "cuda.md"
-# A block, with the comment that says what it needs where there is one.
+# A fenced block with its optional `<!-- test: ... -->` marker.
 BLOCK = re.compile(r"(?:<!-- test: (\w+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
@@ -55,14 +55,14 @@ def run(code: str, names: dict[str, Any], folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def names(folder: Path) -> dict[str, Any]:
-    """What is defined after the blocks ran one after the other."""
+    """The namespace after all Python blocks ran in order."""
     names: dict[str, Any] = {}
     for code in blocks("python"):
         run(code, names, folder)
     return names
 
 
-def test_python_blocks_do_what_their_comments_say(folder: Path, names: dict[str, Any]) -> None:
+def test_python_blocks_give_the_documented_results(folder: Path, names: dict[str, Any]) -> None:
     assert len(blocks("python")) >= 8
     assert names["image"].shape == (360, 480, 3)
     assert names["probs"].shape == names["refined"].shape == (7, 360, 480)
@@ -81,7 +81,7 @@ def test_python_blocks_do_what_their_comments_say(folder: Path, names: dict[str,
     assert names["crf"].compat_bilateral.grad.abs().sum() > 0
 
 
-def test_pydensecrf_block_gives_the_same(names: dict[str, Any], folder: Path) -> None:
+def test_pydensecrf_block_agrees(names: dict[str, Any], folder: Path) -> None:
     pytest.importorskip("pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it")
     (text,) = blocks("python", "pydensecrf")
     theirs = dict(names)
@@ -91,7 +91,7 @@ def test_pydensecrf_block_gives_the_same(names: dict[str, Any], folder: Path) ->
     assert (theirs["Q"].argmax(axis=0) == names["q"].argmax(axis=0)).mean() > 0.9999
 
 
-def test_pydensecrf_labels_and_terms_translate(names: dict[str, Any]) -> None:
+def test_pydensecrf_labels_and_terms_agree(names: dict[str, Any]) -> None:
     crf = pytest.importorskip(
         "pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it"
     )
@@ -170,7 +170,7 @@ def test_operators_are_listed(op: _registry.Op) -> None:
         assert f"`{name}`" in row, f"README.md, Operators: {op.name} also has {name}"
 
 
-def test_signatures_are_those_of_the_code() -> None:
+def test_signatures_match_the_code() -> None:
     headings = re.findall(r"^### (.*)", README, re.MULTILINE)
     signatures = [s for h in headings for s in re.findall(r"`(\w+)\((.*?)\)`", h)]
     assert len(signatures) >= 7
@@ -189,7 +189,7 @@ def test_signatures_are_those_of_the_code() -> None:
             assert ast.literal_eval(value) == defaults[name].default, name
 
 
-def test_links_and_anchors_lead_somewhere() -> None:
+def test_links_and_anchors_exist() -> None:
     anchors = {h.lower() for h in re.findall(r"^#+ (\w+)$", README, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]*)\)", README):
         if target.startswith("#"):

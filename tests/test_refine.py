@@ -1,4 +1,4 @@
-"""`segkernels refine` and `segkernels demo`, from the command line to the files."""
+"""`segkernels refine` and `segkernels demo`: options, output files, folders, errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RED, GREEN, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 0)
 
 
 def run(*arguments, code=0):
-    """Everything that the command prints, once its exit code is the expected one."""
+    """Run a command, check its exit code and return its output."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     if result.exception is not None:
@@ -33,13 +33,13 @@ def run(*arguments, code=0):
 
 
 def words(text):
-    """For the boxed messages of usage errors: without the box and its line breaks."""
+    """The text of a boxed usage error, without the box and its line breaks."""
     return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
 @pytest.fixture
 def scene(tmp_path):
-    """A photograph of two flat halves with noise, labels with a gap between, and the truth."""
+    """Save an image of two noisy halves and labels with a gap; return the ground truth."""
     random = np.random.default_rng(0)
     truth = np.zeros((40, 60), np.uint8)
     truth[:, 33:] = 1
@@ -49,9 +49,9 @@ def scene(tmp_path):
     rough = truth + 1
     rough[:, 26:42] = 0
     palette = [*BLACK, *RED, *GREEN]
-    picture = Image.fromarray(rough)
-    picture.putpalette(palette)
-    picture.save(tmp_path / "palette.png")
+    image = Image.fromarray(rough)
+    image.putpalette(palette)
+    image.save(tmp_path / "palette.png")
     Image.fromarray(np.array([BLACK, RED, GREEN], np.uint8)[rough]).save(tmp_path / "colour.png")
     Image.fromarray(np.where(rough == 0, 255, rough - 1).astype(np.uint8)).save(
         tmp_path / "grey.png"
@@ -87,7 +87,7 @@ def test_grey_labels_as_tiff(tmp_path, scene):
     assert np.array_equal(np.array(written), scene)
 
 
-def test_wrong_labels_are_mended(tmp_path, scene):
+def test_wrong_labels_are_corrected(tmp_path, scene):
     rough = scene.copy()
     rough[10:14, 8:12] = 1
     Image.fromarray(rough).save(tmp_path / "wrong.png")
@@ -108,7 +108,7 @@ def expected_probs(tmp_path, **parameters):
     return segkernels.dense_crf(image, probs, **parameters).numpy()
 
 
-def test_it_is_dense_crf(tmp_path, scene):
+def test_equals_dense_crf(tmp_path, scene):
     np.save(tmp_path / "labels.npy", np.array(Image.open(tmp_path / "grey.png")))
     out = tmp_path / "out.npy"
     run("refine", tmp_path / "image.png", tmp_path / "labels.npy", "-o", out)
@@ -117,7 +117,7 @@ def test_it_is_dense_crf(tmp_path, scene):
     np.testing.assert_allclose(written, expected_probs(tmp_path), atol=1e-6)
 
 
-def test_every_option_arrives(tmp_path, scene):
+def test_every_option_is_passed(tmp_path, scene):
     out = tmp_path / "out.npy"
     options = {
         "--iterations": (2, {"iterations": 2}),
@@ -132,7 +132,7 @@ def test_every_option_arrives(tmp_path, scene):
     files = (tmp_path / "image.png", tmp_path / "grey.png", "-o", out)
     plain = expected_probs(tmp_path, iterations=1)
     for option, (value, parameters) in options.items():
-        # After one iteration nothing has settled yet, so that every parameter shows.
+        # After one iteration the result has not converged, so every parameter has an effect.
         once = {"iterations": 1, **parameters}
         run("refine", *files, "--iterations", 1, option, value)
         wanted = expected_probs(tmp_path, **once)
@@ -165,7 +165,7 @@ def test_array_output_has_a_channel_for_each_index(tmp_path, scene):
     assert np.load(tmp_path / "out.npy").shape == (6, 40, 60)
 
 
-def test_grey_and_sixteen_bit_photographs(tmp_path, scene):
+def test_grey_and_sixteen_bit_images(tmp_path, scene):
     grey = Image.open(tmp_path / "image.png").convert("L")
     deep = np.array(grey).astype(np.uint16) * 257
     grey.save(tmp_path / "eight.png")
@@ -186,7 +186,7 @@ def test_overlay(tmp_path, scene):
     height, width = overlay.shape[:2]
     assert width > 3 * 460
     assert width > 3 * height * 0.9
-    # The panels: the photograph is in the first, and only there; the classes' tints in the others.
+    # The first panel shows the image, the others the tints of the classes.
     panel = (width - 2 * 24 - 2 * 14) // 3
     middle = 24 + 34 + (height - 2 * 24 - 34) // 2
     spots = [overlay[middle, 24 + i * (panel + 14) + panel // 10] for i in range(3)]
@@ -195,7 +195,7 @@ def test_overlay(tmp_path, scene):
     assert np.abs(spots[1] - spots[2]).max() < 12
 
 
-def test_overlay_shows_alike_colours_in_others(tmp_path, scene):
+def test_overlay_replaces_similar_colours(tmp_path, scene):
     rough = np.array([(0, 60, 0), (0, 80, 0)], np.uint8)[scene]
     Image.fromarray(rough).save(tmp_path / "greens.png")
     files = (tmp_path / "image.png", tmp_path / "greens.png", "-o", tmp_path / "out.png")
@@ -207,7 +207,7 @@ def test_overlay_shows_alike_colours_in_others(tmp_path, scene):
     assert np.abs(apart).max() > 40
 
 
-def test_output_is_overwritten_and_nothing_else_left(tmp_path, scene):
+def test_output_is_overwritten_without_leftovers(tmp_path, scene):
     (tmp_path / "out").mkdir()
     out = tmp_path / "out" / "labels.png"
     out.write_bytes(b"old")
@@ -216,14 +216,14 @@ def test_output_is_overwritten_and_nothing_else_left(tmp_path, scene):
     assert np.array_equal(np.array(Image.open(out)), scene)
 
 
-def test_same_bits_twice(tmp_path, scene):
+def test_deterministic(tmp_path, scene):
     files = (tmp_path / "image.png", tmp_path / "grey.png")
     for name in ("a.npy", "b.npy"):
         run("refine", *files, "-o", tmp_path / name)
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
-def test_a_float_image_in_unit_range_is_warned_of(tmp_path, scene):
+def test_float_image_in_unit_range_warns(tmp_path, scene):
     photograph = np.array(Image.open(tmp_path / "image.png")) / np.float32(255)
     np.save(tmp_path / "unit.npy", photograph)
     files = (tmp_path / "unit.npy", tmp_path / "grey.png", "-o", tmp_path / "out.npy")
@@ -263,7 +263,7 @@ def test_sizes_differ(tmp_path, scene):
     assert "the array is (40, 60, 2), read as (C, H, W)" in printed
 
 
-def test_files_that_cannot_be_read(tmp_path, scene):
+def test_unreadable_files(tmp_path, scene):
     (tmp_path / "broken.png").write_text("no picture")
     assert "not a picture that Pillow can read" in refine_error(tmp_path, "broken.png", "grey.png")
     assert "LABELS" in refine_error(tmp_path, "image.png", "broken.png")
@@ -277,7 +277,7 @@ def test_too_many_colours(tmp_path, scene):
     assert "got" in refine_error(tmp_path, "image.png", "image.png")
 
 
-def test_unwritable_outputs_are_found_before_any_work(tmp_path, scene, monkeypatch):
+def test_unwritable_outputs_fail_before_the_crf_runs(tmp_path, scene, monkeypatch):
     def compute(*arguments, **parameters):
         raise AssertionError("the CRF ran")
 
@@ -324,19 +324,19 @@ def test_inputs_are_not_overwritten(tmp_path, scene):
     assert "another file" in refine_error(tmp_path, "image.png", "grey.png", *rest, code=2)
 
 
-def test_probabilities_of_colours_have_no_order(tmp_path, scene):
+def test_probabilities_of_colour_labels_raise(tmp_path, scene):
     rest = ("-o", tmp_path / "out.npy")
     printed = refine_error(tmp_path, "image.png", "colour.png", *rest)
     assert "probabilities need an order of classes, which colours do not have" in printed
 
 
-def test_what_the_crf_refuses_is_one_line(tmp_path, scene):
+def test_errors_of_the_crf_are_one_line(tmp_path, scene):
     rest = ("--srgb", "13,13,13,13,13")
     assert "srgb" in refine_error(tmp_path, "image.png", "grey.png", *rest)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
-def test_cuda_where_there_is_none(tmp_path, scene):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests machines without CUDA")
+def test_cuda_device_without_cuda(tmp_path, scene):
     printed = refine_error(tmp_path, "image.png", "grey.png", "--device", "cuda")
     assert "--device cuda: torch sees no CUDA device here" in printed
     assert find_device("auto") == "cpu"
@@ -385,7 +385,7 @@ def test_folders(tmp_path, scene, folders):
     assert "failed" not in printed
 
 
-def test_one_bad_file_does_not_stop_the_others(tmp_path, scene, folders):
+def test_invalid_file_does_not_stop_the_others(tmp_path, scene, folders):
     images, labels = folders
     (labels / "1.png").write_text("broken")
     Image.new("L", (5, 5)).save(labels / "orphan.png")
@@ -398,7 +398,7 @@ def test_one_bad_file_does_not_stop_the_others(tmp_path, scene, folders):
     assert "refined 1 failed 3: 1.png, 2, orphan.png" in words(printed)
 
 
-def test_an_unforeseen_error_does_not_stop_the_others(tmp_path, scene, folders, monkeypatch):
+def test_unexpected_error_does_not_stop_the_others(tmp_path, scene, folders, monkeypatch):
     images, labels = folders
     real, calls = segkernels.dense_crf, []
 
@@ -414,7 +414,7 @@ def test_an_unforeseen_error_does_not_stop_the_others(tmp_path, scene, folders, 
     assert len(os.listdir(tmp_path / "out")) == 2
 
 
-def test_masks_in_folders_are_asked_about(tmp_path, scene, folders):
+def test_masks_in_folders_need_the_unknown_option(tmp_path, scene, folders):
     images, labels = folders
     Image.fromarray(scene * np.uint8(255)).save(labels / "1.png")
     printed = run("refine", images, labels, "-o", tmp_path / "out", code=1)
@@ -461,7 +461,7 @@ def test_demo(tmp_path):
     assert accuracy(refined[painted], truth[painted]) > accuracy(rough[painted], truth[painted])
 
 
-def test_demo_goes_through_the_command(tmp_path):
+def test_demo_equals_the_refine_command(tmp_path):
     folder = tmp_path / "demo"
     run("demo", "-o", folder)
     run("refine", folder / "image.png", folder / "labels.png", "-o", tmp_path / "again.png")
@@ -498,7 +498,7 @@ def test_help_lists_the_commands():
 
 
 @pytest.mark.slow
-def test_as_a_process(tmp_path, scene):
+def test_in_a_subprocess(tmp_path, scene):
     command = [sys.executable, "-c", "from segkernels.cli import main; main()", "refine"]
     files = [str(tmp_path / "image.png"), str(tmp_path / "grey.png"), "-o", str(tmp_path / "o.png")]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every operator is whole: reference, fake kernel, tests, benchmark, under one name."""
+"""Every operator has a reference, a fake kernel, tests and a benchmark under its own name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def has_fake(name: str) -> bool:
-    """Whether torch can run the torch.library operator `name` on fake tensors."""
+    """Whether the torch.library operator `name` has a fake kernel."""
     if singleton.find(name).fake_impl.kernel is not None:
         return True
     return any(
@@ -28,7 +28,7 @@ def has_fake(name: str) -> bool:
 
 
 def lacks(op: Op) -> list[str]:
-    """What `op` lacks, in words."""
+    """Names of the parts that `op` lacks."""
     found = []
     if importlib.util.find_spec(f"segkernels.ops.{op.name}.reference") is None:
         found.append(f"segkernels/ops/{op.name}/reference.py")
@@ -62,13 +62,13 @@ def test_every_folder_is_a_registered_operator() -> None:
 
 
 @pytest.mark.parametrize("op", _registry.ops(), ids=lambda op: op.name)
-def test_operator_is_whole(op: Op) -> None:
+def test_operator_is_complete(op: Op) -> None:
     assert lacks(op) == []
     assert "cpu" in dict(op.backends)
     assert "cuda" in dict(op.backends)
 
 
-def test_an_operator_that_is_not_whole_is_noticed() -> None:
+def test_incomplete_operator_is_detected() -> None:
     with torch.library._scoped_library("segkernels_test", "DEF") as library:
         library.define("without_fake(Tensor x) -> Tensor")
         library.define("with_fake(Tensor x) -> Tensor")
@@ -83,7 +83,7 @@ def test_an_operator_that_is_not_whole_is_noticed() -> None:
             differentiable=("x",),
             library_ops=("segkernels_test::without_fake", "segkernels_test::with_fake"),
         )
-        # find_spec of a module imports its package: give it one that is not there to import.
+        # find_spec imports the parent package, which does not exist for this name.
         with pytest.raises(ModuleNotFoundError):
             lacks(op)
         known = Op(**{**vars(op), "name": _registry.ops()[0].name})

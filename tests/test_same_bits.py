@@ -1,4 +1,4 @@
-"""The same bits in a hundred runs on one device, forward and backward."""
+"""Bitwise determinism: a hundred runs on one device give equal bits, forward and backward."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def pooling() -> Call:
 
 
 def backend() -> str:
-    """The kernel of ours, where there is one."""
+    """Our own kernel where the GPU has one, else the default."""
     return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "auto"
 
 
@@ -85,7 +85,7 @@ def test_hundred_runs_give_the_same_bits(make: Callable[[], Call]) -> None:
     first = run()
     assert all(t.isfinite().all() for t in first)
     for _ in range(RUNS - 1):
-        # Other memory than before: what was left there must not matter.
+        # Shift the allocations: old memory contents must not matter.
         held = torch.full((1 << 20,), float("nan"), device="cuda")
         for a, b in zip(first, run(), strict=True):
             assert torch.equal(a, b)

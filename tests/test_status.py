@@ -1,4 +1,4 @@
-"""Faults in values: the messages, when they raise, and segkernels.check."""
+"""Invalid values found inside kernels: the messages, when they raise, and segkernels.check."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from segkernels import _status
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_each_code_has_its_message():
-    """The order of csrc/common/status.h and that of the messages are one."""
+def test_messages_match_status_codes():
+    """`_MESSAGES` is in the order of the enum in csrc/common/status.h."""
     text = (ROOT / "csrc" / "common" / "status.h").read_text()
     body = re.search(r"enum StatusCode : int \{(.*?)\};", text, re.DOTALL)
     assert body is not None
@@ -39,7 +39,7 @@ def test_each_code_has_its_message():
         assert _status._MESSAGES[int(number)].startswith(words[name])
 
 
-def test_nothing_found_raises_nothing():
+def test_no_status_no_error():
     with _status.watch(torch.zeros(1), "some_op", torch.float32) as status:
         assert status.tolist() == [0] * len(_status._MESSAGES)
         assert status.dtype == torch.int32
@@ -47,7 +47,7 @@ def test_nothing_found_raises_nothing():
 
 
 @pytest.mark.parametrize("code", range(len(_status._MESSAGES)))
-def test_each_fault_raises_its_message(code):
+def test_each_status_raises_its_message(code):
     with (
         pytest.raises(_status.StatusError) as caught,
         _status.watch(torch.zeros(1), "some_op", torch.float32) as status,
@@ -60,7 +60,7 @@ def test_each_fault_raises_its_message(code):
     assert "{" not in text
 
 
-def test_several_faults_are_all_told():
+def test_all_set_statuses_are_reported():
     with (
         pytest.raises(_status.StatusError) as caught,
         _status.watch(torch.zeros(1), "some_op", torch.float64) as status,
@@ -79,7 +79,7 @@ def test_several_faults_are_all_told():
         (None, "in this dtype, .*or float64 features", "float32"),
     ],
 )
-def test_a_wider_dtype_is_named_where_there_is_one(dtype, said, not_said):
+def test_message_suggests_a_wider_dtype(dtype, said, not_said):
     with (
         pytest.raises(_status.StatusError, match=said) as caught,
         _status.watch(torch.zeros(1), "some_op", dtype) as status,
@@ -89,7 +89,7 @@ def test_a_wider_dtype_is_named_where_there_is_one(dtype, said, not_said):
     assert "use a larger sigma" in str(caught.value)
 
 
-def test_faults_do_not_linger():
+def test_status_is_cleared_between_calls():
     bad = torch.full((1, 2, 3), float("nan"))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"^permutohedral_filter: features must be finite"):
@@ -108,13 +108,13 @@ def test_another_exception_is_not_replaced():
 
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "meta"])
-def test_check_without_cuda_finds_nothing(device):
+def test_check_without_cuda_raises_nothing(device):
     with pytest.raises(ValueError, match="NaN"):
         segkernels.PermutohedralLattice(torch.full((1, 2, 3), float("nan")))
     segkernels.check(device)
 
 
-# --- on CUDA: nothing raises until it is asked for ---
+# --- on CUDA: no error before segkernels.check ---
 
 
 on_cuda = pytest.mark.parametrize("where", ON_CUDA)
@@ -128,7 +128,7 @@ def fault(where: str = "cuda") -> torch.Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", [None, "cuda", "cuda:0", 0, torch.device("cuda", 0)])
-def test_check_tells_and_clears(device):
+def test_check_raises_once(device):
     segkernels.check()
     out = fault()
     assert out.isnan().flatten().tolist() == [False, True, False]
@@ -138,7 +138,7 @@ def test_check_tells_and_clears(device):
 
 
 @pytest.mark.gpu
-def test_the_first_call_may_be_in_inference_mode(monkeypatch):
+def test_first_call_in_inference_mode(monkeypatch):
     monkeypatch.setattr(_status, "_words", {})
     with torch.inference_mode():
         fault()
@@ -148,7 +148,7 @@ def test_the_first_call_may_be_in_inference_mode(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_the_words_are_no_allocators():
+def test_status_words_are_not_from_torchs_allocator():
     fault()
     words = _status._words[torch.device("cuda", torch.cuda.current_device())]
     blocks = [(b["address"], b["total_size"]) for b in torch.cuda.memory_snapshot()]
@@ -158,7 +158,7 @@ def test_the_words_are_no_allocators():
 
 
 @on_cuda
-def test_check_gathers_what_several_calls_found(where):
+def test_check_reports_all_calls(where):
     segkernels.check()
     out = fault(where)
     assert out.isnan().flatten().tolist() == [False, True, False]
@@ -169,7 +169,7 @@ def test_check_gathers_what_several_calls_found(where):
 
 
 @on_cuda
-def test_environment_checks_every_call(where, monkeypatch):
+def test_environment_variable_checks_every_call(where, monkeypatch):
     segkernels.check()
     monkeypatch.setenv("SEGKERNELS_CHECK", "1")
     with pytest.raises(ValueError, match=r"^permutohedral_filter: features must be finite"):
@@ -182,7 +182,7 @@ def test_environment_checks_every_call(where, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_check_of_the_cpu_leaves_cuda_alone():
+def test_check_of_cpu_leaves_cuda_status():
     segkernels.check()
     fault()
     segkernels.check("cpu")
@@ -200,8 +200,8 @@ def test_check_of_the_cpu_leaves_cuda_alone():
         "segkernels.dense_crf(255 * x[0], probs, max_vertices=1000)",
     ],
 )
-def test_the_first_call_may_be_captured(call, tmp_path):
-    """Nothing that the module loads, or asks the device for, is refused in a CUDA graph."""
+def test_first_call_in_graph_capture(call, tmp_path):
+    """Loading the module and querying the device are allowed while a CUDA graph is captured."""
     code = f"""
 import torch
 import segkernels

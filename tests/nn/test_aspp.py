@@ -1,4 +1,4 @@
-"""The ASPP module."""
+"""The module ASPP: torchvision's state dict, both backends, compilation, errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import segkernels
 
 
 def layers(in_channels: int, out_channels: int, rates: tuple[int, ...]) -> nn.ModuleDict:
-    """DeepLab v3's ASPP as torchvision builds it, which need not be installed here."""
+    """DeepLab v3's ASPP as in torchvision, which need not be installed."""
 
     def conv(given: int, kernel: int, rate: int = 1) -> list[nn.Module]:
         pad = rate if kernel == 3 else 0
@@ -60,7 +60,7 @@ def image(dtype: torch.dtype = torch.float64, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 5, 7, 11, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def test_has_torchvisions_names_and_loads_its_state() -> None:
+def test_loads_torchvisions_state_dict() -> None:
     theirs = randomised(layers(5, 4, (2, 4, 9))).double().eval()
     ours = segkernels.ASPP(5, 4, (2, 4, 9)).double().eval()
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -74,7 +74,7 @@ def test_has_torchvisions_names_and_loads_its_state() -> None:
 
 @pytest.mark.parametrize("form", ["v3", "v2"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_backends_agree_forward_backward_and_in_statistics(form: Any, training: bool) -> None:
+def test_backends_agree_in_outputs_gradients_and_statistics(form: Any, training: bool) -> None:
     ours = built(form).train(training)
     theirs = built(form, backend="torch").train(training)
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -89,7 +89,7 @@ def test_backends_agree_forward_backward_and_in_statistics(form: Any, training: 
         torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
 
 
-def test_frozen_and_training_norms_may_be_mixed() -> None:
+def test_norms_in_mixed_training_modes() -> None:
     module = built().train()
     module.convs[1][1].eval()
     module.convs[-1][2].eval()
@@ -99,7 +99,7 @@ def test_frozen_and_training_norms_may_be_mixed() -> None:
     torch.testing.assert_close(module(x), other(x), rtol=0, atol=1e-11)
 
 
-def test_one_call_joins_the_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_branches_use_one_aspp_call(monkeypatch: pytest.MonkeyPatch) -> None:
     from segkernels.nn import aspp as module_of
 
     calls = []
@@ -114,7 +114,7 @@ def test_one_call_joins_the_branches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("form", ["v3", "v2"])
 @pytest.mark.slow
-def test_compiles_exports_keeps_the_layout_and_takes_autocast(form: Any) -> None:
+def test_compile_export_layout_and_autocast(form: Any) -> None:
     torch.compiler.reset()
     module, x = built(form, torch.float32).eval(), image(torch.float32)
     with torch.no_grad():
@@ -138,14 +138,14 @@ def test_compiles_exports_keeps_the_layout_and_takes_autocast(form: Any) -> None
     torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
 
 
-def test_dropout_as_torchvisions() -> None:
+def test_default_dropout_equals_torchvisions() -> None:
     module = segkernels.ASPP(5, 4, (2, 4)).train()
     assert module.project[3].p == 0.5
     assert (module(image(torch.float32)) == 0).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_one_image_in_training_says_what_to_do(backend: Any) -> None:
+def test_training_on_one_image_raises(backend: Any) -> None:
     module = built(backend=backend).train()
     with pytest.raises(ValueError, match="ASPP: training needs a batch of at least 2"):
         module(image(batch=1))
@@ -163,6 +163,6 @@ def test_one_image_in_training_says_what_to_do(backend: Any) -> None:
         ({"backend": "cudnn"}, "backend must be.*got 'cudnn'"),
     ],
 )
-def test_bad_arguments_raise(kwargs: dict[str, Any], match: str) -> None:
+def test_invalid_arguments(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=f"ASPP: {match}"):
         segkernels.ASPP(5, 4, **{"atrous_rates": (2,), **kwargs})

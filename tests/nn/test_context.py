@@ -1,4 +1,4 @@
-"""ContextModule."""
+"""The module ContextModule: initialisation, receptive field, both backends, errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import segkernels
 from segkernels import ContextModule
 
 
-def scattered(module: ContextModule) -> ContextModule:
-    """`module` with weights that are not the identity's."""
+def with_random_weights(module: ContextModule) -> ContextModule:
+    """`module` with normal random weights in place of the identity initialisation."""
     torch.manual_seed(0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -25,15 +25,15 @@ def scattered(module: ContextModule) -> ContextModule:
     [(1, 28_392), (ContextModule.LARGE, 6_803_139)],
     ids=["basic", "large"],
 )
-def test_parameters_of_table_1(multiplier: Any, parameters: int) -> None:
+def test_number_of_parameters_in_table_1(multiplier: Any, parameters: int) -> None:
     with torch.device("meta"):
         module = ContextModule(21, multiplier=multiplier)
-    # The front end in front of Large has 134,346,581 more.
+    # Without the front end, which has 134,346,581 parameters more.
     assert sum(p.numel() for p in module.parameters()) == parameters
 
 
 @pytest.mark.parametrize("multiplier", [1, 2, (2, 2, 4, 8, 16, 32, 32, 1)])
-def test_the_start_is_the_identity(multiplier: Any) -> None:
+def test_identity_initialisation(multiplier: Any) -> None:
     scores = torch.rand(1, 3, 9, 11)
     exact = ContextModule(3, multiplier=multiplier, noise=0.0)
     torch.testing.assert_close(exact(scores), scores, rtol=0, atol=1e-5)
@@ -44,8 +44,8 @@ def test_the_start_is_the_identity(multiplier: Any) -> None:
 
 
 @pytest.mark.parametrize("padding", ["each", "once"])
-def test_an_output_sees_67_by_67_inputs(padding: Any) -> None:
-    module = scattered(ContextModule(2, padding=padding)).double()
+def test_receptive_field_is_67_by_67(padding: Any) -> None:
+    module = with_random_weights(ContextModule(2, padding=padding)).double()
     for parameter in module.parameters():
         parameter.detach().abs_()
     x = torch.rand(1, 2, 81, 83, dtype=torch.float64, requires_grad=True)
@@ -60,8 +60,8 @@ def test_an_output_sees_67_by_67_inputs(padding: Any) -> None:
     assert (columns.min().item(), columns.max().item()) == (41 - 33, 41 + 33)
 
 
-def test_padding_once_is_padding_each_away_from_the_border() -> None:
-    each = scattered(ContextModule(2)).double()
+def test_paddings_agree_away_from_the_border() -> None:
+    each = with_random_weights(ContextModule(2)).double()
     once = ContextModule(2, padding="once").double()
     once.load_state_dict(each.state_dict())
     x = torch.randn(1, 2, 70, 71, dtype=torch.float64)
@@ -70,8 +70,8 @@ def test_padding_once_is_padding_each_away_from_the_border() -> None:
 
 
 @pytest.mark.parametrize("padding", ["each", "once"])
-def test_backends_agree_forward_and_backward(padding: Any) -> None:
-    ours = scattered(ContextModule(3, multiplier=2, padding=padding)).double()
+def test_backends_agree_in_outputs_and_gradients(padding: Any) -> None:
+    ours = with_random_weights(ContextModule(3, multiplier=2, padding=padding)).double()
     theirs = ContextModule(3, multiplier=2, padding=padding, backend="torch").double()
     theirs.load_state_dict(ours.state_dict())
     found = []
@@ -85,9 +85,9 @@ def test_backends_agree_forward_and_backward(padding: Any) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_exports_keeps_the_layout_and_takes_autocast() -> None:
+def test_compile_export_layout_and_autocast() -> None:
     torch.compiler.reset()
-    module, x = scattered(ContextModule(3)), torch.randn(2, 3, 7, 9)
+    module, x = with_random_weights(ContextModule(3)), torch.randn(2, 3, 7, 9)
     expected = module(x)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)
@@ -111,14 +111,14 @@ def test_compiles_exports_keeps_the_layout_and_takes_autocast() -> None:
         ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
     ],
 )
-def test_bad_arguments_raise(kwargs: dict[str, Any], match: str) -> None:
+def test_invalid_arguments(kwargs: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=f"ContextModule: {match}"):
         segkernels.ContextModule(**{"num_classes": 2, **kwargs})
 
 
 @pytest.mark.gpu
-def test_is_captured_in_a_cuda_graph() -> None:
-    module = scattered(ContextModule(21)).cuda().to(torch.bfloat16)
+def test_cuda_graph() -> None:
+    module = with_random_weights(ContextModule(21)).cuda().to(torch.bfloat16)
     x = torch.randn(1, 21, 64, 64, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         expected = module(x)

@@ -17,14 +17,14 @@ from segkernels.nn import convolution
 
 @pytest.fixture(params=[False, True], ids=["", "folded"], autouse=True)
 def folds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Each test also runs with the folding that CUDA has."""
+    """Run each test also with the batch norm folding that is used on CUDA."""
     if request.param:
         monkeypatch.setattr(convolution, "FOLDED_ON", ("cpu", "cuda"))
     return bool(request.param)
 
 
 def randomised(module: torch.nn.Module, seed: int = 0) -> Any:
-    """`module` with no parameter or statistic at its trivial start."""
+    """`module` with random parameters and statistics."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in [*module.named_parameters(), *module.named_buffers()]:
@@ -37,7 +37,7 @@ def randomised(module: torch.nn.Module, seed: int = 0) -> Any:
 def plain(
     x: torch.Tensor, layer: segkernels.ConvBNAct, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The three modules one after the other."""
+    """The layer's modules called one by one."""
     out = layer.conv(x)
     out = out if layer.bn is None else layer.bn(out)
     out = out if residual is None else out + residual
@@ -80,9 +80,7 @@ def image(dtype: torch.dtype = torch.float64, **kwargs: Any) -> torch.Tensor:
 
 @variants
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
-def test_evaluation_equals_the_modules_one_after_the_other(
-    variant: str, with_residual: bool
-) -> None:
+def test_evaluation_equals_separate_modules(variant: str, with_residual: bool) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         layer, x = built(variant, dtype).eval(), image(dtype)
         residual = torch.randn_like(plain(x, layer)) if with_residual else None
@@ -98,7 +96,7 @@ def test_evaluation_equals_the_modules_one_after_the_other(
 
 @pytest.mark.parametrize(
     ("variant", "training"),
-    # SyncBatchNorm trains on CUDA only.
+    # SyncBatchNorm supports training on CUDA only.
     [
         (v, training)
         for v in VARIANTS
@@ -106,7 +104,7 @@ def test_evaluation_equals_the_modules_one_after_the_other(
         if not (training and v == "sync")
     ],
 )
-def test_backends_agree_forward_backward_and_in_statistics(variant: str, training: bool) -> None:
+def test_backends_agree_in_outputs_gradients_and_statistics(variant: str, training: bool) -> None:
     layer = built(variant).train(training)
     other = copy.deepcopy(layer)
     other.backend = "torch"
@@ -124,7 +122,7 @@ def test_backends_agree_forward_backward_and_in_statistics(variant: str, trainin
     assert list(layer.state_dict()) == list(other.state_dict())
 
 
-def test_gradients_with_frozen_statistics_pass_gradcheck() -> None:
+def test_gradcheck_with_frozen_statistics() -> None:
     layer, x = built("bias").eval(), image()[:1, :, :3, :3].requires_grad_()
     leaves = (x, *(p.detach().clone().requires_grad_() for p in layer.parameters()))
     names = [name for name, _ in layer.named_parameters()]
@@ -137,7 +135,7 @@ def test_gradients_with_frozen_statistics_pass_gradcheck() -> None:
 
 @pytest.mark.parametrize("variant", ["dilated", "no norm", "no statistics"])
 @pytest.mark.slow
-def test_compiles_whole_and_exports(variant: str) -> None:
+def test_compile_and_export(variant: str) -> None:
     torch.compiler.reset()
     layer, x = built(variant, torch.float32).eval(), image(torch.float32)
     residual = torch.randn_like(plain(x, layer))
@@ -160,7 +158,7 @@ def test_compiles_whole_and_exports(variant: str) -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_bfloat16_autocast_and_layouts(training: bool) -> None:
+def test_layouts_and_autocast(training: bool) -> None:
     layer, x = built("dilated", torch.float32).train(training), image(torch.float32)
     residual = torch.randn(2, 6, 7, 9)
     expected = plain(x, copy.deepcopy(layer), residual)
@@ -174,7 +172,7 @@ def test_bfloat16_autocast_and_layouts(training: bool) -> None:
     torch.testing.assert_close(out.float(), expected, rtol=2e-2, atol=6e-2)
 
 
-def test_modules_with_hooks_or_of_other_types_are_called() -> None:
+def test_hooks_parametrizations_and_other_norms_are_applied() -> None:
     x = image()
     hooked = built("dilated").eval()
     hooked.bn.register_forward_hook(lambda module, args, out: out + 1)
@@ -189,13 +187,13 @@ def test_modules_with_hooks_or_of_other_types_are_called() -> None:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_the_meta_device_gives_shapes(training: bool) -> None:
+def test_meta_device(training: bool) -> None:
     with torch.device("meta"):
         layer = segkernels.ConvBNAct(4, 6, 3, stride=2).train(training)
         assert layer(torch.zeros(2, 4, 7, 9)).shape == (2, 6, 4, 5)
 
 
-def test_fold_batch_norm_is_the_scale_and_shift_of_dilated_conv2d() -> None:
+def test_fold_batch_norm_gives_scale_and_shift() -> None:
     layer, x = built("bias").eval(), image()
     scale, shift = segkernels.fold_batch_norm(layer.conv, layer.bn)
     out = segkernels.dilated_conv2d(x, layer.conv.weight, scale=scale, shift=shift)
@@ -204,7 +202,7 @@ def test_fold_batch_norm_is_the_scale_and_shift_of_dilated_conv2d() -> None:
 
 
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "circular"])
-def test_dilated_conv2d_module_is_torchs(padding_mode: Any) -> None:
+def test_dilated_conv2d_module_equals_torchs(padding_mode: Any) -> None:
     kwargs: dict[str, Any] = {"padding": 2, "dilation": 2, "padding_mode": padding_mode}
     ours = segkernels.DilatedConv2d(4, 6, 3, **kwargs)
     theirs = torch.nn.Conv2d(4, 6, 3, **kwargs)
@@ -251,13 +249,13 @@ def test_dilated_conv2d_module_is_torchs(padding_mode: Any) -> None:
         ),
     ],
 )
-def test_bad_values_raise(call: Callable[[], Any], match: str) -> None:
+def test_invalid_values(call: Callable[[], Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         call()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64], ids=str)
-def test_inputs_of_another_dtype_raise_as_torchs(dtype: torch.dtype) -> None:
+def test_other_dtypes_raise_torchs_error(dtype: torch.dtype) -> None:
     layer = segkernels.ConvBNAct(3, 4).eval()
     x = torch.ones(1, 3, 8, 8, dtype=dtype)
     with torch.no_grad():
@@ -268,7 +266,7 @@ def test_inputs_of_another_dtype_raise_as_torchs(dtype: torch.dtype) -> None:
     assert str(ours.value) == str(theirs.value)
 
 
-def test_other_types_raise() -> None:
+def test_invalid_types() -> None:
     with pytest.raises(TypeError, match="conv must be"):
         segkernels.fold_batch_norm(torch.nn.Linear(2, 2), torch.nn.BatchNorm2d(2))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="bn must be"):

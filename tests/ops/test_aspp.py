@@ -1,8 +1,7 @@
-"""aspp: the shared suite on both forms, layers of torch, layouts, autocast."""
+"""aspp: the shared suite for both forms, torch's layers, layouts, autocast."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
-from ops.suite import Error, Float, Sample, message
-from torch._inductor import config
+from ops.suite import CONVOLUTION_ERROR, Error, Float, Sample, message, relative_error
 
 import segkernels
 from segkernels.ops.aspp import reference
@@ -20,25 +18,9 @@ from segkernels.ops.dilated_conv2d import native as sm90
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
-# ||ours - exact|| / ||exact||.
-ACCURACY = {
-    torch.float16: 6e-4,
-    torch.bfloat16: 4e-3,
-    torch.float32: 2e-6,
-    torch.float64: 1e-13,
-}
-
-
-def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of the whole tensors, relative."""
-    assert ours.shape == exact.shape
-    ours, exact = ours.detach().double(), exact.detach().double()
-    off, size = (ours - exact).norm(), exact.norm()
-    return float(off / size) if size else float(off)
-
 
 def flat(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """`aspp` of two branches, whose weights the suite can see."""
+    """`aspp` of two branches, with the weights as separate arguments for the suite."""
     return segkernels.aspp(x, [first, second], **kwargs)
 
 
@@ -58,10 +40,12 @@ def call(weights: Any = None, rates: Any = (1, 2), **kw: Any) -> Any:
     return of
 
 
-class TestAspp(suite.OpSuite):
+class TestAspp(suite.ConvolutionSuite):
     function = staticmethod(flat)
     reference = staticmethod(flat_reference)
     double_backward = True
+    batched = "pooled"
+    undilated = ("v2", "v2, scaled")  # in their first branches
     samples = [
         Sample(
             "v3",
@@ -177,76 +161,14 @@ class TestAspp(suite.OpSuite):
         ),
     ]
 
-    # torch's convolution sums in an order that depends on the layout and the threads, and inductor
-    # compiles what the backward does around it in its own way.
-
-    @classmethod
-    def devices(cls, check: str) -> list[Any]:
-        return suite.DEVICES[:2]  # emulated it would be torch again
-
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-        # Both may be rounded: CUDA's beside the CPU's.
+        # Both are rounded when CUDA is compared with the CPU.
         rounded = 2 if ours.dtype == expected.dtype == dtype else 1
-        assert distance(ours, expected) <= rounded * ACCURACY[dtype]
-
-    def assert_same_layouts(
-        self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
-    ) -> None:
-        assert distance(ours, expected) <= ACCURACY[dtype]
-
-    def assert_same_again(
-        self, again: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], dtype: torch.dtype
-    ) -> None:
-        if first[0].is_cuda:
-            return super().assert_same_again(again, first, dtype)
-        for a, b in zip(again, first, strict=True):
-            assert distance(a, b) <= ACCURACY[dtype]
-
-    def _compare_compiled(self, compiled: Any, sample: Sample, device: str) -> None:
-        found = []
-        for function in (compiled, flat):
-            built = suite.build(sample, torch.float32, device, grad=sample.grad)
-            found.append((*built.of(function), *suite.gradients(built, function)))
-        for mine, theirs in zip(*found, strict=True):
-            assert mine.stride() == theirs.stride()
-            assert distance(mine, theirs) <= ACCURACY[torch.float32]
-
-    @pytest.mark.compiles
-    def test_compile_with_inductor(self, device: str) -> None:
-        # Inductor takes a program's name alone, while CXX may say "ccache g++".
-        with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
-            super().test_compile_with_inductor(device)
-
-    # Without the weights, which the suite's would empty or fill too: padding is not multiplied, so
-    # a NaN of a weight stays inside the picture.
-
-    def test_empty_batch(self, sample: Sample, device: str) -> None:
-        found = []
-        for function in (flat, flat_reference):
-            built = suite.build(sample, torch.float32, device, grad=True)
-            inputs = [built.args[0], built.kwargs.get("pooled")]
-            empty = {id(t): t.detach()[:0].requires_grad_() for t in inputs if t is not None}
-            built.args = tuple(empty.get(id(a), a) for a in built.args)
-            built.kwargs = {name: empty.get(id(a), a) for name, a in built.kwargs.items()}
-            built.floats = [empty.get(id(a), a) for a in built.floats]
-            found.append([*built.of(function), *suite.gradients(built, function)])
-        for mine, expected in zip(*found, strict=True):
-            assert torch.equal(mine, expected)
-
-    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
-        built = suite.build(sample, torch.float32, device)
-        undilated = sample.id in ("v2", "v2, scaled")  # their first branches
-        for x in (built.args[0], built.kwargs.get("pooled")):
-            for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
-                before = x.view(-1)[place].item()
-                x.view(-1)[place] = float("nan")
-                ours, expected = built.of(flat)[0], built.of(flat_reference)[0]
-                suite.assert_nan_as_expected(ours, expected, device == "cuda" and undilated)
-                x.view(-1)[place] = before
+        assert relative_error(ours, expected) <= rounded * CONVOLUTION_ERROR[dtype]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equals_torchs_layers(layout: torch.memory_format) -> None:
+def test_equals_torch_layers(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 8, 13, 11).to(memory_format=layout)
     weights = [torch.randn(6, 8, 1, 1), *(torch.randn(6, 8, 3, 3) for _ in range(3))]
@@ -298,24 +220,26 @@ def test_any_branches(data: Any) -> None:
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12 * (1 + exact.abs().max().item()))
 
 
-def test_autocast_casts_as_for_a_convolution() -> None:
+def test_autocast() -> None:
     torch.manual_seed(0)
     x, weights = torch.randn(2, 8, 7, 9), [torch.randn(4, 8, 3, 3) for _ in range(2)]
     scale, pooled = torch.rand(8) + 0.5, torch.randn(2, 3, 1, 1)
     with torch.autocast("cpu", torch.bfloat16):
         out = segkernels.aspp(x, weights, (2, 5), scale=scale, pooled=pooled)
     assert out.dtype == torch.bfloat16
-    assert distance(out, reference.aspp(x, weights, (2, 5), scale=scale, pooled=pooled)) < 6e-3
+    assert (
+        relative_error(out, reference.aspp(x, weights, (2, 5), scale=scale, pooled=pooled)) < 6e-3
+    )
 
 
-def test_the_meta_device_gives_shapes() -> None:
+def test_meta_device() -> None:
     with torch.device("meta"):
         x, weights = torch.zeros(2, 8, 7, 9), [torch.zeros(4, 8, 3, 3) for _ in range(2)]
         assert segkernels.aspp(x, weights, (2, 5)).shape == (2, 8, 7, 9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_dilated_branches_are_one_launch_on_hopper(
+def test_dilated_branches_share_one_launch_on_hopper(
     dtype: torch.dtype, hopper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[int] = []
@@ -341,7 +265,7 @@ def test_dilated_branches_are_one_launch_on_hopper(
         x.double(), [w.double() for w in weights], rates, scale=scale.double(),
         shift=shift.double(), pooled=pooled.double(), activation="relu",
     )  # fmt: skip
-    assert distance(ours, exact) <= ACCURACY[dtype]
+    assert relative_error(ours, exact) <= CONVOLUTION_ERROR[dtype]
 
 
 @pytest.mark.compiles
@@ -349,7 +273,7 @@ def test_dilated_branches_are_one_launch_on_hopper(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["v3", "v2"])
 @pytest.mark.parametrize("backend", ["sm90", "auto"])
-def test_on_a_gpu_against_float64_and_the_same_bits(
+def test_gpu_agrees_with_float64_and_is_deterministic(
     backend: str, form: str, dtype: torch.dtype
 ) -> None:
     if backend == "sm90" and torch.cuda.get_device_capability() != (9, 0):
@@ -364,5 +288,5 @@ def test_on_a_gpu_against_float64_and_the_same_bits(
     found = [segkernels.aspp(x, weights, rates, form=form, backend=backend) for _ in range(3)]
     wide = [w.double() for w in weights]
     exact = reference.aspp(x[:1].double(), wide, rates, form=form)
-    assert distance(found[0][:1], exact) <= ACCURACY[dtype]
+    assert relative_error(found[0][:1], exact) <= CONVOLUTION_ERROR[dtype]
     assert all(torch.equal(found[0], again) for again in found[1:])

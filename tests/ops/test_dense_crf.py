@@ -1,5 +1,5 @@
-"""Mean field of the dense CRF: pydensecrf's figures, the reference in float64, gradients, layouts,
-determinism, instruction sets, and torch's machinery."""
+"""Mean field of the dense CRF: pydensecrf's values, the float64 reference, gradients, layouts,
+determinism, instruction sets, the dispatcher and torch.func."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ import torch
 from emulation import ON_CUDA
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import EVERY_DIMS, inside, poisoned, raises_for_values, told_by_check
+from lattice_points import (
+    EVERY_DIMS,
+    draw_features,
+    normal,
+    poisoned,
+    raised_by_check,
+    raises_in_call,
+)
 
 import segkernels
 from segkernels.ops.dense_crf import MAX_TERMS, Config, mean_field, reference
@@ -31,24 +38,20 @@ COMPATS = ("potts", "diagonal", "matrix")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
 def scores_of(kind: str, *shape: int) -> torch.Tensor:
     logits = 2 * normal(*shape)
     return {"probs": logits.softmax(1), "logits": logits, "unary": -logits}[kind]
 
 
 def compat_of(kind: str, channels: int) -> torch.Tensor:
-    """Not symmetric, where it is a matrix."""
+    """A compatibility that is not symmetric if it is a matrix."""
     shape = {"potts": (), "diagonal": (channels,), "matrix": (channels, channels)}[kind]
     return normal(*shape) if shape else torch.tensor(1.5, dtype=torch.float64)
 
 
 def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) -> torch.Tensor:
-    """Features (batch, dims, N) so near each other that points share vertices."""
-    return inside((batch, dims, *spatial), 1.2 / dims**0.5, margin).flatten(2)
+    """Features (batch, dims, N) close enough for points to share vertices."""
+    return draw_features((batch, dims, *spatial), 1.2 / dims**0.5, margin).flatten(2)
 
 
 def config_of(*spatial: int, normalization: Sequence[str] = ("symmetric",), **changes) -> Config:
@@ -88,14 +91,14 @@ def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None
     assert float(error) <= tolerance
 
 
-# --- figures of pydensecrf ---
+# --- golden values from pydensecrf ---
 
 GOLDEN = ("31x37x2", "36x52x3", "40x48x21")
 
 
 @cache
 def golden(size: str) -> dict[str, np.ndarray]:
-    """The figures; probabilities are kept in 16 bits (steps of 1/65535)."""
+    """Golden values; probabilities are stored in 16 bits (steps of 1/65535)."""
     with np.load(DATA / f"dense_crf_pydensecrf_{size}.npz") as file:
         return {k: v / np.float32(65535) if "_Q" in k else v for k, v in file.items()}
 
@@ -103,7 +106,7 @@ def golden(size: str) -> dict[str, np.ndarray]:
 FIGURES = [(size, name) for size in GOLDEN for name in golden(size) if "_Q" in name]
 
 
-def test_the_figures_are_all_there():
+def test_golden_values_are_complete():
     every = {f"{n}_{c}_Q{i}" for n, c, i in product(NORMALIZATIONS, COMPATS, (1, 5, 10))}
     for size, normalizations in zip(GOLDEN, (4, 4, 1), strict=True):
         names = {name for s, name in FIGURES if s == size}
@@ -156,7 +159,7 @@ def test_defaults_on_numpy_agree_with_pydensecrf(size):
     assert np.abs(figures["default_Q10"] - probs).max() > 0.1
 
 
-# --- the reference in float64 ---
+# --- the float64 reference ---
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -166,7 +169,7 @@ def test_agrees_with_reference(dims, dtype, device):
     for normalization, kind, compat in zip(
         NORMALIZATIONS, (*KINDS, "probs"), (*COMPATS, "potts"), strict=True
     ):
-        # What float32 would round is rounded for the reference too.
+        # The reference gets the values as rounded to the dtype.
         scores = scores_of(kind, 2, 3, 35).to(dtype).double()
         mu = compat_of(compat, 3).to(dtype).double()
         config = config_of(5, 7, kind=kind, normalization=[normalization])
@@ -250,8 +253,8 @@ def test_images_of_several_tiles(spatial, device):
         assert_near(g, w, 1e-9 * max(1.0, float(w.abs().max())))
 
 
-def test_as_many_terms_as_there_may_be(device):
-    features = [inside((1, 1 + i, 30), seed=i) for i in range(MAX_TERMS)]
+def test_maximum_number_of_terms(device):
+    features = [draw_features((1, 1 + i, 30), seed=i) for i in range(MAX_TERMS)]
     mu = [compat_of("potts", 4) * 0.2 * (i + 1) for i in range(MAX_TERMS)]
     normalization = [NORMALIZATIONS[i % 4] for i in range(MAX_TERMS)]
     config = config_of(30, normalization=normalization)
@@ -259,7 +262,7 @@ def test_as_many_terms_as_there_may_be(device):
     device_arguments = to(features, device, torch.float64), to(mu, device, torch.float64)
     got = mean_field(scores.to(device), *device_arguments, config)
     assert_near(got, oracle(scores, features, mu, config), 1e-11)
-    # Every one of them counts.
+    # Every term affects the result.
     for i in range(MAX_TERMS):
         fewer = [m.clone() for m in device_arguments[1]]
         fewer[i].zero_()
@@ -281,7 +284,7 @@ def test_without_iterations_or_terms(kind, log, device):
 
 
 def test_scores_of_any_magnitude(device):
-    # Large scores neither overflow nor lose the smaller differences.
+    # Large scores do not overflow, and smaller differences are not lost.
     features, mu = [overlapping(2, 4, 4).to(device)], [compat_of("potts", 5).to(device)]
     scores = scores_of("logits", 2, 5, 16)
     scores[:, 2] += 1e10
@@ -296,36 +299,36 @@ def test_scores_of_any_magnitude(device):
         assert_near(got, want, 1e-9)
 
 
-# --- values at fault ---
+# --- invalid values ---
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_scores_that_are_not_finite(bad, kind, device):
+def test_non_finite_scores(bad, kind, device):
     features, mu = [overlapping(2, 4, 4).to(device)], [compat_of("potts", 3).to(device)]
     for dtype, iterations in product(DTYPES, (0, 2)):
         scores = scores_of(kind, 2, 3, 16).to(device, dtype)
         scores[1, 2, 7] = bad
         config = config_of(4, 4, kind=kind, iterations=iterations)
         message = "probs, logits or unary must be finite, got NaN or infinity"
-        with raises_for_values(f"dense_crf: {message}"):
+        with raises_in_call(f"dense_crf: {message}"):
             mean_field(scores, to(features, device, dtype), to(mu, device, dtype), config)
 
 
 @pytest.mark.parametrize("device", ON_CUDA)
-def test_a_bad_pixel_takes_no_part_on_cuda(device):
+def test_invalid_pixel_is_ignored_on_cuda(device):
     features, mu = [overlapping(2, 6, 6).to(device)], [compat_of("potts", 3).to(device)]
     scores = scores_of("logits", 2, 3, 36).to(device)
     scores[1, 2, 7] = float("nan")
-    with told_by_check("probs, logits or unary must be finite"):
+    with raised_by_check("probs, logits or unary must be finite"):
         got = mean_field(scores, features, mu, config_of(6, 6))
     bad = torch.zeros(2, 36, dtype=torch.bool)
     bad[1, 7] = True
     assert torch.equal(got.isnan().any(1).cpu(), bad)
 
 
-def test_a_bad_pixel_takes_no_part_in_the_gradients():
-    # What the backward pass does on CUDA, where the forward pass does not raise.
+def test_invalid_pixel_is_ignored_in_gradients():
+    # As in the backward pass on CUDA, where the forward pass does not raise.
     features, mu = [overlapping(2, 6, 6)], [compat_of("matrix", 3)]
     config, scores, grad = config_of(6, 6), scores_of("logits", 2, 3, 36), normal(2, 3, 36)
     found = []
@@ -343,7 +346,7 @@ def test_a_bad_pixel_takes_no_part_in_the_gradients():
     torch.testing.assert_close(found[0][0][0], whole[0][0])  # the other image
 
 
-def test_the_backward_pass_under_autocast(device):
+def test_backward_under_autocast(device):
     img = (normal(1, 3, 8, 9).abs() * 80).to(device)
     compat = (normal(5, 5) - 3 * torch.eye(5)).to(device, torch.float32).requires_grad_()
     logits = normal(1, 5, 8, 9).to(device, torch.float32).requires_grad_()
@@ -387,7 +390,7 @@ def test_gradients_agree_with_reference(dims, dtype, device):
     )
     scores = scores_of(kind, 2, 3, 20)
     if kind == "probs":
-        scores[0, 0, 3] = 0  # clipped, so without a gradient
+        scores[0, 0, 3] = 0  # clipped, so its gradient is 0
     inputs = [scores, overlapping(2, 4, 5), overlapping(dims, 4, 5)]
     inputs += [compat_of("potts", 3), compat_of(compat, 3)]
     inputs = [t.to(dtype).double() for t in inputs]
@@ -405,7 +408,7 @@ def test_gradients_agree_with_reference(dims, dtype, device):
         assert_near(g, w, 100 * TOLERANCE[dtype] * max(1.0, float(w.abs().max())))
 
 
-def test_gradients_are_of_the_inputs_that_need_them(device):
+def test_gradients_only_for_inputs_that_need_them(device):
     inputs = [scores_of("logits", 1, 3, 20), overlapping(2, 20, batch=1), compat_of("matrix", 3)]
     config = config_of(20)
 
@@ -422,7 +425,7 @@ def test_gradients_are_of_the_inputs_that_need_them(device):
         assert_near(tensors[i].grad, full[i].grad, 1e-13)
 
 
-def test_second_derivative_is_refused(device):
+def test_second_derivative_raises(device):
     scores = scores_of("logits", 1, 3, 20).to(device).requires_grad_()
     features, mu = [overlapping(2, 20, batch=1).to(device)], [compat_of("potts", 3).to(device)]
     out = mean_field(scores, features, mu, config_of(20))
@@ -431,10 +434,10 @@ def test_second_derivative_is_refused(device):
         grad.sum().backward()
 
 
-# --- layouts, batches, bits ---
+# --- layouts, batches, determinism ---
 
 
-def everything(
+def outputs_and_gradients(
     scores: torch.Tensor, features: Sequence[torch.Tensor], spatial: Sequence[int]
 ) -> list[torch.Tensor]:
     """Results and gradients for several compatibilities and normalisations."""
@@ -470,7 +473,7 @@ def test_layouts(device):
         assert torch.equal(view, kept)
 
 
-def test_batch_is_the_same_bits_as_one_by_one(device):
+def test_batch_equals_single_images_bitwise(device):
     for spatial in ((11, 13), (80, 120)):
         points = torch.Size(spatial).numel()
         scores = scores_of("logits", 3, 5, points).to(device, torch.float32)
@@ -486,7 +489,7 @@ def test_batch_is_the_same_bits_as_one_by_one(device):
 
 @pytest.mark.parametrize("channels", [1, 21, 40])
 def test_same_bits_for_any_number_of_threads(channels):
-    # Several tiles an image, so that threads have something to share.
+    # Several tiles per image, so that there is work for several threads.
     spatial = (80, 110)
     y, x = torch.meshgrid(torch.arange(80.0), torch.arange(110.0), indexing="ij")
     place = torch.stack([x, y]).flatten(1).expand(2, -1, -1)
@@ -499,7 +502,7 @@ def test_same_bits_for_any_number_of_threads(channels):
 
 
 @pytest.mark.parametrize("dims", [1, 6])
-def test_same_bits_for_any_number_of_threads_on_few_points(dims):
+def test_same_bits_for_any_number_of_threads_with_few_points(dims):
     features = [f.float() for f in (overlapping(2, 7, 9), overlapping(dims, 7, 9))]
     assert_same_on_threads(torch.randn(2, 3, 63), features, (7, 9))
 
@@ -526,7 +529,7 @@ def assert_same_on_threads(
 def test_same_bits_twice(device):
     scores = scores_of("logits", 2, 5, 60 * 70).to(device, torch.float32)
     features = to([overlapping(d, 60, 70) for d in (2, 5)], device, torch.float32)
-    first, second = (everything(scores, features, (60, 70)) for _ in range(2))
+    first, second = (outputs_and_gradients(scores, features, (60, 70)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -534,9 +537,9 @@ def test_same_bits_twice(device):
 def test_every_element_is_written(channels, device, monkeypatch):
     scores = scores_of("logits", 2, channels, 13 * 11).to(device)
     features = to([overlapping(d, 13, 11) for d in (2, 5)], device, torch.float64)
-    want = everything(scores, features, (13, 11))
+    want = outputs_and_gradients(scores, features, (13, 11))
     with poisoned(monkeypatch):
-        got = everything(scores, features, (13, 11))
+        got = outputs_and_gradients(scores, features, (13, 11))
     assert all(bool(t.isfinite().all()) for t in got)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
@@ -576,8 +579,8 @@ np.savez(sys.argv[2], **found)
 def test_instruction_sets_agree(tmp_path):
     rng = np.random.default_rng(0)
     arguments = {
-        "features": inside((1, 5, 12, 14), spread=0.5).numpy(),
-        "image": inside((1, 3, 12, 14)).numpy(),
+        "features": draw_features((1, 5, 12, 14), spread=0.5).numpy(),
+        "image": draw_features((1, 3, 12, 14)).numpy(),
     }
     for channels in (1, 3, 8, 21, 33, 40):
         arguments[f"values{channels}"] = rng.normal(size=(1, channels, 12, 14))
@@ -604,7 +607,7 @@ def test_instruction_sets_agree(tmp_path):
             assert np.abs(found[name][key] - want).max() <= tolerance * scale, (name, key)
 
 
-# --- torch's machinery ---
+# --- dispatcher, torch.func, tracing ---
 
 
 def operands(device: torch.device, grad: bool) -> tuple:
@@ -619,7 +622,7 @@ def test_opcheck(grad, device):
     torch.library.opcheck(torch.ops.segkernels.dense_crf.default, operands(device, grad))
 
 
-def test_opcheck_of_the_gradient(device):
+def test_opcheck_of_backward(device):
     scores, terms, *rest = operands(device, grad=False)
     grad = normal(*scores.shape).to(device)
     for needs in ([True] * 5, [True, False, True, False, True]):
@@ -633,7 +636,7 @@ def test_opcheck_without_terms(device):
     torch.library.opcheck(torch.ops.segkernels.dense_crf.default, arguments)
 
 
-def test_the_dispatcher_gives_the_same(device):
+def test_dispatcher_agrees(device):
     scores, terms, *rest = operands(device, grad=True)
     kind, normalization, iterations, log, spatial = rest
     config = config_of(
@@ -650,7 +653,7 @@ def test_the_dispatcher_gives_the_same(device):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_without_recording(mode, device):
+def test_without_grad(mode, device):
     scores, terms, *_ = operands(device, grad=True)
     config = config_of(4, 5, kind="probs", normalization=["symmetric", "after"])
     want = mean_field(scores, terms[:2], terms[2:], config)
@@ -703,7 +706,7 @@ def test_vmap(method):
             torch.testing.assert_close(found[k], expected)
 
 
-def test_vmap_of_a_compatibility_each():
+def test_vmap_over_compatibilities():
     img, logits = crf_inputs(2)
 
     def loss(c: torch.Tensor) -> torch.Tensor:
@@ -716,7 +719,7 @@ def test_vmap_of_a_compatibility_each():
             torch.testing.assert_close(one, call(c))
 
 
-def test_negated_sigmas_and_compatibilities_are_checked():
+def test_negated_views_of_parameters_are_checked():
     img, logits = crf_inputs(2)
     for name in ("sxy_gaussian", "srgb"):
         sigmas = torch.tensor([3.0, -3.0, 3.0][: 2 if "sxy" in name else 3])
@@ -746,7 +749,7 @@ def test_negated_views(kind, method):
 
 
 @pytest.mark.parametrize("method", ["lattice", "exact"])
-def test_meta_and_tracing(method):
+def test_meta_tensors_and_jit_trace(method):
     img, logits = (t.to("meta") for t in crf_inputs(2))
     assert segkernels.dense_crf(img, logits=logits, method=method).shape == logits.shape
     img, logits = crf_inputs(2)

@@ -1,6 +1,6 @@
-"""The lattice and the dense CRF on CUDA, on a GPU and (what is no matter of streams) emulated.
+"""Lattice and dense CRF on CUDA: on a GPU, and emulated except for the tests of streams.
 
-For memory errors and races: `compute-sanitizer --tool memcheck pytest -m gpu tests/ops` (and
+To find memory errors and races: `compute-sanitizer --tool memcheck pytest -m gpu tests/ops` (also
 `--tool racecheck`, `--tool initcheck`).
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from emulation import ON_CUDA, capture, emulated
+from lattice_points import poisoned
 
 import segkernels
 
@@ -53,7 +54,7 @@ def test_without_cooperative_launches(classes: int) -> None:
 
 
 @pytest.mark.emulated
-def test_nothing_waits_for_the_device_while_a_graph_is_captured() -> None:
+def test_no_synchronisation_during_capture() -> None:
     img, probs = example((23, 35))
     expected = segkernels.dense_crf(img, probs, iterations=2)
     with capture():
@@ -93,7 +94,7 @@ def test_filter_agrees_with_the_cpu(dims: int, device: str) -> None:
 
 
 @on_cuda
-def test_same_bits_every_time_forward_and_backward(device: str) -> None:
+def test_deterministic(device: str) -> None:
     size = (61, 83) if device == "cuda" else (23, 35)
     img, probs = (t.to(device) for t in example(size))
     seen = []
@@ -112,7 +113,7 @@ def test_gradients_agree_with_the_cpu(device: str) -> None:
     img, probs = (t.double() for t in example((20, 24), classes=4, batch=1))
 
     def gradients(device: str) -> list[torch.Tensor]:
-        # Copies: `to` gives the tensor itself where nothing changes.
+        # copy=True: without a change `to` returns the tensor itself.
         p, i = (t.to(device, copy=True).requires_grad_() for t in (probs, img))
         mu = torch.eye(4, dtype=torch.float64, device=device).mul(-3).requires_grad_()
         out = segkernels.dense_crf(i, p, iterations=2, compat_bilateral=mu)
@@ -126,7 +127,7 @@ def test_gradients_agree_with_the_cpu(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_one_synchronisation_without_a_bound_none_with_one() -> None:
+def test_only_max_vertices_avoids_synchronisation() -> None:
     img, probs = (t.cuda() for t in example())
     segkernels.dense_crf(img, probs, max_vertices=200_000)
     torch.cuda.set_sync_debug_mode("error")
@@ -139,7 +140,7 @@ def test_one_synchronisation_without_a_bound_none_with_one() -> None:
 
 
 @pytest.mark.gpu
-def test_captured_in_a_graph() -> None:
+def test_cuda_graph() -> None:
     img, probs = (t.cuda() for t in example())
     expected = segkernels.dense_crf(img, probs)
     other_img, other_probs = img.flip(-1).contiguous(), probs.flip(-1).contiguous()
@@ -163,13 +164,13 @@ def test_captured_in_a_graph() -> None:
 
 
 @pytest.mark.gpu
-def test_on_the_current_stream() -> None:
+def test_current_stream() -> None:
     img, probs = (t.cuda() for t in example())
     expected = segkernels.dense_crf(img, probs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)  # what is queued before must be waited for
+        torch.cuda._sleep(50_000_000)  # the call must wait for the work queued before it
         late = probs * 1
         got = segkernels.dense_crf(img, late)
     stream.synchronize()
@@ -178,7 +179,7 @@ def test_on_the_current_stream() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_on_the_tensors_device() -> None:
+def test_runs_on_the_tensors_device() -> None:
     img, probs = example()
     first = segkernels.dense_crf(img.cuda(0), probs.cuda(0))
     with torch.cuda.device(0):
@@ -190,7 +191,7 @@ def test_on_the_tensors_device() -> None:
 
 
 @on_cuda
-def test_values_at_fault_are_told_by_check(device: str) -> None:
+def test_check_reports_invalid_values(device: str) -> None:
     img, probs = (t.to(device) for t in example((23, 35), batch=1))
     faulty = probs.clone()
     faulty[0, 3, 5, 6] = float("nan")
@@ -214,7 +215,9 @@ def test_values_at_fault_are_told_by_check(device: str) -> None:
 
 
 @on_cuda
-def test_checked_at_once_when_asked(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_checks_every_call(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SEGKERNELS_CHECK", "1")
     img, probs = (t.to(device) for t in example((23, 35), batch=1))
     with pytest.raises(ValueError, match="dense_crf"):
@@ -235,14 +238,8 @@ def test_values_of_more_than_2_31_elements() -> None:
 
 
 @on_cuda
-def test_poisoned_memory_is_all_written(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_element_is_written(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     img, probs = (t.to(device) for t in example((23, 35)))
     expected = segkernels.dense_crf(img, probs)
-    empty = torch.empty
-
-    def poisoned(*args: object, **options: object) -> torch.Tensor:
-        tensor = empty(*args, **options)  # type: ignore[call-overload]
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 119)
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    assert torch.equal(segkernels.dense_crf(img, probs), expected)
+    with poisoned(monkeypatch):
+        assert torch.equal(segkernels.dense_crf(img, probs), expected)

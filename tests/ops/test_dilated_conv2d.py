@@ -1,8 +1,7 @@
-"""dilated_conv2d: the shared suite, torch's results and messages, autocast, layouts."""
+"""dilated_conv2d: the shared suite, torch's results and errors, autocast, layouts."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -11,20 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from ops import suite
-from ops.suite import Error, Float, Sample, message
+from ops.suite import CONVOLUTION_ERROR, Error, Float, Sample, message, relative_error
 
 import segkernels
 from segkernels.ops.dilated_conv2d import reference
 from segkernels.ops.dilated_conv2d.geometry import Geometry, out_size, tap_range
-
-# ||ours - exact|| / ||exact||.
-ACCURACY = {
-    torch.float16: 6e-4,
-    torch.bfloat16: 4e-3,
-    torch.float32: 2e-6,
-    torch.float64: 1e-13,
-}
-
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -36,24 +26,20 @@ EPILOGUE = {
 }
 
 
-def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    """Of the whole tensors, relative."""
-    assert ours.shape == exact.shape
-    ours, exact = ours.detach().double(), exact.detach().double()
-    off, size = (ours - exact).norm(), exact.norm()
-    return float(off / size) if size else float(off)
-
-
 def call(**kw: Any) -> Any:
     return lambda device: segkernels.dilated_conv2d(
         torch.zeros(1, 2, 5, 5, device=device), torch.zeros(3, 2, 3, 3, device=device), **kw
     )
 
 
-class TestDilatedConv2d(suite.OpSuite):
+class TestDilatedConv2d(suite.ConvolutionSuite):
     function = staticmethod(segkernels.dilated_conv2d)
     reference = staticmethod(reference.dilated_conv2d)
     double_backward = True
+    batched = "residual"
+    undilated = ("plain", "7x7")
+    # On the CPU torch's kernels compute the convolution; samples not marked only_gpu also test our
+    # epilogue or strides.
     samples = [
         Sample(
             "all",
@@ -135,76 +121,10 @@ class TestDilatedConv2d(suite.OpSuite):
         Error("scale type", call(scale=2.0), TypeError, "'scale' must be Tensor"),
     ]
 
-    # On the CPU the kernels are torch's; the samples that are left have something of ours.
-    # torch's convolution sums in an order that depends on the layout and the threads, and inductor
-    # compiles what the backward does around it in its own way.
-
-    @classmethod
-    def devices(cls, check: str) -> list[Any]:
-        return suite.DEVICES[:2]  # emulated it would be torch again
-
-    def assert_same_layouts(
-        self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype
-    ) -> None:
-        assert distance(ours, expected) <= ACCURACY[dtype]
-
-    def assert_same_again(
-        self, again: tuple[torch.Tensor, ...], first: tuple[torch.Tensor, ...], dtype: torch.dtype
-    ) -> None:
-        if first[0].is_cuda:
-            return super().assert_same_again(again, first, dtype)
-        for a, b in zip(again, first, strict=True):
-            assert distance(a, b) <= ACCURACY[dtype]
-
-    def _compare_compiled(self, compiled: Any, sample: Sample, device: str) -> None:
-        found = []
-        for function in (compiled, segkernels.dilated_conv2d):
-            built = suite.build(sample, torch.float32, device, grad=sample.grad)
-            out = built.of(function)
-            found.append((*out, *suite.gradients(built, function)))
-        for mine, theirs in zip(*found, strict=True):
-            assert mine.stride() == theirs.stride()
-            assert distance(mine, theirs) <= ACCURACY[torch.float32]
-
-    @pytest.mark.compiles
-    def test_compile_with_inductor(self, device: str) -> None:
-        # Inductor takes a program's name alone, while CXX may say "ccache g++".
-        import torch._inductor.config as config
-
-        with config.patch({"cpp.cxx": (None, os.environ.get("CXX", "g++").split()[-1])}):
-            super().test_compile_with_inductor(device)
-
-    # Without the weight, which the suite's would empty or fill too: padding is not multiplied, so a
-    # NaN of the weight stays inside the picture.
-
-    def test_empty_batch(self, sample: Sample, device: str) -> None:
-        ours, theirs = [], []
-        for found, function in ((ours, segkernels.dilated_conv2d), (theirs, self.reference)):
-            built = suite.build(sample, torch.float32, device, grad=True)
-            inputs = [built.args[0], built.kwargs.get("residual")]
-            empty = {id(t): t.detach()[:0].requires_grad_() for t in inputs if t is not None}
-            built.args = tuple(empty.get(id(a), a) for a in built.args)
-            built.kwargs = {name: empty.get(id(a), a) for name, a in built.kwargs.items()}
-            built.floats = [empty.get(id(a), a) for a in built.floats]
-            found += [*built.of(function), *suite.gradients(built, function)]
-        for mine, expected in zip(ours, theirs, strict=True):
-            assert torch.equal(mine, expected)
-
-    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
-        built = suite.build(sample, torch.float32, device)
-        undilated = sample.id in ("plain", "7x7")
-        for x in (built.args[0], built.kwargs.get("residual")):
-            for place in (0, x.numel() // 2, x.numel() - 1) if x is not None else ():
-                before = x.view(-1)[place].item()
-                x.view(-1)[place] = float("nan")
-                ours, expected = built.of(self.function)[0], built.of(self.reference)[0]
-                suite.assert_nan_as_expected(ours, expected, device == "cuda" and undilated)
-                x.view(-1)[place] = before
-
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-        # Of torch's gradients those of float16 miss the bound by a little.
+        # torch's float16 gradients exceed the bound slightly.
         loose = 2 if dtype == torch.float16 else 1
-        assert distance(ours, expected) <= loose * ACCURACY[dtype]
+        assert relative_error(ours, expected) <= loose * CONVOLUTION_ERROR[dtype]
 
 
 TORCH_RAISES: dict[str, Any] = {
@@ -232,13 +152,13 @@ TORCH_RAISES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", TORCH_RAISES)
-def test_raises_what_torch_raises(name: str) -> None:
+def test_raises_the_same_errors_as_torch(name: str) -> None:
     args = TORCH_RAISES[name]
     with pytest.raises((RuntimeError, TypeError)) as theirs:
         F.conv2d(*args)
     with pytest.raises(theirs.type) as ours:
         segkernels.dilated_conv2d(*args)
-    # A type error ends with the types of all the arguments that were passed on.
+    # A TypeError of torch's ends with the types of all arguments passed.
     first = [str(error.value).partition(" - got")[0] for error in (ours, theirs)]
     assert first[0] == first[1]
 
@@ -264,9 +184,9 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@given(problem=problems(), dtype=st.sampled_from(list(ACCURACY)))
-def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.dtype) -> None:
-    torch.manual_seed(0)  # for an example, not for the run of them
+@given(problem=problems(), dtype=st.sampled_from(list(CONVOLUTION_ERROR)))
+def test_any_call_agrees_with_float64(problem: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)  # per example
     x = torch.randn(problem["x"])
     groups = problem["args"][3]
     w = torch.randn(problem["out_channels"], x.size(1) // groups, *problem["kernel"])
@@ -289,11 +209,11 @@ def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.
         return function(*args, **t, activation="relu" if relu else None)
 
     out, exact = run(ours, segkernels.dilated_conv2d), run(wide, reference.dilated_conv2d)
-    # Sums may all but cancel, and a half type rounds before the epilogue too, so an error is
-    # measured against the sums of the terms' magnitudes.
+    # Sums may nearly cancel, and half precision also rounds before the epilogue, so errors are
+    # relative to the sums of the terms' magnitudes.
     terms = {name: value.detach().abs().requires_grad_() for name, value in wide.items()}
     size = run(terms, reference.dilated_conv2d)
-    assert (out.double() - exact).norm() <= ACCURACY[dtype] * size.norm()
+    assert (out.double() - exact).norm() <= CONVOLUTION_ERROR[dtype] * size.norm()
     plain = F.conv2d(wide["x"], wide["w"], wide.get("bias"), *problem["args"])
     if "scale" in wide:
         plain = plain * wide["scale"][:, None, None]
@@ -303,27 +223,25 @@ def test_any_call_equals_torch_in_float64(problem: dict[str, Any], dtype: torch.
     torch.testing.assert_close(exact, F.relu(plain) if relu else plain)
 
     grad = torch.randn_like(out)
-    # The mask is of the rounded output, where the exact one is all but zero.
+    # Mask by the rounded output: the exact one may differ in sign near zero.
     masked = grad.double() * (out > 0) if relu else grad.double()
     mine = torch.autograd.grad(out, list(ours.values()), grad)
     theirs = torch.autograd.grad(plain, list(wide.values()), masked)
-    # No output of the terms is below zero, so relu lets every gradient pass.
+    # All terms are non-negative, so relu passes every gradient.
     sizes = torch.autograd.grad(size, list(terms.values()), masked.abs())
     for name, a, b, size in zip(ours, mine, theirs, sizes, strict=True):
         assert a.dtype == dtype
-        assert (a.double() - b).norm() <= 2 * ACCURACY[dtype] * size.norm(), name
+        assert (a.double() - b).norm() <= 2 * CONVOLUTION_ERROR[dtype] * size.norm(), name
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("dtype", ACCURACY)
-def test_taps_that_step_over_the_only_column(
-    dtype: torch.dtype, layout: torch.memory_format
-) -> None:
-    # torch crashes where an input or a weight is channels_last, in float32 only with a bias.
+@pytest.mark.parametrize("dtype", CONVOLUTION_ERROR)
+def test_taps_that_skip_the_only_column(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # torch crashes if input or weight are channels_last (in float32 only with a bias).
     x, w = torch.randn(2, 16, 6, 1).to(dtype), torch.randn(8, 16, 2, 1).to(dtype)
     x, w = x.contiguous(memory_format=layout), w.contiguous(memory_format=torch.channels_last)
     bias = torch.arange(8.0).to(dtype)
-    args = (2, (0, 1), 2)  # columns -1 and 1
+    args = (2, (0, 1), 2)  # the taps read columns -1 and 1
     expected = bias[:, None, None].expand(2, 8, 2, 2)
     layer = segkernels.nn.DilatedConv2d(16, 8, (2, 1), *args).to(dtype)
     with torch.no_grad():
@@ -339,7 +257,7 @@ def test_taps_that_step_over_the_only_column(
         assert grad.eq(0).all()
 
 
-def test_unbatched_as_torch_takes_it() -> None:
+def test_unbatched_input() -> None:
     x, w, r = torch.randn(3, 6, 7), torch.randn(4, 3, 3, 3), torch.randn(4, 6, 7)
     ours = segkernels.dilated_conv2d(x, w, padding=2, dilation=2, residual=r, activation="relu")
     torch.testing.assert_close(ours, F.relu(F.conv2d(x, w, padding=2, dilation=2) + r))
@@ -347,7 +265,7 @@ def test_unbatched_as_torch_takes_it() -> None:
 
 @pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_layouts_are_torchs(input_format: Any, weight_format: Any) -> None:
+def test_layouts_equal_torchs(input_format: Any, weight_format: Any) -> None:
     x = torch.randn(2, 4, 6, 7).contiguous(memory_format=input_format).requires_grad_()
     w = torch.randn(5, 4, 3, 3).contiguous(memory_format=weight_format).requires_grad_()
     scale = torch.rand(5)
@@ -361,7 +279,7 @@ def test_layouts_are_torchs(input_format: Any, weight_format: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast_as_torchs_convolution(dtype: torch.dtype) -> None:
+def test_autocast_agrees_with_torchs_convolution(dtype: torch.dtype) -> None:
     x = torch.randn(2, 4, 6, 7, requires_grad=True)
     w, b = torch.randn(5, 4, 3, 3, requires_grad=True), torch.randn(5, requires_grad=True)
     found = []
@@ -374,7 +292,7 @@ def test_autocast_as_torchs_convolution(dtype: torch.dtype) -> None:
         found.append((out, *torch.autograd.grad(out.float().sin().sum(), (x, w, b))))
     for mine, theirs in zip(*found, strict=True):
         assert mine.dtype == theirs.dtype
-        assert distance(mine, theirs) <= 2 * ACCURACY[dtype]
+        assert relative_error(mine, theirs) <= 2 * CONVOLUTION_ERROR[dtype]
     with torch.autocast("cpu", dtype):
         ours = segkernels.dilated_conv2d(
             x,
@@ -388,7 +306,7 @@ def test_autocast_as_torchs_convolution(dtype: torch.dtype) -> None:
     assert ours.dtype == dtype
 
 
-def test_a_backward_pass_under_autocast_keeps_its_dtype() -> None:
+def test_backward_under_autocast_keeps_dtypes() -> None:
     leaves = [torch.randn(1, 3, 7, 8), torch.randn(4, 3, 3, 3), torch.rand(4)]
     x, w, scale = (t.requires_grad_() for t in leaves)
     found = []
@@ -402,7 +320,7 @@ def test_a_backward_pass_under_autocast_keeps_its_dtype() -> None:
         assert torch.equal(one, other)
 
 
-def test_saves_nothing_but_inputs_and_output() -> None:
+def test_saves_only_inputs_and_output() -> None:
     x, w = torch.randn(1, 2, 8, 8, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
     scale = torch.rand(3, requires_grad=True)
     kept: list[torch.Tensor] = []
@@ -413,7 +331,7 @@ def test_saves_nothing_but_inputs_and_output() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
+def test_half_precision_accumulates_in_float32(dtype: torch.dtype) -> None:
     x = torch.randn(1, 8, 41, 41, dtype=dtype, requires_grad=True)
     w = torch.randn(63, 8, 5, 5, dtype=dtype, requires_grad=True)
     exact = [t.detach().double().requires_grad_() for t in (x, w)]
@@ -423,12 +341,12 @@ def test_half_types_are_summed_in_float32(dtype: torch.dtype) -> None:
     ours = (out, *torch.autograd.grad(out, (x, w), grad))
     theirs = (expected, *torch.autograd.grad(expected, exact, grad.double()))
     for mine, their in zip(ours, theirs, strict=True):
-        # Rounding partial sums gives 8e-4 in float16.
-        assert distance(mine, their) <= ACCURACY[dtype] / 2
+        # Rounding partial sums to float16 would give 8e-4.
+        assert relative_error(mine, their) <= CONVOLUTION_ERROR[dtype] / 2
 
 
-def amid_nan(x: torch.Tensor) -> torch.Tensor:
-    """`x` in channels_last, in memory that is NaN before and behind it."""
+def surrounded_by_nan(x: torch.Tensor) -> torch.Tensor:
+    """`x` in channels_last, in memory that holds NaN before and after it."""
     memory = torch.full((x.numel() + 2**16,), float("nan"), dtype=x.dtype)
     n, c, h, w = x.shape
     return memory[2**15 : -(2**15)].view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
@@ -436,22 +354,20 @@ def amid_nan(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [20, 21, 24, 33, 40, 64, 96])
-def test_the_weight_gradient_where_onednn_reads_beyond_its_tensors(
-    channels: int, stride: int
-) -> None:
-    x = amid_nan(torch.randn(1, channels, 64, 65).bfloat16())
-    w = amid_nan(torch.randn(24, channels, 3, 3).bfloat16()).requires_grad_()
+def test_weight_gradient_where_onednn_reads_out_of_bounds(channels: int, stride: int) -> None:
+    x = surrounded_by_nan(torch.randn(1, channels, 64, 65).bfloat16())
+    w = surrounded_by_nan(torch.randn(24, channels, 3, 3).bfloat16()).requires_grad_()
     exact = w.detach().double().requires_grad_()
     for dilation in (2, 8):
         options = {"padding": dilation, "dilation": dilation, "stride": stride}
         out = segkernels.dilated_conv2d(x, w, **options)
-        grad = amid_nan(torch.randn_like(out))
+        grad = surrounded_by_nan(torch.randn_like(out))
         ours = torch.autograd.grad(out, w, grad)[0]
         wide = F.conv2d(x.double(), exact, **options)
-        assert distance(ours, torch.autograd.grad(wide, exact, grad.double())[0]) <= 4e-3
+        assert relative_error(ours, torch.autograd.grad(wide, exact, grad.double())[0]) <= 4e-3
 
 
-def test_only_the_gradients_that_are_wanted() -> None:
+def test_gradient_with_respect_to_one_input() -> None:
     x, w = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
     scale, shift = torch.rand(3), torch.rand(3)
     for wanted in ("x", "w", "scale", "shift"):
@@ -465,7 +381,7 @@ def test_only_the_gradients_that_are_wanted() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-def test_nothing_is_changed_before_an_error() -> None:
+def test_arguments_are_unchanged_after_an_error() -> None:
     x, residual = torch.ones(1, 2, 5, 5), torch.ones(1, 3, 5, 5)
     with pytest.raises(ValueError, match="scale"):
         segkernels.dilated_conv2d(
@@ -474,12 +390,12 @@ def test_nothing_is_changed_before_an_error() -> None:
     assert bool((residual == 1).all())
 
 
-# The taps that a box needs.
+# --- taps that read inside the image ---
 
 
 @pytest.mark.parametrize("kernel", range(1, 8))
 @pytest.mark.parametrize("dilation", [1, 2, 3, 5, 12, 40])
-def test_taps_left_out_are_those_whose_box_misses_the_image(kernel: int, dilation: int) -> None:
+def test_taps_skipped_are_those_outside_the_image(kernel: int, dilation: int) -> None:
     reach = dilation * (kernel - 1)
     for size in (1, 2, 5, 13):
         for padding in {0, 1, reach // 2, reach, reach + 3, -2, -reach}:
@@ -504,7 +420,7 @@ def test_taps_left_out_are_those_whose_box_misses_the_image(kernel: int, dilatio
     padding=st.tuples(st.integers(-3, 30), st.integers(-3, 30)),
     box=st.tuples(st.integers(1, 8), st.integers(1, 8)),
 )
-def test_tap_rectangles_of_a_plane(
+def test_tap_rectangle_of_each_box(
     height: int, width: int, kernel: Any, dilation: Any, padding: Any, box: Any
 ) -> None:
     out = [
@@ -537,7 +453,7 @@ def test_tap_rectangles_of_a_plane(
     assert abs(g.useful_share() - share) < 1e-12
 
 
-def test_the_transposed_geometry_is_the_input_gradient() -> None:
+def test_transposed_geometry_gives_the_input_gradient() -> None:
     x, w = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(4, 3, 3, 2).double()
     x.requires_grad_()
     for padding, dilation in (((2, 1), (2, 1)), ((0, 0), (1, 3)), ((7, 4), (2, 2))):

@@ -1,4 +1,4 @@
-"""Which backend dilated_conv2d takes: the rule of "auto", and what it does on a GPU."""
+"""Backend selection of dilated_conv2d: the rule of backend="auto", and results on a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import emulation
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.suite import relative_error
 
 import segkernels
 from segkernels import _native
@@ -27,7 +28,7 @@ def same(size: int, dilation: int, kernel: int = 3) -> Geometry:
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """As if there were one."""
+    """A CUDA device with a mocked Hopper GPU (compute capability 9.0)."""
 
     class Module:
         has_sm90a = True
@@ -37,7 +38,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def test_without_triton_the_epilogue_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_triton_torch_computes_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     torch_path._fused_epilogue.cache_clear()
     try:
@@ -48,7 +49,7 @@ def test_without_triton_the_epilogue_is_torchs(monkeypatch: pytest.MonkeyPatch) 
         torch_path._fused_epilogue.cache_clear()
 
 
-def test_the_cpu_is_refused_where_hopper_is_asked_for() -> None:
+def test_sm90_backend_rejects_cpu_tensors() -> None:
     x, w = torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3)
     with pytest.raises(ValueError, match=r"backend='sm90'.*needs a CUDA device, got 'cpu'"):
         segkernels.dilated_conv2d(x, w, backend="sm90")
@@ -58,10 +59,10 @@ def test_the_cpu_is_refused_where_hopper_is_asked_for() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-def test_auto_takes_hopper_from_some_rate_on(
+def test_auto_chooses_hopper_from_some_rate_on(
     kind: str, dtype: torch.dtype, hopper: torch.device
 ) -> None:
-    """The larger the rate, the more of cuDNN's products are with padding."""
+    """The larger the rate, the more products cuDNN computes with padding."""
     problems = [
         Problem(8, 2048, 256, same(65, rate), (1, 1), 1, dtype, hopper) for rate in range(1, 64)
     ]
@@ -75,8 +76,8 @@ def test_auto_takes_hopper_from_some_rate_on(
     assert set(chosen[first:]) == {"sm90"}
 
 
-# Channels, out channels, size, rate; how many times as fast as cuDNN (benchmarks/cuda_grid.py on an
-# H200) the Hopper kernel was in the forward pass, for the input's and for the weight's gradient.
+# Batch, channels, out channels, size, rate; the Hopper kernel's speed relative to cuDNN's, measured
+# by benchmarks/cuda_grid.py on an H200: forward, input gradient, weight gradient.
 MEASURED = [
     (8, 2048, 256, 65, 6, 1.02, 0.78, 0.96),
     (8, 2048, 256, 65, 10, 2.03, 0.82, 2.00),
@@ -94,7 +95,7 @@ MEASURED = [
 
 
 @pytest.mark.parametrize("measured", MEASURED, ids=str)
-def test_auto_takes_what_was_faster(measured: Any, hopper: torch.device) -> None:
+def test_auto_chooses_the_faster_backend(measured: Any, hopper: torch.device) -> None:
     batch, channels, out_channels, size, rate, *ratios = measured
     problem = Problem(
         batch, channels, out_channels, same(size, rate), (1, 1), 1, torch.bfloat16, hopper
@@ -104,7 +105,7 @@ def test_auto_takes_what_was_faster(measured: Any, hopper: torch.device) -> None
             assert dispatch.choose(kind, problem) == ("sm90" if ratio > 1 else "torch"), kind
 
 
-def test_auto_adds_up_the_branches_of_a_launch(hopper: torch.device) -> None:
+def test_auto_sums_the_branches_of_a_launch(hopper: torch.device) -> None:
     near, *far = [
         Problem(8, 2048, 256, same(33, rate), (1, 1), 1, torch.bfloat16, hopper)
         for rate in (6, 12, 18)
@@ -128,7 +129,7 @@ CHANGES: list[dict[str, Any]] = [
     {"geometry": same(65, 24, kernel=1)},
     {"geometry": same(65, 24, kernel=9)},
 ]
-# Only what is summed over must be wide.
+# Only the channels that are summed over must be many.
 MAY_BE_NARROW = {("forward", "out_channels"), ("input_gradient", "channels")}
 
 
@@ -137,7 +138,7 @@ MAY_BE_NARROW = {("forward", "out_channels"), ("input_gradient", "channels")}
     [(k, c) for k in KINDS for c in CHANGES if (k, next(iter(c))) not in MAY_BE_NARROW],
     ids=str,
 )
-def test_auto_leaves_the_rest_to_torch(
+def test_auto_chooses_torch_for_other_problems(
     kind: str, change: dict[str, Any], hopper: torch.device
 ) -> None:
     good = Problem(8, 2048, 256, same(65, 24), (1, 1), 1, torch.bfloat16, hopper)
@@ -145,7 +146,7 @@ def test_auto_leaves_the_rest_to_torch(
     assert dispatch.choose(kind, good._replace(**change)) == "torch"
 
 
-def test_auto_leaves_other_devices_to_torch(
+def test_auto_chooses_torch_on_other_devices(
     hopper: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = Problem(8, 2048, 256, same(65, 24), (1, 1), 1, torch.bfloat16, hopper)
@@ -153,8 +154,8 @@ def test_auto_leaves_other_devices_to_torch(
     assert dispatch.choose("forward", good) == "torch"
 
 
-def test_auto_leaves_contiguous_maps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy into channels_last takes as long as what is gained."""
+def test_auto_chooses_torch_for_contiguous_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy to channels_last would cost as much as the faster kernel gains."""
 
     class OnCuda:
         is_cuda = True
@@ -168,7 +169,7 @@ def test_auto_leaves_contiguous_maps_to_torch(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("chosen", [(), ("forward",), ("input_gradient",), ("weight_gradient",)])
-def test_each_part_goes_where_the_rule_says(
+def test_each_kernel_follows_the_rule(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
@@ -190,14 +191,14 @@ def test_each_part_goes_where_the_rule_says(
         backends.forward(x, w, Epilogue(), c),
         *backends.gradients(grad, x, w, (True, True), c),
     ]
-    # The gradient of the input is a forward again.
+    # The input gradient calls the forward kernel.
     assert ran == [*chosen, *(["forward"] if chosen == ("input_gradient",) else [])]
     leaves = [t.double().requires_grad_() for t in (x, w)]
     out = F.conv2d(*leaves, None, 1, 2, 2)
     exact = [out, *torch.autograd.grad(out, leaves, grad.double())]
     for ours, wanted in zip(found, exact, strict=True):
         assert ours.stride() == wanted.stride()
-        assert distance(ours, wanted.detach()) <= 6e-4
+        assert relative_error(ours, wanted.detach()) <= 6e-4
     for mask in ((True, False), (False, True), (False, False)):
         for ours, wanted, asked in zip(
             backends.gradients(grad, x, w, mask, c), found[1:], mask, strict=True
@@ -206,8 +207,8 @@ def test_each_part_goes_where_the_rule_says(
 
 
 @pytest.mark.emulated
-def test_a_first_call_in_a_graph_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its schedule could not be copied to the device."""
+def test_first_call_during_capture_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule cannot be copied to the device while a graph is captured."""
     monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
     monkeypatch.setattr(dispatch, "choose", lambda kind, *problems: "sm90")
     x, w = torch.randn(2, 16, 9, 9).half(), torch.randn(24, 16, 3, 3).half() / 12
@@ -242,16 +243,12 @@ ON_GPU = [
 ACCURACY = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
-def distance(ours: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((ours.double() - exact.double()).norm() / exact.double().norm())
-
-
 @pytest.mark.compiles
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("case", ON_GPU, ids=str)
-def test_on_a_gpu_against_float64_and_the_same_bits(
+def test_gpu_agrees_with_float64_and_is_deterministic(
     case: Any, backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
@@ -268,8 +265,8 @@ def test_on_a_gpu_against_float64_and_the_same_bits(
     gradients = torch.autograd.grad(F.conv2d(*wide, None, 1, d, d), wide, grad.double())
     limit = ACCURACY.get(dtype)
     if limit is None:
-        # cuDNN may multiply as tf32.
-        limit = max(1e-3, 1.1 * distance(F.conv2d(x, w, None, 1, d, d), exact))
+        # cuDNN may use TF32.
+        limit = max(1e-3, 1.1 * relative_error(F.conv2d(x, w, None, 1, d, d), exact))
     results = []
     for _ in range(3):
         leaves = [t.clone().requires_grad_() for t in (x, w)]
@@ -280,6 +277,6 @@ def test_on_a_gpu_against_float64_and_the_same_bits(
         )
         results.append((out, relu, *torch.autograd.grad(out, leaves, grad)))
     for ours, wanted in zip(results[0], (exact, fused, *gradients), strict=True):
-        assert distance(ours, wanted) <= limit
+        assert relative_error(ours, wanted) <= limit
     for again in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], again, strict=True))

@@ -1,4 +1,4 @@
-"""dilated_conv2d's epilogue kernel: values, compiles ahead of time."""
+"""Triton epilogue kernel of dilated_conv2d: values, and compiles ahead of time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from segkernels.ops.dilated_conv2d import reference, torch_path
 from segkernels.ops.dilated_conv2d.call import Epilogue
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-# The interpreter cuts bfloat16 off where a GPU rounds.
+# The interpreter truncates to bfloat16 where a GPU rounds.
 ACCURACY = {
     torch.bfloat16: 8e-3 if interpreter.on() else 4e-3,
     torch.float16: 6e-4,
@@ -48,7 +48,7 @@ def apply(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
 
 
 def check(y: torch.Tensor, e: Epilogue) -> None:
-    """Within rounding of float64, and the same bits again."""
+    """Compare with float64, and two runs with each other bitwise."""
     wanted, limit = exact(y, e), ACCURACY[y.dtype]
     again = apply(y.clone(memory_format=torch.preserve_format), e)
     ours = apply(y, e)
@@ -65,7 +65,7 @@ def check(y: torch.Tensor, e: Epilogue) -> None:
     [(2, 5, 3, 7), (1, 33, 2, 2), (3, 16, 1, 1), (2, 64, 33, 31), (3, 21, 5, 7), (1, 1100, 9, 8)],
     ids=str,
 )
-def test_all_of_it(shape: Any, dtype: torch.dtype, layout: Any, device: torch.device) -> None:
+def test_all_parts(shape: Any, dtype: torch.dtype, layout: Any, device: torch.device) -> None:
     y, residual = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     bias, scale, shift = (torch.randn(shape[1], device=device) for _ in range(3))
     y = y.contiguous(memory_format=layout)
@@ -91,7 +91,7 @@ def test_several_blocks_of_rows_and_columns(layout: Any, device: torch.device) -
 
 
 @on_triton
-def test_vectors_may_be_strided(device: torch.device) -> None:
+def test_strided_vectors(device: torch.device) -> None:
     bias, scale = torch.randn(32, device=device)[::2], torch.rand(16, 3, device=device)[:, 1]
     shift = torch.tensor(2.0, device=device).expand(16)
     check(torch.randn(1, 16, 6, 7, device=device), Epilogue(bias, scale, shift))
@@ -107,7 +107,7 @@ def test_nan_passes_relu(layout: Any, device: torch.device) -> None:
 
 
 @on_triton
-def test_nothing_to_do(device: torch.device) -> None:
+def test_empty_epilogue_and_empty_batch(device: torch.device) -> None:
     y = torch.randn(2, 5, 3, 4, device=device)
     before = y.clone()
     assert torch.equal(apply(y, Epilogue()), before)
@@ -117,7 +117,7 @@ def test_nothing_to_do(device: torch.device) -> None:
 @on_triton
 @LAYOUTS
 @pytest.mark.parametrize("dtype", [*ACCURACY, torch.float64], ids=str)
-def test_behind_a_convolution(
+def test_after_a_convolution(
     dtype: torch.dtype,
     layout: Any,
     device: torch.device,
@@ -136,7 +136,7 @@ def test_behind_a_convolution(
     ours = segkernels.dilated_conv2d(
         x, w, padding=2, dilation=2, activation="relu", backend="torch", **kwargs
     )
-    # A half type that this CPU has no convolution for is one of float32.
+    # The epilogue is in float32 where this CPU has no convolution of a half-precision dtype.
     assert len(launches) == (dtype != torch.float64)
     kwargs = {name: value.double() for name, value in kwargs.items()}
     wanted = reference.dilated_conv2d(
@@ -150,7 +150,7 @@ def test_behind_a_convolution(
 def compiles(
     dtype: str, which: set[str], constants: dict[str, Any], arch: int, ones: bool = False
 ) -> Any:
-    """The kernel as its launch finds it; with `ones`, sizes that are 1."""
+    """Compile the kernel ahead of time; with `ones`, for sizes that are 1."""
     from segkernels.ops.dilated_conv2d.triton_kernels import epilogue
 
     types, constants = {"y": f"*{dtype}"}, {**constants, "RELU": True}
@@ -183,28 +183,28 @@ def test_compiles_without_spills(
 
 @pytest.mark.compiles
 @pytest.mark.nightly
-def test_sizes_of_one_compile() -> None:
-    """Sizes that are 1 are constants to Triton, and may then be of another type to it."""
+def test_compiles_for_sizes_of_one() -> None:
+    """Triton turns arguments equal to 1 into constants, which may have another type."""
     for channels_last in (False, True):
         constants = {"CHANNELS_LAST": channels_last, "BR": 4, "BI": 16}
         compiles("bf16", {"bias", "residual"}, constants, 90, ones=True)
 
 
-def test_other_numbers_of_rows_need_no_other_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_sizes_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = triton_tools.note_compiles(monkeypatch)
     for batch, height, width in ((1, 1, 1), (2, 65, 65), (8, 16, 16), (3, 7, 5)):
         y = torch.empty(batch, 64, height, width, dtype=torch.bfloat16)
         apply(y.contiguous(memory_format=torch.channels_last), Epilogue(torch.empty(64).bfloat16()))
     assert len(seen) == 4
     assert {name for name, _ in seen} == {"epilogue"}
-    assert len(set(seen[1:])) == 1  # of one pixel there is no telling the layouts apart
+    assert len(set(seen[1:])) == 1  # a single pixel has no distinct layout
 
 
-# On a GPU.
+# --- on a GPU ---
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_behind_cudnn_in_a_graph() -> None:
+def test_cuda_graph_after_cudnn() -> None:
     x = torch.randn(2, 64, 33, 33, device="cuda", dtype=torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3, device="cuda", dtype=torch.bfloat16)
@@ -230,7 +230,7 @@ def test_on_a_gpu_behind_cudnn_in_a_graph() -> None:
 @pytest.mark.huge
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_on_a_gpu_more_than_2_31_elements(layout: Any) -> None:
+def test_more_than_2_31_elements(layout: Any) -> None:
     side = int((2**31 / 64) ** 0.5) + 64
     y = torch.empty(1, 64, side, side, device="cuda", dtype=torch.bfloat16, memory_format=layout)
     assert y.numel() > 2**31

@@ -1,6 +1,6 @@
-"""The Hopper convolution's schedule, executed plainly on the CPU.
+"""The Hopper convolution's schedule, executed in plain torch on the CPU.
 
-`python tests/ops/test_dilated_conv2d_schedule.py` prints how even it is for the papers' shapes.
+`python tests/ops/test_dilated_conv2d_schedule.py` prints the load balance for the papers' shapes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Branch(NamedTuple):
     out_channels: int
 
 
-class Segment(NamedTuple):
-    places: tuple[int, int]
+class Segment(NamedTuple):  # see struct Segment in csrc/dilated_conv2d/schedule.h
+    places: tuple[int, int]  # box indices
     branch: int
     column: int
     begin: int
@@ -39,8 +39,8 @@ class Segment(NamedTuple):
     taps_across: int
 
 
-class Fixup(NamedTuple):
-    place: int
+class Fixup(NamedTuple):  # see struct Fixup there
+    place: int  # box index
     branch: int
     column: int
     first: int
@@ -49,7 +49,7 @@ class Fixup(NamedTuple):
 
 
 class Schedule:
-    """What `_C.dilated_conv2d_schedule` gives, taken apart."""
+    """The result of `_C.dilated_conv2d_schedule`, unpacked."""
 
     def __init__(self, found: dict[str, Any]) -> None:
         self.box, self.boxes = found["box"], found["boxes"]
@@ -78,12 +78,12 @@ class Schedule:
         return n * self.box[0], y * self.box[1], x * self.box[2]
 
     def loads(self) -> list[int]:
-        """Loop steps of each worker."""
+        """Loop steps per worker."""
         pairs = itertools.pairwise(self.start)
         return [sum(s.end - s.begin for s in self.segments[a:b]) for a, b in pairs]
 
     def unevenness(self) -> float:
-        """The busiest worker's load over the mean of the work that there is."""
+        """Load of the busiest worker divided by the mean load."""
         return self.max_load * self.workers * self.cluster / self.tile_steps
 
 
@@ -113,13 +113,13 @@ def schedule(
 
 
 def same(kernel: int, dilation: int, out_channels: int) -> Branch:
-    """A branch whose planes keep their size."""
+    """A branch with "same" padding."""
     pad = dilation * (kernel - 1) // 2
     return Branch((kernel, kernel), (dilation, dilation), (pad, pad), out_channels)
 
 
 def taps_of(x: torch.Tensor, branch: Branch, out: tuple[int, int]) -> torch.Tensor:
-    """[kh, kw, N, C, H, W]: what every output reads through every tap."""
+    """The input of each tap at each output: [kh, kw, N, C, H, W]."""
     (kh, kw), (dh, dw), (ph, pw) = branch.kernel, branch.dilation, branch.padding
     pads = [
         (p, max(0, o + d * (k - 1) - p - s))
@@ -138,9 +138,10 @@ def taps_of(x: torch.Tensor, branch: Branch, out: tuple[int, int]) -> torch.Tens
 def execute(
     s: Schedule, x: torch.Tensor, weights: list[torch.Tensor], branches: list[Branch], step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The convolutions, concatenated, by the segments and fix-ups of `s`.
+    """Compute the concatenated convolutions from the segments and fix-ups of `s`.
 
-    And how often each (output, tap, channel step) was multiplied: [CO, N, H, W, taps * steps].
+    Returns the output, and how often each (output, tap, channel step) was multiplied:
+    [CO, N, H, W, taps * steps].
     """
     out = out_sizes(x.shape[2:], branches[0])
     offsets = [0, *itertools.accumulate(b.out_channels for b in branches)]
@@ -224,7 +225,7 @@ def check(
     ]
     torch.testing.assert_close(y, torch.cat(expected, 1))
 
-    # Once for every (output, tap, channel step) that reads inside the image, else at most once.
+    # (output, tap, channel step) inside the image: exactly once; else at most once.
     assert int(seen.max()) <= 1
     first = 0
     steps = -(-channels // step)
@@ -257,7 +258,7 @@ def check(
 
 
 @given(data=st.data())
-def test_segments_are_the_convolution(data: st.DataObject) -> None:
+def test_segments_compute_the_convolution(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:
         return data.draw(st.integers(low, high), label=name)
 
@@ -288,7 +289,7 @@ def test_branches_of_aspp(cluster: int) -> None:
     assert {segment.branch for segment in s.segments} == {0, 1, 2, 3}
 
 
-def test_both_tiles_of_a_cut_pair_are_added_up() -> None:
+def test_both_tiles_of_a_cut_pair_are_summed() -> None:
     s = check(
         5, 136, (11, 13), [same(3, 1, 72)], 64, multiprocessors=10, cluster=2, tile_channels=64
     )
@@ -296,13 +297,13 @@ def test_both_tiles_of_a_cut_pair_are_added_up() -> None:
 
 
 def test_tiles_without_taps_are_zero() -> None:
-    # With so much padding the outermost outputs read nothing.
+    # With this much padding the outermost outputs read no input.
     s = check(1, 16, (5, 5), [Branch((1, 1), (1, 1), (20, 20), 8)], 16, multiprocessors=4)
     assert any(fixup.count == 0 for fixup in s.fixups)
 
 
-def test_negative_padding_leaves_the_border_out() -> None:
-    # The gradient of a 1x1 convolution with padding 2 is one with padding -2.
+def test_negative_padding_crops_the_border() -> None:
+    # The input gradient of a 1x1 convolution with padding 2 has padding -2.
     s = Schedule(
         _native.C().dilated_conv2d_schedule(
             1, (9, 9), (5, 5), 1, [((1, 1), (1, 1), (-2, -2), 8)], 4
@@ -312,7 +313,7 @@ def test_negative_padding_leaves_the_border_out() -> None:
 
 
 @given(data=st.data())
-def test_taps_are_those_of_the_geometry(data: st.DataObject) -> None:
+def test_taps_equal_the_geometrys(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:
         return data.draw(st.integers(low, high), label=name)
 
@@ -353,7 +354,7 @@ def weight_schedule(
 
 
 @given(data=st.data())
-def test_weight_gradient_takes_every_box_once(data: st.DataObject) -> None:
+def test_weight_gradient_reads_every_box_once(data: st.DataObject) -> None:
     def draw(name: str, low: int, high: int) -> int:
         return data.draw(st.integers(low, high), label=name)
 
@@ -378,7 +379,7 @@ def test_weight_gradient_takes_every_box_once(data: st.DataObject) -> None:
         for y, x in itertools.product(range(kernel), repeat=2):
             wanted = int(y0 <= y <= y1 and x0 <= x <= x1)
             assert bool((seen[:, y * kernel + x, :, :, row, column] == wanted).all())
-    # Every tile is written by one whole segment or one fix-up, which adds its slots in order.
+    # One uncut segment, or one fix-up that adds its slots in order, writes each tile.
     writers = torch.zeros(tiles, dtype=torch.int32)
     slots = {segment.slot: segment for segment in s.segments if segment.slot >= 0}
     for segment in s.segments:
@@ -397,13 +398,13 @@ def test_weight_gradient_takes_every_box_once(data: st.DataObject) -> None:
     assert not slots
 
 
-def test_one_shape_has_one_schedule() -> None:
+def test_schedule_is_deterministic() -> None:
     first, second = (schedule(8, 2048, (65, 65), [same(3, 12, 256)]).table for _ in range(2))
     assert first == second
 
 
 def test_boxes_fit_the_plane() -> None:
-    # 33 rows in boxes of 11, not in five of 8, and images side by side only where there are some.
+    # 33 rows make three boxes of 11, not five of 8; batch 1 makes no boxes of several images.
     s = schedule(1, 2048, (33, 33), [same(3, 6, 256)])
     assert s.box == [1, 11, 11]
     assert schedule(1, 64, (1, 300), [same(1, 1, 8)]).box[:2] == [1, 1]
@@ -416,8 +417,8 @@ def test_tile_follows_the_output_channels(out_channels: int, tile: int) -> None:
     assert schedule(8, 512, (65, 65), [same(3, 12, out_channels)]).tile_channels == tile
 
 
-# batch, channels, size, kernel 3 with this dilation, out channels; and how much busier than the
-# mean the busiest multiprocessor may be.
+# batch, channels, size, dilation of a 3x3 kernel, out channels, and the bound on the load of the
+# busiest multiprocessor relative to the mean.
 PAPER_SHAPES = [
     (8, 2048, (65, 65), 6, 256, 1.05),
     (8, 2048, (65, 65), 12, 256, 1.05),
@@ -437,7 +438,7 @@ PAPER_SHAPES = [
 def useful_share(
     s: Schedule, batch: int, channels: int, size: tuple[int, int], branch: Branch
 ) -> float:
-    """(pixel, tap) pairs inside the image over what the busiest multiprocessor would do in all."""
+    """(pixel, tap) pairs inside the image, relative to the work at the busiest one's load."""
     inside = taps_of(torch.ones(1, 1, *size), branch, out_sizes(size, branch)).sum().item()
     products = inside * batch * -(-channels // 64) * -(-branch.out_channels // s.tile_channels)
     return products / 128 / (s.max_load * s.workers * s.cluster)
@@ -446,14 +447,14 @@ def useful_share(
 @pytest.mark.parametrize(
     ("batch", "channels", "size", "dilation", "out_channels", "bound"), PAPER_SHAPES
 )
-def test_work_is_even(
+def test_load_is_balanced(
     batch: int, channels: int, size: tuple[int, int], dilation: int, out_channels: int, bound: float
 ) -> None:
     s = schedule(batch, channels, size, [same(3, dilation, out_channels)])
     assert max(s.loads()) == s.max_load
     assert sum(s.loads()) * s.cluster >= s.tile_steps
     assert 1 <= s.unevenness() <= bound
-    # At most a tenth more than one tile a multiprocessor is cut.
+    # At most 1.1 cut tiles per multiprocessor.
     assert len(s.fixups) <= 1.1 * MULTIPROCESSORS
 
     of_weight = weight_schedule(batch, channels, size, same(3, dilation, out_channels))
@@ -461,7 +462,7 @@ def test_work_is_even(
     assert 1 <= of_weight.unevenness() <= 1.06
 
 
-def test_aspp_in_one_launch_is_even() -> None:
+def test_load_of_aspp_in_one_launch_is_balanced() -> None:
     branches = [same(1, 1, 256), *(same(3, d, 256) for d in (12, 24, 36))]
     assert schedule(8, 2048, (65, 65), branches).unevenness() <= 1.05
 
@@ -478,7 +479,7 @@ def test_aspp_in_one_launch_is_even() -> None:
         ({"batch": 2**30, "out_size": (4096, 4096)}, "split the batch"),
     ],
 )
-def test_bad_shapes(change: dict[str, Any], message: str) -> None:
+def test_invalid_shapes(change: dict[str, Any], message: str) -> None:
     arguments: dict[str, Any] = {
         "batch": 1,
         "in_size": (4, 4),

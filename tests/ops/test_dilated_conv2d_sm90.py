@@ -1,7 +1,7 @@
-"""The Hopper convolution, on a Hopper and by its model on the CPU.
+"""The Hopper convolution kernel, on a Hopper GPU and emulated on the CPU.
 
-The model (tests/emulation) runs the kernel's own arithmetic (boxes, taps, swizzle, descriptors,
-registers, epilogue, fix-ups) over models of the copy engine and of a warpgroup's product.
+The emulation (tests/emulation) runs the kernel's own code (boxes, taps, swizzle, descriptors,
+registers, epilogue, fix-ups) on models of the copy engine and of the warpgroup matrix product.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-# ||y - ref|| / ||ref|| against float64; float32 is multiplied as tf32.
+# ||y - ref|| / ||ref|| against float64; float32 is multiplied as TF32.
 BOUND = {torch.float16: 6e-4, torch.bfloat16: 4e-3, torch.float32: 6e-4}
 
 
@@ -70,7 +70,7 @@ def operands(
 
 @pytest.fixture
 def schedule_with(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets options of the schedule that the shape would choose."""
+    """Overrides options of the schedule, which the shape would decide."""
 
     def choose(multiprocessors: int = 6, **options: int) -> None:
         def schedule(shape: tuple[Any, ...], _: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def schedule_with(monkeypatch: pytest.MonkeyPatch) -> Any:
     return choose
 
 
-# Those that there are kernels for.
+# (tile_channels, cluster) of all kernel instances.
 TILES = [(32, 1), (64, 1), (128, 1), (128, 2), (256, 1), (256, 2)]
 
 
@@ -113,7 +113,7 @@ def test_every_tile(
     assert error(y, expected.relu()) <= BOUND[dtype]
     (table,) = sm90._tables.values()
     fixups = table.words[-6 * table.schedule["fixups"] :].view(-1, 6)
-    # Tiles of every multiprocessor of a cluster are cut.
+    # Cut tiles occur on every multiprocessor of a cluster.
     assert set((fixups[:, 3] % cluster).tolist()) == set(range(cluster))
 
 
@@ -135,7 +135,7 @@ def test_any_shape(data: st.DataObject) -> None:
     g = geometry_of((size[0], size[1]), kernel, dilation, padding)
     x, w = operands(draw("N", 1, 3), draw("C", 1, 80), draw("CO", 1, 70), g, dtype)
     if dtype == torch.float32:
-        # As tf32 holds them: few products that cancel would else show the operands' rounding alone.
+        # Exact in TF32, else a few cancelling products would show only the operands' rounding.
         x, w = x.half().float(), w.half().float()
     y = sm90.forward(x, w, g)
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -217,7 +217,7 @@ def test_epilogue(out_channels: int, part: str, hopper: str) -> None:
     assert error(sm90.forward(x, w, g, **arguments), y) <= BOUND[torch.bfloat16]
 
 
-def test_nan_reaches_what_reads_it_and_nothing_else(hopper: str) -> None:
+def test_nan_propagation(hopper: str) -> None:
     g = same((12, 12), 3, 4)
     x, w = operands(1, 64, 16, g, torch.float16, hopper)
     x[0, 5, 6, 6] = float("nan")
@@ -247,7 +247,7 @@ def test_branches_are_concatenated(out_channels: tuple[int, ...], hopper: str) -
 
 
 @pytest.mark.parametrize("first", [0, 8, 3])
-def test_branches_go_into_channels_of_a_larger_tensor(first: int, hopper: str) -> None:
+def test_branches_write_into_a_larger_tensor(first: int, hopper: str) -> None:
     geometries = [same((9, 7), 1, 1), same((9, 7), 3, 4)]
     x, w = operands(2, 64, 24, geometries[0], torch.float16, hopper)
     weights = [w, operands(2, 64, 24, geometries[1], torch.float16, hopper)[1]]
@@ -261,13 +261,13 @@ def test_branches_go_into_channels_of_a_larger_tensor(first: int, hopper: str) -
     assert bool((larger[:, first + 48 :] == 7).all())
 
 
-def test_into_must_fit() -> None:
+def test_invalid_into() -> None:
     g = same((9, 7), 3, 4)
     x, w = operands(2, 64, 24, g, torch.float16)
     wide = torch.zeros(2, 24, 9, 14).half().to(memory_format=torch.channels_last)
     for into in (
         torch.zeros(2, 24, 9, 7).half(),  # not channels_last
-        wide[..., :7],  # rows apart
+        wide[..., :7],  # rows are not adjacent
         torch.zeros(2, 25, 9, 7).half(),
         torch.zeros(2, 24, 9, 7).to(memory_format=torch.channels_last),
     ):
@@ -282,7 +282,7 @@ def test_layouts_and_strided_views(hopper: str) -> None:
     assert torch.equal(sm90.forward(x.contiguous(), w.contiguous(), g), expected)
     wide = torch.cat([x[:, :1], x, x[:, :7]], dim=1)
     assert torch.equal(sm90.forward(wide[:, 1:73], w, g), expected)
-    # Rows of a multiple of 16 bytes, from an address that is none.
+    # Rows are multiples of 16 bytes, but the address is not.
     memory = x.new_empty(x.numel() + 1)[1:]
     moved = memory.view(2, 9, 9, 72).permute(0, 3, 1, 2).copy_(x)
     assert torch.equal(sm90.forward(moved, w, g), expected)
@@ -294,7 +294,7 @@ def test_empty_batch() -> None:
     assert sm90.forward(x, w, g).shape == (0, 16, 9, 9)
 
 
-def test_branches_must_fit_together() -> None:
+def test_branches_of_different_sizes_raise() -> None:
     g = same((9, 9), 3, 2)
     x, w = operands(1, 64, 16, g, torch.float16)
     with pytest.raises(ValueError, match=r"1 to 8 weights .* got 2 and 2 of 2 sizes"):
@@ -303,7 +303,7 @@ def test_branches_must_fit_together() -> None:
         sm90.forward_branches(x, [w] * 9, [g] * 9)
 
 
-def test_a_schedule_is_made_once_a_shape(hopper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedules_are_cached_by_shape(hopper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "_tables", OrderedDict())
     monkeypatch.setattr(sm90, "_KEPT", 2)
     g = same((9, 9), 3, 2)
@@ -314,7 +314,7 @@ def test_a_schedule_is_made_once_a_shape(hopper: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.emulated
-def test_the_table_of_a_captured_call_outlives_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_of_a_captured_call_outlives_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "_KEPT", 1)
     g = same((9, 9), 3, 2)
     x, w = operands(3, 64, 16, g, torch.float16)
@@ -348,9 +348,7 @@ PROBLEM = Problem(
         ({"device": torch.device("cpu")}, "CUDA device, got 'cpu'"),
     ],
 )
-def test_what_is_supported(
-    change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_supported(change: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "_capability", lambda _: (9, 0))
 
     class Module:
@@ -369,7 +367,7 @@ def test_what_is_supported(
         assert sm90.weight_gradient_supported(problem) == found
 
 
-def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_devices_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "_capability", lambda _: (8, 0))
 
     class Module:
@@ -381,7 +379,7 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "built without sm_90a" in sm90.supported(PROBLEM)
 
 
-def test_float32_follows_the_setting_of_torch() -> None:
+def test_float32_follows_torchs_tf32_setting() -> None:
     conv = torch.backends.cudnn.conv
     before = conv.fp32_precision
     try:
@@ -392,7 +390,7 @@ def test_float32_follows_the_setting_of_torch() -> None:
         conv.fp32_precision = before
 
 
-# For large sizes, streams and graphs.
+# For tests of large sizes, streams and graphs.
 only_a_gpu = pytest.mark.parametrize(
     "hopper", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )
@@ -485,7 +483,7 @@ def test_streams_and_graphs_on_hopper(hopper: str, monkeypatch: pytest.MonkeyPat
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         y = sm90.forward(x, w, g)
-    # The table of a captured call outlives the cache.
+    # The captured call's table outlives the cache.
     sm90.forward(x[:1], w, g)
     torch.empty(2**20, device=hopper).fill_(float("nan"))
     x.copy_(torch.randn_like(x))
@@ -494,7 +492,7 @@ def test_streams_and_graphs_on_hopper(hopper: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_the_operator_and_its_gradients(
+def test_operator_and_gradients(
     dtype: torch.dtype, hopper: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
@@ -529,12 +527,12 @@ def test_the_operator_and_its_gradients(
         results.append([y, *grads])
     for name, found, expected in zip(["output", *tensors], *results, strict=True):
         assert error(found.detach(), expected.detach()) <= 4 * BOUND[dtype], name
-    # The input's gradient is a forward again.
+    # The input gradient calls the forward kernel.
     assert calls == ["forward", "input_gradient", "forward", "weight_gradient"]
 
 
 @pytest.mark.emulated
-def test_the_weight_gradient_of_float32_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_float32_weight_gradient_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any) -> Any:
         raise AssertionError("there is no such kernel")
 
@@ -549,7 +547,7 @@ def test_the_weight_gradient_of_float32_is_torchs(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.emulated
-def test_branches_of_the_operator_go_in_one_launch() -> None:
+def test_operator_branches_share_one_launch() -> None:
     geometries = [same((9, 7), 1, 1), same((9, 7), 3, 4)]
     x, w = operands(2, 24, 16, geometries[0], torch.float16)
     weights = [w, operands(2, 24, 8, geometries[1], torch.float16)[1]]

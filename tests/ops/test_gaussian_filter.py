@@ -1,6 +1,6 @@
-"""The exact Gaussian filter: brute force in float64, gradients, culling, extremes, what is refused.
+"""Exact Gaussian filter: brute force in float64, gradients, culling, extreme features, errors.
 
-The Triton kernels by themselves are in test_gaussian_filter_triton.py.
+test_gaussian_filter_triton.py tests the Triton kernels separately.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from emulation import interpreter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lattice_points import raises_for_values, told_by_check
+from lattice_points import assert_near, normal, raised_by_check, raises_in_call
 from ops import suite
 from ops.suite import Error, Float, Sample, message
 
@@ -28,19 +28,8 @@ from segkernels.ops.gaussian_filter.points import TILE, Points
 from segkernels.ops.permutohedral.native import NORMALIZATIONS
 
 DTYPES = (torch.float32, torch.float64)
-# Relative to the largest magnitude of the result. CUDA is asked for float32's precision.
+# Relative to the largest magnitude of the result; CUDA runs with precision="high" (float32).
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
-
-
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    assert got.shape == want.shape
-    want = want.detach().cpu().double()
-    error = (got.detach().cpu().double() - want).abs().max()
-    assert float(error) <= tolerance * float(want.abs().max())
 
 
 def high(values: torch.Tensor, features: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -56,7 +45,7 @@ VALUES, FEATURES = Float(2, 3, 4, 5), Float(2, 2, 4, 5, make=_spread(2, 2, 4, 5)
 
 @pytest.fixture(params=interpreter.DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Here CUDA's code is Triton's."""
+    """The CPU, CUDA and Triton's interpreter: the CUDA code of this operator is Triton's."""
     return torch.device(request.param)
 
 
@@ -81,7 +70,7 @@ class TestGaussianFilter(suite.OpSuite):
     ]
     forward_mode = False
     not_differentiable: ClassVar[tuple[str, ...]] = ("gaussian_filter_backward",)
-    same_sums_on_cuda = False  # torch's own, of the normalisation
+    same_sums_on_cuda = False  # because of torch's sums in the normalisation
     tolerance: ClassVar[dict[torch.dtype, tuple[float, float] | None]] = {
         torch.float16: (1e-3, 1e-4),
         torch.bfloat16: (8e-3, 1e-3),
@@ -147,22 +136,22 @@ class TestGaussianFilter(suite.OpSuite):
 
     @classmethod
     def devices(cls, check: str) -> list[Any]:
-        # These look at operators, which are the same ones, and take as long as all others together.
+        # These test the operators' definitions, the same for the interpreter, which is slow here.
         calls = check in ("test_opcheck", "test_compile", "test_compile_with_inductor")
         return interpreter.DEVICES[:-1] if calls else interpreter.DEVICES
 
-    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+    def test_nan_propagation(self, sample: Sample, device: str) -> None:
         call = suite.build(sample, torch.float32, device)
         values, features = call.args
         for bad, place in product((float("nan"), float("inf")), (0, values.numel() - 1)):
             before = values.view(-1)[place].item()
             values.view(-1)[place] = bad
-            (mine,), (theirs,) = call.of(high), call.of(reference.gaussian_filter)
+            (mine,), (theirs,) = call.run(high), call.run(reference.gaussian_filter)
             assert torch.equal(mine.isfinite(), theirs.isfinite())
             values.view(-1)[place] = before
         features.view(-1)[0] = float("nan")
-        with raises_for_values(message("gaussian_filter", "features", "NaN")):
-            call.of(high)
+        with raises_in_call(message("gaussian_filter", "features", "NaN")):
+            call.run(high)
 
 
 def _zeros(device: str, *shape: int) -> torch.Tensor:
@@ -206,7 +195,7 @@ def test_agrees_with_brute_force(dims, dtype, device):
     count=st.integers(1, 300),
     queries=st.none() | st.integers(1, 300),
     normalization=st.sampled_from(NORMALIZATIONS),
-    # 0: all weights 1. 1e4: all but a point's own are 0.
+    # 0: all weights are 1. 1e4: all weights between different points are 0.
     spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]),
     seed=st.integers(0, 2**31),
 )
@@ -220,7 +209,7 @@ def test_any_call_agrees_with_brute_force(
 
     features, values = spread * random(batch, dims, count), random(batch, channels, count)
     at = None if queries is None else spread * random(batch, dims, queries)
-    if at is not None:  # some queries lie on points
+    if at is not None:  # some queries coincide with points
         at[:, :, ::2] = features[:, :, torch.arange(at[:, :, ::2].shape[2]) % count]
     kwargs = {"query_features": at, "normalization": normalization}
     want = reference.gaussian_filter(values, features, **kwargs)
@@ -247,7 +236,7 @@ def test_any_number_of_points(count, device):
     )
 
 
-def test_the_defaults(device):
+def test_defaults(device):
     features, values = normal(1, 3, 40).to(device), normal(1, 2, 40).to(device)
     filtered = gaussian_filter(values, features)
     want = gaussian_filter(values, features, normalization="after", precision="default")
@@ -256,7 +245,7 @@ def test_the_defaults(device):
     assert_near(gaussian_filter(ones, features), ones, 1e-14)
 
 
-def test_points_and_images_are_the_same(device):
+def test_points_and_images_agree(device):
     features, values = normal(2, 3, 6, 7).to(device), normal(2, 4, 6, 7).to(device)
     image = high(values, features)
     for b in range(2):
@@ -267,14 +256,14 @@ def test_points_and_images_are_the_same(device):
     assert_near(at, image[:, :, :3, :2], 1e-13)
 
 
-def test_the_lattice_approximates_it():
+def test_lattice_approximates_the_exact_filter():
     features, values = normal(1, 2, 2000), torch.rand(1, 3, 2000, dtype=torch.float64)
     exact, lattice = high(values, features), permutohedral_filter(values, features)
     apart = float((exact - lattice).norm() / exact.norm())
     assert 1e-4 < apart < 0.05
 
 
-def test_halves_keep_their_dtype(device):
+def test_half_precision_values_keep_their_dtype(device):
     features, values = normal(1, 2, 50, dtype=torch.float32).to(device), normal(1, 3, 50).to(device)
     for dtype in (torch.float16, torch.bfloat16):
         small = values.to(dtype)
@@ -283,7 +272,7 @@ def test_halves_keep_their_dtype(device):
         assert torch.equal(got, high(small.float(), features).to(dtype))
 
 
-# --- extremes ---
+# --- extreme features ---
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -295,18 +284,18 @@ def test_huge_sigmas_make_every_weight_one(dtype, device):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_tiny_sigmas_leave_the_diagonal(dtype, normalization, device):
+def test_tiny_sigmas_give_the_identity(dtype, normalization, device):
     features = torch.arange(150, dtype=dtype).view(1, 1, 150) * 1e7 + 3
     values = normal(1, 2, 150, dtype=dtype)
     got = high(values.to(device), features.to(device), normalization=normalization)
     if device.type == "cuda" and dtype == torch.float32:
-        assert_near(got, values, 1e-6)  # a product by 1, of three in tf32
+        assert_near(got, values, 1e-6)  # the product by 1 is computed by three TF32 products
     else:
         assert torch.equal(got.cpu(), values)
 
 
-def test_features_far_from_0_lose_nothing(device):
-    # |x|^2 + |y|^2 - 2 x y would leave no digit of these distances.
+def test_features_far_from_the_origin_keep_their_precision(device):
+    # |x|^2 + |y|^2 - 2 x y would cancel all digits of these distances.
     features, values = normal(1, 4, 200), normal(1, 2, 200)
     far = features + 2.0**20
     near = far - 2.0**20
@@ -317,7 +306,7 @@ def test_features_far_from_0_lose_nothing(device):
     assert_near(got, want, TOLERANCE[torch.float32])
 
 
-def test_queries_out_of_reach_give_0(device):
+def test_queries_out_of_reach_give_zero(device):
     features, values = normal(1, 2, 30).to(device), normal(1, 2, 30).to(device)
     far = torch.full((1, 2, 3), 1e6, dtype=torch.float64, device=device)
     for normalization in NORMALIZATIONS:
@@ -325,8 +314,8 @@ def test_queries_out_of_reach_give_0(device):
         assert torch.equal(got, torch.zeros_like(got))
 
 
-def test_a_far_query_is_still_an_average(device):
-    # Weights of exp(-50): far below a float's resolution of 1, but all that this query has.
+def test_far_query_is_a_weighted_average(device):
+    # The weights, exp(-50), are far below float32's epsilon but the only ones of this query.
     features = torch.tensor([[[0.0, 0.1]]], device=device)
     values = torch.tensor([[[1.0, 3.0]]], device=device)
     far = torch.tensor([[[10.0]]], device=device)
@@ -348,7 +337,7 @@ def test_precisions_on_cuda(count, dims, channels, precision, tolerance) -> None
 
 
 @interpreter.on_triton
-def test_more_images_than_an_axis_of_cudas_grid(device, monkeypatch):
+def test_more_images_than_a_grid_axis_holds(device, monkeypatch):
     images, most = 70_000, 65_535
     if interpreter.on():
         images, most = 5, 2
@@ -366,10 +355,10 @@ def test_more_images_than_an_axis_of_cudas_grid(device, monkeypatch):
 @interpreter.on_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_bad_features_on_cuda_take_no_part(normalization, dtype, device):
+def test_invalid_features_are_ignored_on_cuda(normalization, dtype, device):
     features, values = (normal(1, n, 100, dtype=dtype).to(device) for n in (2, 3))
     features[0, 1, 7] = float("nan")
-    with told_by_check("features .*NaN"):
+    with raised_by_check("features .*NaN"):
         got = high(values, features, normalization=normalization)
     rest = torch.arange(100) != 7
     want = high(values[:, :, rest], features[:, :, rest], normalization=normalization)
@@ -380,8 +369,8 @@ def test_bad_features_on_cuda_take_no_part(normalization, dtype, device):
 # --- gradients ---
 
 
-def test_gradients_hold_everywhere(device):
-    # Points on each other, where the lattice has no gradient: here the filter is smooth.
+def test_gradients_of_coinciding_points(device):
+    # The lattice has no gradient at such points; the exact filter is smooth.
     features = torch.zeros(1, 2, 6, dtype=torch.float64, device=device)
     features[0, 0, 3:] = 1
     values = normal(1, 2, 6).to(device)
@@ -400,7 +389,7 @@ def test_gradcheck_of_queries(normalization, device):
     )
 
 
-def test_gradients_of_a_nan_are_no_numbers(device):
+def test_gradients_of_nan_values(device):
     features, values = normal(1, 2, 70).to(device), normal(1, 2, 70).to(device)
     values[0, 1, 3] = float("nan")
     inputs = [values.requires_grad_(), features.requires_grad_()]
@@ -409,7 +398,7 @@ def test_gradients_of_a_nan_are_no_numbers(device):
     assert not bool(grads[1].isfinite().any())
 
 
-def test_the_second_derivative_is_refused():
+def test_second_derivative_raises():
     features, values = (normal(1, 2, 5).requires_grad_() for _ in range(2))
     for function in (high, torch.compile(high, fullgraph=True, backend="eager")):
         (grad,) = torch.autograd.grad(function(values, features).sum(), features, create_graph=True)
@@ -421,7 +410,7 @@ def test_the_second_derivative_is_refused():
 
 
 def _clusters(dims: int = 3, count: int = 3000) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points in clusters, most of them out of each other's reach."""
+    """Points in clusters, most of which are out of each other's reach."""
     centres = 60 * normal(2, dims, 20)
     which = torch.randint(0, 20, (count,))
     return centres[:, :, which] + normal(2, dims, count), normal(2, 2, count)
@@ -429,7 +418,7 @@ def _clusters(dims: int = 3, count: int = 3000) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [False, True])
-def test_culling_changes_nothing(dtype, queries, device, monkeypatch):
+def test_culling_does_not_change_results(dtype, queries, device, monkeypatch):
     images, count = (1, 1000) if interpreter.on() else (2, 3000)
     features, values = (t[:images].to(device, dtype) for t in _clusters(count=count))
     at = features[:, :, ::3].contiguous() if queries else None
@@ -451,14 +440,14 @@ def test_culling_changes_nothing(dtype, queries, device, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [1, 1000, 10**6])
-def test_what_is_out_of_reach_weighs_nothing(dtype, keys):
+def test_points_out_of_reach_have_negligible_weight(dtype, keys):
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     assert keys * math.exp(-plans.reach(dtype, keys, True) / 2) == pytest.approx(eps / 2)
     assert math.exp(-plans.reach(dtype, keys, False) / 2) == pytest.approx(tiny)
 
 
 @pytest.mark.parametrize("count", [1, TILE, TILE + 1, 1000, 4096, 5000])
-def test_the_order_is_one_and_its_tiles_are_small(count):
+def test_kd_order_is_a_permutation_with_small_tiles(count):
     features = normal(2, 2, count)
     order = points.kd_order(features, TILE)
     assert torch.equal(order.sort(dim=1).values, torch.arange(count).expand(2, count))
@@ -467,7 +456,7 @@ def test_the_order_is_one_and_its_tiles_are_small(count):
         assert float((high_ - low).mean()) < 8 * (TILE / count) ** 0.5
 
 
-def test_rows_come_back_in_place():
+def test_rows_round_trip():
     features, values = normal(2, 3, 150), normal(2, 4, 150)
     sorted_ = Points(features)
     rows = sorted_.rows(values)
@@ -479,7 +468,7 @@ def test_rows_come_back_in_place():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("queries", [False, True])
-def test_the_native_kernel_agrees_with_blocks(dtype, queries):
+def test_native_kernel_agrees_with_blocked_torch(dtype, queries):
     features = _clusters()[0].to(dtype)
     keys = Points(features)
     at = Points(features[:, :, ::3].contiguous()) if queries else keys
@@ -494,7 +483,7 @@ def test_the_native_kernel_agrees_with_blocks(dtype, queries):
 
 
 @pytest.mark.parametrize("simd", ["base", "avx2"])
-def test_every_instruction_set_agrees_with_brute_force(simd, tmp_path):
+def test_instruction_sets_agree_with_brute_force(simd, tmp_path):
     code = """
 import torch
 from segkernels import gaussian_filter
@@ -520,8 +509,8 @@ print("same")
     assert done.stdout == "same\n", done.stderr
 
 
-def test_memory_is_that_of_the_points():
-    # 20,000 points: their weights would be 3.2 GB.
+def test_memory_is_linear_in_the_points():
+    # The weights of 20,000 points would need 3.2 GB.
     with torch.profiler.profile(profile_memory=True, with_stack=False) as profile:
         high(torch.rand(1, 1, 20_000), torch.rand(1, 2, 20_000) * 200)
     largest = max(event.cpu_memory_usage for event in profile.events())
@@ -530,7 +519,7 @@ def test_memory_is_that_of_the_points():
 
 @pytest.mark.parametrize("device", interpreter.DEVICES)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_forward_mode_in_the_values(normalization: Any, device: str) -> None:
+def test_forward_mode_with_respect_to_values(normalization: Any, device: str) -> None:
     values, tangent = (torch.randn(2, 3, 20, dtype=torch.float64, device=device) for _ in range(2))
     features = torch.randn(2, 2, 20, dtype=torch.float64, device=device)
     for queries in (None, features[:, :, :7] + 0.1):

@@ -1,4 +1,4 @@
-"""The Triton kernels of the exact filter by themselves: values, compiles ahead of time."""
+"""Triton kernels of the exact Gaussian filter: values, and compiles ahead of time."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from segkernels.ops.gaussian_filter.points import TILE, Points
     ("dims", "count", "queries", "channels"),
     [(3, 70, 130, 40), (1, 1, 0, 1), (5, 300, 0, 3), (16, 65, 0, 70)],
 )
-def test_agree_with_blocks(dims, count, queries, channels):
+def test_agrees_with_blocked_torch(dims, count, queries, channels):
     from segkernels.ops.gaussian_filter import triton_kernels
 
     keys = Points(torch.randn(2, dims, count) * (3 / dims**0.5) + 100)
     at = Points(torch.randn(2, dims, queries) + 100) if queries else keys
     values, left = torch.randn(2, channels, count), torch.randn(2, channels, at.count)
-    values[:, 0] *= 1e6  # beyond float16
+    values[:, 0] *= 1e6  # out of float16's range
     values[0, -1] = 0
     rows, pair = keys.rows(values), (at.rows(left / channels), keys.rows(values))
     reach = 30.0 if count > 64 else 100.0
@@ -37,14 +37,14 @@ def test_agree_with_blocks(dims, count, queries, channels):
         got = triton_kernels.apply(at, keys, rows, reach, precise)
         error = float(((got - want).abs() / (scale + 1e-30)).max())
         assert error <= tolerance
-        # Products of float16 leave their mark, or they were not made.
+        # The error shows that the products really are in float16.
         assert precise or count == 1 or error > 1e-5
         got = triton_kernels.pull(at, keys, *pair, reach, precise)
         assert float((got - pulled).abs().max() / (pulled.abs().max() + 1e-30)) <= 2e-6
 
 
 @interpreter.on_triton
-def test_lists_are_the_tiles_within_reach(device):
+def test_lists_hold_the_tiles_within_reach(device):
     from segkernels.ops.gaussian_filter import triton_kernels
 
     points = Points(torch.randn(1, 2, 10000, device=device) * 20)
@@ -73,7 +73,7 @@ POINTERS = {
 
 
 def _kernel(name: str, dims: int, precise: bool) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """A kernel, its types and constants, with as many channels as a program takes."""
+    """A kernel with its types and constants, for the most channels that a program handles."""
     from segkernels.ops.gaussian_filter import triton_kernels
 
     types, block = dict(POINTERS), triton_kernels.block_of(1000, dims, precise)
@@ -89,7 +89,7 @@ def _kernel(name: str, dims: int, precise: bool) -> tuple[Any, dict[str, str], d
     return triton_kernels.apply_kernel, types, {**shape, **rest}
 
 
-# Bytes that a kernel may spill: by Triton's version, name, dimensions, precision, architecture.
+# Bytes that a kernel may spill, by (Triton version, name, dimensions, precise, architecture).
 SPILLS = {((3, 8), "apply", 6, True, 90): 8}
 
 
@@ -123,7 +123,7 @@ def test_compiles_without_spills(name, dims, precise, arch, tmp_path):
         assert "ex2.approx.ftz.f32" in made.asm["ptx"]
 
 
-def test_other_sizes_need_no_other_compile(monkeypatch):
+def test_other_sizes_do_not_recompile(monkeypatch):
     from segkernels.ops.gaussian_filter import triton_kernels
 
     compiles = triton_tools.note_compiles(monkeypatch)

@@ -1,3 +1,5 @@
+"""interpolate: the shared suite, torch's results, transposed resampling, layouts and tiles."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -101,8 +103,8 @@ class TestInterpolate(suite.OpSuite):
     ]
 
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-        # The coordinates are those of the dtype that torch computes in.
-        return self._widened(sample, dtype, device).of(_reference_of(dtype))
+        # The coordinates have the dtype that torch computes in.
+        return self._widened(sample, dtype, device).run(_reference_of(dtype))
 
     def expected_gradients(
         self, sample: Sample, dtype: torch.dtype, device: str
@@ -123,7 +125,7 @@ def _reference_of(dtype: torch.dtype) -> Any:
 def calls(
     draw: st.DrawFn, device: str = "cpu", dtypes: Sequence[torch.dtype] = tuple(_dtypes.FLOATING)
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """An input in any dtype and layout, and the arguments of a resampling."""
+    """An input in any dtype and layout, and arguments of `interpolate`."""
     sizes = st.integers(1, 24) | st.sampled_from([33, 65, 200])
     planes = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     if device == "cpu" and _native.on_cuda(torch.device(device)):  # emulated, so slow
@@ -151,7 +153,7 @@ def calls(
 
 
 def _torch_rounded(x: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """torch's, computed in float32 for the half types."""
+    """torch's result, computed in float32 for half precision and then rounded."""
     return F.interpolate(x.to(_dtypes.compute_dtype(x.dtype)), **kwargs).to(x.dtype)
 
 
@@ -162,14 +164,14 @@ def check_equals_torch(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     if kwargs["mode"].startswith("nearest"):
         assert torch.equal(ours, theirs)
         return
-    # Half types: the float32 sums round to the same number, or to its neighbour.
+    # Half precision: the float32 sums round to the same value or to its neighbour.
     rtol = {torch.float16: 2**-10, torch.bfloat16: 2**-7}.get(x.dtype, 0.0)
-    # torch's CUDA kernels sum bicubic's taps in another order.
+    # torch's CUDA kernels add bicubic's taps in another order.
     other_sums = x.is_cuda and kwargs["mode"] == "bicubic" and x.dtype != torch.float64
     rtol = max(rtol, 1e-6) if other_sums else rtol
     atol = 1e-12 if x.dtype == torch.float64 else 2e-6
     if not x.is_cuda and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
-        # Without FMA torch rounds a coordinate once more: half an ulp of it, times a slope.
+        # Without FMA torch rounds a coordinate once more: an error of half an ulp times the slope.
         half_ulp = 2**-53 if x.dtype == torch.float64 else 2**-24
         atol += half_ulp * max(x.shape[2:]) * float(x.max() - x.min())
     torch.testing.assert_close(ours.double(), theirs.double(), rtol=rtol, atol=atol)
@@ -181,7 +183,7 @@ def test_equals_torch(device: str, data: st.DataObject) -> None:
     check_equals_torch(*data.draw(calls(device)))
 
 
-def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
+def check_backward_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     x = x.detach().requires_grad_()
     out = segkernels.interpolate(x, **kwargs)
     g = torch.randn(out.shape, dtype=out.dtype).to(out.device)
@@ -189,15 +191,15 @@ def check_is_the_transpose(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     left, right = (out * g).sum(), (x * grad).sum()
     scale = (out.abs() * g.abs()).sum() + (x.abs() * grad.abs()).sum()
     assert abs(left - right) <= 1e-13 * scale
-    # A constant gradient counts every weight once: a missing or doubled reader would show.
+    # A constant gradient sums all weights, so a missing or repeated weight would show.
     (ones,) = torch.autograd.grad(segkernels.interpolate(x, **kwargs).sum(), x)
     assert ones.sum().item() == pytest.approx(out.numel(), rel=1e-12)
 
 
 @pytest.mark.parametrize("device", suite.DEVICES)
 @given(data=st.data())
-def test_the_backward_is_the_transpose(device: str, data: st.DataObject) -> None:
-    check_is_the_transpose(*data.draw(calls(device, [torch.float64])))
+def test_backward_is_the_transpose(device: str, data: st.DataObject) -> None:
+    check_backward_is_the_transpose(*data.draw(calls(device, [torch.float64])))
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -224,15 +226,15 @@ def test_cuda_equals_the_cpu(call: tuple[torch.Tensor, dict[str, Any]], rule: in
     with emulated(False):
         _close(ours, native.resample(x, r), 1e-5)
         grad = native.resample(g, r.transposed())
-    # Sums of many terms in another order.
+    # Sums of many terms, in another order.
     _close(our_grad, grad, 2e-5 * (grad.double().abs().max().item() + 1))
 
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_a_map_that_keeps_its_size_is_copied_on_cuda(mode: str, value: float) -> None:
-    """Forward and backward, as torch's kernels do."""
+def test_same_size_is_copied_on_cuda(mode: str, value: float) -> None:
+    """In forward and backward, as by torch's kernels."""
     x = torch.randn(1, 2, 4, 5)
     x[0, :, 1, 2] = value
     r = Resampling((4, 5), (4, 5), (0.0, 0.0), mode, False, 2, False)
@@ -271,7 +273,7 @@ def test_tiles_of_extreme_ratios(
         torch.testing.assert_close(ours, native.resample(g, r), rtol=1e-11, atol=1e-11)
 
 
-# Fewer and more channels than a vector has, rows that outputs share or not.
+# Fewer and more channels than vector lanes; ratios whose outputs share rows or not.
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("channels", [3, 19, 70])
 @pytest.mark.parametrize("sizes", [(33, 16), (40, 20), (16, 33), (16, 32)], ids=str)
@@ -289,14 +291,14 @@ def test_layouts_and_ratios(
     grad = torch.randn_like(out)
     out.backward(grad)
     expected.backward(grad.to(wide.dtype))
-    # The sums differ by their last bit, which may round a half to its neighbour.
+    # The sums differ in the last bit, which may round half precision to a neighbour.
     half = dtype in (torch.float16, torch.bfloat16)
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps if half else 1e-5}
     torch.testing.assert_close(out, expected.to(dtype), **close)
     torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), **close)
 
 
-def test_a_nan_beside_an_unchanged_axis_stays_where_it_is() -> None:
+def test_nan_does_not_spread_along_an_unchanged_axis() -> None:
     x = torch.zeros(1, 1, 3, 4)
     x[0, 0, 1, 2] = float("nan")
     out = segkernels.interpolate(x, (3, 8), mode="bilinear")
@@ -305,7 +307,7 @@ def test_a_nan_beside_an_unchanged_axis_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_halves_are_computed_in_float32(mode: str) -> None:
+def test_half_precision_is_computed_in_float32(mode: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.randn(2, 3, 9, 8).to(dtype)
         expected = segkernels.interpolate(x.float(), (20, 31), mode=mode).to(dtype)
@@ -313,12 +315,12 @@ def test_halves_are_computed_in_float32(mode: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_every_half_survives_and_rounds_as_torch_rounds(dtype: torch.dtype) -> None:
+def test_every_half_precision_value_is_copied_and_rounded_as_by_torch(dtype: torch.dtype) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     every = every[~torch.isnan(every)].reshape(1, 1, 1, -1)
     copied = segkernels.interpolate(every, (2, every.size(3)), mode="nearest")
     assert torch.equal(copied[:, :, 1:], every)
-    # The mean of neighbours, which lies on a tie wherever their last bits differ.
+    # The mean of two neighbours is a rounding tie where their last bits differ.
     x = every[torch.isfinite(every)].reshape(1, 1, 1, -1)
     pairs = torch.stack((x, x.roll(1)), 2).reshape(1, 1, 2, -1)
     ours = segkernels.interpolate(pairs, (1, pairs.size(3)), mode="bilinear")
@@ -337,7 +339,7 @@ def test_every_half_survives_and_rounds_as_torch_rounds(dtype: torch.dtype) -> N
     ],
     ids=["3d", "5d", "area", "antialias", "uint8"],
 )
-def test_the_rest_is_torchs(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
+def test_other_inputs_are_passed_to_torch(x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     assert torch.equal(segkernels.interpolate(x, **kwargs), F.interpolate(x, **kwargs))
 
 
@@ -368,7 +370,7 @@ def test_dynamic_shapes_compile_once() -> None:
     assert count.frame_count == 1
 
 
-def test_a_strided_input_gives_torchs_layout() -> None:
+def test_output_layout_of_strided_inputs() -> None:
     base = torch.randn(2, 6, 8, 8).contiguous(memory_format=torch.channels_last)
     for x in (base[..., ::2], base[:, 1:4], base[:, :, 1:], base.transpose(2, 3)):
         ours = segkernels.interpolate(x, (12, 10), mode="bilinear")

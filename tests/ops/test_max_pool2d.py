@@ -1,4 +1,4 @@
-"""max_pool2d: the shared suite, torch bit for bit, codes, and what torch refuses."""
+"""max_pool2d: the shared suite, torch's results bit for bit, codes, and torch's errors."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ class TestMaxPool2d(suite.OpSuite):
 
 
 def special_values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
-    """Few values, so that many are equal, with both zeros, infinities and NaNs among them."""
+    """Few distinct values, to have ties, including both zeros, infinities and NaN."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.tensor([0.0, -0.0, 1.0, -1.0, 2.0, torch.inf, -torch.inf, torch.nan])
     return values[torch.randint(0, 8, shape, generator=generator)].to(dtype)
 
 
 def identical(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """The same bits but for the bits of NaNs: the sign of zero counts."""
+    """Whether all bits are equal, except those of NaNs: the sign of zero counts."""
     signs = torch.signbit(a) == torch.signbit(b) if a.is_floating_point() else a == b
     return same_bits(a, b) and bool((signs | (a != a)).all())
 
@@ -142,14 +142,14 @@ def test_equals_torch_bit_for_bit(case: Any, dtype: torch.dtype, layout: str, de
         assert ours.stride() == values.stride()
         assert our_indices.stride() == indices.stride()
         if device == "cuda" and layout == "channels_last":
-            # torch's kernel for it says 0 where a window holds nothing but -inf, its others not.
+            # torch's channels_last kernel, unlike its others, gives index 0 for windows of -inf.
             indices = F.max_pool2d(x.contiguous(), *case, return_indices=True)[1]
         assert torch.equal(our_indices, indices)
         assert identical(segkernels.max_pool2d(x, *case), values)
 
 
 @pytest.mark.parametrize("device", suite.DEVICES)
-def test_unbatched_is_a_batch_of_one(device: str) -> None:
+def test_unbatched_equals_a_batch_of_one(device: str) -> None:
     x = torch.randn(3, 7, 8, device=device, requires_grad=True)
     for kind in ("return_codes", "return_indices"):
         values, positions = segkernels.max_pool2d(x, 2, **{kind: True})
@@ -164,14 +164,14 @@ def test_unbatched_is_a_batch_of_one(device: str) -> None:
         assert torch.equal(grad, wanted)
 
 
-def test_windows_must_end_below_2_31() -> None:
+def test_window_positions_must_be_below_2_31() -> None:
     x = torch.randn(1, 1, 4, 4)
     assert torch.equal(segkernels.max_pool2d(x, 2, 2**31 - 3), x[:, :, :2, :2].amax((2, 3), True))
     with pytest.raises(ValueError, match="must be below 2\\^31"):
         segkernels.max_pool2d(x, 2, 2**31 - 2)
 
 
-def test_a_window_with_no_cell_inside_is_torchs() -> None:
+def test_window_outside_the_image() -> None:
     x = torch.ones(1, 1, 1)
     values, indices = segkernels.max_pool2d(x, 2, 2, 1, 3, True, True)
     assert values.item() == -torch.inf
@@ -191,16 +191,16 @@ def test_gradients_equal_torchs(case: Any, layout: str) -> None:
     grad = torch.randn_like(values)
     values.backward(grad)
     F.max_pool2d(theirs, *case).backward(grad)
-    # Float sums in row order, as torch's on the CPU.
+    # The sums run in row order, as torch's on the CPU.
     assert torch.equal(ours.grad, theirs.grad)
 
 
-# Lines of windows shorter and longer than the CPU's loops take at a time, channels fewer and more.
+# More and fewer windows per row, and channels, than the CPU's inner loops handle at once.
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 701), (1, 19, 40, 23), (2, 70, 9, 130)], ids=str)
 @pytest.mark.parametrize("case", [(2,), (3, 2), (3, 2, 1), (3, 1, 1), (2, 2, 0, 2)], ids=str)
 @pytest.mark.parametrize("dtype", suite.OpSuite.dtypes, ids=str)
-def test_long_lines_and_many_channels(
+def test_long_rows_and_many_channels(
     case: Any, shape: tuple[int, ...], layout: str, dtype: torch.dtype
 ) -> None:
     x = suite.with_layout(torch.randn(shape).to(dtype), layout)
@@ -226,7 +226,7 @@ def test_long_lines_and_many_channels(
         assert same_bits(pooled.grad, plane.flatten(2).gather(2, indices.flatten(2)).view_as(plain))
 
 
-def test_windows_of_many_lines_have_gradients() -> None:
+def test_gradients_of_tall_windows() -> None:
     x = torch.randn(1, 20, 400, 3).contiguous(memory_format=torch.channels_last)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
     segkernels.max_pool2d(ours, (300, 1), 1).square().sum().backward()
@@ -236,15 +236,15 @@ def test_windows_of_many_lines_have_gradients() -> None:
 
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("return_kind", ["return_indices", "return_codes"])
-def test_gradients_of_half_types_are_summed_in_float(return_kind: str, device: str) -> None:
-    # 225 windows share one maximum: in bfloat16 their sum would be rounded again and again.
+def test_half_precision_gradients_accumulate_in_float32(return_kind: str, device: str) -> None:
+    # 225 windows share one maximum.
     x = torch.zeros(1, 1, 33, 65, dtype=torch.bfloat16, device=device)
     x[..., 16, 32] = 1
     for layout in ("contiguous", "channels_last"):
         plane = suite.with_layout(x.expand(1, 2, -1, -1), layout).requires_grad_()
         values, _ = segkernels.max_pool2d(plane, 15, 1, 7, **{return_kind: True})
         values.backward(torch.full_like(values, 3))
-        # 675 rounds to 676; summed in bfloat16 it is 812.
+        # 3 * 225 = 675 rounds to 676; accumulated in bfloat16 it would be 812.
         assert plane.grad[0, 0, 16, 32] == 676
 
 
@@ -286,7 +286,7 @@ def test_any_arguments_equal_torch(
     assert torch.equal(codes, reference.max_pool2d(x, *args, return_codes=True)[1])
 
 
-def test_integers_are_torchs() -> None:
+def test_integers_are_passed_to_torch() -> None:
     x = torch.randint(0, 9, (1, 2, 6, 6))
     for mine, theirs in zip(
         segkernels.max_pool2d(x, 2, return_indices=True),
@@ -296,7 +296,7 @@ def test_integers_are_torchs() -> None:
         assert torch.equal(mine, theirs)
 
 
-def test_one_byte_is_kept_for_the_gradient() -> None:
+def test_saves_one_byte_per_window() -> None:
     kept: list[torch.Tensor] = []
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""max_unpool2d: the shared suite, torch, round trips, duplicates, and positions out of range."""
+"""max_unpool2d: the shared suite, torch's results, round trips, duplicates, invalid positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emulation import ON_CUDA
-from lattice_points import raises_for_values
+from lattice_points import raises_in_call
 from ops import suite
 from ops.suite import Error, Float, Sample, same_bits
 
@@ -25,7 +25,7 @@ from segkernels.ops.max_unpool2d import reference
 
 
 def codes_of(shape: tuple[int, ...], *args: Any, **kwargs: Any) -> suite.Make:
-    """Codes of pooling standard normal values of `shape`."""
+    """Codes from pooling standard normal values of `shape`."""
     return lambda g: pool_reference.max_pool2d(
         torch.randn(shape, generator=g), *args, return_codes=True, **kwargs
     )[1]
@@ -38,7 +38,7 @@ def indices_of(shape: tuple[int, ...], *args: Any) -> suite.Make:
 
 
 def anywhere(shape: tuple[int, ...], places: int) -> suite.Make:
-    """Indices into a plane of `places`, many of them the same."""
+    """Random indices into a plane of `places` pixels, with duplicates."""
     return lambda g: torch.randint(0, places, shape, generator=g)
 
 
@@ -187,7 +187,7 @@ def test_equals_torch(size: Any, case: Any, dtype: torch.dtype, layout: str, dev
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [(2,), (3, 2, 1), (2, 3), (3, 1, 1), (2, 2, 0, 2)], ids=str)
-def test_round_trip_leaves_the_maxima(case: Any, layout: str, device: str) -> None:
+def test_round_trip_keeps_the_maxima(case: Any, layout: str, device: str) -> None:
     x = suite.with_layout(torch.randn(2, 6, 13, 16), layout).to(device)
     values, codes = segkernels.max_pool2d(x, *case, return_codes=True)
     _, indices = segkernels.max_pool2d(x, *case, return_indices=True)
@@ -205,8 +205,8 @@ def test_round_trip_leaves_the_maxima(case: Any, layout: str, device: str) -> No
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
-def test_the_last_in_row_order_stays(dtype: torch.dtype, layout: str, device: str) -> None:
-    # 3x3 windows two apart: cell (2, 2) of each is cell (0, 0) of the next along the diagonal.
+def test_last_duplicate_in_row_order_wins(dtype: torch.dtype, layout: str, device: str) -> None:
+    # 3x3 windows with stride 2: cell (2, 2) of one window is cell (0, 0) of its diagonal neighbour.
     x = torch.arange(1.0, 10).reshape(1, 1, 3, 3).repeat(1, 7, 1, 1).to(device)
     x = suite.with_layout(x, layout)
     codes = torch.tensor([[8, 6, 6], [2, 0, 0], [2, 0, 0]], dtype=torch.uint8, device=device)
@@ -220,8 +220,8 @@ def test_the_last_in_row_order_stays(dtype: torch.dtype, layout: str, device: st
     assert torch.equal(out, expected.expand(1, 7, 7, 7))
 
 
-def pointed(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """Values, indices and the arguments of an unpooling to the size of `x`."""
+def unpooling(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Values, indices of the given kind and arguments of an unpooling to the size of `x`."""
     generator = torch.Generator().manual_seed(0)
     if kind in ("tiles", "overlaps", "padded", "far"):
         args = {"tiles": (2, 2, 0), "overlaps": (3, 2, 0), "padded": (3, 2, 1), "far": (7, 2, 2)}
@@ -243,12 +243,12 @@ def pointed(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tup
     "kind",
     ["tiles", "overlaps", "padded", "far", "anywhere", "one place", "upside down", "one astray"],
 )
-def test_indices_of_many_lines_are_written_in_their_order(kind: str, threads: int) -> None:
-    # Several blocks of lines of a channels_last image, whatever the indices (window/scatter.h).
+def test_order_of_writes_in_channels_last(kind: str, threads: int) -> None:
+    # Images of several blocks of lines, for regular and irregular indices (csrc/window/scatter.h).
     shape = (2, 96, 131, 70)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     x = x.contiguous(memory_format=torch.channels_last)
-    values, indices, args = pointed(kind, x)
+    values, indices, args = unpooling(kind, x)
     torch.set_num_threads(threads)
     out = segkernels.max_unpool2d(values, indices, *args, output_size=shape[2:])
     rows, values = indices.flatten(2), values.flatten(2)
@@ -258,7 +258,7 @@ def test_indices_of_many_lines_are_written_in_their_order(kind: str, threads: in
     assert torch.equal(out, expected.view(shape))
 
 
-def test_each_source_reads_the_gradient_where_it_pointed() -> None:
+def test_duplicate_indices_all_get_the_gradient() -> None:
     x = torch.ones(1, 1, 1, 3, requires_grad=True)
     out = segkernels.max_unpool2d(x, torch.tensor([[[[1, 1, 0]]]]), (1, 2))
     out.backward(torch.arange(6.0).reshape(1, 1, 1, 6))
@@ -284,25 +284,25 @@ def test_twice_differentiable(positions: str, device: str) -> None:
 
 
 @pytest.fixture
-def walled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every output lies between walls of NaN (integers: 7), which must stand afterwards."""
-    walls: list[torch.Tensor] = []
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Allocate every output between guards of NaN (7 for integers), which must not be written."""
+    guards: list[torch.Tensor] = []
 
     def empty(x: torch.Tensor, size: Any, w: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         shape = (x.size(0), x.size(1), *size)
-        count, wall = x.size(0) * x.size(1) * size[0] * size[1], 4096
+        count, guard = x.size(0) * x.size(1) * size[0] * size[1], 4096
         fill = 7 if dtype is not None and not dtype.is_floating_point else float("nan")
-        buffer = torch.full((count + 2 * wall,), fill, dtype=dtype or x.dtype, device=x.device)
-        walls.extend((buffer[:wall], buffer[wall + count :]))
-        inside = buffer[wall : wall + count]
+        buffer = torch.full((count + 2 * guard,), fill, dtype=dtype or x.dtype, device=x.device)
+        guards.extend((buffer[:guard], buffer[guard + count :]))
+        inside = buffer[guard : guard + count]
         if w.channels_last:
             return inside.view(shape[0], *size, shape[1]).permute(0, 3, 1, 2)
         return inside.view(shape)
 
     monkeypatch.setattr(_windows, "empty", empty)
     yield
-    assert walls
-    assert all(bool(((wall == 7) | wall.isnan()).all()) for wall in walls)
+    assert guards
+    assert all(bool(((guard == 7) | guard.isnan()).all()) for guard in guards)
 
 
 def out_of_range(dtype: torch.dtype) -> list[int]:
@@ -313,8 +313,8 @@ def out_of_range(dtype: torch.dtype) -> list[int]:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("case", [(2, 2, 0), (3, 2, 1), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
-@pytest.mark.usefixtures("walled")
-def test_out_of_range_raises_and_writes_nothing_outside(
+@pytest.mark.usefixtures("guarded")
+def test_invalid_positions_raise_and_write_nothing(
     dtype: torch.dtype,
     case: Any,
     layout: str,
@@ -331,11 +331,11 @@ def test_out_of_range_raises_and_writes_nothing_outside(
             positions[0, :, :, 0] = 4 if case[2] and dtype == torch.uint8 else 0
             segkernels.max_unpool2d(x, positions, *case)
             positions[place] = bad
-            with raises_for_values(f": {name} must be"):
+            with raises_in_call(f": {name} must be"):
                 segkernels.max_unpool2d(x, positions, *case)
 
 
-def test_a_code_in_the_padding_or_beyond_the_output_raises() -> None:
+def test_code_outside_the_output_raises() -> None:
     x, codes = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2, dtype=torch.uint8)
     with pytest.raises(ValueError, match="max_unpool2d: codes"):
         segkernels.max_unpool2d(x, codes, 3, 2, 1)
@@ -347,7 +347,7 @@ def test_a_code_in_the_padding_or_beyond_the_output_raises() -> None:
 @pytest.mark.parametrize("device", ON_CUDA)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_out_of_range_on_cuda_is_left_out_and_told_by_check(
+def test_invalid_positions_are_skipped_and_reported_by_check(
     dtype: torch.dtype, layout: str, device: str
 ) -> None:
     segkernels.check()

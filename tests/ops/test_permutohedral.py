@@ -1,5 +1,5 @@
-"""The lattice filter: pydensecrf's figures, the reference in float64, transposes, gradients, keys,
-layouts, determinism, compilation, and what is refused."""
+"""Permutohedral lattice filter: pydensecrf's values, the float64 reference, gradients, keys,
+errors, layouts, determinism, compilation and torch.func."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lattice_points import (
     EVERY_DIMS,
-    inside,
+    assert_near,
+    draw_features,
+    normal,
     poisoned,
-    raises_for_values,
-    told_by_check,
+    raised_by_check,
+    raises_in_call,
     weights_of,
 )
 from torch.autograd import forward_ad
@@ -30,30 +32,19 @@ from segkernels.ops.permutohedral.native import MAX_DIMS, NORMALIZATIONS
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 DTYPES = (torch.float32, torch.float64)
-WAYS = list(product(NORMALIZATIONS, (False, True)))
+WAYS = list(product(NORMALIZATIONS, (False, True)))  # (normalization, transpose)
 # Relative to the largest magnitude of the result.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-13}
 CHANNELS = (1, 2, 4, 5, 21, 33, 150)
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64).to(dtype)
-
-
-def assert_near(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    assert got.shape == want.shape
-    want = want.detach().cpu().double()
-    error = (got.detach().cpu().double() - want).abs().max()
-    assert float(error) <= tolerance * float(want.abs().max())
-
-
 def overlapping(dims: int, *spatial: int, batch: int = 2, margin: float = 1e-3) -> torch.Tensor:
-    """Features (batch, dims, *spatial) so near each other that points share vertices."""
-    return inside((batch, dims, *spatial), spread=1.2 / dims**0.5, margin=margin)
+    """Features (batch, dims, *spatial) close enough for points to share vertices."""
+    return draw_features((batch, dims, *spatial), spread=1.2 / dims**0.5, margin=margin)
 
 
 def oracle(values: torch.Tensor, features: torch.Tensor) -> dict[tuple[str, bool], torch.Tensor]:
-    """The reference for every way of filtering; each image's lattice is built once."""
+    """The reference for every way of filtering; builds each image's lattice once."""
     lattices = [reference.ReferenceLattice(f.flatten(1).T) for f in features]
     out = {}
     for way in WAYS:
@@ -63,7 +54,7 @@ def oracle(values: torch.Tensor, features: torch.Tensor) -> dict[tuple[str, bool
     return out
 
 
-# --- figures of pydensecrf ---
+# --- golden values from pydensecrf ---
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +85,13 @@ def test_agrees_with_pydensecrf(dims, device, golden):
         assert float(error.median()) <= 1e-6, name
 
 
-def test_the_figures_tell_the_transpose_from_the_filter(golden):
+def test_golden_values_distinguish_the_transpose(golden):
     for dims in (2, 5, 8):
         forward, back = golden[f"d{dims}_filtered"], golden[f"d{dims}_filtered_transpose"]
         assert np.abs(forward - back).max() > 0.005 * np.abs(forward).max()
 
 
-# --- the reference in float64 ---
+# --- the float64 reference ---
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -124,7 +115,7 @@ def test_agrees_with_reference(dims, dtype, device):
     channels=st.integers(1, 9),
     spatial=st.lists(st.integers(1, 7), min_size=1, max_size=3),
     way=st.sampled_from(WAYS),
-    # 0: every point at one place, where all comparisons are ties.
+    # 0: all points coincide, so all comparisons are ties.
     spread=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
     seed=st.integers(0, 2**31),
 )
@@ -140,7 +131,7 @@ def test_any_call_agrees_with_reference(dims, batch, channels, spatial, way, spr
 
 
 def test_pixels_on_a_grid(device):
-    # Coordinates from 0, as an image has them: exact ties wherever one is 0.
+    # Integer coordinates from 0, as in an image, give exact ties where one is 0.
     y, x = torch.meshgrid(torch.arange(37.0), torch.arange(53.0), indexing="ij")
     features = torch.stack([x / 3, y / 3])[None]
     values = normal(1, 2, 37, 53, dtype=torch.float32)
@@ -162,7 +153,7 @@ def test_pixels_on_a_grid(device):
 def test_images_of_several_tiles(spatial, device):
     points = torch.Size(spatial).numel()
     features = torch.rand(2, 3, points, dtype=torch.float64) * 6
-    # Neighbours alike, as in a photograph.
+    # Neighbouring points are similar, as in a photograph.
     features += torch.linspace(0, 40, points, dtype=torch.float64)
     features = features.view(2, 3, *spatial)
     values, weight = normal(2, 2, *spatial), normal(2, 2, *spatial)
@@ -180,8 +171,8 @@ def test_images_of_several_tiles(spatial, device):
         assert_near(g, w, 1e-11)
 
 
-def test_more_channels_than_16_bits_count():
-    features, values = inside((1, 2, 3)), normal(1, 33_000, 3)
+def test_more_channels_than_16_bits():
+    features, values = draw_features((1, 2, 3)), normal(1, 33_000, 3)
     got = permutohedral_filter(values, features)
     for some in (slice(0, 3), slice(-3, None)):
         assert_near(got[:, some], reference.permutohedral_filter(values[:, some], features), 1e-12)
@@ -190,14 +181,14 @@ def test_more_channels_than_16_bits_count():
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_channels(channels, dtype, device):
-    features, values = inside((2, 5, 6, 5)), normal(2, channels, 6, 5, dtype=dtype)
+    features, values = draw_features((2, 5, 6, 5)), normal(2, channels, 6, 5, dtype=dtype)
     want = reference.permutohedral_filter(values.double(), features, "symmetric")
     got = permutohedral_filter(values.to(device), features.to(device, dtype), "symmetric")
     assert_near(got, want, TOLERANCE[dtype])
 
 
 def test_default_is_a_weighted_average(device):
-    features = inside((1, 3, 40), spread=2).to(device)
+    features = draw_features((1, 3, 40), spread=2).to(device)
     values = normal(1, 2, 40).to(device)
     filtered = permutohedral_filter(values, features)
     assert torch.equal(filtered, permutohedral_filter(values, features, "after", False))
@@ -217,7 +208,7 @@ def test_transposes_and_normalisations_as_matrices(dims, device):
     eye = torch.eye(count, dtype=torch.float64, device=device)[None]
 
     def matrix(normalization, transpose=False):
-        # Channel c holds the c-th unit vector: column c of the operator.
+        # Channel c holds the c-th unit vector, so the output is column c of the operator.
         return lattice.filter(eye, normalization, transpose)[0].T
 
     kernel = matrix("none")
@@ -232,7 +223,7 @@ def test_transposes_and_normalisations_as_matrices(dims, device):
     for normalization, want in expected.items():
         assert_near(matrix(normalization), want, 1e-13)
         assert_near(matrix(normalization, transpose=True), want.T, 1e-13)
-    # Not symmetric from two dimensions on, so the transpose is not the filter again.
+    # The operator is symmetric only in one dimension.
     asymmetry = float((kernel - kernel.T).abs().max() / kernel.abs().max())
     assert asymmetry < 1e-13 if dims == 1 else asymmetry > 1e-3
 
@@ -240,7 +231,7 @@ def test_transposes_and_normalisations_as_matrices(dims, device):
 @pytest.mark.parametrize("way", WAYS)
 def test_transpose_is_the_adjoint(way, device):
     normalization, transpose = way
-    features = inside((2, 5, 9, 8)).to(device)
+    features = draw_features((2, 5, 9, 8)).to(device)
     v, w = normal(2, 3, 9, 8).to(device), normal(2, 3, 9, 8).to(device)
     left = (permutohedral_filter(v, features, normalization, transpose) * w).sum()
     right = (v * permutohedral_filter(w, features, normalization, not transpose)).sum()
@@ -260,8 +251,8 @@ def test_gradcheck(dims, way, device):
     )
 
 
-def test_gradcheck_notices_a_wrong_transpose():
-    # What peers do: the filter itself in place of its transpose.
+def test_gradcheck_detects_a_wrong_transpose():
+    # Other implementations use the filter itself in place of its transpose.
     class Wrong(torch.autograd.Function):
         @staticmethod
         def forward(ctx, values, features):
@@ -295,8 +286,8 @@ def test_gradients_agree_with_reference(dims, dtype, device):
             assert_near(g, w, 30 * TOLERANCE[dtype])
 
 
-def test_gradient_of_points_in_rows(device):
-    features, values = inside((1, 3, 30)), normal(1, 4, 30)
+def test_gradient_of_features_in_rows(device):
+    features, values = draw_features((1, 3, 30)), normal(1, 4, 30)
     weight = normal(1, 4, 30).to(device)
     whole = [values.to(device).requires_grad_(), features.to(device).requires_grad_()]
     rows = [t[0].T.contiguous().to(device).requires_grad_() for t in (values, features)]
@@ -307,8 +298,8 @@ def test_gradient_of_points_in_rows(device):
 
 
 @pytest.mark.parametrize("needed", ["values", "features"])
-def test_one_gradient_alone(needed, device):
-    features, values = inside((1, 3, 30)).to(device), normal(1, 4, 30).to(device)
+def test_gradient_with_respect_to_one_input(needed, device):
+    features, values = draw_features((1, 3, 30)).to(device), normal(1, 4, 30).to(device)
     both = [values.clone().requires_grad_(), features.clone().requires_grad_()]
     permutohedral_filter(*both).square().sum().backward()
     alone = [values.requires_grad_(needed == "values"), features]
@@ -321,8 +312,8 @@ def test_one_gradient_alone(needed, device):
             assert tensor.grad is None
 
 
-def test_gradients_through_a_lattice_used_twice(device):
-    features = inside((1, 4, 25)).to(device).requires_grad_()
+def test_gradients_of_two_calls_on_one_lattice(device):
+    features = draw_features((1, 4, 25)).to(device).requires_grad_()
     values = normal(1, 2, 25).to(device).requires_grad_()
     lattice = PermutohedralLattice(features)
     twice = lattice.filter(lattice.filter(values, "symmetric"), "after", True)
@@ -335,8 +326,8 @@ def test_gradients_through_a_lattice_used_twice(device):
 
 
 @pytest.mark.parametrize("changed", [0, 1])
-def test_inputs_changed_before_backward_are_noticed(changed, device):
-    inputs = [normal(1, 2, 20).to(device), inside((1, 3, 20)).to(device)]
+def test_in_place_change_before_backward_raises(changed, device):
+    inputs = [normal(1, 2, 20).to(device), draw_features((1, 3, 20)).to(device)]
     inputs = [t.requires_grad_() for t in inputs]
     out = permutohedral_filter(*inputs)
     with torch.no_grad():
@@ -346,8 +337,8 @@ def test_inputs_changed_before_backward_are_noticed(changed, device):
 
 
 @pytest.mark.parametrize("form", ["function", "lattice"])
-def test_second_derivative_is_refused(form, device):
-    features = inside((1, 2, 12)).to(device).requires_grad_()
+def test_second_derivative_raises(form, device):
+    features = draw_features((1, 2, 12)).to(device).requires_grad_()
     values = normal(1, 1, 12).to(device).requires_grad_()
     if form == "function":
         out = permutohedral_filter(values, features)
@@ -362,13 +353,13 @@ def test_second_derivative_is_refused(form, device):
 
 
 def unelevate(shift: torch.Tensor) -> torch.Tensor:
-    """The features, in float64, that `elevate` takes to `shift` (d + 1,), which sums to 0."""
+    """The float64 features that `elevate` maps to `shift` (d + 1,), which sums to 0."""
     dims = shift.shape[0] - 1
     basis = reference.elevate(torch.eye(dims, dtype=torch.float64))
     return torch.linalg.lstsq(basis.T, shift.double().unsqueeze(1)).solution.flatten()
 
 
-# As far out as the exact integers of the dtype go.
+# Up to the largest integers that are exact in the dtype.
 FAR = [
     (dims, dtype, bits)
     for dims in (1, 2, 3, 5, 7)
@@ -379,19 +370,19 @@ FAR = [
 
 
 @pytest.mark.parametrize(("dims", "dtype", "bits"), FAR)
-def test_keys_are_told_apart_beyond_any_packing(dims, dtype, bits, device):
+def test_keys_are_distinct_beyond_any_packing(dims, dtype, bits, device):
     step = (dims + 1) * 2**bits
-    # Copies of a cluster, moved so that every coordinate of every key differs by a multiple of
-    # 2**bits, or by nothing: cut to so many bits, their keys would be the same.
-    cluster = inside((1, dims, 60), spread=0.3, margin=0.3 / (dims + 1))[0].T
+    # Copies of one cluster, shifted so that key coordinates differ by multiples of 2**bits: cut to
+    # that many bits, the keys would be equal.
+    cluster = draw_features((1, dims, 60), spread=0.3, margin=0.3 / (dims + 1))[0].T
     shifts = [torch.zeros(dims + 1)]
     for axis in range(dims + 1):
         shift = torch.zeros(dims + 1)
         shift[axis] += step
         shift[(axis + 1) % (dims + 1)] -= step
         shifts.append(shift)
-    # The places where the clusters are as rounded in the dtype, which loses the points' own digits
-    # far out: all of a cluster's points are one place there if need be.
+    # Round to the dtype before counting vertices. Far from the origin this loses the low digits of
+    # the points, and all points of a cluster may coincide.
     moved = [(cluster + unelevate(shift)).to(dtype) for shift in shifts]
     values = torch.arange(1.0, len(shifts) + 1, dtype=dtype).repeat_interleave(60).unsqueeze(1)
     lattice = PermutohedralLattice(torch.cat(moved).to(device))
@@ -401,8 +392,8 @@ def test_keys_are_told_apart_beyond_any_packing(dims, dtype, bits, device):
 
 
 def colliding_keys() -> tuple[int, int]:
-    """Two coordinates of one-dimensional keys whose hashes agree in the 32 bits that a slot holds
-    and in those that choose the slot of a small table (`hash_of` in csrc/permutohedral/keys.h)."""
+    """Two coordinates of one-dimensional keys that collide in the hash table: their hashes agree in
+    the 32 bits stored in a slot and in the slot bits (`hash_of` in csrc/permutohedral/keys.h)."""
     keys = np.arange(2**20, 2**23, 64, dtype=np.uint64)
     keys = np.concatenate([keys + np.uint64(i) for i in range(0, 64, 2)])
     with np.errstate(over="ignore"):
@@ -417,7 +408,7 @@ def colliding_keys() -> tuple[int, int]:
     return int(keys[order[same[0]]]), int(keys[order[same[0] + 1]])
 
 
-def test_keys_with_one_fingerprint_are_told_apart(device):
+def test_keys_with_equal_fingerprints_are_distinct(device):
     # E = (c, -c) with c = f sqrt(2/3) 2 / sqrt(2): the nearest even c is the key of a vertex.
     keys = torch.tensor(colliding_keys(), dtype=torch.float64)
     features = ((keys + 0.25) / (2 / 3**0.5)).unsqueeze(1)
@@ -427,18 +418,18 @@ def test_keys_with_one_fingerprint_are_told_apart(device):
     assert_near(lattice.filter(values.to(device)), values, 1e-14)
 
 
-def test_images_of_a_batch_share_no_vertex(device):
-    features = inside((1, 3, 20)).to(device).expand(3, -1, -1)
+def test_images_of_a_batch_share_no_vertices(device):
+    features = draw_features((1, 3, 20)).to(device).expand(3, -1, -1)
     values = torch.arange(1.0, 4.0, dtype=torch.float64).view(3, 1, 1).expand(3, 1, 20).to(device)
     assert_near(permutohedral_filter(values, features), values, 1e-14)
 
 
-# --- values at fault ---
+# --- invalid values ---
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-def test_features_that_are_not_finite(bad, dtype, device):
+def test_non_finite_features(bad, dtype, device):
     features = normal(1, 3, 4, 5, dtype=dtype).to(device)
     features[0, 1, 2, 3] = bad
     kept = features.clone()
@@ -447,35 +438,35 @@ def test_features_that_are_not_finite(bad, dtype, device):
         lambda: permutohedral_filter(values, features),
         lambda: PermutohedralLattice(features),
     ):
-        with raises_for_values("features must be finite, got NaN or infinity"):
+        with raises_in_call("features must be finite, got NaN or infinity"):
             call()
     assert torch.equal(features.nan_to_num(7, 8, 9), kept.nan_to_num(7, 8, 9))
 
 
 @pytest.mark.parametrize("dims", [1, 2, 5, 16])
-def test_coordinates_beyond_the_exact_integers(dims, device):
+def test_coordinates_beyond_exact_integers(dims, device):
     far = torch.zeros(1, dims, 3)
     far[0, dims - 1, 1] = 3e7
     values = torch.ones(1, 1, 3, device=device)
     message = r"lattice coordinates in float32, .* use a larger sigma, or float64 features"
-    with raises_for_values(message):
+    with raises_in_call(message):
         permutohedral_filter(values, far.to(device))
-    # float64 holds them.
+    # float64 represents them exactly.
     assert_near(permutohedral_filter(values, far.to(device).double()), values, 1e-6)
-    with raises_for_values(r"lattice coordinates in float64, .* use a larger sigma$"):
+    with raises_in_call(r"lattice coordinates in float64, .* use a larger sigma$"):
         permutohedral_filter(values, far.to(device).double() * 1e3)
-    with raises_for_values("use a larger sigma"):
+    with raises_in_call("use a larger sigma"):
         PermutohedralLattice((far * 1e30).to(device))
 
 
 @pytest.mark.parametrize("device", ON_CUDA)
-def test_bad_points_take_no_part_on_cuda(device):
-    features, values = inside((2, 3, 40)), normal(2, 2, 40)
+def test_invalid_points_are_ignored_on_cuda(device):
+    features, values = draw_features((2, 3, 40)), normal(2, 2, 40)
     kept = torch.ones(40, dtype=torch.bool)
     kept[[3, 17]] = False
     spoilt = features.clone()
     spoilt[0, 1, 3], spoilt[0, 2, 17] = float("nan"), 1e30
-    with told_by_check("features .*NaN or infinity.*too large"):
+    with raised_by_check("features .*NaN or infinity.*too large"):
         got = permutohedral_filter(values.to(device), spoilt.to(device)).cpu()
     assert bool(got[0, :, ~kept].isnan().all())
     alone = reference.permutohedral_filter(values[:1, :, kept], features[:1, :, kept])
@@ -485,7 +476,7 @@ def test_bad_points_take_no_part_on_cuda(device):
 
 
 def test_max_vertices(device):
-    features, values = inside((2, 4, 9, 9)).to(device), normal(2, 3, 9, 9).to(device)
+    features, values = draw_features((2, 4, 9, 9)).to(device), normal(2, 3, 9, 9).to(device)
     free = PermutohedralLattice(features)
     vertices = sum(free.num_vertices)
     for bound in (vertices, vertices + 1, 10**9):
@@ -494,18 +485,18 @@ def test_max_vertices(device):
         for way in WAYS:
             assert torch.equal(bounded.filter(values, *way), free.filter(values, *way))
     for bound in (vertices - 1, 1):
-        with raises_for_values("max_vertices must be at least the number of lattice vertices"):
+        with raises_in_call("max_vertices must be at least the number of lattice vertices"):
             PermutohedralLattice(features, max_vertices=bound)
 
 
 @pytest.mark.parametrize("bound", [0, -1, 2.5, True, "9"])
-def test_max_vertices_that_is_no_bound(bound):
+def test_invalid_max_vertices(bound):
     with pytest.raises(ValueError, match="max_vertices must be a positive int, got"):
         PermutohedralLattice(normal(5, 2), max_vertices=bound)
 
 
-def test_values_that_are_not_finite_stay_near_and_in_their_channel(device):
-    features = inside((1, 2, 60), spread=0.5)
+def test_non_finite_values_affect_only_their_neighbours_and_channel(device):
+    features = draw_features((1, 2, 60), spread=0.5)
     features[:, :, 30:] += 100
     values = normal(1, 6, 60)
     clean = permutohedral_filter(values.to(device), features.to(device)).cpu()
@@ -519,7 +510,7 @@ def test_values_that_are_not_finite_stay_near_and_in_their_channel(device):
         assert torch.equal(got[:, others], clean[:, others])
 
 
-# --- arguments that are refused ---
+# --- invalid arguments ---
 
 
 def bad_calls() -> Iterator[tuple[str, type[Exception], str, tuple]]:
@@ -583,12 +574,12 @@ def bad_calls() -> Iterator[tuple[str, type[Exception], str, tuple]]:
 @pytest.mark.parametrize(
     ("error", "match", "arguments"), [c[1:] for c in bad_calls()], ids=[c[0] for c in bad_calls()]
 )
-def test_what_is_refused(error, match, arguments):
+def test_invalid_arguments(error, match, arguments):
     with pytest.raises(error, match=rf"^permutohedral_filter(\(\))?: {match}"):
         permutohedral_filter(*arguments)
 
 
-def test_what_a_lattice_refuses():
+def test_invalid_arguments_of_a_lattice():
     lattice = PermutohedralLattice(torch.zeros(2, 3, 4, 5))
     with pytest.raises(ValueError, match=r"^PermutohedralLattice.filter: values must match"):
         lattice.filter(torch.zeros(2, 3, 5, 4))
@@ -598,20 +589,20 @@ def test_what_a_lattice_refuses():
         PermutohedralLattice(torch.zeros(2, 3, dtype=torch.int32))
 
 
-def test_another_device_is_refused():
+def test_lattice_on_meta_device_raises():
     meta = torch.zeros(7, 2, device="meta")
     with pytest.raises(RuntimeError, match="no values to build a lattice"):
         _ = PermutohedralLattice(meta).num_vertices
 
 
 @pytest.mark.gpu
-def test_devices_that_differ_are_refused():
+def test_different_devices_raise():
     with pytest.raises(ValueError, match="values must be on cpu, as the features are, got cuda:0"):
         permutohedral_filter(torch.zeros(7, 2, device="cuda"), torch.zeros(7, 2))
 
 
-def test_too_many_entries_are_refused_before_memory_is_asked_for():
-    # Views: nothing of this size exists.
+def test_too_many_entries_raise_before_allocation():
+    # An expanded view, so no memory of this size is needed.
     huge = torch.zeros(1, 1).expand(2**27, 16)
     with pytest.raises(ValueError, match=r"below 2\*\*30 .* split the batch"):
         native.build([huge.T.unsqueeze(0)], [2**27])
@@ -621,7 +612,7 @@ def test_too_many_entries_are_refused_before_memory_is_asked_for():
 
 
 def layouts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`tensor` (B, C, H, W) with other strides."""
+    """`tensor` (B, C, H, W) in other layouts."""
     yield tensor.contiguous(memory_format=torch.channels_last)
     yield tensor.transpose(2, 3).contiguous().transpose(2, 3)
     yield tensor.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
@@ -632,7 +623,7 @@ def layouts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def test_layouts(device):
-    features = inside((2, 3, 6, 5)).to(device, torch.float32)
+    features = draw_features((2, 3, 6, 5)).to(device, torch.float32)
     values = normal(2, 4, 6, 5, dtype=torch.float32).to(device)
     want = permutohedral_filter(values, features, "symmetric")
     assert want.is_contiguous()
@@ -651,7 +642,7 @@ def test_layouts(device):
 
 
 def test_gradients_of_layouts(device):
-    features = inside((2, 3, 6, 5)).to(device).requires_grad_()
+    features = draw_features((2, 3, 6, 5)).to(device).requires_grad_()
     values, weight = normal(2, 4, 6, 5).to(device), normal(2, 4, 6, 5).to(device)
     plain = values.clone().requires_grad_()
     want = torch.autograd.grad(
@@ -661,14 +652,14 @@ def test_gradients_of_layouts(device):
         leaf = view.detach().requires_grad_()
         out = permutohedral_filter(leaf, features)
         got = torch.autograd.grad(out, (leaf, features), grad)
-        # On CUDA torch's sum over channels, of the norm's gradient, depends on the layout.
+        # On CUDA, torch's sum over channels in the norm's gradient depends on the layout.
         tolerance = 0 if device.type == "cpu" else 1e-12
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
 
 
-def test_points_in_rows(device):
-    features, values = inside((1, 3, 41)).to(device), normal(1, 5, 41).to(device)
+def test_features_in_rows(device):
+    features, values = draw_features((1, 3, 41)).to(device), normal(1, 5, 41).to(device)
     for way in WAYS:
         rows = permutohedral_filter(values[0].T, features[0].T, *way)
         assert torch.equal(rows, permutohedral_filter(values, features, *way)[0].T)
@@ -680,18 +671,18 @@ def test_points_in_rows(device):
         assert contiguous.is_contiguous()
 
 
-def test_volumes_and_lines_are_points_too(device):
-    features, values = inside((2, 3, 24)).to(device), normal(2, 5, 24).to(device)
+def test_any_number_of_spatial_dimensions(device):
+    features, values = draw_features((2, 3, 24)).to(device), normal(2, 5, 24).to(device)
     want = permutohedral_filter(values, features)
     for spatial in ((4, 6), (2, 3, 4), (1, 24, 1), (2, 2, 2, 3)):
         got = permutohedral_filter(values.view(2, 5, *spatial), features.view(2, 3, *spatial))
-        # On CUDA points are visited in another order, so sums differ in their last bits.
+        # CUDA adds the points in another order, so the last bits differ.
         assert_near(got, want.view_as(got), 1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_types_are_computed_in_float32(dtype, device):
-    features = (inside((2, 3, 6, 5)) * 4).to(device, dtype)
+def test_half_precision_is_computed_in_float32(dtype, device):
+    features = (draw_features((2, 3, 6, 5)) * 4).to(device, dtype)
     values = normal(2, 4, 6, 5, dtype=dtype).to(device)
     for way in WAYS:
         want = permutohedral_filter(values.float(), features.float(), *way).to(dtype)
@@ -708,13 +699,13 @@ def test_half_types_are_computed_in_float32(dtype, device):
 
 
 def test_mixed_dtypes(device):
-    features, values = inside((1, 3, 30)).to(device), normal(1, 2, 30).to(device)
+    features, values = draw_features((1, 3, 30)).to(device), normal(1, 2, 30).to(device)
     want = permutohedral_filter(values, features)
     single = permutohedral_filter(values.float(), features)
     assert single.dtype == torch.float32
     assert torch.equal(single, permutohedral_filter(values.float().double(), features).float())
     assert torch.equal(permutohedral_filter(values, features.float()), want)
-    # A lattice computes in its own dtype.
+    # A lattice computes in the dtype of its features.
     lattice = PermutohedralLattice(features.float())
     assert lattice.filter(values).dtype == torch.float64
     assert torch.equal(lattice.filter(values), lattice.filter(values.float()).double())
@@ -748,14 +739,14 @@ def test_empty(values, features, device):
 
 def test_one_point(device):
     for dims in (1, 2, 16):
-        lattice = PermutohedralLattice(inside((1, dims, 1)).to(device))
+        lattice = PermutohedralLattice(draw_features((1, dims, 1)).to(device))
         assert lattice.num_vertices == [dims + 1]
         value = normal(1, 3, 1).to(device)
         assert_near(lattice.filter(value), value, 1e-14)
 
 
 def test_num_vertices_is_a_list_of_ints(device):
-    features = torch.stack([inside((1, 2, 50), spread=s)[0] for s in (1e-3, 1, 5)])
+    features = torch.stack([draw_features((1, 2, 50), spread=s)[0] for s in (1e-3, 1, 5)])
     counts = PermutohedralLattice(features.to(device)).num_vertices
     assert isinstance(counts, list)
     assert all(type(count) is int for count in counts)
@@ -763,9 +754,9 @@ def test_num_vertices_is_a_list_of_ints(device):
     assert counts[0] < counts[1] < counts[2]
 
 
-def test_batch_is_the_same_bits_as_one_by_one(device):
+def test_batch_equals_single_images_bitwise(device):
     for spatial in ((19, 23), (70, 130)):
-        features = inside((3, 5, *spatial)).to(device, torch.float32)
+        features = draw_features((3, 5, *spatial)).to(device, torch.float32)
         values = normal(3, 7, *spatial, dtype=torch.float32).to(device)
         for way in WAYS:
             whole = permutohedral_filter(values, features, *way)
@@ -774,13 +765,13 @@ def test_batch_is_the_same_bits_as_one_by_one(device):
                 assert torch.equal(whole[b : b + 1], alone)
 
 
-# --- determinism, unwritten memory ---
+# --- determinism, uninitialised memory ---
 
 
-def everything(
+def outputs_and_gradients(
     values: torch.Tensor, features: torch.Tensor, ways: Sequence[tuple[str, bool]] = WAYS
 ) -> list[torch.Tensor]:
-    """Filters and their gradients."""
+    """Filtered values and gradients for each way."""
     leaves = [values.detach().requires_grad_(), features.detach().requires_grad_()]
     found = []
     for way in ways:
@@ -791,7 +782,7 @@ def everything(
 
 @pytest.mark.parametrize("channels", [1, 5])
 def test_same_bits_for_any_number_of_threads(channels):
-    # Several tiles an image, so that threads have something to share.
+    # Several tiles per image, so that there is work for several threads.
     values = normal(2, channels, 80, 110, dtype=torch.float32)
     y, x = torch.meshgrid(torch.arange(80.0), torch.arange(110.0), indexing="ij")
     place = torch.stack([x / 20, y / 20]).expand(2, -1, -1, -1)
@@ -800,7 +791,7 @@ def test_same_bits_for_any_number_of_threads(channels):
 
 
 @pytest.mark.parametrize("dims", [1, 5, 16])
-def test_same_bits_for_any_number_of_threads_on_few_points(dims):
+def test_same_bits_for_any_number_of_threads_with_few_points(dims):
     assert_same_on_threads(normal(2, 3, 7, 9), overlapping(dims, 7, 9))
 
 
@@ -808,7 +799,9 @@ def assert_same_on_threads(values: torch.Tensor, features: torch.Tensor) -> None
     found = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        found.append(everything(values, features, [("symmetric", False), ("after", True)]))
+        found.append(
+            outputs_and_gradients(values, features, [("symmetric", False), ("after", True)])
+        )
     assert all(bool(t.isfinite().all()) for t in found[0])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
@@ -816,22 +809,26 @@ def assert_same_on_threads(values: torch.Tensor, features: torch.Tensor) -> None
 
 def test_same_bits_twice(device):
     values = normal(2, 5, 60, 70, dtype=torch.float32).to(device)
-    features = inside((2, 5, 60, 70)).to(device, torch.float32)
-    for a, b in zip(everything(values, features), everything(values, features), strict=True):
+    features = draw_features((2, 5, 60, 70)).to(device, torch.float32)
+    for a, b in zip(
+        outputs_and_gradients(values, features),
+        outputs_and_gradients(values, features),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 8, 33])
 def test_every_element_is_written(channels, device, monkeypatch):
     values = normal(2, channels, 13, 11).to(device)
-    features = inside((2, 5, 13, 11)).to(device)
-    want = everything(values, features)
+    features = draw_features((2, 5, 13, 11)).to(device)
+    want = outputs_and_gradients(values, features)
     with poisoned(monkeypatch):
-        got = everything(values, features)
+        got = outputs_and_gradients(values, features)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_poison_shows(monkeypatch):
+def test_poisoned(monkeypatch):
     with poisoned(monkeypatch):
         assert bool(torch.empty(3).isnan().all())
         assert bool(torch.zeros(3).new_empty(2).isnan().all())
@@ -839,15 +836,15 @@ def test_poison_shows(monkeypatch):
     assert weights_of(torch.zeros(1, 2)).shape == (1, 3)
 
 
-def test_a_lattice_keeps_no_trace_of_a_call(device):
-    features, values = inside((1, 4, 80)).to(device), normal(1, 2, 80).to(device)
+def test_calls_on_a_lattice_are_independent(device):
+    features, values = draw_features((1, 4, 80)).to(device), normal(1, 2, 80).to(device)
     lattice = PermutohedralLattice(features)
     first = [lattice.filter(values, *way) for way in WAYS]
     again = [lattice.filter(values, *way) for way in reversed(WAYS)]
     assert all(torch.equal(a, b) for a, b in zip(first, reversed(again), strict=True))
 
 
-# --- torch's machinery ---
+# --- compilation, export, autocast, torch.func ---
 
 
 @pytest.mark.parametrize("way", [("after", False), ("symmetric", True), ("none", False)])
@@ -857,7 +854,7 @@ def test_opcheck(way, shape, device):
     points = torch.Size(shape).numel() // images
     spatial = list(shape[1:]) if images == 2 else list(shape)
     values = normal(images, 3, points).to(device)
-    features = inside((images, 2, points)).to(device)
+    features = draw_features((images, 2, points)).to(device)
     op = torch.ops.segkernels.permutohedral_filter.default
     backward = torch.ops.segkernels.permutohedral_filter_backward.default
     for grad in (False, True):
@@ -868,13 +865,13 @@ def test_opcheck(way, shape, device):
         torch.library.opcheck(backward, (grad, values, features, *wanted, *way, spatial))
 
 
-def compiled_agrees(backend: str, device: torch.device, dynamic: bool | None) -> None:
+def assert_compiled_agrees(backend: str, device: torch.device, dynamic: bool | None) -> None:
     def call(values, features):
         return permutohedral_filter(values, features, "symmetric").sin()
 
     compiled = torch.compile(call, fullgraph=True, backend=backend, dynamic=dynamic)
     for shape in ((2, 6, 5), (1, 4, 7)):
-        values, features = normal(shape[0], 3, *shape[1:]), inside((shape[0], 2, *shape[1:]))
+        values, features = normal(shape[0], 3, *shape[1:]), draw_features((shape[0], 2, *shape[1:]))
         results = []
         for f in (call, compiled):
             leaves = [t.detach().to(device).requires_grad_() for t in (values, features)]
@@ -886,29 +883,29 @@ def compiled_agrees(backend: str, device: torch.device, dynamic: bool | None) ->
 
 
 @pytest.mark.parametrize("dynamic", [None, False, True])
-def test_compiles_in_one_graph(dynamic, device):
+def test_compiles_to_one_graph(dynamic, device):
     torch.compiler.reset()
-    compiled_agrees("aot_eager", device, dynamic)
+    assert_compiled_agrees("aot_eager", device, dynamic)
 
 
 @pytest.mark.compiles
 @pytest.mark.slow
 def test_compiles_with_inductor(device):
     torch.compiler.reset()
-    compiled_agrees("inductor", device, None)
+    assert_compiled_agrees("inductor", device, None)
 
 
 def test_compiled_call_without_gradients(device):
     torch.compiler.reset()
-    values, features = normal(30, 3).to(device), inside((30, 2)).to(device)
+    values, features = normal(30, 3).to(device), draw_features((30, 2)).to(device)
     compiled = torch.compile(permutohedral_filter, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(values, features), permutohedral_filter(values, features))
 
 
-def test_compiled_layout_is_that_of_the_values(device):
+def test_compiled_output_has_the_layout_of_values(device):
     torch.compiler.reset()
     values = normal(2, 4, 6, 5).to(device, memory_format=torch.channels_last)
-    features = inside((2, 3, 6, 5)).to(device)
+    features = draw_features((2, 3, 6, 5)).to(device)
     compiled = torch.compile(permutohedral_filter, fullgraph=True, backend="aot_eager")
     out = compiled(values, features)
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -920,14 +917,17 @@ def test_exports(device):
         def forward(self, values, features):
             return permutohedral_filter(values, features, "after")
 
-    arguments = (normal(2, 3, 6, 5).to(device), inside((2, 2, 6, 5)).to(device))
+    arguments = (normal(2, 3, 6, 5).to(device), draw_features((2, 2, 6, 5)).to(device))
     program = torch.export.export(Blur(), arguments)
     assert "permutohedral_filter" in str(program.graph)
     assert torch.equal(program.module()(*arguments), Blur()(*arguments))
 
 
-def test_autocast_changes_nothing(device):
-    values, features = normal(1, 2, 20).float().to(device), inside((1, 3, 20)).float().to(device)
+def test_autocast_has_no_effect(device):
+    values, features = (
+        normal(1, 2, 20).float().to(device),
+        draw_features((1, 3, 20)).float().to(device),
+    )
     want = permutohedral_filter(values, features)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         got = permutohedral_filter(values, features)
@@ -935,7 +935,7 @@ def test_autocast_changes_nothing(device):
 
 
 def filter_calls(features):
-    """Both ways to filter, as functions of the values."""
+    """The function and the lattice's method, as functions of the values."""
     lattice = PermutohedralLattice(features)
     return (
         lambda v: permutohedral_filter(v, features, "symmetric", True),
@@ -943,9 +943,9 @@ def filter_calls(features):
     )
 
 
-def test_forward_mode_in_the_values(device):
+def test_forward_mode_with_respect_to_values(device):
     features, values, tangent = (
-        inside((2, 3, 6, 5)).to(device),
+        draw_features((2, 3, 6, 5)).to(device),
         *(normal(2, 4, 6, 5).to(device) for _ in range(2)),
     )
     for call in filter_calls(features):
@@ -962,7 +962,7 @@ def test_forward_mode_in_the_values(device):
 
 
 def test_functional_gradients(device):
-    features, values = inside((2, 3, 6, 5)).to(device), normal(2, 4, 6, 5).to(device)
+    features, values = draw_features((2, 3, 6, 5)).to(device), normal(2, 4, 6, 5).to(device)
 
     def loss(v, f):
         return permutohedral_filter(v, f, "before").square().sum()
@@ -979,13 +979,13 @@ def test_functional_gradients(device):
 
 
 def test_vmap(device):
-    features, values = inside((3, 2, 3, 6, 5)).to(device), normal(3, 2, 4, 6, 5).to(device)
+    features, values = draw_features((3, 2, 3, 6, 5)).to(device), normal(3, 2, 4, 6, 5).to(device)
     found = torch.func.vmap(permutohedral_filter)(values, features)
     for i in range(3):
         torch.testing.assert_close(found[i], permutohedral_filter(values[i], features[i]))
     inner = torch.func.vmap(lambda v, f: PermutohedralLattice(f).filter(v))(values, features)
     torch.testing.assert_close(inner, found)
-    for half in (torch.bfloat16, torch.float32):  # where only the features are of the batch
+    for half in (torch.bfloat16, torch.float32):  # only the features are batched
         first = values[0].to(half)
         found = torch.func.vmap(lambda f, v=first: permutohedral_filter(v, f))(features)
         assert found.dtype == half
@@ -998,8 +998,8 @@ def test_vmap(device):
 
 
 def test_negated_views(device):
-    """A view may say that its signs are turned: torch.complex(a, b).conj().imag."""
-    features, values = inside((2, 3, 6, 5)).to(device), normal(2, 4, 6, 5).to(device)
+    """Views with torch's negative bit set, such as torch.complex(a, b).conj().imag."""
+    features, values = draw_features((2, 3, 6, 5)).to(device), normal(2, 4, 6, 5).to(device)
     turned = torch._neg_view(-features), torch._neg_view(-values)
     expected = permutohedral_filter(values, features)
     for f in (features, turned[0]):
@@ -1013,7 +1013,7 @@ def test_negated_views(device):
     assert all(torch.equal(a.resolve_neg(), b) for a, b in zip(found, expected, strict=True))
 
 
-def test_meta_and_tracing():
+def test_meta_tensors_and_jit_trace():
     values, features = (
         torch.empty(2, 4, 6, 5, device="meta"),
         torch.empty(2, 3, 6, 5, device="meta"),

@@ -1,11 +1,11 @@
-"""The CUDA build, splat and mean field on the CPU, against the CPU's own."""
+"""Lattice construction, splat and mean field: the emulated CUDA code against the CPU code."""
 
 import math
 
 import pytest
 import torch
 from emulation import emulated
-from lattice_points import told_by_check
+from lattice_points import raised_by_check
 
 from segkernels.ops.dense_crf import Config
 from segkernels.ops.dense_crf import native as crf
@@ -38,7 +38,7 @@ def test_tiles_fit_narrow_images() -> None:
         assert grid.positions == least, size
 
 
-def test_too_many_tiles_for_one_call() -> None:
+def test_too_many_tiles_raise() -> None:
     features = torch.empty(2**22, 1, 1)
     message = r"must be below 2\*\*31 .* got 1073741824 \* 2 for 4194304"
     with pytest.raises(ValueError, match=message):
@@ -48,7 +48,7 @@ def test_too_many_tiles_for_one_call() -> None:
 @pytest.mark.parametrize(("batch", "spatial"), SHAPES, ids=str)
 @pytest.mark.parametrize("dims", [1, 2, 5, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_same_lattice_and_same_results(
+def test_agrees_with_the_cpu(
     dims: int, batch: int, spatial: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(dims)
@@ -73,23 +73,23 @@ def test_same_lattice_and_same_results(
 
 
 @pytest.mark.nightly
-def test_more_images_than_16_bits_count() -> None:
-    # Two points in one place share their vertices, in the last images as in the first.
+def test_more_images_than_16_bits() -> None:
+    # Two coincident points per image share their vertices, in the last image as in the first.
     values = torch.randn(33_000, 1, 2)
     lattice = build(torch.full((33_000, 1, 2), 0.25), (1, 2))
     out = lattice.filter(values, "after", False)
     torch.testing.assert_close(out, values.mean(2, keepdim=True).expand_as(values))
 
 
-def test_points_in_no_tile_order_are_all_found() -> None:
-    # 17 x 33 leaves most of the last tiles' positions without a point.
+def test_partly_filled_tiles() -> None:
+    # At 17 x 33 most positions of the last tiles hold no point.
     features = torch.rand(2, 2, 17 * 33) * 4
     lattice = build(features, (17, 33))
     ones = lattice.filter(torch.ones(2, 3, 17 * 33), "after", False)
     torch.testing.assert_close(ones, torch.ones_like(ones))
 
 
-def test_worst_case_sizes_give_the_same_bits() -> None:
+def test_worst_case_table_size_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     features, values = torch.rand(2, 3, 400) * 5, torch.randn(2, 6, 400)
     exact = build(features, (20, 20))
@@ -100,11 +100,11 @@ def test_worst_case_sizes_give_the_same_bits() -> None:
         assert torch.equal(worst.filter(values, normalization, False), a)
 
 
-def test_a_bound_of_exactly_the_vertices_is_enough() -> None:
+def test_max_vertices_equal_to_the_count() -> None:
     features = torch.rand(1, 3, 400) * 5
     found = build(features, (20, 20)).num_vertices()[0]
     assert build(features, (20, 20), max_vertices=found).num_vertices() == [found]
-    with told_by_check("max_vertices"):
+    with raised_by_check("max_vertices"):
         build(features, (20, 20), max_vertices=found - 1)
 
 
@@ -112,11 +112,11 @@ def test_a_bound_of_exactly_the_vertices_is_enough() -> None:
     ("fault", "told"),
     [("bound", "max_vertices"), ("nan", "features .*finite"), ("huge", "features .*too large")],
 )
-def test_faulty_points_give_nan_and_the_rest_stays_finite(fault: str, told: str) -> None:
+def test_invalid_points_give_nan_and_leave_the_rest(fault: str, told: str) -> None:
     torch.manual_seed(0)
     features, values = torch.rand(1, 2, 400) * 5, torch.randn(1, 3, 400)
     features[0, 1, 7] = {"nan": float("nan"), "huge": 3e7}.get(fault, 0.0)
-    with told_by_check(told):
+    with raised_by_check(told):
         lattice = build(features, (20, 20), max_vertices=20 if fault == "bound" else 1200)
     out = lattice.filter(values, "none", False)
     missing = out.isnan().any(dim=1)[0]

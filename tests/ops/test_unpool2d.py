@@ -1,4 +1,4 @@
-"""unpool_nearest and unpool_bed_of_nails: the shared suite, and torch."""
+"""unpool_nearest and unpool_bed_of_nails: the shared suite, and comparisons with torch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_nearest_equals_interpolate(kernel: Any, device: str) -> None:
     [segkernels.unpool_nearest, segkernels.unpool_bed_of_nails],
     ids=lambda f: f.__name__,
 )
-def test_unbatched_is_a_batch_of_one(function: Any) -> None:
+def test_unbatched_equals_a_batch_of_one(function: Any) -> None:
     x = torch.randn(3, 4, 5, requires_grad=True)
     assert torch.equal(function(x, 2), function(x[None], 2)[0])
     (grad,) = torch.autograd.grad((function(x, 2) ** 2).sum(), x)
@@ -92,7 +92,7 @@ def test_unbatched_is_a_batch_of_one(function: Any) -> None:
     assert torch.equal(grad, wanted)
 
 
-def test_bed_of_nails_is_unpooling_with_the_first_cell() -> None:
+def test_bed_of_nails_equals_unpooling_with_code_0() -> None:
     x = torch.randn(2, 3, 4, 5)
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     assert torch.equal(segkernels.unpool_bed_of_nails(x, 2), segkernels.max_unpool2d(x, codes, 2))

@@ -1,3 +1,5 @@
+"""upsample_argmax: the shared suite, torch's results, ties, NaN and infinities."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -85,12 +87,12 @@ class TestUpsampleArgmax(suite.OpSuite):
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
         call = self._widened(sample, dtype, device)
         call.kwargs["coordinates"] = _dtypes.compute_dtype(dtype)
-        labels, *confidence = call.of(reference.upsample_argmax)
+        labels, *confidence = call.run(reference.upsample_argmax)
         return (labels, *confidence)
 
     def assert_close(self, ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
         if not ours.is_floating_point():
-            # Random logits tie within rounding in no pixel of these samples.
+            # No pixel of these samples has a tie within rounding.
             assert torch.equal(ours, expected.to(ours.dtype))
             return
         assert ours.dtype == _dtypes.compute_dtype(dtype)
@@ -99,7 +101,7 @@ class TestUpsampleArgmax(suite.OpSuite):
 
 
 def near_ties(logits: torch.Tensor, size: tuple[int, int], **kwargs: Any) -> torch.Tensor:
-    """Pixels whose two largest logits lie so close that rounding may choose."""
+    """Pixels whose two largest logits are so close that rounding may decide."""
     x = F.interpolate(logits.to(_dtypes.compute_dtype(logits.dtype)), size, **kwargs)
     if x.size(1) == 1:
         return torch.zeros(x.shape[:1] + x.shape[2:], dtype=torch.bool, device=x.device)
@@ -160,8 +162,8 @@ def test_cuda_equals_the_cpu(
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_an_infinity_stays_where_it_is_at_the_same_size(mode: str) -> None:
-    """Under CUDA's rule: torch copies there."""
+def test_infinity_does_not_spread_at_the_same_size(mode: str) -> None:
+    """By CUDA's rule, under which torch copies the input."""
     x = torch.randn(1, 3, 4, 5)
     x[0, 1, 1, 2] = float("inf")
     r = _logits.resampling("test", x, (4, 5), mode, False)._replace(rule=2)
@@ -170,7 +172,7 @@ def test_an_infinity_stays_where_it_is_at_the_same_size(mode: str) -> None:
     torch.testing.assert_close(confidence, x.softmax(1).amax(1), equal_nan=True)
 
 
-def test_ties_and_nan_as_torch_argmax() -> None:
+def test_ties_and_nan_equal_torch_argmax() -> None:
     x = torch.zeros(1, 4, 2, 2)
     assert segkernels.upsample_argmax(x, 5).eq(0).all()
     x[:, 2:] = 1.0
@@ -185,8 +187,8 @@ def test_ties_and_nan_as_torch_argmax() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("classes", [1, 2, 5])
 @pytest.mark.parametrize("device", suite.DEVICES)
-def test_confidence_where_logits_are_not_finite(device: str, classes: int, value: float) -> None:
-    """In one class each, and in all of them."""
+def test_confidence_of_non_finite_logits(device: str, classes: int, value: float) -> None:
+    """A non-finite logit in one class, and in all classes."""
     x = torch.zeros(classes + 1, classes, 1, 1, device=device)
     x[range(classes), range(classes)] = value
     x[classes] = value
@@ -220,7 +222,7 @@ def test_more_than_2_31_logits_and_pixels() -> None:
     x = torch.randn(1, 150, 40, 40, device="cuda", dtype=torch.float16)
     labels = segkernels.upsample_argmax(x, (47000, 46000), dtype=torch.uint8)
     assert labels.numel() > 2**31
-    # The first rows lie on the first row of logits, the last ones on the last.
+    # The first rows read only the first row of logits, the last rows only the last.
     for row, logits in ((0, x[:, :, :1]), (-1, x[:, :, -1:])):
         alone = F.interpolate(logits.float(), (1, 46000), mode="bilinear").argmax(1)
         assert (labels[0, row].long() == alone[0, 0]).float().mean() > 0.9999

@@ -1,3 +1,5 @@
+"""upsample_cross_entropy and upsample_binary_cross_entropy: the shared suite, torch's losses."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -23,7 +25,7 @@ MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
 
 def labels(classes: int, *shape: int, ignore: int | None = None, dtype: Any = torch.int64) -> Any:
-    """A function that draws labels, a fifth of them `ignore`."""
+    """A function that draws labels, one in five of them `ignore`."""
 
     def make(generator: torch.Generator) -> torch.Tensor:
         found = torch.randint(classes, shape, generator=generator)
@@ -64,13 +66,13 @@ class LossSuite(suite.OpSuite):
         return of
 
     def expected(self, sample: Sample, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
-        return self._widened(sample, dtype, device).of(self._with_coordinates(dtype))
+        return self._widened(sample, dtype, device).run(self._with_coordinates(dtype))
 
     def expected_gradients(
         self, sample: Sample, dtype: torch.dtype, device: str
     ) -> tuple[torch.Tensor, ...]:
         call = self._widened(sample, dtype, device, grad=True)
-        # The loss is in the computing dtype, and so are its gradients.
+        # The loss and its gradient have the dtype that is computed in.
         return suite.gradients(call, self._with_coordinates(dtype), _dtypes.compute_dtype(dtype))
 
 
@@ -188,10 +190,10 @@ class TestUpsampleCrossEntropy(LossSuite):
         ),
     ]
 
-    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
-        # Of a mean everything is NaN: look at the pixels. An ignored pixel hides its logits.
+    def test_nan_propagation(self, sample: Sample, device: str) -> None:
+        # Only per-pixel losses: a mean or sum is NaN as soon as one pixel is.
         if sample.kwargs.get("reduction") == "none":
-            super().test_nan_goes_where_it_must(sample, device)
+            super().test_nan_propagation(sample, device)
 
 
 class TestUpsampleBinaryCrossEntropy(LossSuite):
@@ -267,9 +269,9 @@ class TestUpsampleBinaryCrossEntropy(LossSuite):
         ),
     ]
 
-    def test_nan_goes_where_it_must(self, sample: Sample, device: str) -> None:
+    def test_nan_propagation(self, sample: Sample, device: str) -> None:
         if sample.kwargs.get("reduction") == "none":
-            super().test_nan_goes_where_it_must(sample, device)
+            super().test_nan_propagation(sample, device)
 
 
 @st.composite
@@ -317,7 +319,7 @@ def check(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) ->
     rtol, atol = (1e-10, 1e-12) if compute == torch.float64 else (1e-4, 1e-5)
     found = []
     for function in (segkernels.upsample_cross_entropy, None):
-        x = logits.detach().requires_grad_()  # a clone would be dense
+        x = logits.detach().requires_grad_()  # clone() would lose the strides
         if function is not None:
             loss = function(x, target, **kwargs)
         else:
@@ -328,15 +330,15 @@ def check(logits: torch.Tensor, target: torch.Tensor, kwargs: dict[str, Any]) ->
     (loss, grad), (loss_of_torch, grad_of_torch) = found
     torch.testing.assert_close(loss, loss_of_torch, rtol=rtol, atol=atol, equal_nan=True)
     if kwargs["mode"].startswith("nearest"):
-        return  # torch's backward on the CPU is not the transpose of its forward: see the reference
+        return  # torch's CPU backward is not the transpose of its forward (see the reference)
     ulp = {torch.float16: 2**-9, torch.bfloat16: 2**-6}.get(logits.dtype, 0.0)
-    # A pixel's terms cancel (with one class, to 0): their size counts, not that of their sum.
+    # A pixel's terms cancel (to 0 with one class), so the scale is their size, not their sum's.
     term = 1 / target.numel() if kwargs["reduction"] == "mean" else 1.0
     scale = max(grad_of_torch.double().nan_to_num().abs().max().item(), term)
-    # Rounding each of the terms that a logit adds up.
+    # Each of the terms that are accumulated into a logit's gradient is rounded.
     readers = target.numel() * logits.size(1) / max(logits.numel(), 1)
     rounding = torch.finfo(compute).eps * readers * term
-    # Below the normal numbers of float16 a step is as large as the least of them.
+    # The spacing of float16's subnormal numbers.
     step = torch.finfo(logits.dtype).smallest_normal * torch.finfo(logits.dtype).eps
     atol = atol * scale + rounding + step
     torch.testing.assert_close(grad, grad_of_torch, rtol=rtol + ulp, atol=atol, equal_nan=True)
@@ -351,8 +353,8 @@ def test_equals_torch(device: str, data: st.DataObject) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("classes", [1, 2, 3])
 @pytest.mark.parametrize("device", suite.DEVICES)
-def test_logits_that_are_not_finite(device: str, classes: int, value: float) -> None:
-    """In one class each, and in all of them: torch's losses and gradients."""
+def test_non_finite_logits(device: str, classes: int, value: float) -> None:
+    """A non-finite logit in one class, and in all classes: losses and gradients equal torch's."""
     x = torch.zeros(classes + 1, classes, 1, 1, device=device)
     x[range(classes), range(classes)] = value
     x[classes] = value
@@ -476,7 +478,7 @@ def test_labels_out_of_range_on_cuda(device: str) -> None:
     segkernels.check()
 
 
-def test_an_ignored_pixel_hides_a_nan() -> None:
+def test_ignored_pixel_hides_nan() -> None:
     x = torch.randn(1, 3, 1, 4)
     x[..., 3] = float("nan")
     x.requires_grad_()
@@ -487,7 +489,7 @@ def test_an_ignored_pixel_hides_a_nan() -> None:
     assert torch.isfinite(grad).all()
 
 
-def test_gradient_keeps_the_layout() -> None:
+def test_gradient_layout() -> None:
     target = torch.zeros(2, 8, 8, dtype=torch.int64)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 5, 4, 4).contiguous(memory_format=layout).requires_grad_()
@@ -495,7 +497,7 @@ def test_gradient_keeps_the_layout() -> None:
         assert grad.is_contiguous(memory_format=layout)
 
 
-def test_second_derivative_is_an_error() -> None:
+def test_second_derivative_raises() -> None:
     x = torch.randn(1, 2, 2, 2, requires_grad=True)
     loss = segkernels.upsample_cross_entropy(x, torch.zeros(1, 4, 4, dtype=torch.int64))
     (grad,) = torch.autograd.grad(loss, x, create_graph=True)
@@ -505,7 +507,7 @@ def test_second_derivative_is_an_error() -> None:
 
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize(("inputs", "outputs", "align"), [(1, 3500, False), (3, 4400, True)])
-def test_very_wide_outputs_are_composed(
+def test_very_wide_outputs_use_separate_operators(
     inputs: int, outputs: int, align: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(1, 3, 2, inputs, device=device, requires_grad=True)
@@ -524,7 +526,7 @@ def test_no_full_size_logits_on_cuda() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     segkernels.upsample_cross_entropy(x, target).backward()
-    # What eager torch needs is 531 MB.
+    # Eager torch needs 531 MB.
     assert torch.cuda.max_memory_allocated() - before < 531e6 / 15
 
 
@@ -537,20 +539,20 @@ def test_more_than_2_31_logits() -> None:
     loss = segkernels.upsample_cross_entropy(x, target)
     loss.backward()
     assert x.grad is not None
-    # Over all classes the gradients of a pixel cancel.
+    # The gradients of a pixel sum to zero over the classes.
     assert x.grad.sum(1).abs().max() < 1e-6
     assert bool((x.grad[:, :, [0, -1]] != 0).all())
     part = segkernels.upsample_cross_entropy(x, target, reduction="none")
     assert part.double().mean().item() == pytest.approx(loss.item(), rel=1e-5)
-    # The first rows lie on the first row of logits, the last ones on the last.
+    # The first rows read only the first row of logits, the last rows only the last.
     for row in (0, -1):
         alone = F.interpolate(x[:, :, row, None], (1, 4000), mode="bilinear")[:, :, 0]
         expected = F.cross_entropy(alone, target[:, row], reduction="none")
         torch.testing.assert_close(part[:, row], expected)
 
 
-def test_resampling_is_shared() -> None:
-    """The loss reads the same interpolated logits as `interpolate` gives."""
+def test_interpolated_logits_equal_interpolates() -> None:
+    """The loss and `interpolate` compute the same resampled logits."""
     x, target = torch.randn(1, 2, 5, 4), torch.zeros(1, 9, 30, dtype=torch.int64)
     r = _logits.resampling("test", x, (9, 30), "bilinear", False)
     losses = segkernels.upsample_cross_entropy(x, target, reduction="none")

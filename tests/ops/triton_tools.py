@@ -1,5 +1,4 @@
-"""Shared by the tests of Triton kernels: compiles ahead of time with ptxas's report, and how many
-compiles a launch's arguments lead to."""
+"""Helpers for the Triton tests: compile ahead of time, run ptxas, record compile keys."""
 
 from __future__ import annotations
 
@@ -25,9 +24,10 @@ def compiled(
     warps: int,
     stages: int = 3,
 ) -> Any:
-    """`kernel` compiled as a launch finds it.
+    """Compile `kernel` ahead of time.
 
-    Pointers are torch's allocator's, and the integers that Triton specialises multiples of 16.
+    Pointers, and the integers that Triton specialises, are taken as divisible by 16, as for tensors
+    from torch's allocator.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -50,7 +50,7 @@ def compiled(
 
 
 class Report(NamedTuple):
-    """Of `ptxas -v`: registers of a thread, and bytes of stack, spill stores and spill loads."""
+    """Output of `ptxas -v`: registers per thread, bytes of stack, spill stores and spill loads."""
 
     registers: int
     stack: int
@@ -63,9 +63,9 @@ class Report(NamedTuple):
 
 
 def ptxas(ptx: str, folder: Path) -> Report:
-    """What ptxas says of a kernel."""
+    """Assemble `ptx` and return ptxas's report on the kernel."""
     (folder / "kernel.ptx").write_text(ptx)
-    # Of several the newest, whose name comes last, knows every version of PTX that Triton writes.
+    # The newest ptxas, which sorts last, accepts every PTX version that Triton writes.
     tool = max(Path(triton.__file__).parent.glob("backends/nvidia/bin/ptxas*"))
     target = re.search(r"\.target (\w+)", ptx)
     assert target is not None
@@ -84,9 +84,9 @@ def ptxas(ptx: str, folder: Path) -> Report:
 
 
 def note_compiles(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Kernels and the keys that Triton would compile them under for an H100, of every launch.
+    """Record the name and the specialisation key of each Triton launch, for an H100.
 
-    Launches compute nothing then, and take CPU tensors.
+    Launches accept CPU tensors then, and compute nothing.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
