@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import TYPE_CHECKING
 
 from . import cuda
-
-if TYPE_CHECKING:
-    from .ninja_build import Config
 
 FOLDER = "tests/emulation"
 _FRAMES = ["-g1", "-fno-omit-frame-pointer"]
@@ -45,22 +41,24 @@ def variant(wanted: str) -> str:
     return wanted
 
 
-def edges(config: Config, host: list[str], lines: list[str]) -> list[str]:
-    """Append the emulation's ninja rules and edges to `lines`; return the object files."""
-    from . import ninja_build
+def edges(
+    variant: str, folder: str, cxx: list[str], host: list[str], sources: list[str], lines: list[str]
+) -> list[str]:
+    """Append the emulation's ninja rules and edges to `lines`; return the object files.
 
-    folder = str(config.build_dir.relative_to(ninja_build.ROOT))
+    Args:
+        variant: one of `VARIANTS`.
+        folder: the build folder, relative to the root.
+        cxx: the compiler's command.
+        host: its flags for C++.
+        sources: CUDA sources and headers under csrc/, without those for one architecture.
+        lines: of build.ninja.
+    """
     own = [flag for flag in host if flag not in ("-O3", "-DNDEBUG", "-Icsrc", "-fopenmp")]
     own.append("-Wno-unused-but-set-variable")  # false positives of gcc 12 in lambdas
-    flags = VARIANTS[config.emulation]
+    flags = VARIANTS[variant]
     # The scheduler's own accesses belong to no CUDA thread, so they are not instrumented.
     uninstrumented = [flag for flag in flags if flag not in RACES]
-    sources = [
-        str(path)
-        for suffix in (".cu", ".h")
-        for path in ninja_build.sources(suffix)
-        if not ninja_build.specific_arch(path)
-    ]
     translated = {path: f"{folder}/{path}" for path in sources}
     lines += [
         "rule translate",
@@ -70,7 +68,7 @@ def edges(config: Config, host: list[str], lines: list[str]) -> list[str]:
         f"build {' '.join(translated.values())}: translate {' '.join(sources)} "
         f"| {FOLDER}/translate.py",
         "rule emulated",
-        f"  command = {shlex.join(config.cxx)} {shlex.join(own)} -DSK_EMULATED=1 $flags "
+        f"  command = {shlex.join(cxx)} {shlex.join(own)} -DSK_EMULATED=1 $flags "
         f"-I{FOLDER} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -89,7 +87,7 @@ def edges(config: Config, host: list[str], lines: list[str]) -> list[str]:
         if path.endswith(".cu"):
             as_cpp = [*flags, "-x", "c++", "-include", "cuda.h", f"-I{folder}/csrc"]
             add_object(path, as_cpp, f" || {headers}")
-    races = ["-DSK_RACES=1"] if config.emulation == "emulated-races" else []
+    races = ["-DSK_RACES=1"] if variant == "emulated-races" else []
     for name in ("scheduler.cpp", "races.cpp"):
         add_object(f"{FOLDER}/{name}", [*uninstrumented, *races])
     for name in ("hopper_forward.cpp", "hopper_weight_gradient.cpp"):

@@ -134,7 +134,10 @@ def write(config: Config, output: Path) -> Path:
         objects += _cpp_edges(config, source, lines)
     cuda_objects: list[str] = []
     if config.emulation:
-        cuda_objects = emulation.edges(config, host, lines)
+        own = str(build.relative_to(ROOT))
+        common = [*sources(".cu"), *sources(".h")]
+        names = [str(source) for source in common if not specific_arch(source)]
+        cuda_objects = emulation.edges(config.emulation, own, config.cxx, host, names, lines)
     elif config.toolkit:
         flags = _nvcc_flags(config, host)
         for source in sources(".cu"):
