@@ -50,9 +50,9 @@ def test_without_triton_the_epilogue_is_torchs(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_cpu_is_refused_where_hopper_is_asked_for() -> None:
     x, w = torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3)
-    with pytest.raises(ValueError, match=r"backend='sm90'.*needs a CUDA device, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend='sm90'.*must be on a CUDA device, got 'cpu'"):
         segkernels.dilated_conv2d(x, w, backend="sm90")
-    with pytest.raises(ValueError, match=r"backend='sm90'.*needs a CUDA device, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend='sm90'.*must be on a CUDA device, got 'cpu'"):
         segkernels.aspp(x, [w, w], (1, 2), backend="sm90")
 
 
@@ -161,9 +161,9 @@ def test_auto_leaves_contiguous_maps_to_torch(monkeypatch: pytest.MonkeyPatch) -
 
     c = Call((1, 1), (2, 2), (2, 2), 1, (9, 9), True, "auto")
     x: Any = OnCuda()
-    assert not backends._is_torchs(x, c)
-    assert backends._is_torchs(x, c._replace(channels_last=False))
-    assert not backends._is_torchs(x, c._replace(channels_last=False, backend="sm90"))
+    assert not backends._use_torch(x, c)
+    assert backends._use_torch(x, c._replace(channels_last=False))
+    assert not backends._use_torch(x, c._replace(channels_last=False, backend="sm90"))
 
 
 @pytest.mark.emulated
@@ -171,7 +171,7 @@ def test_auto_leaves_contiguous_maps_to_torch(monkeypatch: pytest.MonkeyPatch) -
 def test_each_part_goes_where_the_rule_says(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
+    monkeypatch.setattr(backends, "_use_torch", lambda x, c: False)
     monkeypatch.setattr(
         dispatch, "choose", lambda kind, *problems: "sm90" if kind in chosen else "torch"
     )
@@ -208,7 +208,7 @@ def test_each_part_goes_where_the_rule_says(
 @pytest.mark.emulated
 def test_a_first_call_in_a_graph_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its schedule could not be copied to the device."""
-    monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
+    monkeypatch.setattr(backends, "_use_torch", lambda x, c: False)
     monkeypatch.setattr(dispatch, "choose", lambda kind, *problems: "sm90")
     x, w = torch.randn(2, 16, 9, 9).half(), torch.randn(24, 16, 3, 3).half() / 12
     grad = torch.randn(2, 24, 9, 9).half()
