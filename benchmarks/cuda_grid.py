@@ -94,8 +94,8 @@ def auto_choice(kind: str, shape: Shape, dtype: torch.dtype) -> str:
     batch, channels, out, height, width, rate = shape
     geometry = Geometry(height, width, height, width, (3, 3), (rate, rate), (rate, rate))
     problem = Problem(batch, channels, out, geometry, (1, 1), 1, dtype, torch.device("cuda"))
-    gains = dispatch.gains("forward" if kind == "fused" else kind, problem)
-    return "sm90" if gains and f"{kind} {dtype}" != "weight_gradient torch.float32" else "torch"
+    faster = dispatch.is_faster("forward" if kind == "fused" else kind, problem)
+    return "sm90" if faster and f"{kind} {dtype}" != "weight_gradient torch.float32" else "torch"
 
 
 def milliseconds(call: Callable[[], Any], cold: torch.Tensor) -> float:

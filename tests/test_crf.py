@@ -759,7 +759,7 @@ def call(img: Any = IMG, probs: Any = PROBS, **changes: Any) -> Callable[[], obj
 
 
 def invalid_calls() -> Iterator[tuple[str, type[Exception], str, Callable[[], object]]]:
-    one = r"exactly one of probs, logits and unary is needed, got "
+    one = r"exactly one of probs, logits and unary must be given, got "
     yield "no scores", ValueError, one + "none", call(probs=None)
     yield "two scores", ValueError, one + r"\['probs', 'logits'\]", call(logits=PROBS)
     yield (
@@ -817,7 +817,8 @@ def invalid_calls() -> Iterator[tuple[str, type[Exception], str, Callable[[], ob
     volume = torch.full((1, 2, 3, 4, 5), 0.5)
     match = r"sizes \(1, 3, 4, 5\), got shape \(1, 3, 5, 4\)"
     yield "volume", ValueError, match, call(torch.zeros(1, 3, 5, 4), volume)
-    yield "no image", ValueError, "img is needed unless compat_bilateral is None", call(img=None)
+    match = "img must be given unless compat_bilateral is None, got None"
+    yield "no image", ValueError, match, call(img=None)
     for bad in (torch.bool, torch.complex64):
         match = f"img must hold integers or floats, got {bad}"
         yield f"{bad} image", TypeError, match, call(img=IMG.to(bad))
@@ -836,7 +837,7 @@ def invalid_calls() -> Iterator[tuple[str, type[Exception], str, Callable[[], ob
         yield f"{name} with a 0", ValueError, match, call(**{name: [*good, 0]})
         zero = torch.tensor([*good, 0.0])
         yield f"{name} tensor with a 0", ValueError, match, call(**{name: zero})
-        match = f"{name} must be a number or {count} of them, got "
+        match = f"{name} must be a number or {count} numbers, got "
         yield f"{name} too long", ValueError, match + "4", call(**{name: [1, 2, 3, 4]})
         yield f"{name} empty", ValueError, match + "0", call(**{name: ()})
         tensor = torch.ones(4)
@@ -846,7 +847,7 @@ def invalid_calls() -> Iterator[tuple[str, type[Exception], str, Callable[[], ob
     yield (
         "sxy of a plane for a volume",
         ValueError,
-        "must be a number or 3 of them, got 2",
+        "must be a number or 3 numbers, got 2",
         call(torch.zeros(1, 3, 3, 4, 5), volume, sxy_gaussian=(3, 3)),
     )
 
@@ -868,7 +869,7 @@ def invalid_calls() -> Iterator[tuple[str, type[Exception], str, Callable[[], ob
     yield "nine terms", ValueError, match, call(pairwise=[TERM] * 7)
     off = {"compat_gaussian": None, "compat_bilateral": None}
     yield "nine of them", ValueError, match, call(img=None, pairwise=[TERM] * 9, **off)
-    match = "a term can have 16 features at most, got 17"
+    match = "a term must have at most 16 features, got 17"
     yield "15 channels", ValueError, match, call(img=torch.zeros(15, 4, 5))
     term = PairwiseTerm(torch.zeros(17, 4, 5), 1.0)
     yield "17 features", ValueError, match, call(pairwise=[term])

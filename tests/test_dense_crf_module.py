@@ -273,13 +273,13 @@ def test_invalid_arguments(arguments, match):
 def test_invalid_calls(device):
     img, logits = batch(device)
     crf = DenseCRF(3).to(device)
-    with pytest.raises(ValueError, match=r"^DenseCRF: it has 3 classes, the scores have 4"):
+    with pytest.raises(ValueError, match=r"^DenseCRF: logits must have 3 classes, got 4"):
         crf(img, logits=logits)
-    with pytest.raises(ValueError, match=r"it has 3 classes, the scores have 4"):
+    with pytest.raises(ValueError, match=r"logits must have 3 classes, got 4"):
         crf(img[0], logits=logits[0])
     with pytest.raises(ValueError, match="exactly one of probs, logits and unary"):
         crf(img)
-    with pytest.raises(ValueError, match="srgb must be a number or 3 of them, got"):
+    with pytest.raises(ValueError, match="srgb must be a number or 3 numbers, got"):
         DenseCRF(4, srgb=(1, 2)).to(device)(img, logits=logits)
 
 

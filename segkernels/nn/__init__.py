@@ -1,4 +1,4 @@
-"""Modules over the operators, with the arguments of torch.nn's."""
+"""Modules that use the operators, with the arguments of their torch.nn counterparts."""
 
 from segkernels.nn.aspp import ASPP as ASPP
 from segkernels.nn.context import ContextModule as ContextModule

@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling, of DeepLab v2 and v3."""
+"""ASPP: atrous spatial pyramid pooling of DeepLab v2 and v3."""
 
 from __future__ import annotations
 
@@ -8,49 +8,56 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 
-from segkernels.nn.convolution import Backend, check_backend, conv_bn_act, is_plain_conv
+from segkernels.nn.convolution import (
+    Backend,
+    backend_repr,
+    check_backend,
+    conv_bn_act,
+    is_plain_conv,
+)
 from segkernels.nn.folding import BatchNorm, fold_batch_norm, foldable
 from segkernels.ops.aspp import aspp
 
-_Layers = tuple[torch.nn.Conv2d, BatchNorm]
+_ConvAndBN = tuple[torch.nn.Conv2d, BatchNorm]
 
 
 class ASPP(torch.nn.Module):
-    """Atrous spatial pyramid pooling: one input seen by dilated convolutions at several rates.
+    """Atrous spatial pyramid pooling: dilated convolutions of one input at several rates.
 
-    "v3", Chen et al. 2017, "Rethinking atrous convolution for semantic image segmentation",
-    section 3.3: a 1x1 convolution, a 3x3 one at each rate, and the image's mean through a 1x1 one,
-    side by side, then a 1x1 convolution of it all; each with batch normalisation and ReLU. Its
-    parameters have the names of torchvision's ``models.segmentation.deeplabv3.ASPP``, and its state
-    dicts load.
+    Form "v3" is from Chen et al. 2017, "Rethinking atrous convolution for semantic image
+    segmentation", section 3.3: a 1x1 convolution, a 3x3 convolution for each rate, and a 1x1
+    convolution of the image's mean are concatenated, followed by a 1x1 convolution. All have batch
+    normalisation and ReLU. The parameters have the names of torchvision's
+    ``models.segmentation.deeplabv3.ASPP``, so its state dicts can be loaded.
 
-    "v2", Chen et al. 2018, "DeepLab: semantic image segmentation with deep convolutional nets,
-    atrous convolution, and fully connected CRFs", section 3.2: the sum of 3x3 convolutions with
-    biases, one a rate.
+    Form "v2" is from Chen et al. 2018, "DeepLab: semantic image segmentation with deep
+    convolutional nets, atrous convolution, and fully connected CRFs", section 3.2: the sum of 3x3
+    convolutions with biases, one for each rate.
 
-    The branches are one call of `segkernels.aspp`: in the v2 form always, in the v3 form where the
-    batch normalisations use their running statistics, which are folded in as in
-    `segkernels.conv_bn_act`. Elsewhere (training) the v3 branches run one after the other.
+    The branches are computed by one call of `segkernels.aspp`: in form v2 always, in form v3 if the
+    batch normalisations use their running statistics, which are folded as in
+    `segkernels.conv_bn_act`. Otherwise (in training) the branches of form v3 are computed one at a
+    time.
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output, and in the v3 form of each branch.
-        atrous_rates: of the 3x3 convolutions: (12, 24, 36) for v3 at an output stride of 8,
-            (6, 12, 18) at 16, (6, 12, 18, 24) for v2's large one.
+        in_channels: channels of the input.
+        out_channels: channels of the output, and in form v3 of each branch.
+        atrous_rates: rates of the 3x3 convolutions: (12, 24, 36) for v3 at output stride 8,
+            (6, 12, 18) at output stride 16, (6, 12, 18, 24) for v2's ASPP-L.
         form: "v3" or "v2".
-        dropout: probability at the end of the v3 form; v2 has none.
-        backend: as in `segkernels.dilated_conv2d`; "torch": torch's layers one after the other.
+        dropout: probability of the dropout at the end of form v3; form v2 has none.
+        backend: as in `segkernels.dilated_conv2d`; "torch" calls torch's layers one at a time.
 
     Attributes:
-        convs: the branches; in the v3 form the image pooling is the last.
-        project: v3: convolution, normalisation, ReLU and dropout.
+        convs: the branches; in form v3 the last one is the image pooling.
+        project: form v3 only: convolution, normalisation, ReLU and dropout.
 
     Shape: [N, in_channels, H, W] to [N, out_channels, H, W], any H and W.
 
     Raises:
-        ValueError: no rate or one below 1, an unknown `form` or `backend`; and, from the call, a
-            batch of 1 in training in the v3 form: over the image pooling's one value a channel
-            there is no batch statistic. (torchvision's raises too.)
+        ValueError: no rate, a rate below 1, or an unknown `form` or `backend`. `forward` raises for
+            a batch of 1 in training in form v3, because the batch normalisation after the image
+            pooling then has one value per channel (torchvision's module raises too).
     """
 
     def __init__(
@@ -93,22 +100,22 @@ class ASPP(torch.nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[N, C, H, W] to [N, out_channels, H, W]."""
         if self.form == "v2":
-            return self._summed(input)
-        if input.dim() == 4 and input.size(0) == 1 and self._needs_a_batch():
+            return self._sum(input)
+        if input.dim() == 4 and input.size(0) == 1 and self._uses_batch_statistics():
             raise ValueError(
-                "ASPP: training needs a batch of at least 2, because the image pooling leaves one "
-                "value a channel and image, got a batch of 1; with eval(), or with "
-                "convs[-1][2].eval() alone, one image is enough"
+                "ASPP: training needs a batch of at least 2, because the image pooling has one "
+                "value per channel and image, got a batch of 1; call eval(), or only "
+                "convs[-1][2].eval(), to use one image"
             )
         if self.backend == "torch":
-            return self._plain(input)
-        out = self._side_by_side(input)
-        conv, bn = _of(self.project)
+            return self._forward_torch(input)
+        out = self._concatenate(input)
+        conv, bn = _conv_and_bn(self.project)
         out = conv_bn_act(out, conv, bn, backend=self.backend)
         dropped: torch.Tensor = self.project[3](out)
         return dropped
 
-    def _summed(self, x: torch.Tensor) -> torch.Tensor:
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
         convs = [cast(torch.nn.Conv2d, conv) for conv in self.convs]
         if self.backend == "torch" or not all(map(is_plain_conv, convs)):
             branches = [conv(x) for conv in convs]
@@ -118,16 +125,16 @@ class ASPP(torch.nn.Module):
         weights = [conv.weight for conv in convs]
         return aspp(x, weights, self.rates, shift=shift, form="v2", backend=self.backend)
 
-    def _side_by_side(self, x: torch.Tensor) -> torch.Tensor:
-        """Everything before `project`."""
+    def _concatenate(self, x: torch.Tensor) -> torch.Tensor:
+        """The input of `project`: all branches, concatenated."""
         *branches, pooling = self.convs
-        pairs = [_of(cast(torch.nn.Sequential, branch)) for branch in branches]
+        pairs = [_conv_and_bn(cast(torch.nn.Sequential, branch)) for branch in branches]
         to_mean, conv, bn, _ = cast(torch.nn.Sequential, pooling)
         mean = to_mean(x)
         pooled = conv_bn_act(mean, cast(torch.nn.Conv2d, conv), bn, backend=self.backend)
         if not all(is_plain_conv(conv) and foldable(bn) for conv, bn in pairs):
-            each = [conv_bn_act(x, conv, bn, backend=self.backend) for conv, bn in pairs]
-            return torch.cat([*each, pooled.expand(-1, -1, *x.shape[2:])], dim=1)
+            outs = [conv_bn_act(x, conv, bn, backend=self.backend) for conv, bn in pairs]
+            return torch.cat([*outs, pooled.expand(-1, -1, *x.shape[2:])], dim=1)
         scales, shifts = zip(*(fold_batch_norm(*pair) for pair in pairs), strict=True)
         return aspp(
             x,
@@ -140,21 +147,21 @@ class ASPP(torch.nn.Module):
             backend=self.backend,
         )
 
-    def _plain(self, x: torch.Tensor) -> torch.Tensor:
-        each = [branch(x) for branch in self.convs]
+    def _forward_torch(self, x: torch.Tensor) -> torch.Tensor:
+        outs = [branch(x) for branch in self.convs]
         size = (x.size(2), x.size(3))
-        each[-1] = F.interpolate(each[-1], size=size, mode="bilinear", align_corners=False)
-        out: torch.Tensor = self.project(torch.cat(each, dim=1))
+        outs[-1] = F.interpolate(outs[-1], size=size, mode="bilinear", align_corners=False)
+        out: torch.Tensor = self.project(torch.cat(outs, dim=1))
         return out
 
-    def _needs_a_batch(self) -> bool:
+    def _uses_batch_statistics(self) -> bool:
+        """Whether the batch normalisation of the image pooling uses statistics of the batch."""
         bn = cast(torch.nn.Sequential, self.convs[-1])[2]
         return type(bn) is torch.nn.BatchNorm2d and (bn.training or bn.running_mean is None)
 
     def extra_repr(self) -> str:
-        """What the layers do not show."""
-        chosen = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return f"form={self.form!r}{chosen}"
+        """The arguments that the layers do not show."""
+        return f"form={self.form!r}" + backend_repr(self.backend)
 
 
 def _layers(in_channels: int, out_channels: int, kernel: int, rate: int = 1) -> torch.nn.Sequential:
@@ -168,6 +175,6 @@ def _layers(in_channels: int, out_channels: int, kernel: int, rate: int = 1) -> 
     )
 
 
-def _of(layers: torch.nn.Sequential) -> _Layers:
-    """The convolution and the normalisation at the start of `layers`."""
-    return cast(_Layers, (layers[0], layers[1]))
+def _conv_and_bn(layers: torch.nn.Sequential) -> _ConvAndBN:
+    """Return the convolution and the normalisation, the first two of `layers`."""
+    return cast(_ConvAndBN, (layers[0], layers[1]))

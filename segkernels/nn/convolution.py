@@ -1,4 +1,4 @@
-"""DilatedConv2d, and convolution, normalisation and activation in one call."""
+"""DilatedConv2d, ConvBNAct and conv_bn_act: modules and a function over dilated_conv2d."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ Backend = Literal["auto", "sm90", "torch"]
 Activation = Literal["relu"] | None
 Size2 = int | Int2
 
-# Device types whose convolution has a fused epilogue.
+# Device types on which `conv_bn_act` folds the batch normalisation.
 FOLDED_ON = ("cuda",)
 
 
 class DilatedConv2d(torch.nn.Conv2d):
-    """`segkernels.dilated_conv2d` as a module: `torch.nn.Conv2d`, argument for argument.
+    """`torch.nn.Conv2d` that calls `segkernels.dilated_conv2d`, with the same arguments.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
             padding_mode, device, dtype: as in `torch.nn.Conv2d`.
-        backend: as in `segkernels.dilated_conv2d`; "torch": `torch.nn.Conv2d` itself.
+        backend: as in `segkernels.dilated_conv2d`; "torch" calls `torch.nn.Conv2d.forward`.
 
     Raises:
-        ValueError: an unknown `backend`, and what `torch.nn.Conv2d` raises.
+        ValueError: an unknown `backend`, and the errors of `torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -70,13 +70,12 @@ class DilatedConv2d(torch.nn.Conv2d):
         return convolve(input, self, self.bias, backend=self.backend)
 
     def extra_repr(self) -> str:
-        """torch's, and the backend."""
-        chosen = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return super().extra_repr() + chosen
+        """The arguments of `torch.nn.Conv2d`, and the backend."""
+        return super().extra_repr() + backend_repr(self.backend)
 
 
 def is_plain_conv(module: torch.nn.Module) -> bool:
-    """Whether calling `module` is a convolution and nothing else."""
+    """Whether `module` is a `torch.nn.Conv2d` or `DilatedConv2d`, not a subclass, without hooks."""
     return is_plain(module, torch.nn.Conv2d, DilatedConv2d)
 
 
@@ -91,7 +90,7 @@ def convolve(
     activation: Activation = None,
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """`dilated_conv2d` with the weight and the geometry of `conv`, whatever its padding mode."""
+    """Call `dilated_conv2d` with the weight and the arguments of `conv`, in any padding mode."""
     padding: Any = conv.padding
     if conv.padding_mode != "zeros":
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
@@ -121,35 +120,34 @@ def conv_bn_act(
     activation: Activation = "relu",
     backend: Backend = "auto",
 ) -> torch.Tensor:
-    """Convolution, normalisation, addition of a residual, and activation.
+    """Compute ``activation(bn(conv(input)) + residual)`` with existing modules.
 
-    ``activation(bn(conv(input)) + residual)``. The modules stay where they are in the model, so its
-    state dict does not change.
+    The modules stay in the model, so its state dict does not change.
 
-    On CUDA, where `bn` is a batch normalisation that uses its running statistics, this is one call
-    of `segkernels.dilated_conv2d`: `bn` is folded into its scale and shift at every call
-    (`segkernels.fold_batch_norm`), and gradients reach its parameters. Otherwise the convolution,
-    `bn`, the addition and the activation run one after the other, the last two in place: folding
-    gains nothing on the CPU, where one more pass over the output costs little beside the
+    On CUDA, if `bn` is a batch normalisation that uses its running statistics, this is one call of
+    `segkernels.dilated_conv2d`. `bn` is folded into its scale and shift at every call
+    (`segkernels.fold_batch_norm`), and its parameters receive gradients. Otherwise the convolution,
+    `bn`, the addition and the activation are computed one at a time, the last two in place. On the
+    CPU folding gains nothing, because another pass over the output is cheap compared with the
     convolution.
 
-    Any modules work. Those that are not `torch.nn.Conv2d` or `DilatedConv2d`, or that have hooks
-    or parametrisations, are called as they are.
+    Any modules are accepted. Those that are not `torch.nn.Conv2d` or `DilatedConv2d`, or that have
+    hooks or parametrisations, are called unchanged.
 
     Args:
         input: [N, C, H, W].
-        conv: any padding mode.
-        bn: normalisation of conv's outputs, or None.
+        conv: the convolution, with any padding mode.
+        bn: normalisation of the convolution's output, or None.
         residual: [N, C_out, H_out, W_out], added before the activation.
         activation: "relu" or None.
-        backend: as in `segkernels.dilated_conv2d`; "torch": the modules one after the other.
+        backend: as in `segkernels.dilated_conv2d`; "torch" calls the modules one at a time.
 
     Returns:
         [N, C_out, H_out, W_out], in the dtype and layout of the convolution's output.
 
     Raises:
-        ValueError: an unknown `activation` or `backend`, a `residual` of another shape, and what
-            the convolution and `bn` raise.
+        ValueError: an unknown `activation` or `backend`, a `residual` with another shape or dtype,
+            and the errors of the convolution and of `bn`.
     """
     check_activation(activation, "conv_bn_act")
     check_backend(backend, "conv_bn_act")
@@ -177,7 +175,7 @@ def conv_bn_act(
 def _finish(
     out: torch.Tensor, residual: torch.Tensor | None, activation: Activation, *, in_place: bool
 ) -> torch.Tensor:
-    """Add the residual and activate, in place where nothing else uses `out`."""
+    """Add the residual and apply the activation; `in_place` if nothing else uses `out`."""
     if residual is not None:
         if residual.shape != out.shape:
             raise ValueError(
@@ -193,16 +191,16 @@ def _finish(
 
 
 class ConvBNAct(torch.nn.Module):
-    """Convolution, batch normalisation and activation, through `segkernels.conv_bn_act`.
+    """Convolution, batch normalisation and activation, computed by `segkernels.conv_bn_act`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups: as in `torch.nn.Conv2d`.
-        padding: as there; default: the output has the input's size for stride 1, and an odd kernel
-            is padded by ``dilation * (kernel_size - 1) / 2``.
-        bias: whether the convolution has one; default: where there is no batch normalisation.
+        padding: as in `torch.nn.Conv2d`; default ``dilation * ((kernel_size - 1) // 2)``, or "same"
+            for an even kernel with stride 1. With stride 1 the output has the size of the input.
+        bias: whether the convolution has a bias; default: only without batch normalisation.
         norm: whether there is batch normalisation.
         activation: "relu" or None.
-        backend: as in `segkernels.dilated_conv2d`; "torch": the modules one after the other.
+        backend: as in `segkernels.dilated_conv2d`; "torch" calls the modules one at a time.
 
     Attributes:
         conv: the `torch.nn.Conv2d`.
@@ -211,7 +209,7 @@ class ConvBNAct(torch.nn.Module):
     Shape: [N, in_channels, H, W] to [N, out_channels, H_out, W_out].
 
     Raises:
-        ValueError: an unknown `activation` or `backend`, and what `torch.nn.Conv2d` raises.
+        ValueError: an unknown `activation` or `backend`, and the errors of `torch.nn.Conv2d`.
     """
 
     def __init__(
@@ -239,7 +237,7 @@ class ConvBNAct(torch.nn.Module):
             out_channels,
             kernel_size,
             stride,
-            _padding(kernel_size, stride, dilation) if padding is None else padding,
+            _same_padding(kernel_size, stride, dilation) if padding is None else padding,
             dilation,
             groups,
             not norm if bias is None else bias,
@@ -258,28 +256,32 @@ class ConvBNAct(torch.nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What the modules inside do not show."""
-        chosen = "" if self.backend == "auto" else f", backend={self.backend!r}"
-        return f"activation={self.activation!r}{chosen}"
+        """The arguments that the submodules do not show."""
+        return f"activation={self.activation!r}" + backend_repr(self.backend)
 
 
-def _padding(kernel_size: Size2, stride: Size2, dilation: Size2) -> str | tuple[int, int]:
-    kernel, step, gap = (
+def _same_padding(kernel_size: Size2, stride: Size2, dilation: Size2) -> str | tuple[int, int]:
+    kernel, steps, gaps = (
         (value, value) if isinstance(value, int) else tuple(value)
         for value in (kernel_size, stride, dilation)
     )
-    if step == (1, 1) and any(size % 2 == 0 for size in kernel):
+    if steps == (1, 1) and any(size % 2 == 0 for size in kernel):
         return "same"
-    return gap[0] * ((kernel[0] - 1) // 2), gap[1] * ((kernel[1] - 1) // 2)
+    return gaps[0] * ((kernel[0] - 1) // 2), gaps[1] * ((kernel[1] - 1) // 2)
 
 
-def check_backend(backend: str, who: str) -> None:
-    """Raise ValueError for a backend that `dilated_conv2d` does not know."""
+def check_backend(backend: str, function: str) -> None:
+    """Raise ValueError for an unknown backend."""
     if backend not in ("auto", "sm90", "torch"):
-        raise ValueError(f"{who}: backend must be 'auto', 'sm90' or 'torch', got {backend!r}")
+        raise ValueError(f"{function}: backend must be 'auto', 'sm90' or 'torch', got {backend!r}")
 
 
-def check_activation(activation: str | None, who: str) -> None:
-    """Raise ValueError for an activation that `dilated_conv2d` does not know."""
+def check_activation(activation: str | None, function: str) -> None:
+    """Raise ValueError for an unknown activation."""
     if activation not in (None, "relu"):
-        raise ValueError(f"{who}: activation must be None or 'relu', got {activation!r}")
+        raise ValueError(f"{function}: activation must be None or 'relu', got {activation!r}")
+
+
+def backend_repr(backend: str) -> str:
+    """Return the backend for `extra_repr`; "" for the default."""
+    return "" if backend == "auto" else f", backend={backend!r}"

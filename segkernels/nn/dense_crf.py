@@ -1,4 +1,4 @@
-"""The dense CRF as a layer with learned compatibilities and sigmas."""
+"""DenseCRF: the dense CRF as a layer with learned compatibilities and sigmas."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from segkernels.ops.permutohedral.native import Normalization
 
 
 class DenseCRF(nn.Module):
-    """`dense_crf` as a layer whose compatibilities, and sigmas if wanted, are learned.
+    """`dense_crf` as a layer with learned compatibilities and, optionally, learned sigmas.
 
-    The CRF-as-RNN layer: put it behind a network's logits and train both.
+    This is the CRF-as-RNN layer: apply it to a network's logits and train both together.
 
     Args:
         num_classes: C.
         iterations, normalization, method: as in `dense_crf`.
-        sxy_gaussian, sxy_bilateral, srgb: as in `dense_crf`; the start, where they are learned.
-        compat_gaussian, compat_bilateral: as in `dense_crf`: a number starts a learned Potts
-            weight, a vector a learned diagonal, a matrix a learned matrix. None leaves the term
-            out.
-        learn_compat: whether the compatibilities are parameters (else buffers).
-        learn_sigmas: whether the sigmas are: each is its start times the exponential of a parameter
-            that starts at 0, so that it stays positive.
+        sxy_gaussian, sxy_bilateral, srgb: as in `dense_crf`; the initial values, if they are
+            learned.
+        compat_gaussian, compat_bilateral: as in `dense_crf`: the initial value of a Potts weight (a
+            number), of a diagonal (a vector) or of a matrix. None omits the term.
+        learn_compat: whether the compatibilities are parameters; else they are buffers.
+        learn_sigmas: whether the sigmas are learned. A learned sigma is its initial value times the
+            exponential of a parameter that is initially 0, so it stays positive.
+
+    Raises:
+        ValueError: `num_classes` below 1, or an invalid value of another argument.
 
     Source: S. Zheng et al.: Conditional Random Fields as Recurrent Neural Networks, ICCV 2015.
     """
@@ -62,20 +65,20 @@ class DenseCRF(nn.Module):
             ("compat_gaussian", compat_gaussian),
             ("compat_bilateral", compat_bilateral),
         ):
-            start = None
+            initial = None
             if compat is not None:
                 device = torch.device(torch.get_default_device())
                 if isinstance(compat, torch.Tensor):
                     device = compat.device
-                start = (
+                initial = (
                     inputs.to_compat(compat, name, num_classes, torch.float32, device)
                     .detach()
                     .clone()
                 )
-            if learn_compat and start is not None:
-                self.register_parameter(name, nn.Parameter(start))
+            if learn_compat and initial is not None:
+                self.register_parameter(name, nn.Parameter(initial))
             else:
-                self.register_buffer(name, start)
+                self.register_buffer(name, initial)
         for name, sigma in (
             ("sxy_gaussian", sxy_gaussian),
             ("sxy_bilateral", sxy_bilateral),
@@ -88,7 +91,7 @@ class DenseCRF(nn.Module):
             self.register_parameter(f"{name}_log_scale", scale)
 
     def sigma(self, name: Literal["sxy_gaussian", "sxy_bilateral", "srgb"]) -> torch.Tensor:
-        """The standard deviations in use: one, or one for each axis or channel."""
+        """Return the current standard deviations: one, or one per axis or channel."""
         start: torch.Tensor = getattr(self, f"{name}_start")
         scale = getattr(self, f"{name}_log_scale")
         return start if scale is None else start * scale.exp()
@@ -105,12 +108,13 @@ class DenseCRF(nn.Module):
         max_vertices: int | None = None,
     ) -> torch.Tensor:
         """Refine a batch; arguments and result as in `dense_crf`."""
-        scores = next((s for s in (probs, logits, unary) if s is not None), None)
+        given = {"probs": probs, "logits": logits, "unary": unary}
+        name, scores = next(((n, s) for n, s in given.items() if s is not None), ("", None))
         if isinstance(scores, torch.Tensor) and scores.dim() >= 3:
             channels = scores.shape[0 if scores.dim() == 3 else 1]
             if channels != self.num_classes:
                 raise ValueError(
-                    f"DenseCRF: it has {self.num_classes} classes, the scores have {channels} "
+                    f"DenseCRF: {name} must have {self.num_classes} classes, got {channels} "
                     f"(shape {tuple(scores.shape)})"
                 )
         return dense_crf(
@@ -132,7 +136,7 @@ class DenseCRF(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The number of classes and what is not in the state."""
+        """The number of classes, and the arguments that are not in the state dict."""
         method = "" if self.method == "lattice" else f", method={self.method!r}"
         return (
             f"{self.num_classes}, iterations={self.iterations}, "

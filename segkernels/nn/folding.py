@@ -1,4 +1,4 @@
-"""Batch normalisation in evaluation as a per-channel scale and shift."""
+"""fold_batch_norm: batch normalisation in evaluation mode as a per-channel scale and shift."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ BATCH_NORMS = (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)
 
 
 def fold_batch_norm(conv: torch.nn.Conv2d, bn: BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Batch normalisation in evaluation, and the convolution's bias, as a scale and a shift.
+    """Fold batch normalisation in evaluation mode, and the convolution's bias, to scale and shift.
 
         scale = gamma / sqrt(var + eps)
         shift = beta + (bias - mean) * scale
 
-    so that ``bn.eval()(conv(x))`` is ``conv2d(x, conv.weight) * scale + shift``: pass them to
-    `segkernels.dilated_conv2d` without the convolution's bias. Ioffe and Szegedy 2015, "Batch
-    normalization", section 3.1. The modules do not change, and their mode does not matter.
-    Gradients reach gamma, beta and the bias.
+    Then ``bn.eval()(conv(x))`` equals ``conv2d(x, conv.weight) * scale + shift``: pass scale and
+    shift to `segkernels.dilated_conv2d`, without the convolution's bias. From Ioffe and Szegedy
+    2015, "Batch normalization", section 3.1. The modules are not modified, and their training mode
+    is ignored. Differentiable with respect to gamma, beta and the bias.
 
     Args:
         conv: the convolution before `bn`.
-        bn: has running statistics; gamma and beta are optional.
+        bn: a batch normalisation with running statistics; gamma and beta are optional.
 
     Returns:
         (scale, shift), both [C_out]; float64 if one of the vectors is, else float32.
 
     Raises:
-        TypeError: `conv` is no `torch.nn.Conv2d`, or `bn` no `torch.nn.BatchNorm2d` (or
-            `SyncBatchNorm`).
-        ValueError: `bn` has no running statistics, or another number of channels than `conv` has
-            outputs.
+        TypeError: `conv` is not a `torch.nn.Conv2d`, or `bn` is not a `torch.nn.BatchNorm2d` or
+            `torch.nn.SyncBatchNorm`.
+        ValueError: `bn` has no running statistics, or its number of channels is not the number of
+            output channels of `conv`.
     """
     if not isinstance(conv, torch.nn.Conv2d):
         raise TypeError(f"fold_batch_norm: conv must be torch.nn.Conv2d, got {type(conv)}")
@@ -57,7 +57,7 @@ def fold_batch_norm(conv: torch.nn.Conv2d, bn: BatchNorm) -> tuple[torch.Tensor,
 
 
 def is_plain(module: torch.nn.Module, *types: type[torch.nn.Module]) -> bool:
-    """Whether `module` is one of these types, not a subclass, and has no hooks."""
+    """Whether `module` is exactly of one of these types, not a subclass, and has no hooks."""
     return type(module) in types and not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -67,7 +67,7 @@ def is_plain(module: torch.nn.Module, *types: type[torch.nn.Module]) -> bool:
 
 
 def foldable(bn: torch.nn.Module) -> bool:
-    """Whether `bn` is a plain batch normalisation that uses its running statistics now."""
+    """Whether `bn` is a batch normalisation without hooks that uses its running statistics."""
     return (
         is_plain(bn, *BATCH_NORMS)
         and not bn.training

@@ -1,4 +1,4 @@
-"""Pooling and unpooling modules."""
+"""MaxPool2d and MaxUnpool2d: pooling and unpooling modules."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from segkernels.ops.max_unpool2d import max_unpool2d
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
-    """`segkernels.max_pool2d` as a module: `torch.nn.MaxPool2d`, and codes.
+    """`torch.nn.MaxPool2d` that calls `segkernels.max_pool2d`, and can also return codes.
 
     Args:
-        kernel_size: height and width of a window, or one int for both, and so the next three.
-        stride: from window to window; default `kernel_size`.
-        padding: on every side; at most half of `kernel_size`.
-        dilation: from cell to cell of a window.
+        kernel_size: cells of a window, one int or (rows, columns).
+        stride: pixels between neighbouring windows, one int or (rows, columns); default
+            `kernel_size`.
+        padding: on each side, one int or (rows, columns); at most half of `kernel_size`.
+        dilation: pixels between neighbouring cells of a window, one int or (rows, columns).
         return_indices: return (values, int64 indices).
         ceil_mode: round the number of windows up instead of down.
         return_codes: return (values, uint8 codes), for `MaxUnpool2d`.
@@ -39,7 +40,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
         return_codes: bool = False,
     ) -> None:
         if return_indices and return_codes:
-            raise ValueError("MaxPool2d: give return_indices or return_codes, not both")
+            raise ValueError("MaxPool2d: return_indices and return_codes must not both be True")
         super().__init__(kernel_size, stride, padding, dilation, return_indices, ceil_mode)
         self.return_codes = return_codes
 
@@ -58,13 +59,13 @@ class MaxPool2d(torch.nn.MaxPool2d):
 
 
 class MaxUnpool2d(torch.nn.MaxUnpool2d):
-    """`segkernels.max_unpool2d` as a module: `torch.nn.MaxUnpool2d`, and from codes.
+    """`torch.nn.MaxUnpool2d` that calls `segkernels.max_unpool2d`, and also accepts codes.
 
     Args:
-        kernel_size: that of the pooling, and so the next three.
-        stride: default `kernel_size`.
-        padding: as in the pooling.
-        dilation: as in the pooling.
+        kernel_size: of the pooling.
+        stride: of the pooling; default `kernel_size`.
+        padding: of the pooling.
+        dilation: of the pooling.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class MaxUnpool2d(torch.nn.MaxUnpool2d):
     def forward(
         self, input: torch.Tensor, indices: torch.Tensor, output_size: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Values and their codes or indices to the plane; see `segkernels.max_unpool2d`."""
+        """Unpool values with their codes or indices; see `segkernels.max_unpool2d`."""
         return max_unpool2d(
             input,
             indices,

@@ -1,4 +1,4 @@
-"""Upsampling modules, and a transposed convolution's bilinear start."""
+"""Upsample, ResizeConv and bilinear_kernel_: upsampling modules and an initialisation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from segkernels.ops.interpolate import interpolate
 
 
 class Upsample(torch.nn.Upsample):
-    """`segkernels.interpolate` as a module: `torch.nn.Upsample`, argument for argument.
+    """`torch.nn.Upsample` that calls `segkernels.interpolate`, with the same arguments.
 
     Args:
         size: (H_out, W_out), or one int for both.
-        scale_factor: multiplier of (H, W), or one for both; give this or `size`.
+        scale_factor: factors of (H, W), or one factor for both; exactly one of `size` and
+            `scale_factor` must be given.
         mode: "nearest", "nearest-exact", "bilinear" or "bicubic".
         align_corners: for "bilinear" and "bicubic"; default False.
         recompute_scale_factor: as in `segkernels.interpolate`.
@@ -33,25 +34,25 @@ class Upsample(torch.nn.Upsample):
 
 
 class ResizeConv(torch.nn.Module):
-    """Upsample, then convolve: an upsampling without the checkerboard of a transposed convolution.
+    """Upsample, then convolve: avoids the checkerboard artefacts of a transposed convolution.
 
-    A transposed convolution whose kernel is no multiple of its stride overlaps itself unevenly, so
-    that even a constant input comes out as a checkerboard; here every output pixel is the same sum.
-    Odena et al. 2016, "Deconvolution and Checkerboard Artifacts".
+    If the kernel size of a transposed convolution is not a multiple of its stride, its outputs
+    overlap unevenly, and even a constant input gives a checkerboard. Here every output pixel is the
+    same sum. From Odena et al. 2016, "Deconvolution and Checkerboard Artifacts".
 
     Args:
-        in_channels: of the input.
-        out_channels: of the output.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
         kernel_size: of the convolution, odd.
-        scale_factor: how many times higher and wider the output is.
+        scale_factor: factor of the height and the width.
         mode: of `segkernels.interpolate`: "nearest" or "bilinear".
-        bias: whether the convolution has one.
+        bias: whether the convolution has a bias.
         padding_mode: of the convolution: "zeros", "reflect", "replicate" or "circular".
 
     Shape: [N, in_channels, H, W] to [N, out_channels, H * scale_factor, W * scale_factor].
 
     Raises:
-        ValueError: an even `kernel_size`, another `mode`, a `scale_factor` below 1.
+        ValueError: an even `kernel_size`, an unknown `mode`, or a `scale_factor` below 1.
     """
 
     def __init__(
@@ -86,8 +87,8 @@ class ResizeConv(torch.nn.Module):
         """[N, C, H, W] to [N, C_out, H * scale_factor, W * scale_factor]."""
         corners = None if self.mode == "nearest" else False
         scale = float(self.scale_factor)
-        larger = interpolate(input, scale_factor=scale, mode=self.mode, align_corners=corners)
-        out: torch.Tensor = self.conv(larger)
+        upsampled = interpolate(input, scale_factor=scale, mode=self.mode, align_corners=corners)
+        out: torch.Tensor = self.conv(upsampled)
         return out
 
     def extra_repr(self) -> str:
@@ -97,23 +98,23 @@ class ResizeConv(torch.nn.Module):
 
 @torch.no_grad()
 def bilinear_kernel_(conv: torch.nn.ConvTranspose2d) -> torch.nn.ConvTranspose2d:
-    """Set a transposed convolution's weights, in place, to bilinear upsampling of each channel.
+    """Set the weight of a transposed convolution, in place, to bilinear upsampling per channel.
 
-    The initialisation of FCN's learnable upsampling (Long et al. 2015, section 3.3). A kernel of
-    size k has f = ceil(k / 2) and the weights ``1 - |i - c| / f`` around its centre c, along both
-    axes. Upsampling by s is a kernel of ``2 * s - s % 2``, stride s and padding
-    ``(s - s % 2) / 2``: away from the borders, ``interpolate(mode="bilinear")``.
+    This initialises FCN's learnable upsampling (Long et al. 2015, section 3.3). Along each axis a
+    kernel of size k has the weights ``1 - |i - c| / f``, with f = ceil(k / 2) and centre c. To
+    upsample by s, use a kernel of size ``2 * s - s % 2``, stride s and padding ``(s - s % 2) / 2``;
+    away from the borders the result is that of ``interpolate(mode="bilinear")``.
 
     Args:
-        conv: with as many output channels as input channels; groups as you like. A bias is set to
-            0.
+        conv: must have as many output channels as input channels, in any number of groups. Its
+            bias, if it has one, is set to 0.
 
     Returns:
         `conv`.
 
     Raises:
-        TypeError: not a `torch.nn.ConvTranspose2d`.
-        ValueError: other numbers of channels.
+        TypeError: `conv` is not a `torch.nn.ConvTranspose2d`.
+        ValueError: `conv` has different numbers of input and output channels.
     """
     if not isinstance(conv, torch.nn.ConvTranspose2d):
         raise TypeError(
@@ -135,6 +136,7 @@ def bilinear_kernel_(conv: torch.nn.ConvTranspose2d) -> torch.nn.ConvTranspose2d
 
 
 def _triangle(size: int) -> torch.Tensor:
+    """Weights of a bilinear kernel along one axis."""
     factor = (size + 1) // 2
-    place = torch.arange(size, dtype=torch.float64)
-    return 1 - (place - (size - 1) / 2).abs() / factor
+    i = torch.arange(size, dtype=torch.float64)
+    return 1 - (i - (size - 1) / 2).abs() / factor

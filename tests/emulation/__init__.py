@@ -69,10 +69,10 @@ def emulated(on: bool = True, cooperative: bool = True) -> Iterator[None]:
         (_native, "capturing"): lambda device: _captures,
         (_status, "_device_words"): _emulated_words,
         (sm90, "_capability"): lambda index: (9, 0),
-        (sm90, "_count"): lambda index: MULTIPROCESSORS,
-        (sm90, "_read_on_current_stream"): lambda words: None,
+        (sm90, "_multiprocessors"): lambda index: MULTIPROCESSORS,
+        (sm90, "_record_stream"): lambda words: None,
         (sm90, "_tables"): OrderedDict(),
-        (sm90, "_captured"): [],
+        (sm90, "_captured_tables"): [],
         (torch.cuda, "synchronize"): lambda device=None: None,
         (torch_path, "_fused_epilogue"): lambda: None,  # Triton's: interpreter.py
     }

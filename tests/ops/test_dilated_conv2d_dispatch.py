@@ -51,9 +51,9 @@ def test_without_triton_torch_computes_the_epilogue(monkeypatch: pytest.MonkeyPa
 
 def test_sm90_backend_rejects_cpu_tensors() -> None:
     x, w = torch.zeros(1, 8, 5, 5), torch.zeros(8, 8, 3, 3)
-    with pytest.raises(ValueError, match=r"backend='sm90'.*needs a CUDA device, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend='sm90'.*must be on a CUDA device, got 'cpu'"):
         segkernels.dilated_conv2d(x, w, backend="sm90")
-    with pytest.raises(ValueError, match=r"backend='sm90'.*needs a CUDA device, got 'cpu'"):
+    with pytest.raises(ValueError, match=r"backend='sm90'.*must be on a CUDA device, got 'cpu'"):
         segkernels.aspp(x, [w, w], (1, 2), backend="sm90")
 
 
@@ -162,9 +162,9 @@ def test_auto_chooses_torch_for_contiguous_inputs(monkeypatch: pytest.MonkeyPatc
 
     c = Call((1, 1), (2, 2), (2, 2), 1, (9, 9), True, "auto")
     x: Any = OnCuda()
-    assert not backends._is_torchs(x, c)
-    assert backends._is_torchs(x, c._replace(channels_last=False))
-    assert not backends._is_torchs(x, c._replace(channels_last=False, backend="sm90"))
+    assert not backends._use_torch(x, c)
+    assert backends._use_torch(x, c._replace(channels_last=False))
+    assert not backends._use_torch(x, c._replace(channels_last=False, backend="sm90"))
 
 
 @pytest.mark.emulated
@@ -172,7 +172,7 @@ def test_auto_chooses_torch_for_contiguous_inputs(monkeypatch: pytest.MonkeyPatc
 def test_each_kernel_follows_the_rule(
     chosen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
+    monkeypatch.setattr(backends, "_use_torch", lambda x, c: False)
     monkeypatch.setattr(
         dispatch, "choose", lambda kind, *problems: "sm90" if kind in chosen else "torch"
     )
@@ -209,7 +209,7 @@ def test_each_kernel_follows_the_rule(
 @pytest.mark.emulated
 def test_first_call_during_capture_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A schedule cannot be copied to the device while a graph is captured."""
-    monkeypatch.setattr(backends, "_is_torchs", lambda x, c: False)
+    monkeypatch.setattr(backends, "_use_torch", lambda x, c: False)
     monkeypatch.setattr(dispatch, "choose", lambda kind, *problems: "sm90")
     x, w = torch.randn(2, 16, 9, 9).half(), torch.randn(24, 16, 3, 3).half() / 12
     grad = torch.randn(2, 24, 9, 9).half()

@@ -305,7 +305,7 @@ def test_branches_of_different_sizes_raise() -> None:
 
 def test_schedules_are_cached_by_shape(hopper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "_tables", OrderedDict())
-    monkeypatch.setattr(sm90, "_KEPT", 2)
+    monkeypatch.setattr(sm90, "_MAX_TABLES", 2)
     g = same((9, 9), 3, 2)
     for batch in (1, 1, 2, 3):
         x, w = operands(batch, 64, 16, g, torch.float16, hopper)
@@ -315,7 +315,7 @@ def test_schedules_are_cached_by_shape(hopper: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.emulated
 def test_table_of_a_captured_call_outlives_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sm90, "_KEPT", 1)
+    monkeypatch.setattr(sm90, "_MAX_TABLES", 1)
     g = same((9, 9), 3, 2)
     x, w = operands(3, 64, 16, g, torch.float16)
     expected = sm90.forward(x, w, g)
@@ -324,7 +324,7 @@ def test_table_of_a_captured_call_outlives_the_cache(monkeypatch: pytest.MonkeyP
     (table,) = sm90._tables.values()
     for batch in (2, 1):
         sm90.forward(x[:batch], w, g)
-    assert sm90._captured == [table]
+    assert sm90._captured_tables == [table]
 
 
 PROBLEM = Problem(
@@ -339,7 +339,7 @@ PROBLEM = Problem(
         ({"dtype": torch.float16}, ""),
         ({"dtype": torch.float32}, ""),
         ({"channels": 21, "out_channels": 21}, ""),
-        ({"dtype": torch.float64}, "no torch.float64"),
+        ({"dtype": torch.float64}, "got torch.float64"),
         ({"stride": (2, 1)}, "stride must be 1"),
         ({"groups": 2}, "groups must be 1"),
         ({"geometry": same((65, 65), 9, 1)}, "7 x 7"),
@@ -362,7 +362,7 @@ def test_supported(change: dict[str, Any], reason: str, monkeypatch: pytest.Monk
     else:
         assert found == ""
     if problem.dtype == torch.float32:
-        assert "no float32" in sm90.weight_gradient_supported(problem)
+        assert "got torch.float32" in sm90.weight_gradient_supported(problem)
     else:
         assert sm90.weight_gradient_supported(problem) == found
 
@@ -374,7 +374,7 @@ def test_other_devices_are_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
         has_sm90a = True
 
     monkeypatch.setattr(_native, "C", Module)
-    assert "9.0, this device has 8.0" in sm90.supported(PROBLEM)
+    assert "9.0, got 8.0" in sm90.supported(PROBLEM)
     Module.has_sm90a = False
     assert "built without sm_90a" in sm90.supported(PROBLEM)
 
@@ -462,8 +462,8 @@ def test_branches_on_hopper(hopper: str) -> None:
 @only_a_gpu
 def test_streams_and_graphs_on_hopper(hopper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sm90, "_tables", OrderedDict())
-    monkeypatch.setattr(sm90, "_captured", [])
-    monkeypatch.setattr(sm90, "_KEPT", 1)
+    monkeypatch.setattr(sm90, "_captured_tables", [])
+    monkeypatch.setattr(sm90, "_MAX_TABLES", 1)
     g = same((33, 33), 3, 6)
     x, w = operands(2, 512, 128, g, torch.bfloat16, hopper)
     graph = torch.cuda.CUDAGraph()

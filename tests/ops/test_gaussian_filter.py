@@ -341,7 +341,7 @@ def test_more_images_than_a_grid_axis_holds(device, monkeypatch):
     images, most = 70_000, 65_535
     if interpreter.on():
         images, most = 5, 2
-        monkeypatch.setattr("segkernels.ops.gaussian_filter._MOST_IMAGES", most)
+        monkeypatch.setattr("segkernels.ops.gaussian_filter._MAX_BATCH", most)
     features, values = (torch.randn(images, n, 3, device=device) for n in (2, 1))
     for at in (None, features + 0.5):
         got = high(values, features, query_features=at)
@@ -477,8 +477,8 @@ def test_native_kernel_agrees_with_blocked_torch(dtype, queries):
     for reach in (9.0, float("inf")):
         got = native.apply(at, keys, b, reach)
         assert_near(got.transpose(1, 2), blocked.apply(at, keys, b, reach), TOLERANCE[dtype])
-        got = native.pull(at, keys, a, b, reach)
-        want = blocked.pull(at, keys, a.transpose(1, 2).contiguous(), b, reach)
+        got = native.query_gradient(at, keys, a, b, reach)
+        want = blocked.query_gradient(at, keys, a.transpose(1, 2).contiguous(), b, reach)
         assert_near(got.transpose(1, 2), want, 5 * TOLERANCE[dtype])
 
 

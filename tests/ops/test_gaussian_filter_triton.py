@@ -32,15 +32,15 @@ def test_agrees_with_blocked_torch(dims, count, queries, channels):
     reach = 30.0 if count > 64 else 100.0
     want = blocked.apply(at, keys, rows, reach)
     scale = blocked.apply(at, keys, rows.abs(), reach).amax(dim=1, keepdim=True)
-    pulled = blocked.pull(at, keys, *pair, reach)
+    gradient = blocked.query_gradient(at, keys, *pair, reach)
     for precise, tolerance in ((True, 2e-6), (False, 1e-3)):
         got = triton_kernels.apply(at, keys, rows, reach, precise)
         error = float(((got - want).abs() / (scale + 1e-30)).max())
         assert error <= tolerance
         # The error shows that the products really are in float16.
         assert precise or count == 1 or error > 1e-5
-        got = triton_kernels.pull(at, keys, *pair, reach, precise)
-        assert float((got - pulled).abs().max() / (pulled.abs().max() + 1e-30)) <= 2e-6
+        got = triton_kernels.query_gradient(at, keys, *pair, reach, precise)
+        assert float((got - gradient).abs().max() / (gradient.abs().max() + 1e-30)) <= 2e-6
 
 
 @interpreter.on_triton
@@ -53,7 +53,7 @@ def test_lists_hold_the_tiles_within_reach(device):
     tiles = first.shape[2]
     near = torch.full((1, 4, low.shape[2]), -1, dtype=torch.int32, device=device)
     count = torch.zeros(1, 4, dtype=torch.int32, device=device)
-    triton_kernels.near_kernel[(4, 1)](
+    triton_kernels.tile_list_kernel[(4, 1)](
         first, last, low, high, near, count, 2, tiles, low.shape[2], 9.0, DIMS=2, BLOCK=32
     )
     wanted = list(blocked.tiles_within(points, points, 9.0, triton_kernels.QUERIES, 0))
@@ -66,7 +66,7 @@ def test_lists_hold_the_tiles_within_reach(device):
 
 POINTERS = {
     **dict.fromkeys(("x", "y", "out", "a", "b", "first", "last", "low", "high"), "*fp32"),
-    **dict.fromkeys(("near", "count"), "*i32"),
+    **dict.fromkeys(("tile_list", "list_length"), "*i32"),
     "v": "*fp16",
     "reach": "fp32",
 }
@@ -77,12 +77,12 @@ def _kernel(name: str, dims: int, precise: bool) -> tuple[Any, dict[str, str], d
     from segkernels.ops.gaussian_filter import triton_kernels
 
     types, block = dict(POINTERS), triton_kernels.block_of(1000, dims, precise)
-    if name == "near":
-        return triton_kernels.near_kernel, types, {"DIMS": dims, "BLOCK": 128}
+    if name == "tile_list":
+        return triton_kernels.tile_list_kernel, types, {"DIMS": dims, "BLOCK": 128}
     shape = {"DIMS": dims, "M": triton_kernels.QUERIES, "N": TILE}
-    if name == "pull":
+    if name == "query_gradient":
         rest = {"C": min(32, block), "D": triton.next_power_of_2(dims)}
-        return triton_kernels.pull_kernel, types, {**shape, **rest, "PRECISION": "tf32x3"}
+        return triton_kernels.query_gradient_kernel, types, {**shape, **rest, "PRECISION": "tf32x3"}
     if precise:
         types["v"] = "*fp32"
     rest = {"C": block, "SHIFT": 0.0 if precise else 15.0, "HALF": not precise}
@@ -98,13 +98,13 @@ SPILLS = {((3, 8), "apply", 6, True, 90): 8}
 @pytest.mark.parametrize(
     ("name", "dims", "precise"),
     [
-        ("near", 5, False),
+        ("tile_list", 5, False),
         ("apply", 5, False),
         ("apply", 6, True),
         ("apply", 16, False),
         ("apply", 16, True),
-        ("pull", 5, True),
-        ("pull", 16, True),
+        ("query_gradient", 5, True),
+        ("query_gradient", 16, True),
     ],
 )
 @pytest.mark.nightly
@@ -112,7 +112,7 @@ def test_compiles_without_spills(name, dims, precise, arch, tmp_path):
     from segkernels.ops.gaussian_filter import triton_kernels
 
     kernel, types, constants = _kernel(name, dims, precise)
-    warps, stages = 4 if name == "near" else 8, 3
+    warps, stages = 4 if name == "tile_list" else 8, 3
     if name == "apply":
         stages = triton_kernels.stages_of(precise)
     made = triton_tools.compiled(kernel, types, constants, arch, warps, stages)
@@ -131,6 +131,6 @@ def test_other_sizes_do_not_recompile(monkeypatch):
         points = Points(torch.randn(1, 5, count))
         rows = points.rows(torch.randn(1, 3 + count % 9, count))
         triton_kernels.apply(points, points, rows, 100.0, False)
-        triton_kernels.pull(points, points, rows, rows, 100.0, False)
+        triton_kernels.query_gradient(points, points, rows, rows, 100.0, False)
     found = Counter(name for name, _ in set(compiles))
-    assert found == {"near_kernel": 1, "apply_kernel": 1, "pull_kernel": 1}
+    assert found == {"tile_list_kernel": 1, "apply_kernel": 1, "query_gradient_kernel": 1}

@@ -1,4 +1,4 @@
-"""aspp: several dilated convolutions of one input, side by side or added up."""
+"""aspp: dilated convolutions of one input at several rates, concatenated or added up."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _registry.register(
         deterministic=True,
         differentiable=("input", "weights", "scale", "shift", "pooled"),
         library_ops=("segkernels::aspp",),
-        note="differentiable any number of times; on CUDA the v3 form's dilated branches are one "
-        "launch where our Hopper kernel is chosen for them; where cuDNN runs, its algorithms are "
-        "deterministic under torch's deterministic mode",
+        note="differentiable any number of times; on CUDA the dilated branches of form v3 are one "
+        "launch where the sm90 kernel is chosen for them; cuDNN is deterministic in torch's "
+        "deterministic mode",
     )
 )
 
@@ -43,8 +43,8 @@ def aspp(
 ) -> torch.Tensor:
     """Atrous spatial pyramid pooling: dilated convolutions of one input at several rates.
 
-    With b_i the convolution of `input` with ``weights[i]`` dilated by ``rates[i]``, stride 1, zeros
-    around it so that the size stays:
+    Branch b_i is the convolution of `input` with ``weights[i]``, dilated by ``rates[i]``, with
+    stride 1 and zero padding that keeps the size.
 
         v2:  activation((b_0 + b_1 + ...) * scale + shift)
         v3:  activation(concat(concat(b_0, b_1, ...) * scale + shift, pooled))
@@ -52,41 +52,42 @@ def aspp(
     v2 is the sum of Chen et al. 2018, "DeepLab: semantic image segmentation with deep
     convolutional nets, atrous convolution, and fully connected CRFs", section 3.2 (`shift` is the
     sum of the branches' biases). v3 is the concatenation of Chen et al. 2017, "Rethinking atrous
-    convolution for semantic image segmentation", section 3.3: a 1x1 convolution, 3x3 ones, each
-    with batch normalisation (`scale` and `shift`: `segkernels.fold_batch_norm`), and the image
-    pooling, one vector an image.
+    convolution for semantic image segmentation", section 3.3: a 1x1 convolution and 3x3
+    convolutions, each with batch normalisation (`scale` and `shift`, from
+    `segkernels.fold_batch_norm`), and image pooling (`pooled`, one vector per image).
 
-    On CUDA neighbours of one shape (v3's dilated branches) are one launch of the Hopper kernel that
-    writes each into its channels, with ``backend="sm90"``, or where `segkernels.dilated_conv2d`
-    would choose that kernel for them together; else, and on the CPU, the branches run one by one
-    through it, each moved to its place, or added, before the next. Nothing is kept for the backward
-    pass but the inputs and, with an activation, the output.
+    On CUDA the neighbouring branches of form v3 whose weights have the same shape are computed by
+    one launch of the Hopper kernel, which writes each to its channels: with ``backend="sm90"``, or
+    where the cost model of `segkernels.dilated_conv2d` chooses that kernel for them together.
+    Otherwise the branches are computed one at a time, and each result is copied to its channels, or
+    added, before the next. The saved tensors are the inputs and, with an activation, the output.
+    Differentiable any number of times, with respect to all tensors.
 
-    Under autocast the tensors are cast as for `torch.nn.functional.conv2d`, but `scale` and
-    `shift`, which are left.
+    Under autocast the tensors are cast as for `torch.nn.functional.conv2d`, except `scale` and
+    `shift`.
 
     Args:
-        input: [N, C, H, W]; float16, bfloat16, float32 or float64. Contiguous and channels_last are
-            taken as they are.
-        weights: one [C_i, C, kh, kw] a branch, kh and kw odd, in `input`'s dtype; for v2 all C_i
-            are the same.
-        rates: pixels from one tap to the next, one int a branch.
-        scale: one factor an output channel of the branches: [sum of C_i] for v3, [C_0] for v2; in
-            `input`'s dtype or float32. None: 1.
-        shift: the same; None: 0.
-        pooled: v3 only: [N, C_p, 1, 1], in `input`'s dtype, the same for all pixels.
+        input: [N, C, H, W]; float16, bfloat16, float32 or float64. Contiguous and channels_last
+            layouts are not copied.
+        weights: one [C_i, C, kh, kw] per branch, kh and kw odd, in the dtype of `input`; all C_i
+            are the same for v2.
+        rates: pixels between neighbouring taps, one int per branch.
+        scale: one factor per output channel of the branches: [sum of C_i] for v3, [C_0] for v2; in
+            the dtype of `input` or float32. None: 1.
+        shift: one summand per output channel, like `scale`. None: 0.
+        pooled: v3 only: [N, C_p, 1, 1], in the dtype of `input`; repeated for all pixels.
         activation: None or "relu".
         form: "v2" or "v3".
         backend: as in `segkernels.dilated_conv2d`.
 
     Returns:
-        [N, C_0, H, W] for v2 and [N, sum of C_i + C_p, H, W] for v3, in `input`'s dtype;
-        channels_last where `input` or a weight is.
+        [N, C_0, H, W] for v2 and [N, sum of C_i + C_p, H, W] for v3, in the dtype of `input`;
+        channels_last if `input` or a weight is.
 
     Raises:
-        ValueError: no branch, other numbers of `weights` and `rates`; shapes, dtypes or devices
-            that do not fit; an even kernel; a rate below 1; `pooled` with v2; an unknown
-            `activation`, `form` or `backend`; a `backend` that cannot take this call.
+        ValueError: no branch; different numbers of `weights` and `rates`; shapes, dtypes or devices
+            that do not match; an even kernel size; a rate below 1; `pooled` with v2; an unknown
+            `activation`, `form` or `backend`; a call that `backend` does not support.
         TypeError: arguments of another type.
     """
     _operator.check_not_traced("aspp")
@@ -99,7 +100,7 @@ def aspp(
     _check_input_and_weights(input, weights, rates, form)
     channels_last = any(map(_operator.is_channels_last, (input, *weights)))
     spec = Spec(tuple(rates), activation, form == "v2", channels_last, backend)
-    _check_others(input, spec.channels(weights, None), scale, shift, pooled, form)
+    _check_vectors(input, spec.channels(weights, None), scale, shift, pooled, form)
     for weight, call in zip(weights, spec.calls(input, weights), strict=True):
         backends.check(input, weight, call)
     out: torch.Tensor = operator.join(input, scale, shift, pooled, weights, spec)
@@ -115,7 +116,7 @@ def _check_types(
         _arguments.check_tensor(value, name, "aspp")
     if not weights or len(rates) != len(weights):
         raise ValueError(
-            "aspp: weights and rates must have one element a branch, and a branch at least, got "
+            "aspp: weights and rates must have the same length, at least 1, got "
             f"{len(weights)} and {len(rates)}"
         )
     for i, rate in enumerate(rates):
@@ -154,7 +155,7 @@ def _check_input_and_weights(
         _arguments.check_dtype_and_device(weight, name, {input.dtype}, input, "aspp")
 
 
-def _check_others(
+def _check_vectors(
     input: torch.Tensor,
     channels: int,
     scale: torch.Tensor | None,

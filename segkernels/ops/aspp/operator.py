@@ -1,8 +1,8 @@
-"""The derivatives of aspp.
+"""The torch.library operator of aspp, and its derivatives.
 
-Nothing is saved but the inputs and, with ReLU, the output: each branch's result lives in its place
-of the output only. The gradients are those of dilated_conv2d, branch by branch, the input's added
-up; they are differentiable again.
+The saved tensors are the inputs and, with ReLU, the output; the result of a branch is stored in the
+output only. The gradients of each branch are those of dilated_conv2d, which are differentiable, and
+the input gradients are added up.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from segkernels.ops._dtypes import compute_dtype
 from segkernels.ops._operator import Operator, under_functorch
 from segkernels.ops.aspp import branches
 from segkernels.ops.aspp.spec import Spec
-from segkernels.ops.dilated_conv2d.call import Wanted
-from segkernels.ops.dilated_conv2d.operator import added, count, gradients
+from segkernels.ops.dilated_conv2d.call import BackwardArgs
+from segkernels.ops.dilated_conv2d.operator import conv_flops, gradients, sum_of
 
 Weights = Sequence[torch.Tensor]
 
@@ -35,35 +35,35 @@ def _save(*args: Any) -> Sequence[torch.Tensor | None]:
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
-    """As of dilated_conv2d: with W the weight's gradient of the plain convolution, a branch has
+    """Backward, as in dilated_conv2d.
 
-    d weight = scale * W, and d scale = <weight, W> of each output channel, summed over the branches
-    in the sum.
+    With W the weight gradient of a branch's plain convolution, d weight = scale * W and
+    d scale = <weight, W> for each output channel; in form v2 d scale is summed over the branches.
     """
     x, scale, _, out, *weights = ctx.saved_tensors
     spec: Spec = ctx.record
     of_x, of_scale, of_shift, of_pooled, *of_weights = ctx.needs_input_grad[:-1]
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    places = spec.places(weights)
-    total = places[-1].stop
+    slices = spec.channel_slices(weights)
+    channels = slices[-1].stop  # of the branches
     d_shift = d_pooled = dx = None
     if of_shift:
-        d_shift = grad[:, :total].sum((0, 2, 3), dtype=compute_dtype(grad.dtype))
+        d_shift = grad[:, :channels].sum((0, 2, 3), dtype=compute_dtype(grad.dtype))
     if of_pooled:
-        d_pooled = grad[:, total:].sum((2, 3), keepdim=True)
+        d_pooled = grad[:, channels:].sum((2, 3), keepdim=True)
     d_weights: list[torch.Tensor | None] = []
     d_scales = []
     calls = spec.calls(x, weights)
-    for weight, call, place, of_weight in zip(weights, calls, places, of_weights, strict=True):
-        per_channel = None if scale is None else scale[place][:, None, None, None]
-        wanted = Wanted(of_x, of_weight or of_scale, call)
+    for weight, call, branch, of_weight in zip(weights, calls, slices, of_weights, strict=True):
+        per_channel = None if scale is None else scale[branch][:, None, None, None]
+        args = BackwardArgs(of_x, of_weight or of_scale, call)
         d_weight = None
-        if wanted.of_input or wanted.of_weight:
+        if args.of_input or args.of_weight:
             scaled = weight if per_channel is None else (weight * per_channel).to(weight.dtype)
-            to_x, dw = gradients(_laid_out(grad[:, place], spec), x, scaled, wanted)
+            branch_dx, dw = gradients(_laid_out(grad[:, branch], spec), x, scaled, args)
             if of_x:
-                dx = to_x if dx is None else dx + to_x
+                dx = branch_dx if dx is None else dx + branch_dx
             if of_weight:
                 d_weight = dw if per_channel is None else (dw * per_channel).to(weight.dtype)
             if of_scale:
@@ -78,7 +78,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
 
 
 def _laid_out(grad: torch.Tensor, spec: Spec) -> torch.Tensor:
-    if under_functorch():  # whose tensors have no layout
+    if under_functorch():  # tensors have no layout there
         return grad
     layout = torch.channels_last if spec.channels_last else torch.contiguous_format
     return grad.contiguous(memory_format=layout)
@@ -87,29 +87,28 @@ def _laid_out(grad: torch.Tensor, spec: Spec) -> torch.Tensor:
 def _jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
     x, scale, pooled, out, *weights = ctx.saved_tensors
     spec: Spec = ctx.record._replace(activation=None)
-    dx, d_scale, d_shift, d_pooled, *given = tangents
+    dx, d_scale, d_shift, d_pooled, *d_weights = tangents
 
-    def plain(input: torch.Tensor, of: Weights) -> torch.Tensor:
-        joined: torch.Tensor = join(input, None, None, None, of, spec)
+    def plain(input: torch.Tensor, weights: Weights) -> torch.Tensor:
+        joined: torch.Tensor = join(input, None, None, None, weights, spec)
         return joined
 
-    found = None if dx is None else plain(dx, weights)
-    if any(d is not None for d in given):
-        d_weights = [
-            torch.zeros_like(w) if d is None else d for w, d in zip(weights, given, strict=True)
-        ]
-        found = added(found, plain(x, d_weights))
-    if found is not None and scale is not None:
-        found = found * scale[:, None, None]
+    tangent = None if dx is None else plain(dx, weights)
+    if any(d is not None for d in d_weights):
+        pairs = zip(weights, d_weights, strict=True)
+        filled = [torch.zeros_like(w) if d is None else d for w, d in pairs]
+        tangent = sum_of(tangent, plain(x, filled))
+    if tangent is not None and scale is not None:
+        tangent = tangent * scale[:, None, None]
     if d_scale is not None:
-        found = added(found, plain(x, weights) * d_scale[:, None, None])
-    found = added(found, None if d_shift is None else d_shift[:, None, None])
+        tangent = sum_of(tangent, plain(x, weights) * d_scale[:, None, None])
+    tangent = sum_of(tangent, None if d_shift is None else d_shift[:, None, None])
     shape = (x.size(0), spec.channels(weights, None), x.size(2), x.size(3))
-    found = x.new_zeros(shape) if found is None else found.to(x.dtype).expand(shape)
+    tangent = x.new_zeros(shape) if tangent is None else tangent.to(x.dtype).expand(shape)
     if pooled is not None:
-        rest = torch.zeros_like(pooled) if d_pooled is None else d_pooled
-        found = torch.cat([found, rest.expand(-1, -1, x.size(2), x.size(3))], dim=1)
-    return found if out is None else torch.ops.aten.threshold_backward(found, out, 0)
+        d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
+        tangent = torch.cat([tangent, d_pooled.expand(-1, -1, x.size(2), x.size(3))], dim=1)
+    return tangent if out is None else torch.ops.aten.threshold_backward(tangent, out, 0)
 
 
 def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
@@ -121,7 +120,7 @@ def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
 
 def _flops(x_shape: Any, *args: Any, **_: Any) -> int:
     batch, _, height, width = x_shape
-    return sum(count(x_shape, w, (batch, w[0], height, width)) for w in args[3])
+    return sum(conv_flops(x_shape, w, (batch, w[0], height, width)) for w in args[3])
 
 
 join: Operator = Operator(

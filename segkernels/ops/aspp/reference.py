@@ -1,4 +1,4 @@
-"""aspp in plain torch."""
+"""aspp in plain torch, as the reference for tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def aspp(
     form: str = "v3",
     backend: str = "auto",
 ) -> torch.Tensor:
-    """As `segkernels.aspp`, in any dtype and on any device; `backend` is not looked at."""
+    """Same as `segkernels.aspp`, in any dtype, on any device; `backend` is ignored."""
     branches = [
         dilated_conv2d(input, weight, padding="same", dilation=rate)
         for weight, rate in zip(weights, rates, strict=True)

@@ -1,4 +1,4 @@
-"""What an aspp call is, after the checks, as the layers below pass it on."""
+"""The checked arguments of aspp, as a record for the operator."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from segkernels.ops.dilated_conv2d.call import Call
 
 
 class Spec(NamedTuple):
-    """How the branches are joined.
+    """Arguments of aspp other than tensors.
 
     Attributes:
         rates: the dilation of each branch.
-        activation: None or "relu", behind everything.
-        summed: the branches are added up; else they are one behind the other.
-        channels_last: the output's layout.
-        backend: what the user asked for.
+        activation: None or "relu", applied last.
+        summed: whether the branches are added up; else they are concatenated.
+        channels_last: whether the output is channels_last; else it is contiguous.
+        backend: the requested backend.
     """
 
     rates: tuple[int, ...]
@@ -29,7 +29,7 @@ class Spec(NamedTuple):
     backend: str
 
     def calls(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> list[Call]:
-        """Each branch as a call of dilated_conv2d, padded so that the size stays."""
+        """Return each branch as a call of dilated_conv2d, with padding that keeps the size."""
         return [
             Call(
                 (1, 1),
@@ -43,8 +43,8 @@ class Spec(NamedTuple):
             for rate, w in zip(self.rates, weights, strict=True)
         ]
 
-    def places(self, weights: Sequence[torch.Tensor]) -> list[slice]:
-        """The channels of the output that each branch writes, and its part of scale and shift."""
+    def channel_slices(self, weights: Sequence[torch.Tensor]) -> list[slice]:
+        """Return the channels of each branch in the output, in scale and in shift."""
         ends = [0]
         for weight in weights:
             ends.append(ends[-1] + weight.size(0))
@@ -53,6 +53,6 @@ class Spec(NamedTuple):
         return [slice(start, end) for start, end in pairwise(ends)]
 
     def channels(self, weights: Sequence[torch.Tensor], pooled: torch.Tensor | None) -> int:
-        """Of the output."""
-        of_branches = int(self.places(weights)[-1].stop)
+        """Number of channels of the output."""
+        of_branches = int(self.channel_slices(weights)[-1].stop)
         return of_branches if pooled is None else of_branches + pooled.size(1)

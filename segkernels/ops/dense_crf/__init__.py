@@ -1,4 +1,4 @@
-"""Mean-field inference in a fully connected CRF: `dense_crf`, and `PairwiseTerm` for more terms."""
+"""Mean-field inference in a fully connected CRF: `dense_crf` and `PairwiseTerm`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from segkernels.ops.dense_crf import exact, inputs, operator
 from segkernels.ops.dense_crf.inputs import Compat, Method, Numbers, Scores
 from segkernels.ops.dense_crf.labels import probs_from_labels as probs_from_labels
 from segkernels.ops.dense_crf.native import Config
-from segkernels.ops.permutohedral import check_bound
+from segkernels.ops.permutohedral import check_max_vertices
 from segkernels.ops.permutohedral.native import MAX_DIMS, Normalization
 
 MAX_TERMS = 8
@@ -37,16 +37,17 @@ register(
 
 @dataclass(frozen=True)
 class PairwiseTerm:
-    """One pairwise term of a dense CRF: a Gaussian kernel over any features, and a compatibility.
+    """A pairwise term of a dense CRF: a Gaussian kernel over any features, and a compatibility.
 
     The energy of two points i, j with labels a, b is `mu[a, b] exp(-|f_i - f_j|^2 / 2)`.
 
     Args:
-        features: `(B, d, *spatial)`, or without the batch for unbatched probabilities; 1 <= d <=
-            16, each already divided by its standard deviation. Gradients reach them.
-        compat: a number (a Potts weight: positive smooths), a vector of C (the diagonal of mu, so
-            that negative smooths) or a C x C matrix (mu itself, symmetrised).
-        normalization: of this term's filter; None for that of the call.
+        features: `(B, d, *spatial)`, or without the batch dimension if the scores have none;
+            1 <= d <= 16, each feature already divided by its standard deviation. Differentiable.
+        compat: the compatibility mu: a number (a Potts weight, positive values smooth), a vector of
+            length C (the diagonal of mu, negative values smooth) or a C x C matrix (mu, which is
+            symmetrised).
+        normalization: of this term's filter; None: as given to `dense_crf`.
     """
 
     features: torch.Tensor
@@ -74,59 +75,62 @@ def dense_crf(
 ) -> Scores:
     """Refine per-pixel class probabilities with a fully connected CRF on the image.
 
-    Mean-field inference with a spatial Gaussian term (points that are near) and a bilateral one
-    (near, and alike in colour), both filtered on the permutohedral lattice: with the same
-    parameters the result is pydensecrf's. Or exactly, with `method="exact"`.
+    Mean-field inference with two pairwise terms: a spatial Gaussian term (pixels close to each
+    other) and a bilateral term (pixels close to each other and similar in colour). By default the
+    Gaussian filters are approximated on the permutohedral lattice, and results agree with
+    pydensecrf's for the same parameters. `method="exact"` computes them without approximation.
 
     Args:
         img: the image. A torch tensor with channels first, `(B, n, H, W)`, `(n, H, W)` or
             `(B, n, D, H, W)`; or a numpy array with channels last, `(H, W, n)` or `(H, W)`, `(B, H,
             W, n)`, `(B, D, H, W, n)`; or a PIL image. Any number of channels, integers or floats.
-            None where `compat_bilateral` is None.
+            Not needed if `compat_bilateral` is None.
         probs: class probabilities `(C, H, W)`, `(B, C, H, W)` or `(B, C, D, H, W)`, floating point,
-            from 0 to 1; clipped to 1e-5 from below. They need not sum to 1: what counts are the
-            ratios at a pixel. Hard labels: see `probs_from_labels`.
-        logits: in place of `probs`: log-probabilities up to a constant a pixel.
-        unary: in place of `probs`: energies, -log p.
-        iterations: of mean field; 0 gives the normalised probabilities. (pydensecrf's example runs
-            5.)
-        sxy_gaussian, sxy_bilateral: standard deviations in pixels; a number, or one for each axis
-            as (sx, sy) or (sx, sy, sz).
-        srgb: standard deviation of the image's values, in their own unit (13 for values to 255 is
-            13/255 for values to 1); a number, or one for each channel.
-        compat_gaussian, compat_bilateral: a number (a Potts weight: positive smooths), a vector of
-            C (the diagonal of mu, so that negative smooths) or a C x C matrix (mu itself,
-            symmetrised). None leaves the term out.
+            from 0 to 1; values below 1e-5 are raised to 1e-5. They need not sum to 1: only the
+            ratios at a pixel matter. For hard labels see `probs_from_labels`.
+        logits: instead of `probs`: log-probabilities, up to a constant per pixel.
+        unary: instead of `probs`: energies, -log p.
+        iterations: number of mean-field iterations; 0 returns the normalised probabilities.
+            (pydensecrf's example runs 5.)
+        sxy_gaussian, sxy_bilateral: standard deviations in pixels; a number, or one per axis as
+            (sx, sy) or (sx, sy, sz).
+        srgb: standard deviation of the image's values, in the unit of these values (13 for images
+            from 0 to 255 is 13/255 for images from 0 to 1); a number, or one per channel.
+        compat_gaussian, compat_bilateral: the compatibility mu of the term: a number (a Potts
+            weight, positive values smooth), a vector of length C (the diagonal of mu, negative
+            values smooth) or a C x C matrix (mu, which is symmetrised). None omits the term.
         normalization: of the filters: "symmetric" D^-1/2 K D^-1/2, "before" K D^-1, "after" D^-1 K,
             "none" K, with D = diag(K 1).
-        pairwise: further terms.
+        pairwise: additional terms, at most 8 terms in total.
         log: return log-probabilities (for a loss such as NLL).
-        method: how the filters are computed. "lattice": approximately, in time linear in the
-            pixels. "exact": by `gaussian_filter` with its default precision, in time quadratic in
-            them (the Gaussian term along one axis after the other, in linear time). An image of
-            more than 131,072 pixels on the CPU, or 1,048,576 on CUDA, is refused unless
-            SEGKERNELS_EXACT_POINTS in the environment is a larger number.
-        max_vertices: an upper bound for the lattice vertices of a term, the whole batch together.
-            With it, or while a CUDA graph is captured (the worst case is then allowed for), nothing
-            synchronises with a CUDA device; without it one read does. Not used under torch.compile,
-            nor with `method="exact"`, which never synchronises. (A compatibility that is a list,
-            an array or on the CPU is copied to the device, which waits: give a tensor there.)
+        method: "lattice" or "exact".
+            "lattice": approximate each filter on a permutohedral lattice, in time linear in the
+            number of pixels.
+            "exact": compute each filter with `gaussian_filter` at its default precision, in time
+            quadratic in the number of pixels. Images of more than 131,072 pixels on the CPU, or
+            1,048,576 on CUDA, raise ValueError; set the environment variable
+            SEGKERNELS_EXACT_POINTS to a larger number to allow them. The spatial term is separable,
+            so it is filtered along one axis at a time and is not subject to this limit.
+        max_vertices: an upper bound for the number of lattice vertices of a term, summed over the
+            batch. With it, nothing synchronises with a CUDA device; without it one read does. While
+            a CUDA graph is captured, memory for the worst case is allocated instead. Ignored under
+            torch.compile, and with `method="exact"`, which never synchronises. (A compatibility
+            given as a list, an array or a CPU tensor is copied to the device, which synchronises;
+            a tensor on the device avoids this.)
 
     Returns:
-        Probabilities (or their logs) of the type, shape, dtype, device and layout of what was given
-        as `probs`, `logits` or `unary`. One class gives ones. Gradients reach these three, `img`,
-        the sigmas and the compatibilities where they are tensors that require them (those of image
-        and sigmas with the lattice's topology held fixed; with `method="exact"` they are exact).
-
-        float64 scores are computed in float64, all others in float32.
+        Probabilities, or log-probabilities, with the type, shape, dtype, device and layout of
+        `probs`, `logits` or `unary`. With one class they are 1. float64 scores are computed in
+        float64, all others in float32. Differentiable once, with respect to these scores and `img`,
+        and to sigmas and compatibilities that are tensors. The gradients of image and sigmas hold
+        each point's simplex of the lattice fixed; with `method="exact"` they are exact.
 
     Raises:
-        ValueError: shapes or devices that disagree, empty inputs, sigmas that are not positive; on
-            the CPU also values at fault: NaN or infinities, probabilities outside [0, 1], a sigma
-            so small that lattice coordinates leave the exact integers of the dtype; with
-            `method="exact"` too many pixels, with the time and memory they would take. On CUDA
-            `segkernels.check` tells of these; the pixels in question then give NaN and take no
-            part.
+        ValueError: shapes or devices that disagree, empty inputs, sigmas that are not positive, too
+            many pixels for `method="exact"`; on the CPU also invalid values: NaN or infinity,
+            probabilities outside [0, 1], or a sigma so small that the dtype cannot hold the lattice
+            coordinates as exact integers. On CUDA `segkernels.check` reports invalid values; the
+            pixels concerned return NaN and do not affect other pixels.
         TypeError: an unsupported type or dtype.
 
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
@@ -136,42 +140,45 @@ def dense_crf(
     kinds = [name for name, value in given.items() if value is not None]
     if len(kinds) != 1:
         raise ValueError(
-            f"dense_crf: exactly one of probs, logits and unary is needed, got {kinds or 'none'}"
+            "dense_crf: exactly one of probs, logits and unary must be given, got "
+            f"{kinds or 'none'}"
         )
     (kind,) = kinds
     iterations = inputs.to_iterations(iterations, "dense_crf")
     inputs.check_choices(normalization, method, "dense_crf")
     scores = inputs.to_scores(given[kind], kind)
-    batched, channels, spatial = scores.shape[0], scores.shape[1], scores.shape[2:]
+    batch, channels, spatial = scores.shape[0], scores.shape[1], scores.shape[2:]
     dtype = _dtypes.compute_dtype(scores.dtype)
 
-    on = dtype, scores.device
+    options = dtype, scores.device
 
     terms: list[tuple[torch.Tensor, torch.Tensor, Normalization]] = []
     if compat_gaussian is not None:
-        place = inputs.positions(spatial, sxy_gaussian, "sxy_gaussian", *on)
-        compat = inputs.to_compat(compat_gaussian, "compat_gaussian", channels, *on)
-        terms.append((place.expand(batched, -1, -1), compat, normalization))
+        coordinates = inputs.coordinates(spatial, sxy_gaussian, "sxy_gaussian", *options)
+        compat = inputs.to_compat(compat_gaussian, "compat_gaussian", channels, *options)
+        terms.append((coordinates.expand(batch, -1, -1), compat, normalization))
     if compat_bilateral is not None:
-        place = inputs.positions(spatial, sxy_bilateral, "sxy_bilateral", *on)
-        colour = inputs.colours(img, scores, srgb, dtype)
-        compat = inputs.to_compat(compat_bilateral, "compat_bilateral", channels, *on)
-        features = torch.cat([place.expand(batched, -1, -1), colour], dim=1)
+        coordinates = inputs.coordinates(spatial, sxy_bilateral, "sxy_bilateral", *options)
+        colours = inputs.colours(img, scores, srgb, dtype)
+        compat = inputs.to_compat(compat_bilateral, "compat_bilateral", channels, *options)
+        features = torch.cat([coordinates.expand(batch, -1, -1), colours], dim=1)
         terms.append((features, compat, normalization))
     for i, term in enumerate(pairwise):
         name = f"pairwise[{i}]"
         inputs.check_choices(term.normalization or normalization, method, "dense_crf")
-        compat = inputs.to_compat(term.compat, f"{name}.compat", channels, *on)
+        compat = inputs.to_compat(term.compat, f"{name}.compat", channels, *options)
         features = inputs.to_features(term.features, scores, f"{name}.features", dtype)
         terms.append((features, compat, term.normalization or normalization))
     if len(terms) > MAX_TERMS:
-        raise ValueError(f"dense_crf: at most {MAX_TERMS} pairwise terms, got {len(terms)}")
+        raise ValueError(
+            f"dense_crf: there must be at most {MAX_TERMS} pairwise terms, got {len(terms)}"
+        )
     for features, _, _ in terms:
         if features.shape[1] > MAX_DIMS:
             raise ValueError(
-                f"dense_crf: a term can have {MAX_DIMS} features at most, got {features.shape[1]}"
+                f"dense_crf: a term must have at most {MAX_DIMS} features, got {features.shape[1]}"
             )
-    check_bound(max_vertices, "dense_crf")
+    check_max_vertices(max_vertices, "dense_crf")
 
     config = Config(
         kind=kind,
@@ -186,12 +193,12 @@ def dense_crf(
     if method == "exact":
         sigmas = None
         if compat_gaussian is not None:
-            sigmas = inputs.to_sigmas(sxy_gaussian, len(spatial), "sxy_gaussian", *on)
-        known = inputs.known_sigmas(sxy_gaussian, sigmas)
-        out = exact.mean_field(flat, all_features, all_compat, config, sigmas, known)
+            sigmas = inputs.to_sigmas(sxy_gaussian, len(spatial), "sxy_gaussian", *options)
+        sigma_values = inputs.sigma_values(sxy_gaussian, sigmas)
+        out = exact.mean_field(flat, all_features, all_compat, config, sigmas, sigma_values)
     else:
         out = mean_field(flat, all_features, all_compat, config)
-    refined: Scores = inputs.as_given(out.view(scores.shape), given[kind])
+    refined: Scores = inputs.from_tensor(out.view(scores.shape), given[kind])
     return refined
 
 
@@ -201,23 +208,27 @@ def mean_field(
     compat: Sequence[torch.Tensor],
     config: Config,
 ) -> torch.Tensor:
-    """`Q <- softmax(-U - sum_k mu_k K_k Q)`, `config.iterations` times, from `Q = softmax(-U)`.
+    """Mean field on permutohedral lattices.
+
+    `Q <- softmax(-U - sum_k mu_k K_k Q)`, `config.iterations` times, from `Q = softmax(-U)`.
 
     Args:
-        scores: `(B, C, N)`, float32 or float64, any strides: what `config.kind` says.
-        features: of each term, `(B, d, N)`, contiguous, in the scores' dtype, sigmas divided out.
-        compat: of each term, in the scores' dtype: a Potts weight (0-d), a diagonal `(C,)` or a
-            matrix `(C, C)`; the latter two are mu itself.
-        config: the rest. Its `max_vertices` is not used through the dispatcher.
+        scores: `(B, C, N)`, float32 or float64, any strides; `config.kind` names what they are.
+        features: of each term, `(B, d, N)`, contiguous, in the scores' dtype, already divided by
+            the sigmas.
+        compat: of each term, in the scores' dtype: a Potts weight (0-d), or mu as a diagonal
+            `(C,)` or a matrix `(C, C)`.
+        config: the other arguments. Its `max_vertices` is ignored through the dispatcher.
 
     Returns:
-        `(B, C, N)` probabilities, or log-probabilities, laid out as the scores.
+        `(B, C, N)` probabilities, or log-probabilities, in the layout of the scores.
 
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, algorithm 1.
     """
     tensors = scores, *features, *compat
     if wants_grad(*tensors) and not needs_dispatcher(*tensors):
-        config = config._replace(lattices=tuple(config.on(features)))  # for the backward pass too
+        # Built here, so that the backward pass can use them too.
+        config = config._replace(lattices=tuple(config.lattices_of(features)))
     out: torch.Tensor = operator.mean_field(scores, [*features, *compat], config)
     return out

@@ -1,8 +1,8 @@
 """Mean field with exact Gaussian filters: `dense_crf(..., method="exact")`.
 
-The same model as on the lattice, in torch operators and `gaussian_filter`, so that autograd finds
-every gradient and nothing holds the N x N weights. The spatial term is a product of Gaussians, one
-an axis, and is filtered so: in time linear in N.
+The same model as on the lattice, composed of torch operators and the operator of `gaussian_filter`,
+so autograd computes the gradients. The N x N matrix of weights is never in memory. The kernel of
+the spatial term is a product of one Gaussian per axis, so it is filtered along one axis at a time.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from segkernels import _status
 from segkernels.ops._operator import is_eager, needs_dispatcher, under_functorch
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
 from segkernels.ops.dense_crf.native import Config
-from segkernels.ops.gaussian_filter.operator import Kernel, apply
+from segkernels.ops.gaussian_filter.operator import Filter, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
 
 EPSILON = 1e-20
 _OP = "dense_crf"
-_BLOCK = 64  # outputs along an axis that share a product
-# Points above which a term over features is refused, and pairs of points a second that the message
-# reckons with: for two cores with AVX-512 (1.1e9 to 2.2e9 each were measured); for CUDA what an
-# H100 did with a simpler kernel.
+_BLOCK = 64  # outputs along an axis that are computed by one matrix product
+# Maximum number of points of an image for the terms that `gaussian_filter` computes.
 LIMITS = {"cpu": 2**17, "cuda": 2**20}
+# Pairs of points per second, for the estimate in the error message: on the CPU for two cores with
+# AVX-512 (1.1e9 to 2.2e9 per core were measured), on CUDA as measured on an H100 with a simpler
+# kernel.
 RATES = {"cpu": 2e9, "cuda": 1.3e12}
 LIMIT_VARIABLE = "SEGKERNELS_EXACT_POINTS"
 
 
 class PointFilter:
-    """K over features (B, d, N), for values (B, C, N), without normalisation."""
+    """Gaussian filter over features (B, d, N), without normalisation."""
 
     def __init__(self, features: torch.Tensor) -> None:
         self.features = features
@@ -42,68 +43,73 @@ class PointFilter:
             self.plan = Plan(features.detach(), None, "default", _OP)
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
-        """K values."""
-        kernel = Kernel("default", self.plan)
-        out: torch.Tensor = apply(values.contiguous(), self.features, None, kernel)
+        """Multiply (B, C, N) values by K."""
+        record = Filter("default", self.plan)
+        out: torch.Tensor = apply(values.contiguous(), self.features, None, record)
         return out
 
-    def faults(self) -> torch.Tensor:
-        """Points with features that are not finite: (B, 1, N)."""
+    def invalid(self) -> torch.Tensor:
+        """Mask of points with a feature that is not finite: (B, 1, N)."""
         return ~torch.isfinite(self.features).all(dim=1, keepdim=True)
 
 
 class SpatialFilter:
-    """K over the places of a grid: Gaussians along its axes, one after the other.
+    """Gaussian filter over the coordinates of a grid: a 1-D filter along each axis in turn.
 
     Args:
-        spatial: the sizes of the grid.
-        sigmas: (len(spatial),) standard deviations in pixels, of the last axis first.
-        known: the same as numbers, where they are at hand: weights that are nothing in the dtype
-            are then left out.
+        spatial: sizes of the grid.
+        sigmas: (len(spatial),) standard deviations in pixels, the last axis first.
+        sigma_values: the same as floats, if they are known on the host: weights that are negligible
+            in the dtype are then skipped.
     """
 
     def __init__(
-        self, spatial: Sequence[int], sigmas: torch.Tensor, known: Sequence[float] | None
+        self, spatial: Sequence[int], sigmas: torch.Tensor, sigma_values: Sequence[float] | None
     ) -> None:
         self.spatial = tuple(spatial)
-        self.lines: list[tuple[torch.Tensor, int]] = []
+        self.axes: list[tuple[torch.Tensor, int]] = []  # weights and radius, the last axis first
         for i, size in enumerate(reversed(self.spatial)):
             radius = size - 1
-            if known is not None:
-                most = known[i] * math.sqrt(reach(sigmas.dtype, math.prod(spatial), True))
-                radius = min(radius, math.ceil(most))
-            self.lines.append((_line(size, radius, sigmas[i]), radius))
+            if sigma_values is not None:
+                distance = math.sqrt(reach(sigmas.dtype, math.prod(spatial), True))
+                radius = min(radius, math.ceil(sigma_values[i] * distance))
+            self.axes.append((_axis_weights(size, radius, sigmas[i]), radius))
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
-        """K values, (B, C, N)."""
+        """Multiply (B, C, N) values by K."""
         out = values.reshape(*values.shape[:2], *self.spatial)
-        for i, (line, radius) in enumerate(self.lines):
-            out = _along(out, -1 - i, line, radius)
+        for i, (weights, radius) in enumerate(self.axes):
+            out = _filter_axis(out, -1 - i, weights, radius)
         return out.reshape(values.shape)
 
-    def faults(self) -> torch.Tensor | None:
-        """None: places are always finite."""
+    def invalid(self) -> torch.Tensor | None:
+        """None: coordinates are always finite."""
         return None
 
 
-def _line(size: int, radius: int, sigma: torch.Tensor) -> torch.Tensor:
-    """Weights of an axis: the whole matrix, or that of `_BLOCK` outputs and all that reach them."""
-    whole = _BLOCK + 2 * radius >= size
-    rows, columns = (size, size) if whole else (_BLOCK + 2 * radius, _BLOCK)
-    steps = torch.arange(rows, device=sigma.device).unsqueeze(1)
-    apart = steps - torch.arange(columns, device=sigma.device) - (0 if whole else radius)
-    weights = (-0.5 * (apart / sigma).square()).exp()
-    return weights.masked_fill(apart.abs() > radius, 0)
+def _axis_weights(size: int, radius: int, sigma: torch.Tensor) -> torch.Tensor:
+    """Weights along an axis, a matrix that `_filter_axis` multiplies by.
+
+    (size, size), or for a small radius (_BLOCK + 2 * radius, _BLOCK): the weights of `_BLOCK`
+    outputs and of all inputs within `radius` of them.
+    """
+    full = _BLOCK + 2 * radius >= size
+    rows, columns = (size, size) if full else (_BLOCK + 2 * radius, _BLOCK)
+    row = torch.arange(rows, device=sigma.device).unsqueeze(1)
+    offset = row - torch.arange(columns, device=sigma.device) - (0 if full else radius)
+    weights = (-0.5 * (offset / sigma).square()).exp()
+    return weights.masked_fill(offset.abs() > radius, 0)
 
 
-def _along(x: torch.Tensor, axis: int, line: torch.Tensor, radius: int) -> torch.Tensor:
+def _filter_axis(x: torch.Tensor, axis: int, weights: torch.Tensor, radius: int) -> torch.Tensor:
+    """Filter `x` along `axis` with the weights of `_axis_weights`."""
     size = x.shape[axis]
     x = x.movedim(axis, -1)
-    if line.shape[0] == size and line.shape[1] == size:
-        return (x @ line).movedim(-1, axis)
+    if weights.shape[0] == size and weights.shape[1] == size:
+        return (x @ weights).movedim(-1, axis)
     blocks = -(-size // _BLOCK)
     x = torch.nn.functional.pad(x, (radius, radius + blocks * _BLOCK - size))
-    x = x.unfold(-1, line.shape[0], _BLOCK) @ line
+    x = x.unfold(-1, weights.shape[0], _BLOCK) @ weights
     return x.flatten(-2)[..., :size].movedim(-1, axis)
 
 
@@ -113,24 +119,24 @@ def mean_field(
     compat: Sequence[torch.Tensor],
     config: Config,
     sigmas: torch.Tensor | None = None,
-    known: Sequence[float] | None = None,
+    sigma_values: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """As `segkernels.ops.dense_crf.mean_field`, with exact filters.
+    """Same as `segkernels.ops.dense_crf.mean_field`, with exact filters.
 
     Args:
-        scores, features, compat, config: as there.
-        sigmas, known: those of `SpatialFilter`, where the first term is the spatial one.
+        scores, features, compat, config: as in `segkernels.ops.dense_crf.mean_field`.
+        sigmas, sigma_values: as in `SpatialFilter`, if the first term is the spatial one.
 
     Returns:
-        (B, C, N) probabilities, or log-probabilities. Autograd keeps those of every iteration.
+        (B, C, N) probabilities, or log-probabilities. Autograd saves Q of every iteration.
     """
     filters: list[PointFilter | SpatialFilter] = []
     if sigmas is not None:
-        filters.append(SpatialFilter(config.spatial, sigmas, known))
-    rest = features[len(filters) :]
-    check_size(scores, [f.shape[1] for f in rest], config.iterations)
-    filters += [PointFilter(f) for f in rest]
-    # Autocast would compute the products in half precision. Meta tensors have no autocast.
+        filters.append(SpatialFilter(config.spatial, sigmas, sigma_values))
+    point_features = features[len(filters) :]
+    check_size(scores, [f.shape[1] for f in point_features], config.iterations)
+    filters += [PointFilter(f) for f in point_features]
+    # Autocast would compute the matrix products in half precision. It does not accept "meta".
     with nullcontext() if scores.is_meta else torch.autocast(scores.device.type, enabled=False):
         return _mean_field(scores, filters, compat, config)
 
@@ -141,24 +147,24 @@ def _mean_field(
     compat: Sequence[torch.Tensor],
     config: Config,
 ) -> torch.Tensor:
-    faults = ~torch.isfinite(scores).all(dim=1, keepdim=True)
-    _report(scores, faults, config.kind)
-    for one in filters:
-        found = one.faults()
-        faults = faults if found is None else faults | found
+    invalid = ~torch.isfinite(scores).all(dim=1, keepdim=True)
+    _report_invalid(scores, invalid, config.kind)
+    for f in filters:
+        invalid_features = f.invalid()
+        invalid = invalid if invalid_features is None else invalid | invalid_features
     unary = _minus_energy(scores, config.kind)
     scales = [_scales(f, n, unary) for f, n in zip(filters, config.normalization, strict=True)]
     terms = list(zip(filters, compat, scales, strict=True))
     z = unary
     for _ in range(config.iterations):
-        # Points with invalid values are left out, and give NaN at the end.
-        q = z.softmax(dim=1).masked_fill(faults, 0)
+        # Invalid points do not contribute, and return NaN at the end.
+        q = z.softmax(dim=1).masked_fill(invalid, 0)
         z = unary
-        for one, mu, (before, after) in terms:
-            message = one.apply(q if before is None else q * before)
-            z = z - _mixed(message if after is None else message * after, mu)
+        for f, mu, (before, after) in terms:
+            message = f.apply(q if before is None else q * before)
+            z = z - _mix_channels(message if after is None else message * after, mu)
     out = z.log_softmax(dim=1) if config.log else z.softmax(dim=1)
-    return out.masked_fill(faults, float("nan"))
+    return out.masked_fill(invalid, float("nan"))
 
 
 def _minus_energy(scores: torch.Tensor, kind: str) -> torch.Tensor:
@@ -167,8 +173,8 @@ def _minus_energy(scores: torch.Tensor, kind: str) -> torch.Tensor:
     return scores if kind == "logits" else -scores
 
 
-def _mixed(message: torch.Tensor, compat: torch.Tensor) -> torch.Tensor:
-    """mu message, over the channels."""
+def _mix_channels(message: torch.Tensor, compat: torch.Tensor) -> torch.Tensor:
+    """Multiply the channels of (B, C, N) by mu."""
     if compat.dim() == 0:
         return message * -compat
     if compat.dim() == 1:
@@ -177,12 +183,12 @@ def _mixed(message: torch.Tensor, compat: torch.Tensor) -> torch.Tensor:
 
 
 def _scales(
-    one: PointFilter | SpatialFilter, normalization: str, like: torch.Tensor
+    f: PointFilter | SpatialFilter, normalization: str, like: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The diagonals before and after K."""
+    """Return the diagonals that multiply K from the right and from the left, or None."""
     if normalization == "none":
         return None, None
-    norm = one.apply(torch.ones_like(like[:, :1])) + EPSILON
+    norm = f.apply(torch.ones_like(like[:, :1])) + EPSILON
     if normalization == "symmetric":
         root = norm.rsqrt()
         return root, root
@@ -190,43 +196,45 @@ def _scales(
     return (inverse, None) if normalization == "before" else (None, inverse)
 
 
-def _report(scores: torch.Tensor, faults: torch.Tensor, kind: str) -> None:
-    """What the native code reports of scores; see `_status`."""
+def _report_invalid(scores: torch.Tensor, invalid: torch.Tensor, kind: str) -> None:
+    """Set the status words that the native code sets for invalid scores; see `_status`."""
     if scores.is_meta or not is_eager(scores) or under_functorch():
         return
     scores = scores.detach()
     with _status.watch(scores, _OP, scores.dtype) as words:
-        outside = torch.zeros_like(faults) if kind != "probs" else (scores < 0) | (scores > 1.001)
-        found = torch.stack([faults.any(), outside.any()]).to(words.dtype)
-        words[3:5] = torch.maximum(words[3:5], found)
+        outside = torch.zeros_like(invalid) if kind != "probs" else (scores < 0) | (scores > 1.001)
+        errors = torch.stack([invalid.any(), outside.any()]).to(words.dtype)
+        words[3:5] = torch.maximum(words[3:5], errors)
 
 
 def check_size(scores: torch.Tensor, dims: Sequence[int], iterations: int) -> None:
-    """Refuse too many points for the terms whose features have `dims` dimensions.
+    """Raise ValueError if (B, C, N) scores have too many points for the terms over features.
 
-    Raises:
-        ValueError: with the time and memory that (B, C, N) scores would take.
+    Args:
+        scores: (B, C, N).
+        dims: numbers of features of these terms.
+        iterations: of mean field, for the estimated time.
     """
-    kind = "cpu" if scores.device.type == "cpu" else "cuda"
+    device_type = "cpu" if scores.device.type == "cpu" else "cuda"
     batch, channels = scores.shape[:2]
-    points, limit = scores.shape[2], LIMITS[kind]
-    given = os.environ.get(LIMIT_VARIABLE)
-    if given is not None:
-        if not given.isdigit():
-            raise ValueError(f"{_OP}: {LIMIT_VARIABLE} must be a number of points, got {given!r}")
-        limit = int(given)
+    points, limit = scores.shape[2], LIMITS[device_type]
+    setting = os.environ.get(LIMIT_VARIABLE)
+    if setting is not None:
+        if not setting.isdigit():
+            raise ValueError(f"{_OP}: {LIMIT_VARIABLE} must be a number of points, got {setting!r}")
+        limit = int(setting)
     if points <= limit or not dims:
         return
-    filters = len(dims) * (iterations + 1)  # those of the sums of weights among them
-    seconds = batch * points**2 * filters / RATES[kind]
+    filters = len(dims) * (iterations + 1)  # including those of the sums of weights
+    seconds = batch * points**2 * filters / RATES[device_type]
     size = 8 if scores.dtype == torch.float64 else 4
-    # Features in both orders with their indices, and a few times the probabilities.
+    # The original and the sorted features with the indices, and a few copies of the probabilities.
     memory = batch * points * size * (sum(2 * d + 8 for d in dims) + 8 * channels)
     raise ValueError(
-        f"{_OP}: method='exact' takes time quadratic in the points. {points:,} points an "
-        f"image would take about {_duration(seconds)} and {memory / 2**20:.0f} MiB on this kind "
-        f"of device ({kind}); above {limit:,} points it is refused. Use method='lattice', or set "
-        f"{LIMIT_VARIABLE}={points} in the environment"
+        f"{_OP}: images must have at most {limit:,} points for method='exact' on {device_type}, "
+        f"got {points:,} points, which would take about {_duration(seconds)} and "
+        f"{memory / 2**20:.0f} MiB. Use method='lattice', or set {LIMIT_VARIABLE}={points} in the "
+        "environment"
     )
 
 

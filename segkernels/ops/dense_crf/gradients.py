@@ -1,11 +1,13 @@
-"""The gradient of the mean field: its iterations run again, keeping Q, then their adjoints in
-reverse.
+"""The gradient of the mean field on lattices.
 
-A step is `z_t = -U + sum_k out_k S A B S^T in_k Q_{t-1}`, `Q_t = softmax(z_t)`, where S slices, B
-blurs, A = -mu mixes channels at the vertices and in_k, out_k are the normalisation's diagonals. A
-is symmetric and B^T is the blur in reverse order, so that the adjoint of a message is a message
-again, with the diagonals swapped. All of it is on rows (see permutohedral/native.py); the topology
-of the lattices is held fixed.
+The backward pass runs the iterations again and keeps every Q_t, then runs their adjoints in reverse
+order.
+
+An iteration is `z_t = -U + sum_k out_k S A B S^T in_k Q_{t-1}`, `Q_t = softmax(z_t)`. S^T is the
+splat, B the blur, S the slice, A = -mu mixes channels at the vertices, and in_k, out_k are the
+diagonals of the normalisation. A is symmetric and B^T is the blur in reverse order, so the adjoint
+of a message is a message with the diagonals swapped. Values are rows (see
+permutohedral/native.py). The simplex of each point is held fixed.
 """
 
 from __future__ import annotations
@@ -23,41 +25,55 @@ SMALLEST_PROB = 1e-5  # kSmallestProb
 
 @dataclass
 class _Term:
-    """One term: its message and the adjoint of it, and what they gather for the gradients."""
+    """A pairwise term: its message, the adjoint, and the accumulated gradients.
+
+    Attributes:
+        lattice: of the features.
+        compat: A, (width,) or (width, width).
+        normalization: of the filter.
+        wants_compat, wants_features: which gradients to compute.
+        vertices: A B S^T in Q of every iteration, if `wants_features`.
+        grad_compat: gradient with respect to A.
+        grad_weights: gradient with respect to the barycentric weights.
+        grad_before, grad_after: gradients with respect to the diagonals `before` and `after`.
+    """
 
     lattice: Lattice
-    compat: torch.Tensor  # A, (width,) or (width, width)
+    compat: torch.Tensor
     normalization: Normalization
     wants_compat: bool
     wants_features: bool
-    vertices: list[torch.Tensor] = field(default_factory=list)  # A B S^T in Q of every step
+    vertices: list[torch.Tensor] = field(default_factory=list)
     grad_compat: torch.Tensor | None = None
     grad_weights: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         self.before, self.after = self.lattice.scales(self.normalization)
-        nothing = torch.zeros((), dtype=self.lattice.dtype, device=self.lattice.device)
-        self.grad_before = self.grad_after = nothing
+        zero = torch.zeros((), dtype=self.lattice.dtype, device=self.lattice.device)
+        self.grad_before = self.grad_after = zero
 
     def mix(self, vertices: torch.Tensor) -> torch.Tensor:
-        """A at the vertices."""
+        """Multiply the channels of the vertices' rows by A."""
         if self.compat.dim() == 1:
             return vertices * self.compat
         return _product(vertices, self.compat)
 
     def message(self, q: torch.Tensor) -> torch.Tensor:
-        """out S A B S^T in q."""
+        """Compute out S A B S^T in q."""
         vertices = self.mix(self.lattice.splat(q, self.before, False))
         if self.wants_features:
             self.vertices.append(vertices)
         return self.lattice.slice(vertices, self.after, 0.0)
 
     def adjoint(self, dz: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-        """in S A B^T S^T out dz, the gradient of q; the term's own gradients are gathered."""
+        """Compute in S A B^T S^T out dz, the gradient with respect to q.
+
+        Accumulates the gradients with respect to the term's compatibility and features.
+        """
         lattice = self.lattice
         grad_vertices = lattice.splat(dz, self.after, True)
         if self.wants_compat:
-            # <dz, out S B S^T in q> for every pair of channels, by the transpose of the filter.
+            # <dz, out S B S^T in q> for every pair of channels, with the transposed filter of dz.
             filtered = lattice.slice(grad_vertices, self.before, 0.0)
             self.grad_compat = _plus(self.grad_compat, _compat_grad(self.compat, filtered, q))
         grad_vertices = self.mix(grad_vertices)
@@ -67,16 +83,16 @@ class _Term:
         x, g = scaled(q, self.before), scaled(dz, self.after)
         grad = lattice.weights_grad(x, g, vertices, grad_vertices)
         self.grad_weights = _plus(self.grad_weights, grad)
-        plain = lattice.slice(grad_vertices, None, 0.0)
+        unscaled = lattice.slice(grad_vertices, None, 0.0)
         if self.before is not None:
-            self.grad_before = self.grad_before + (plain * q).sum(dim=1)
+            self.grad_before = self.grad_before + (unscaled * q).sum(dim=1)
         if self.after is not None:
             message = lattice.slice(vertices, None, 0.0)
             self.grad_after = self.grad_after + (message * dz).sum(dim=1)
-        return scaled(plain, self.before)
+        return scaled(unscaled, self.before)
 
     def grad_features(self) -> torch.Tensor:
-        """The gradient of the features, the normalisation's share included."""
+        """Gradient with respect to the features, including the part through the normalisation."""
         lattice = self.lattice
         if self.grad_weights is None:
             return torch.zeros_like(lattice.features)
@@ -94,22 +110,32 @@ def gradients(
     needs: Sequence[bool],
     config: Config,
 ) -> list[torch.Tensor | None]:
-    """Gradients of scores and terms (features, then compat), None where not needed.
+    """Gradients with respect to the scores and the terms.
 
-    A point that the forward pass leaves out (a score or a feature is not finite; CUDA only, as the
-    CPU raises) takes no part here either, and its scores get no gradient.
+    Invalid points (a score or a feature is not finite) do not contribute, as in the forward pass,
+    and the gradient of their scores is 0. They occur on CUDA only, because the CPU raises.
+
+    Args:
+        grad: gradient with respect to the result, (B, C, N).
+        scores: (B, C, N).
+        terms: the features of each term, then the compatibility of each term.
+        needs: which gradients of `scores` and `terms` to compute.
+        config: the other arguments of the forward pass.
+
+    Returns:
+        The gradients of `scores` and `terms`; None where `needs` is False.
     """
     count, channels = len(terms) // 2, scores.shape[1]
-    lattices, compat = config.on(terms[:count]), terms[count:]
+    lattices, compat = config.lattices_of(terms[:count]), terms[count:]
     grid = grid_of(scores, lattices, config)
     unary = pack(grid, scores, config.kind)
-    left_out = ~unary[:, :channels].isfinite().all(dim=1, keepdim=True)
+    invalid = ~unary[:, :channels].isfinite().all(dim=1, keepdim=True)
     for lattice in lattices:
-        left_out |= lattice.left_out()
+        invalid |= lattice.invalid()
     messages = [
         _Term(
             lattice=lattice,
-            compat=_rows_compat(c, channels, unary.shape[1]),
+            compat=_padded_compat(c, channels, unary.shape[1]),
             normalization=normalization,
             wants_compat=needs[1 + count + i],
             wants_features=needs[1 + i],
@@ -119,12 +145,12 @@ def gradients(
         )
     ]
     steps = config.iterations if messages else 0
-    q = [unary.softmax(dim=1).masked_fill_(left_out, 0)]
+    q = [unary.softmax(dim=1).masked_fill_(invalid, 0)]
     for _ in range(steps):
         z = unary.clone()
         for term in messages:
             z += term.message(q[-1])
-        q.append(z.softmax(dim=1).masked_fill_(left_out, 0))
+        q.append(z.softmax(dim=1).masked_fill_(invalid, 0))
 
     dq = pack(grid, grad, "values")
     total = torch.zeros_like(unary)
@@ -134,7 +160,7 @@ def gradients(
             dz = dq - p * dq.sum(dim=1, keepdim=True)
         else:
             dz = p * (dq - (p * dq).sum(dim=1, keepdim=True))
-        total += dz.masked_fill_(left_out, 0)
+        total += dz.masked_fill_(invalid, 0)
         if step > 0:
             dq = torch.zeros_like(dz)
             for term in messages:
@@ -148,15 +174,15 @@ def gradients(
         if not term.wants_compat:
             out.append(None)
             continue
-        gathered = term.grad_compat
+        grad_a = term.grad_compat
         out.append(
-            torch.zeros_like(c) if gathered is None else _given_compat(gathered, c, channels)
+            torch.zeros_like(c) if grad_a is None else _unpadded_compat_grad(grad_a, c, channels)
         )
     return out
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in their dtype, in which native code reads it: autocast reaches backward passes too."""
+    """Compute a @ b in their dtype, also under autocast: native code reads the result."""
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
 
@@ -165,8 +191,8 @@ def _plus(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
     return b if a is None else a.add_(b)
 
 
-def _rows_compat(compat: torch.Tensor, channels: int, width: int) -> torch.Tensor:
-    """A = -mu over the padded channels: (width,) or (width, width)."""
+def _padded_compat(compat: torch.Tensor, channels: int, width: int) -> torch.Tensor:
+    """Return A = -mu, padded with zeros: (width,) or (width, width)."""
     out = compat.new_zeros((width,) * max(1, compat.dim()))
     if compat.dim() == 0:
         out[:channels] = compat.detach()
@@ -178,12 +204,12 @@ def _rows_compat(compat: torch.Tensor, channels: int, width: int) -> torch.Tenso
 
 
 def _compat_grad(compat: torch.Tensor, filtered: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """The gradient of A: (width,) or (width, width)."""
+    """Gradient with respect to A: (width,) or (width, width)."""
     return (filtered * q).sum(dim=0) if compat.dim() == 1 else _product(filtered.T, q)
 
 
-def _given_compat(grad: torch.Tensor, compat: torch.Tensor, channels: int) -> torch.Tensor:
-    """The gradient of the compatibility as it was given, from that of A."""
+def _unpadded_compat_grad(grad: torch.Tensor, compat: torch.Tensor, channels: int) -> torch.Tensor:
+    """Gradient with respect to the compatibility, from the gradient with respect to A."""
     if compat.dim() == 0:
         return grad[:channels].sum()
     if compat.dim() == 1:
@@ -193,7 +219,7 @@ def _given_compat(grad: torch.Tensor, compat: torch.Tensor, channels: int) -> to
 
 
 def _scores_grad(grad: torch.Tensor, scores: torch.Tensor, config: Config) -> torch.Tensor:
-    """The gradient of the scores, from that of minus the energies."""
+    """Gradient with respect to the scores, from the gradient with respect to -U."""
     if config.kind == "unary":
         return -grad
     if config.kind == "logits":

@@ -1,4 +1,4 @@
-"""Arguments of `dense_crf` as tensors: scores, images (PIL, numpy), sigmas, compatibilities."""
+"""Convert the arguments of `dense_crf` to tensors: scores, images, sigmas, compatibilities."""
 
 from __future__ import annotations
 
@@ -28,19 +28,24 @@ def check_choices(normalization: str, method: str, function: str) -> None:
 
 
 def to_scores(given: Any, kind: str) -> torch.Tensor:
-    """Probabilities, logits or energies (`kind`) as a checked (B, C, *spatial)."""
+    """Check scores and return them as a (B, C, *spatial) tensor.
+
+    Args:
+        given: the scores, a tensor or a numpy array.
+        kind: the name of the argument: "probs", "logits" or "unary".
+    """
     if isinstance(given, np.ndarray):
         if given.dtype.kind != "f" or given.dtype.itemsize > 8:
-            raise TypeError(_score_type(kind, str(given.dtype)))
+            raise TypeError(_dtype_error(kind, str(given.dtype)))
         array = np.ascontiguousarray(given, dtype=given.dtype.newbyteorder("="))
-        # from_numpy warns about read-only memory, though nothing here writes.
+        # from_numpy warns about read-only memory; a copy avoids the warning.
         given = torch.from_numpy(array if array.flags.writeable else array.copy())
     if not isinstance(given, torch.Tensor):
         raise TypeError(
             f"dense_crf: {kind} must be a torch tensor or a numpy array, got {type(given).__name__}"
         )
     if given.dtype not in _dtypes.FLOATING:
-        raise TypeError(_score_type(kind, str(given.dtype)))
+        raise TypeError(_dtype_error(kind, str(given.dtype)))
     if given.dim() not in (3, 4, 5):
         raise ValueError(
             f"dense_crf: {kind} must be (C, H, W), (B, C, H, W) or (B, C, D, H, W), "
@@ -56,13 +61,13 @@ def _check_device(tensor: torch.Tensor, name: str, device: torch.device) -> None
     _arguments.check_same_device(tensor, name, device, "the scores are", "dense_crf")
 
 
-def _score_type(kind: str, dtype: str) -> str:
+def _dtype_error(kind: str, dtype: str) -> str:
     hint = "; for integer labels see segkernels.probs_from_labels" if "int" in dtype else ""
     return f"dense_crf: {kind} must be float16, bfloat16, float32 or float64, got {dtype}{hint}"
 
 
-def as_given(out: torch.Tensor, given: Any) -> Any:
-    """The result in the type, shape, dtype and layout of the scores that were given."""
+def from_tensor(out: torch.Tensor, given: Any) -> Any:
+    """Return `out` in the type, shape, dtype and layout of the scores `given`."""
     if isinstance(given, np.ndarray):
         refined = out.detach().view(given.shape).numpy()
         like = np.empty_like(given, subok=False)
@@ -76,27 +81,30 @@ def as_given(out: torch.Tensor, given: Any) -> Any:
 def to_sigmas(
     value: Numbers, count: int, name: str, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """`value` as a tensor of `count` standard deviations."""
+    """Return standard deviations as a (count,) tensor."""
     if isinstance(value, torch.Tensor):
         if value.dim() > 0:
             _check_device(value, name, device)
         if value.numel() not in (1, count) or value.dim() > 1:
-            raise ValueError(_sigma_shape(name, count, tuple(value.shape)))
+            raise ValueError(_sigma_error(name, count, f"shape {tuple(value.shape)}"))
         if can_read_values(value):
             check_sigma(value.detach().flatten().tolist(), name)
         return value.to(device=device, dtype=dtype).expand(count)
     numbers = to_numbers(value)
     if len(numbers) not in (1, count):
-        raise ValueError(_sigma_shape(name, count, len(numbers)))
+        raise ValueError(_sigma_error(name, count, str(len(numbers))))
     check_sigma(numbers, name)
     if len(numbers) == 1:
         return torch.full((count,), float(numbers[0]), dtype=dtype, device=device)
-    # Filled on the device: copying a list there would synchronise.
+    # Copying a list to the device would synchronise.
     return torch.cat([torch.full((1,), float(n), dtype=dtype, device=device) for n in numbers])
 
 
-def known_sigmas(value: Numbers, sigmas: torch.Tensor | None) -> list[float] | None:
-    """The numbers that `to_sigmas` made `sigmas` from, or None where reading them would wait."""
+def sigma_values(value: Numbers, sigmas: torch.Tensor | None) -> list[float] | None:
+    """Return `sigmas` as floats, or None where reading them would synchronise.
+
+    `sigmas` is the result of `to_sigmas` for `value`, or None.
+    """
     if sigmas is None or (isinstance(value, torch.Tensor) and not can_read_values(sigmas)):
         return None
     if isinstance(value, torch.Tensor):
@@ -106,7 +114,7 @@ def known_sigmas(value: Numbers, sigmas: torch.Tensor | None) -> list[float] | N
 
 
 def to_numbers(value: Any) -> list[Any]:
-    """A number, or a sequence or array of them, as a list."""
+    """Return a number, or a sequence or array of numbers, as a list."""
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     return [value] if isinstance(value, (int, float)) else list(value)
@@ -119,11 +127,11 @@ def check_sigma(numbers: Sequence[Any], name: str) -> None:
             raise ValueError(f"dense_crf: {name} must be positive and finite, got {number!r}")
 
 
-def _sigma_shape(name: str, count: int, got: Any) -> str:
-    return f"dense_crf: {name} must be a number or {count} of them, got {got}"
+def _sigma_error(name: str, count: int, got: str) -> str:
+    return f"dense_crf: {name} must be a number or {count} numbers, got {got}"
 
 
-def positions(
+def coordinates(
     spatial: Sequence[int],
     sigma: Numbers,
     name: str,
@@ -140,7 +148,7 @@ def positions(
 
 
 def colours(img: Any, scores: torch.Tensor, srgb: Numbers, dtype: torch.dtype) -> torch.Tensor:
-    """Image channels divided by srgb: (B, n, N)."""
+    """Image channels divided by their sigmas: (B, n, N)."""
     image = _image(img, scores)
     sigmas = to_sigmas(srgb, image.shape[1], "srgb", dtype, scores.device)
     if not isinstance(img, torch.Tensor):
@@ -149,9 +157,9 @@ def colours(img: Any, scores: torch.Tensor, srgb: Numbers, dtype: torch.dtype) -
 
 
 def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
-    """The image as (B, n, *spatial), checked against the scores."""
+    """Check an image against the scores; return it as a (B, n, *spatial) tensor."""
     if img is None:
-        raise ValueError("dense_crf: img is needed unless compat_bilateral is None")
+        raise ValueError("dense_crf: img must be given unless compat_bilateral is None, got None")
     rank = scores.dim()
     if isinstance(img, torch.Tensor):
         image = img
@@ -162,7 +170,7 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
             image = image.unsqueeze(0)
     else:
         if getattr(img, "mode", None) in ("P", "PA"):
-            img = img.convert("RGB")  # colours instead of palette indices
+            img = img.convert("RGB")  # the channel holds palette indices
         array = np.asarray(img)
         if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
             raise TypeError(
@@ -196,7 +204,7 @@ def _warn_if_unit_range(image: torch.Tensor, srgb: Numbers) -> None:
     if min(to_numbers(srgb)) >= 1 and float(image.min()) >= 0 and float(image.max()) <= 1:
         warnings.warn(
             f"dense_crf: the image's values are from 0 to 1 and srgb is {srgb}, so the image has "
-            "hardly any effect; srgb is in the image's own unit: use 13/255 or so",
+            "almost no effect; srgb is in the unit of the image's values: use about 13/255",
             stacklevel=4,
         )
 
@@ -204,7 +212,7 @@ def _warn_if_unit_range(image: torch.Tensor, srgb: Numbers) -> None:
 def to_compat(
     value: Compat, name: str, channels: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """A compatibility as a 0-d, (C,) or (C, C) tensor."""
+    """Return a compatibility as a 0-d, (C,) or (C, C) tensor."""
     if isinstance(value, (int, float)):
         if not abs(float(value)) < float("inf"):
             raise ValueError(f"dense_crf: {name} must be finite, got {value!r}")
@@ -229,7 +237,7 @@ def to_compat(
 def to_features(
     features: torch.Tensor, scores: torch.Tensor, name: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Features of a `PairwiseTerm` as (B, d, N), checked against the scores."""
+    """Check the features of a `PairwiseTerm` against the scores; return them as (B, d, N)."""
     if not isinstance(features, torch.Tensor) or not features.dtype.is_floating_point:
         got = getattr(features, "dtype", type(features).__name__)
         raise TypeError(f"dense_crf: {name} must be a floating-point torch tensor, got {got}")
@@ -244,7 +252,7 @@ def to_features(
 
 
 def to_iterations(iterations: int, function: str) -> int:
-    """Raise ValueError unless `iterations` is an int of 0 or more."""
+    """Return `iterations` as an int; raise ValueError unless it is an int of 0 or more."""
     integer = isinstance(iterations, (int, np.integer)) and not isinstance(iterations, bool)
     if not integer or iterations < 0:
         raise ValueError(f"{function}: iterations must be an int of 0 or more, got {iterations!r}")

@@ -14,7 +14,7 @@ Labels = TypeVar("Labels", torch.Tensor, npt.NDArray[np.generic])
 
 _OP = "probs_from_labels"
 _LABEL_OUT_OF_RANGE = 5  # kLabelOutOfRange in csrc/common/status.h
-# Compared in int64. Labels of all other dtypes fit int32, with -1 for unknown.
+# Dtypes converted to int64. Labels of other dtypes fit in int32, with -1 for unknown.
 _INT64_DTYPES = (torch.int64, torch.uint32, torch.uint64)
 
 
@@ -24,31 +24,30 @@ def probs_from_labels(
     gt_prob: float = 0.7,
     ignore_index: int | None = None,
 ) -> Labels:
-    """Turn hard labels into the class probabilities that `dense_crf` refines.
+    """Convert hard labels to class probabilities for `dense_crf`.
 
     A pixel with label c gets `gt_prob` for class c and ``(1 - gt_prob) / (C - 1)`` for each other
-    class. A pixel whose label is `ignore_index` gets 1 / C for every class, so the CRF decides it
-    from its neighbours. With one class every probability is 1. These are the unaries of
-    ``unary_from_labels`` in pydensecrf, as probabilities.
+    class. A pixel with label `ignore_index` gets 1 / C for every class, so its neighbours decide.
+    With one class every probability is 1. pydensecrf's ``unary_from_labels`` returns the same
+    distribution as energies.
 
     Args:
         labels: from 0 to num_classes - 1, or `ignore_index`, of any integer dtype: a numpy array or
             a torch tensor `(H, W)`, `(B, H, W)` or, for volumes, `(B, D, H, W)`.
         num_classes: C, at least 1.
-        gt_prob: the probability that a label is right, between 0 and 1, both excluded.
-        ignore_index: the label of unknown pixels: any integer, in [0, C) or not. None: every pixel
-            is labelled.
+        gt_prob: the probability that a label is correct, above 0 and below 1.
+        ignore_index: the label of unknown pixels, any integer. None: every pixel has a label.
 
     Returns:
-        float32 probabilities, an array or a tensor as `labels`, on the same device: `(C, H, W)`,
+        float32 probabilities, an array or a tensor like `labels`, on the same device: `(C, H, W)`,
         `(B, C, H, W)` or `(B, C, D, H, W)`. They sum to 1 over the classes.
 
     Raises:
-        TypeError: `labels` is neither an array nor a tensor, or is not of an integer dtype;
-            `num_classes` or `ignore_index` is not an integer.
-        ValueError: a wrong rank, an empty map, `num_classes` below 1, a `gt_prob` outside (0, 1),
-            or a label outside [0, C) that is not `ignore_index`. On CUDA the pixel is treated as
-            unknown and `segkernels.check` raises.
+        TypeError: `labels` is not an array or a tensor of an integer dtype; `num_classes` or
+            `ignore_index` is not an integer; `gt_prob` is not a number.
+        ValueError: a wrong rank, empty labels, `num_classes` below 1, a `gt_prob` outside (0, 1),
+            or a label outside [0, C) that is not `ignore_index`. On CUDA a pixel with such a label
+            is treated as unknown, and `segkernels.check` reports it.
     """
     classes = _integer("num_classes", num_classes)
     if classes < 1:
@@ -60,13 +59,14 @@ def probs_from_labels(
         raise ValueError(f"{_OP}: gt_prob must be above 0 and below 1, got {gt_prob}")
 
     if isinstance(labels, np.ndarray):
-        _check_map(labels.ndim, labels.shape, labels.size, labels.dtype.kind in "iu", labels.dtype)
+        is_integer = labels.dtype.kind in "iu"
+        _check_labels(labels.ndim, labels.shape, labels.size, is_integer, labels.dtype)
         return _expand(_as_tensor(labels), classes, float(gt_prob), ignored).numpy()
     if isinstance(labels, torch.Tensor):
-        whole = not (
+        is_integer = not (
             labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
         )
-        _check_map(labels.ndim, tuple(labels.shape), labels.numel(), whole, labels.dtype)
+        _check_labels(labels.ndim, tuple(labels.shape), labels.numel(), is_integer, labels.dtype)
         return _expand(labels, classes, float(gt_prob), ignored)
     raise TypeError(
         f"{_OP}: labels must be a numpy array or a torch tensor, got {type(labels).__name__}"
@@ -79,8 +79,10 @@ def _integer(name: str, value: object) -> int:
     return int(value)
 
 
-def _check_map(rank: int, shape: tuple[int, ...], size: int, whole: bool, dtype: object) -> None:
-    if not whole:
+def _check_labels(
+    rank: int, shape: tuple[int, ...], size: int, is_integer: bool, dtype: object
+) -> None:
+    if not is_integer:
         raise TypeError(f"{_OP}: labels must have an integer dtype, got {dtype}")
     if rank not in (2, 3, 4):
         raise ValueError(
@@ -91,7 +93,7 @@ def _check_map(rank: int, shape: tuple[int, ...], size: int, whole: bool, dtype:
 
 
 def _as_tensor(labels: npt.NDArray[np.generic]) -> torch.Tensor:
-    """The array as a tensor, copied where torch cannot share its memory."""
+    """Return the array as a tensor, copied where torch cannot share its memory."""
     native = labels.dtype.newbyteorder("=")
     if labels.dtype != native or any(stride < 0 for stride in labels.strides):
         labels = np.ascontiguousarray(labels, dtype=native)
@@ -130,17 +132,17 @@ def _expand(
 def _report_outside(
     labels: torch.Tensor, allowed: torch.Tensor, classes: int, ignored: int | None
 ) -> None:
-    """Report labels that are no class: raise on the CPU, set a status word on CUDA."""
+    """Report labels that are not allowed: raise on the CPU, set a status word on CUDA."""
     if labels.is_cuda:
         with _status.watch(labels, _OP) as words:
             words[_LABEL_OUT_OF_RANGE].masked_fill_(~allowed.all(), 1)
         return
     if bool(allowed.all()):
         return
-    wrong = ~allowed
-    where = tuple(int(i) for i in torch.nonzero(wrong)[0])
+    outside = ~allowed
+    index = tuple(int(i) for i in torch.nonzero(outside)[0])
     unless = "" if ignored is None else f" or ignore_index ({ignored})"
     raise ValueError(
-        f"{_OP}: labels must be in [0, {classes}){unless}, got {labels[where].item()} at {where} "
-        f"({int(wrong.sum())} such pixels)"
+        f"{_OP}: labels must be in [0, {classes}){unless}, got {labels[index].item()} at {index} "
+        f"({int(outside.sum())} such pixels)"
     )

@@ -1,4 +1,4 @@
-"""The native call of the mean field."""
+"""Mean field on lattices: the call of the native function."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from segkernels.ops.permutohedral import native as permutohedral
 from segkernels.ops.permutohedral.native import Lattice, Normalization
 
 OP = "dense_crf"
-_BATCH = 16  # points that a CPU thread takes through a step together
+_BATCH = 16  # points that a CPU thread updates together
 
 
 class Config(NamedTuple):
-    """How to run a mean field; see `segkernels.dense_crf`.
+    """Arguments of mean field other than tensors.
 
     Attributes:
-        kind: what the scores are.
+        kind: what the scores are: "probs", "logits" or "unary".
         normalization: of each term.
-        iterations, log: as there.
-        spatial: sizes of the grid that the points lie on.
-        max_vertices: as there; not used through the dispatcher.
-        lattices: of the terms, where they were built before; else each pass builds them.
+        iterations, log: as in `segkernels.dense_crf`.
+        spatial: sizes of the grid of points.
+        max_vertices: as in `segkernels.dense_crf`; ignored through the dispatcher.
+        lattices: of the terms; None: the forward and the backward each build them.
     """
 
     kind: str
@@ -35,8 +35,8 @@ class Config(NamedTuple):
     max_vertices: int | None = None
     lattices: tuple[Lattice, ...] | None = None
 
-    def on(self, features: Sequence[torch.Tensor]) -> Sequence[Lattice]:
-        """The lattices of the terms."""
+    def lattices_of(self, features: Sequence[torch.Tensor]) -> Sequence[Lattice]:
+        """Return the lattices of the terms' features, building them if necessary."""
         if self.lattices is not None or not features:
             return self.lattices or ()
         plain = [f.detach().contiguous() for f in features]
@@ -45,7 +45,7 @@ class Config(NamedTuple):
 
 
 def native_compat(compat: torch.Tensor, channels: int, width: int, alpha: float) -> torch.Tensor:
-    """-mu * alpha as the kernels want it: (width,), or (width, width) by columns."""
+    """Return -mu * alpha for the kernels: (width,), or (width, width) by columns."""
     if compat.dim() == 0:
         out = compat.new_zeros(width)
         out[:channels] = compat * alpha
@@ -59,24 +59,27 @@ def native_compat(compat: torch.Tensor, channels: int, width: int, alpha: float)
 
 
 def grid_of(scores: torch.Tensor, lattices: Sequence[Lattice], config: Config) -> Any:
-    """How the points are cut into tiles, lattices or none."""
+    """Return the native Grid of the lattices, or one for the scores if there are no lattices."""
     if lattices:
         return lattices[0].grid
     return permutohedral.make_grid(scores.device, scores.shape[0], config.spatial, 1)
 
 
 def mean_field(scores: torch.Tensor, terms: Sequence[torch.Tensor], config: Config) -> torch.Tensor:
-    """Mean field of (B, C, N) scores; terms: the features of each, then their compatibilities."""
+    """Mean field of (B, C, N) scores, outside autograd.
+
+    `terms` holds the features of each term, then the compatibility of each term.
+    """
     C = _native.C()
     count, cuda = len(terms) // 2, _native.on_cuda(scores.device)
-    lattices = config.on(terms[:count])
+    lattices = config.lattices_of(terms[:count])
     grid = grid_of(scores, lattices, config)
     with _status.watch(scores, OP, scores.dtype) as status:
         rows = permutohedral.pack(grid, scores, config.kind, status)
         out = torch.empty_like(rows) if cuda else rows
         where = _native.where(scores)
         width = rows.shape[1]
-        field = C.MeanField()  # it keeps the tensors that it points to
+        field = C.MeanField()  # it holds references to the tensors that it points to
         field.grid, field.channels, field.width = grid, scores.shape[1], width
         field.iterations = config.iterations if lattices else 0
         field.log = config.log
@@ -85,7 +88,7 @@ def mean_field(scores: torch.Tensor, terms: Sequence[torch.Tensor], config: Conf
         each = zip(lattices, terms[count:], config.normalization, strict=True)
         field.set_terms([_term(*one, scores.shape[1], width) for one in each])
         C.mean_field(where, field, scores.dtype == torch.float64)
-        del field  # before the result is allocated
+        del field  # frees the workspace before the result is allocated
     return permutohedral.unpack(grid, out, torch.empty_like(scores))
 
 

@@ -1,7 +1,7 @@
-"""The gradient of the mean field.
+"""The torch.library operators of the mean field on lattices, and its derivatives.
 
-A forward pass keeps nothing but its inputs and the lattices; gradients.py runs the iterations
-again.
+The forward pass saves its inputs and the lattices only; the backward pass (gradients.py) runs the
+iterations again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,18 @@ from segkernels.ops.dense_crf import native
 from segkernels.ops.dense_crf.gradients import gradients
 from segkernels.ops.dense_crf.native import Config
 
-# The terms: the features of each, then the compatibility of each.
+# terms: the features of each term, then the compatibility of each term.
 _TENSORS = "Tensor scores, Tensor[] terms"
 
 
-class Wanted(NamedTuple):
-    """Which gradients of scores, features and compatibilities, in that order, are wanted."""
+class BackwardArgs(NamedTuple):
+    """Arguments of the backward operator other than tensors.
+
+    Attributes:
+        needs: whether to compute the gradient of the scores, of each term's features, and of each
+            term's compatibility.
+        config: of the forward pass.
+    """
 
     needs: tuple[bool, ...]
     config: Config
@@ -30,31 +36,34 @@ class Wanted(NamedTuple):
 def _backward(ctx: Any, grad: torch.Tensor) -> list[torch.Tensor | None]:
     scores, *terms = ctx.saved_tensors
     needs = ctx.needs_input_grad[:-1]
-    found = mean_field_backward(grad, scores, terms, Wanted(tuple(needs), ctx.record))
-    return [g if needed else None for g, needed in zip(found, needs, strict=True)]
+    args = BackwardArgs(tuple(needs), ctx.record)
+    grads = mean_field_backward(grad, scores, terms, args)
+    return [g if needed else None for g, needed in zip(grads, needs, strict=True)]
 
 
 def _gradients(
-    grad: torch.Tensor, scores: torch.Tensor, terms: list[torch.Tensor], w: Wanted
+    grad: torch.Tensor, scores: torch.Tensor, terms: list[torch.Tensor], args: BackwardArgs
 ) -> list[torch.Tensor | None]:
-    return gradients(grad, scores, terms, w.needs, w.config)
+    return gradients(grad, scores, terms, args.needs, args.config)
 
 
 def _gradients_fake(
-    grad: torch.Tensor, scores: torch.Tensor, terms: list[torch.Tensor], w: Wanted
+    grad: torch.Tensor, scores: torch.Tensor, terms: list[torch.Tensor], args: BackwardArgs
 ) -> list[torch.Tensor | None]:
-    found = [torch.empty_like(scores), *(t.new_empty(t.shape) for t in terms)]
-    return [g if needed else None for g, needed in zip(found, w.needs, strict=True)]
+    grads = [torch.empty_like(scores), *(t.new_empty(t.shape) for t in terms)]
+    return [g if needed else None for g, needed in zip(grads, args.needs, strict=True)]
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
-    raise RuntimeError("dense_crf can be differentiated once: its gradient has no gradient")
+    raise RuntimeError(
+        "dense_crf: second derivatives are not implemented; it can be differentiated once"
+    )
 
 
 def _vmap(size: int, dims: Sequence[int | None], *args: Any) -> torch.Tensor:
     scores, *terms, config = args
     count = len(terms) // 2
-    if any(dim is not None for dim in dims[1 + count : -1]):  # a compatibility each
+    if any(dim is not None for dim in dims[1 + count : -1]):  # batched compatibilities
         out: torch.Tensor = mean_field.vmap_loop(size, dims, *args)
         return out
     folded = [
@@ -81,7 +90,7 @@ mean_field: Operator = Operator(
 mean_field_backward: Operator = Operator(
     "dense_crf_backward",
     f"Tensor grad, {_TENSORS}",
-    Wanted,
+    BackwardArgs,
     returns="Tensor[]",
     kernel=_gradients,
     fake=_gradients_fake,

@@ -1,8 +1,7 @@
-"""Mean-field inference in a dense CRF in plain torch: the oracle of the tests, and the formulas to
-read.
+"""Mean-field inference in a dense CRF in plain torch, as the reference for tests.
 
 Kraehenbuehl and Koltun: Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials,
-2011, algorithm 1; the Gaussian filters on the permutohedral lattice, or by brute force.
+2011, algorithm 1. The Gaussian filters are computed on the permutohedral lattice or exactly.
 Differentiable by autograd.
 """
 
@@ -26,7 +25,7 @@ def energy(scores: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def compat_matrix(compat: torch.Tensor, channels: int) -> torch.Tensor:
-    """mu of a Potts weight, a vector or a matrix: (C, C). Positive Potts weights smooth."""
+    """Return mu, (C, C), for a Potts weight, a vector or a matrix."""
     if compat.dim() == 0:
         return -compat * torch.eye(channels, dtype=compat.dtype, device=compat.device)
     if compat.dim() == 1:
@@ -44,7 +43,10 @@ def mean_field(
     log: bool,
     method: str = "lattice",
 ) -> torch.Tensor:
-    """As `segkernels.ops.dense_crf.mean_field`: scores (B, C, N), features each (B, d, N)."""
+    """Same as `segkernels.ops.dense_crf.mean_field`: scores (B, C, N), features (B, d, N).
+
+    kind, normalization, iterations, log: as in `Config`; method: as in `segkernels.dense_crf`.
+    """
     kernel = ReferenceLattice if method == "lattice" else ReferenceKernel
     out = []
     for b, image in enumerate(scores):

@@ -1,4 +1,4 @@
-"""dilated_conv2d: convolution with a fused epilogue, without multiplying the padding."""
+"""dilated_conv2d: convolution with a fused epilogue, which can skip products with the padding."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _registry.register(
         deterministic=True,
         differentiable=("input", "weight", "bias", "scale", "shift", "residual"),
         library_ops=("segkernels::dilated_conv2d", "segkernels::dilated_conv2d_backward"),
-        note="differentiable any number of times; on CUDA by shape cuDNN, whose algorithms are "
-        "deterministic under torch's deterministic mode, or on Hopper our own kernel",
+        note="differentiable any number of times; on CUDA cuDNN, which is deterministic in torch's "
+        "deterministic mode, or on Hopper for some shapes the sm90 kernel",
     )
 )
 
@@ -47,69 +47,74 @@ def dilated_conv2d(
     activation: str | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`torch.nn.functional.conv2d`, and what often follows it, in one call.
+    """`torch.nn.functional.conv2d` with a fused epilogue: scale, shift, residual, activation.
 
         y = activation((conv2d(input, weight, bias) * scale + shift) + residual)
 
-    Dilated (atrous) convolution is that of Chen et al. 2015 ("Semantic image segmentation with deep
+    Dilated (atrous) convolution as in Chen et al. 2015 ("Semantic image segmentation with deep
     convolutional nets and fully connected CRFs", section 3.1) and Yu and Koltun 2016 ("Multi-scale
-    context aggregation by dilated convolutions", equation 2). `scale` and `shift` are batch
-    normalisation in evaluation: gamma / sqrt(var + eps) and beta - mean * scale.
+    context aggregation by dilated convolutions", equation 2). To fold batch normalisation in
+    evaluation mode, set `scale` to gamma / sqrt(var + eps) and `shift` to beta - mean * scale.
 
-    Under autocast `input`, `weight`, `bias` and `residual` are cast as autocast casts those of
-    `torch.nn.functional.conv2d`. Sums are in float32 for the half types.
+    Under autocast `input`, `weight`, `bias` and `residual` are cast as the arguments of
+    `torch.nn.functional.conv2d` are. Half precision is accumulated in float32. Differentiable any
+    number of times, with respect to all tensors.
 
     Args:
         input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Contiguous and
-            channels_last are taken as they are.
-        weight: [C_out, C / groups, kh, kw], in `input`'s dtype.
-        bias: [C_out], in `input`'s dtype.
-        stride: pixels from one output to the next: one int, or two (rows, columns), and so below.
-        padding: zeros on each side, or "same" (as much output as input) or "valid" (none).
-        dilation: pixels from one tap to the next.
-        groups: blocks of channels that are convolved alone.
-        scale: [C_out], in `input`'s dtype or float32; None: 1.
-        shift: the same; None: 0.
-        residual: [N, C_out, H_out, W_out] (or without N, as `input`), in the output's dtype.
+            channels_last layouts are not copied.
+        weight: [C_out, C / groups, kh, kw], in the dtype of `input`.
+        bias: [C_out], in the dtype of `input`.
+        stride: pixels between neighbouring outputs: one int, or (rows, columns).
+        padding: zeros on each side: one int, (rows, columns), "same" (the output has the size of
+            the input) or "valid" (no padding).
+        dilation: pixels between neighbouring taps: one int, or (rows, columns).
+        groups: number of groups of channels that are convolved separately.
+        scale: [C_out], in the dtype of `input` or float32; None: 1.
+        shift: [C_out], in the dtype of `input` or float32; None: 0.
+        residual: [N, C_out, H_out, W_out], or without N like `input`, in the dtype of the output.
         activation: None or "relu".
-        backend: "auto" takes "sm90" where an estimate says that it is faster (channels_last, large
-            dilations), else "torch"; "torch" (oneDNN, cuDNN) takes everything; "sm90" (compute
-            capability 9.0; stride and groups 1, kernels up to 7 x 7, no float64) raises where it
-            cannot. It multiplies float32 as tf32, rounded first, where
-            ``torch.backends.cudnn.conv`` lets cuDNN, else it raises; float32's weight gradient
-            is torch's. NaN and infinity in `input` can reach its weight's gradient at taps that
-            do not read them.
+        backend: "auto", "torch" or "sm90".
+            "torch" uses oneDNN or cuDNN and supports all arguments.
+            "sm90" uses a kernel for compute capability 9.0, with stride 1, groups 1, kernels up to
+            7 x 7, and no float64; it raises ValueError for other calls. It rounds float32 operands
+            to tf32, and raises where ``torch.backends.cudnn.conv`` does not allow tf32. torch
+            computes the weight gradient of float32. In the weight gradient of other dtypes, NaN and
+            infinity in `input` can reach taps that do not read them.
+            "auto" uses "sm90" where a cost model estimates that it is faster (channels_last, large
+            dilations), else "torch".
 
     Returns:
-        [N, C_out, H_out, W_out] (or without N), in `input`'s dtype. As torch's, channels_last where
-        `input` or `weight` is.
+        [N, C_out, H_out, W_out], or without N like `input`, in the dtype of `input`; channels_last
+        if `input` or `weight` is, as in torch.
 
     Raises:
-        RuntimeError: what `torch.nn.functional.conv2d` does not take, in its words.
-        ValueError: `scale`, `shift` or `residual` of another shape, dtype or device; an unknown
-            `activation` or `backend`; a `backend` that cannot take this call, and why.
-        TypeError: arguments of another type.
+        RuntimeError: arguments that `torch.nn.functional.conv2d` rejects, with torch's message.
+        ValueError: `scale`, `shift` or `residual` with another shape, dtype or device; an unknown
+            `activation` or `backend`; a call that `backend` does not support.
+        TypeError: arguments of another type; torch's message for those of
+            `torch.nn.functional.conv2d`.
     """
     _arguments.check_choice(activation, "activation", ACTIVATIONS, "dilated_conv2d")
     _arguments.check_choice(backend, "backend", backends.BACKENDS, "dilated_conv2d")
     for name, value in (("scale", scale), ("shift", shift), ("residual", residual)):
         if value is not None:
             _arguments.check_tensor(value, name, "dilated_conv2d")
-    if scale is shift is residual is None and _is_torchs(input, weight, bias, stride, backend):
-        plain: Any = (stride, padding, dilation, groups)
-        out = F.conv2d(input, weight, bias, *plain)
+    if scale is shift is residual is None and _torch_suffices(input, weight, bias, stride, backend):
+        options: Any = (stride, padding, dilation, groups)
+        out = F.conv2d(input, weight, bias, *options)
         last = _operator.is_channels_last(input) or _operator.is_channels_last(weight)
         out = out.contiguous(memory_format=_FORMATS[last])
-        # The convolution's gradient does not need its result.
+        # In place is safe: the backward of the convolution does not need its result.
         return out.relu_() if activation == "relu" else out
     input, weight, bias, residual = _arguments.autocast(input, weight, bias, residual)
-    c = _call_for(input, weight, bias, stride, padding, dilation, groups, backend)
+    c = _make_call(input, weight, bias, stride, padding, dilation, groups, backend)
     if c is None:
-        # Wrong, and then torch says how; or nothing that the layers below know.
+        # Either the arguments are invalid, and torch raises, or only torch supports them.
         args: tuple[Any, ...] = (stride, padding, dilation, groups)
         out = F.conv2d(input, weight, bias, *args)
         _check_epilogue(out, out.shape, out.size(-3), scale, shift, residual)
-        return _plain_epilogue(out, scale, shift, residual, activation)
+        return _apply_epilogue(out, scale, shift, residual, activation)
     batch = input.shape[:-3]
     shape = (*batch, weight.size(0), *c.out_size)
     _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
@@ -123,11 +128,11 @@ def dilated_conv2d(
     return operator.convolve(*tensors, record).squeeze(0)
 
 
-def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
-    """Whether torch's convolution and its own gradients are what the call comes to.
+def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
+    """Whether the call is the same as torch's convolution with torch's own gradients.
 
-    On the CPU they are, but for the half types' (see `torch_path`). Small convolutions notice
-    what this saves.
+    On the CPU it is, except in half precision (see `torch_path`). This check avoids the overhead of
+    the operator, which matters for small convolutions.
     """
     return (
         isinstance(input, torch.Tensor)
@@ -151,7 +156,7 @@ def _is_torchs(input: Any, weight: Any, bias: Any, stride: Any, backend: str) ->
     )
 
 
-def _call_for(
+def _make_call(
     input: Any,
     weight: Any,
     bias: Any,
@@ -161,7 +166,7 @@ def _call_for(
     groups: Any,
     backend: str,
 ) -> Call | None:
-    """The call, or None for what is torch's to take or to refuse."""
+    """Check the arguments; return the Call, or None if torch should compute or reject the call."""
     if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
     if _operator.is_tracing():
@@ -187,12 +192,12 @@ def _call_for(
     channels, *size = input.shape[-3:]
     if channels != per_group * groups or min(size) < 1:
         return None
-    reach = [gaps[i] * (kernel[i] - 1) for i in (0, 1)]
-    pads = _pads(padding, reach, steps)
+    extent = [gaps[i] * (kernel[i] - 1) for i in (0, 1)]
+    pads = _padding_of(padding, extent, steps)
     if pads is None:
         return None
     before, after = pads
-    room = [size[i] + before[i] + after[i] - reach[i] - 1 for i in (0, 1)]
+    room = [size[i] + before[i] + after[i] - extent[i] - 1 for i in (0, 1)]
     if min(*room, *before) < 0:
         return None
     out_size = (room[0] // steps[0] + 1, room[1] // steps[1] + 1)
@@ -201,13 +206,16 @@ def _call_for(
     return Call(steps, before, gaps, groups, out_size, channels_last, backend)
 
 
-def _pads(padding: Any, reach: list[int], stride: Int2) -> tuple[Int2, Int2] | None:
-    """Zeros before the first and after the last row and column."""
+def _padding_of(padding: Any, extent: list[int], stride: Int2) -> tuple[Int2, Int2] | None:
+    """Return the padding before the first and after the last row and column; None if invalid.
+
+    `extent` is the distance from the first to the last tap of each axis.
+    """
     if padding == "same":
         if stride != (1, 1):
             return None
-        before = (reach[0] // 2, reach[1] // 2)
-        return before, (reach[0] - before[0], reach[1] - before[1])
+        before = (extent[0] // 2, extent[1] // 2)
+        return before, (extent[0] - before[0], extent[1] - before[1])
     if padding == "valid":
         return (0, 0), (0, 0)
     pads = _arguments.pair_or_none(padding)
@@ -229,7 +237,7 @@ def _check_epilogue(
         _arguments.check_like(residual, "residual", shape, dtypes, like, "dilated_conv2d")
 
 
-def _plain_epilogue(
+def _apply_epilogue(
     out: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,

@@ -1,4 +1,7 @@
-"""Which implementation computes a convolution, and its gradients."""
+"""Calls the implementation of a convolution or a gradient: the Hopper kernels or torch.
+
+With backend="auto" the cost model in dispatch.py chooses between them.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,23 @@ BACKENDS = ("auto", "sm90", "torch")
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, c: Call) -> None:
-    """Raise ValueError where the backend that was asked for cannot take this call."""
+    """Raise ValueError if the requested backend does not support this call."""
     if c.backend == "sm90" and (why := native.supported(c.problem(x, weight))):
-        raise ValueError(f"dilated_conv2d: backend={c.backend!r} cannot take this call: {why}")
+        raise ValueError(f"dilated_conv2d: backend={c.backend!r} does not support this call: {why}")
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
-    """The convolution and its epilogue of the 4-D `x`, in the layout that `c` asks for."""
-    if _is_torchs(x, c):
-        if not torch.is_grad_enabled():  # small convolutions notice what follows
+    """The convolution of a 4-D `x` with its epilogue, in the layout that `c` requests."""
+    if _use_torch(x, c):
+        if not torch.is_grad_enabled():  # avoids the overhead of no_grad for small convolutions
             return laid_out(torch_path.forward(x, weight, e, c), c.channels_last)
         with torch.no_grad():
             return laid_out(torch_path.forward(x, weight, e, c), c.channels_last)
     with torch.no_grad():
         problem = c.problem(x, weight)
         out = None
-        if _is_sm90s("forward", c.backend, problem):
-            with _or_torch(c.backend):
+        if _use_sm90("forward", c.backend, problem):
+            with _ignore_capture_error(c.backend):
                 g, shift = problem.geometry, e.folded_shift()
                 out = native.forward(x, weight, g, e.scale, shift, e.residual, e.activation)
         if out is None:
@@ -47,25 +50,25 @@ def forward_into(
     e: Epilogue,
     calls: Sequence[Call],
 ) -> bool:
-    """Several convolutions of `x` in one launch, where there is a kernel for it.
+    """Compute several convolutions of `x` in one launch of the Hopper kernel, if it is chosen.
 
     Args:
-        into: their channels of a larger channels_last tensor; [N, sum of C_out, H, W].
+        into: the output, [N, sum of C_out, H, W]: channels of a channels_last tensor.
         x: [N, C, H, W].
         weights: of the branches, at most 8.
-        e: of all branches' channels; no residual.
-        calls: the branches', of one backend.
+        e: the epilogue, with vectors for the channels of all branches and no residual.
+        calls: of the branches, all with the same backend.
 
     Returns:
-        Whether that was done; if not, nothing was.
+        Whether `into` was written.
     """
-    if e.residual is not None or _is_torchs(x, calls[0]):
+    if e.residual is not None or _use_torch(x, calls[0]):
         return False
     problems = [c.problem(x, w) for w, c in zip(weights, calls, strict=True)]
-    if not _is_sm90s("forward", calls[0].backend, *problems):
+    if not _use_sm90("forward", calls[0].backend, *problems):
         return False
     done = False
-    with torch.no_grad(), _or_torch(calls[0].backend):
+    with torch.no_grad(), _ignore_capture_error(calls[0].backend):
         geometries, shift = [p.geometry for p in problems], e.folded_shift()
         native.forward_branches(x, weights, geometries, e.scale, shift, None, e.activation, into)
         done = True
@@ -75,51 +78,65 @@ def forward_into(
 def gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, mask: tuple[bool, bool], c: Call
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the plain convolution, each laid out as what it is the gradient of, or None."""
+    """Gradients of the plain convolution with respect to its input and weight.
+
+    Args:
+        grad: gradient with respect to the output.
+        x, weight: of the forward pass.
+        mask: which gradients to compute.
+        c: the call.
+
+    Returns:
+        The gradients of `x` and `weight`, in their layouts; None where `mask` is False.
+    """
     dx = dw = None
     with torch.no_grad():
-        if not _is_torchs(x, c):
+        if not _use_torch(x, c):
             problem = c.problem(x, weight)
-            with _or_torch(c.backend):
-                if mask[0] and _is_sm90s("input_gradient", c.backend, problem):
+            with _ignore_capture_error(c.backend):
+                if mask[0] and _use_sm90("input_gradient", c.backend, problem):
                     dx = native.input_gradient(grad, weight, problem.geometry)
-            with _or_torch(c.backend):
-                if mask[1] and _is_sm90s("weight_gradient", c.backend, problem):
+            with _ignore_capture_error(c.backend):
+                if mask[1] and _use_sm90("weight_gradient", c.backend, problem):
                     dw = native.weight_gradient(grad, x, problem.geometry)
-        rest = (mask[0] and dx is None, mask[1] and dw is None)
-        if rest[0] or rest[1]:
-            their_dx, their_dw = torch_path.gradients(grad, x, weight, c, rest)
-            dx = their_dx if rest[0] else dx
-            dw = their_dw if rest[1] else dw
+        missing = (mask[0] and dx is None, mask[1] and dw is None)
+        if missing[0] or missing[1]:
+            torch_dx, torch_dw = torch_path.gradients(grad, x, weight, c, missing)
+            dx = torch_dx if missing[0] else dx
+            dw = torch_dw if missing[1] else dw
         return (
             None if dx is None else laid_out(dx, is_channels_last(x)),
             None if dw is None else laid_out(dw, is_channels_last(weight)),
         )
 
 
-def _or_torch(asked: str) -> contextlib.AbstractContextManager[None]:
-    """Leaves what a captured graph cannot hold undone, unless "sm90" was asked for."""
-    if asked == "sm90":
+def _ignore_capture_error(backend: str) -> contextlib.AbstractContextManager[None]:
+    """Suppress the error of a first call during graph capture, unless `backend` is "sm90".
+
+    torch then computes the call.
+    """
+    if backend == "sm90":
         return contextlib.nullcontext()
     return contextlib.suppress(native.FirstCallInGraphError)
 
 
-def _is_torchs(x: torch.Tensor, c: Call) -> bool:
-    """Whether the call is torch's without a further look.
+def _use_torch(x: torch.Tensor, c: Call) -> bool:
+    """Whether torch computes the call, whatever the cost model estimates.
 
-    Contiguous maps are: a copy into channels_last takes about as long as what is gained.
+    This includes contiguous inputs, because the copy to channels_last costs about as much time as
+    the Hopper kernel gains.
     """
     if c.backend == "auto":
         return not (x.is_cuda and c.channels_last)
     return c.backend == "torch"
 
 
-def _is_sm90s(kind: str, asked: str, *problems: Problem) -> bool:
-    """Whether the Hopper kernel does this part of a call, or of several in one launch.
+def _use_sm90(kind: str, backend: str, *problems: Problem) -> bool:
+    """Whether the Hopper kernel computes this part of a call, or of several calls in one launch.
 
-    Where "sm90" was asked for, torch has the gradients that the kernel has not.
+    With backend="sm90", torch computes the gradients that the kernel does not support.
     """
-    if asked == "auto":
+    if backend == "auto":
         return dispatch.choose(kind, *problems) == "sm90"
     supported = native.weight_gradient_supported if kind == "weight_gradient" else native.supported
     return not any(map(supported, problems))

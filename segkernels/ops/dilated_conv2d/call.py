@@ -1,4 +1,4 @@
-"""The arguments of a convolution after the checks, as the layers below pass them on."""
+"""The checked arguments of a convolution, as records for the operator and its backends."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
 
 class Call(NamedTuple):
-    """How to convolve.
+    """Arguments of a convolution other than tensors.
 
     Attributes:
         stride, dilation, groups: as in `torch.nn.functional.conv2d`.
         padding: before the first row and column.
-        out_size: rows and columns of the output, which say what padding there is at the end.
-        channels_last: the output's layout.
-        backend: what the user asked for.
+        out_size: rows and columns of the output, which determine the padding after the last row
+            and column.
+        channels_last: whether the output is channels_last; else it is contiguous.
+        backend: the requested backend.
     """
 
     stride: Int2
@@ -32,16 +33,16 @@ class Call(NamedTuple):
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Of the output."""
+        """The memory format of the output."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def geometry(self, x: torch.Tensor, weight: torch.Tensor) -> Geometry:
-        """The planes of this call."""
+        """The geometry of this call on these tensors."""
         kernel = (weight.size(2), weight.size(3))
         return Geometry(x.size(2), x.size(3), *self.out_size, kernel, self.padding, self.dilation)
 
     def problem(self, x: torch.Tensor, weight: torch.Tensor) -> Problem:
-        """This call without its tensors."""
+        """The sizes, dtype and device of this call on these tensors."""
         return Problem(
             x.size(0),
             x.size(1),
@@ -55,14 +56,14 @@ class Call(NamedTuple):
 
 
 class Convolution(NamedTuple):
-    """A call, and what follows the sums and the epilogue's tensors: None or "relu"."""
+    """Arguments of the operator other than tensors; `activation` is None or "relu"."""
 
     call: Call
     activation: str | None
 
 
-class Wanted(NamedTuple):
-    """Which gradients of a call's input and weight are wanted."""
+class BackwardArgs(NamedTuple):
+    """Arguments of the backward operator: which gradients to compute, and of which call."""
 
     of_input: bool
     of_weight: bool
@@ -70,7 +71,7 @@ class Wanted(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What becomes of a sum: activation((sum + bias) * scale + shift + residual)."""
+    """The epilogue of a convolution: activation((conv + bias) * scale + shift + residual)."""
 
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -78,13 +79,13 @@ class Epilogue(NamedTuple):
     residual: torch.Tensor | None = None
     activation: str | None = None
 
-    def widened(self) -> Epilogue:
-        """In float32."""
+    def to_float32(self) -> Epilogue:
+        """Return the epilogue with its tensors in float32."""
         bias, scale, shift, residual = (None if t is None else t.float() for t in self[:4])
         return Epilogue(bias, scale, shift, residual, self.activation)
 
     def folded_shift(self) -> torch.Tensor | None:
-        """bias * scale + shift, in the dtype that is computed in; the shift alone as it is."""
+        """Return bias * scale + shift in the compute dtype; without a bias, the shift unchanged."""
         if self.bias is None:
             return self.shift
         bias = self.bias.to(compute_dtype(self.bias.dtype))
@@ -94,7 +95,7 @@ class Epilogue(NamedTuple):
 
 
 def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int, int]:
-    """Strides of a 4-D tensor as torch.empty gives them in that layout."""
+    """Strides of a 4-D tensor that torch.empty creates in that layout."""
     _, c, h, w = (max(size, 1) for size in shape)
     if channels_last:
         return h * w * c, 1, w * c, c
@@ -102,7 +103,7 @@ def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int,
 
 
 def laid_out(out: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """`out` in that layout to the stride, copied only if need be."""
+    """Return `out` with exactly the strides of that layout, copied only if they differ."""
     if out.stride() == strides(tuple(out.shape), channels_last):
         return out
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -1,6 +1,6 @@
 """Sizes of a dilated convolution of stride 1, and the taps that a box of outputs needs.
 
-Plain integers, so that the schedule on the host, the kernels and the tests share one definition.
+csrc/dilated_conv2d/taps.h has the same definition of the taps in C++.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from segkernels.ops._arguments import Int2
 
 
 class Geometry(NamedTuple):
-    """Where a convolution of stride 1 reads: output (y, x) takes tap (i, j) from input
+    """Which inputs a convolution of stride 1 reads.
 
-    (y + i * dilation[0] - padding[0], x + j * dilation[1] - padding[1]), zero outside the image.
+    Through tap (i, j), output (y, x) reads input (y + i * dilation[0] - padding[0],
+    x + j * dilation[1] - padding[1]), which is zero outside the image.
 
     Attributes:
         height, width: of the input.
         out_height, out_width: of the output.
         kernel: taps (kh, kw).
-        padding: (ph, pw) before the first row and column; negative where rows are left out, as in
-            `transposed`.
-        dilation: (dh, dw), rows and columns from one tap to the next.
+        padding: (ph, pw) before the first row and column; negative where rows or columns are
+            skipped, which `transposed` can need.
+        dilation: (dh, dw), rows and columns between neighbouring taps.
     """
 
     height: int
@@ -36,12 +37,15 @@ class Geometry(NamedTuple):
 
     @property
     def taps(self) -> int:
-        """Taps of the kernel."""
+        """Number of taps of the kernel."""
         return self.kernel[0] * self.kernel[1]
 
     def transposed(self) -> Geometry:
-        """The input's gradient: a convolution of the output's with the flipped kernel."""
-        reach = (
+        """The geometry of the input gradient.
+
+        It is a convolution of the gradient with respect to the output with the flipped kernel.
+        """
+        padding = (
             self.dilation[0] * (self.kernel[0] - 1) - self.padding[0],
             self.dilation[1] * (self.kernel[1] - 1) - self.padding[1],
         )
@@ -51,14 +55,14 @@ class Geometry(NamedTuple):
             self.height,
             self.width,
             self.kernel,
-            reach,
+            padding,
             self.dilation,
         )
 
     def tap_rectangle(self, y: int, x: int, rows: int, columns: int) -> tuple[Int2, Int2]:
-        """The taps, (first, last) of each axis, whose box meets the image, for a box of outputs.
+        """Return the taps through which a box of outputs reads the image: (first, last) per axis.
 
-        The box starts at (y, x); what of it lies beyond the output asks for no tap.
+        The box starts at (y, x) and is cut at the end of the output.
         """
         return (
             tap_range(
@@ -80,7 +84,7 @@ class Geometry(NamedTuple):
         )
 
     def useful_share(self) -> float:
-        """The share of the (output, tap) pairs inside the image: what must be multiplied."""
+        """Fraction of the (output, tap) pairs that read an input inside the image."""
         if not self.out_height * self.out_width:
             return 1.0
         share = 1.0
@@ -95,18 +99,18 @@ class Geometry(NamedTuple):
 
 
 def tap_range(start: int, extent: int, size: int, kernel: int, dilation: int, padding: int) -> Int2:
-    """The taps of one axis whose interval meets the image, as (first, last).
+    """Return the taps of one axis through which outputs read the image, as (first, last).
 
-    Outputs start .. start + extent - 1 read, through tap k, the inputs from ``start + k * dilation
-    - padding`` on, `extent` of them. Those taps k for which one of these lies in 0 .. size - 1 have
-    no gap between them. None: last < first.
+    Through tap k, outputs start .. start + extent - 1 read `extent` inputs from ``start +
+    k * dilation - padding`` on. The taps that read an input in 0 .. size - 1 are a contiguous
+    range; it is empty if last < first.
 
     Args:
-        start: first output of the box.
-        extent: outputs of the box, at least 1.
-        size: inputs of the axis.
-        kernel: taps of the axis.
-        dilation: inputs from a tap to the next, at least 1.
+        start: first output.
+        extent: number of outputs, at least 1.
+        size: number of inputs.
+        kernel: number of taps.
+        dilation: inputs between neighbouring taps, at least 1.
         padding: of the convolution; may be negative.
     """
     first = max(0, -((start + extent - 1 - padding) // dilation))
@@ -115,16 +119,16 @@ def tap_range(start: int, extent: int, size: int, kernel: int, dilation: int, pa
 
 
 def out_size(size: int, kernel: int, dilation: int, padding: int) -> int:
-    """Outputs of an axis of `size` inputs padded on both sides, stride 1."""
+    """Number of outputs of `size` inputs with `padding` on both sides, stride 1."""
     return size + 2 * padding - dilation * (kernel - 1)
 
 
 class Problem(NamedTuple):
-    """What a backend is asked for, without the tensors.
+    """A convolution without its tensors, for the choice of a backend.
 
     Attributes:
         batch, channels, out_channels: sizes.
-        geometry: the planes; that of stride 1 whatever `stride` is.
+        geometry: sizes of the planes; always for stride 1.
         stride, groups: as in `torch.nn.functional.conv2d`.
         dtype, device: of input, weight and output.
     """

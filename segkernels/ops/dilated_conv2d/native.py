@@ -1,11 +1,13 @@
-"""The convolution on Hopper: the kernel of csrc/dilated_conv2d, ``backend="sm90"``.
+"""The Hopper kernels of csrc/dilated_conv2d, ``backend="sm90"``: support, schedules and calls.
 
-Tensors go in and come out in channels_last memory. Input channels that are not a multiple of 16
-bytes are padded by a copy, since the copy engine needs rows of such a length. float32 is multiplied
-as tf32. Sums are in float32 and in a fixed order: the same bits in every run on one kind of device.
+Tensors are converted to channels_last, and results are channels_last. Input channels that are not a
+multiple of 16 bytes are padded by a copy, because the tensor memory accelerator needs such rows.
+float32 is multiplied as tf32. Sums are accumulated in float32 in a fixed order, so results are
+deterministic on one kind of device.
 
-A schedule is made once a shape and kept, with its table in the device's memory; so the first call
-of a shape must not be captured into a CUDA graph (``backend="auto"`` takes torch there).
+The schedule of a shape is computed once and cached, with its table in device memory. The first call
+of a shape copies this table, so it cannot be captured in a CUDA graph (with ``backend="auto"``
+torch computes such a call).
 """
 
 from __future__ import annotations
@@ -22,37 +24,38 @@ from segkernels import _native
 from segkernels.ops import _dtypes
 from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
 
-_ROW_BYTES = 128  # of channels in a loop step
+_ROW_BYTES = 128  # bytes of channels per loop step
 _MAX_KERNEL = 7
 _MAX_BRANCHES = 8
-_KEPT = 256  # tables in device memory, some kilobytes each
+_MAX_TABLES = 256  # in the cache, some kilobytes of device memory each
 
 
 def supported(problem: Problem) -> str:
-    """Why `forward` and `input_gradient` cannot take this problem, or ""."""
+    """Return why `forward` and `input_gradient` do not support this problem, or ""."""
     if not _native.on_cuda(problem.device):
-        return f"it needs a CUDA device, got {str(problem.device)!r}"
+        return f"input must be on a CUDA device, got {str(problem.device)!r}"
     if not _native.C().has_sm90a:
         return (
-            "segkernels was built without sm_90a (a CUDA toolkit, and 9.0 among the architectures)"
+            "segkernels was built without sm_90a, which needs a CUDA toolkit and 9.0 among the "
+            "architectures"
         )
     capability = _capability(problem.device.index)
     if capability != (9, 0):
-        return f"it needs compute capability 9.0, this device has {capability[0]}.{capability[1]}"
+        return f"compute capability must be 9.0, got {capability[0]}.{capability[1]}"
     return _shape_problem(problem)
 
 
 def _shape_problem(problem: Problem) -> str:
     if problem.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it has no {problem.dtype}"
+        return f"input must be float16, bfloat16 or float32, got {problem.dtype}"
     if problem.dtype == torch.float32 and not tf32_allowed():
-        return "float32 would be multiplied as tf32, which torch.backends.cudnn.conv does not allow"
+        return "float32 is multiplied as tf32, which torch.backends.cudnn.conv does not allow"
     if problem.stride != (1, 1):
         return f"stride must be 1, got {problem.stride}"
     if problem.groups != 1:
         return f"groups must be 1, got {problem.groups}"
     if max(problem.geometry.kernel) > _MAX_KERNEL:
-        return f"kernels of up to 7 x 7 taps, got {problem.geometry.kernel}"
+        return f"the kernel must be at most 7 x 7, got {problem.geometry.kernel}"
     g = problem.geometry
     if max(problem.batch, g.height, g.width, g.out_height, g.out_width) >= 2**31:
         return "sizes must be below 2^31"
@@ -62,21 +65,21 @@ def _shape_problem(problem: Problem) -> str:
 
 
 def weight_gradient_supported(problem: Problem) -> str:
-    """Why `weight_gradient` cannot take this problem, or ""."""
+    """Return why `weight_gradient` does not support this problem, or ""."""
     if problem.dtype == torch.float32:
-        return "the weight's gradient has no float32"
+        return "input must be float16 or bfloat16, got torch.float32"
     return supported(problem)
 
 
 @functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
-    """Of the CUDA device `index`; asking torch for it costs time on every call."""
+    """Compute capability of the CUDA device `index`; cached because torch's query is slow."""
     return torch.cuda.get_device_capability(index)
 
 
 def tf32_allowed() -> bool:
     """Whether torch lets cuDNN multiply a float32 convolution as tf32."""
-    # Not the older allow_tf32: torch raises where both have been used.
+    # Not the older allow_tf32: torch raises if both have been used.
     conv: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return bool(conv.fp32_precision == "tf32")
 
@@ -90,13 +93,13 @@ def forward(
     residual: torch.Tensor | None = None,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """activation(conv(x, weight) * scale + shift + residual), channels_last.
+    """Compute activation(conv(x, weight) * scale + shift + residual), channels_last.
 
     Args:
         x: [N, C, H, W], float16, bfloat16 or float32.
         weight: [CO, C, kh, kw], in `x`'s dtype.
         geometry: sizes of the planes.
-        scale, shift: [CO], any floating dtype; computed in float32.
+        scale, shift: [CO], any floating dtype; converted to float32.
         residual: [N, CO, out_height, out_width], in `x`'s dtype.
         activation: None or "relu".
     """
@@ -113,17 +116,22 @@ def forward_branches(
     activation: str | None = None,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`forward` of several convolutions of `x` in one launch, concatenated in the channels.
+    """Compute `forward` for several weights in one launch, and concatenate along the channels.
 
-    The geometries differ in kernel, dilation and padding alone. `scale`, `shift` and `residual`
-    have the channels of the concatenation. `into` is written and returned, where given: a
-    channels_last tensor, or some channels of one.
+    Args:
+        x, activation: as in `forward`.
+        weights: [CO_i, C, kh, kw] each, 1 to 8 of them.
+        geometries: of the branches; they may differ in kernel, dilation and padding only.
+        scale, shift, residual: as in `forward`, with the channels of the concatenation.
+        into: the tensor to write to and return: a channels_last tensor, or channels of one. None:
+            a new tensor.
     """
     sizes = {(g.height, g.width, g.out_height, g.out_width) for g in geometries}
     if len(sizes) != 1 or not 1 <= len(weights) == len(geometries) <= _MAX_BRANCHES:
         raise ValueError(
-            f"forward_branches: 1 to {_MAX_BRANCHES} weights with as many geometries of the same "
-            f"planes, got {len(weights)} and {len(geometries)} of {len(sizes)} sizes"
+            f"forward_branches: there must be 1 to {_MAX_BRANCHES} weights and as many geometries "
+            f"of the same plane sizes, got {len(weights)} and {len(geometries)} of {len(sizes)} "
+            "sizes"
         )
     out_channels = sum(w.size(0) for w in weights)
     g = geometries[0]
@@ -154,10 +162,10 @@ def forward_branches(
     for w, g in zip(weights, geometries, strict=True):
         branches.append((w, g.kernel, g.dilation, g.padding, w.size(0), offset))
         offset += w.size(0)
-    written = {"output": out, "residual": residual, "scale": scale, "shift": shift}
+    epilogue = {"output": out, "residual": residual, "scale": scale, "shift": shift}
     arguments: dict[str, Any] = {
         **table.schedule,
-        **written,
+        **epilogue,
         "type": _dtypes.FLOATING[x.dtype],
         "input": x,
         "batch": x.size(0),
@@ -168,7 +176,7 @@ def forward_branches(
         "out_pitch": pitch,
         "relu": activation == "relu",
         "pairs": not any(count % 2 for count in (pitch, *(w.size(0) for w in weights)))
-        and not any(t.data_ptr() % 8 for t in written.values() if t is not None),
+        and not any(t.data_ptr() % 8 for t in epilogue.values() if t is not None),
         "table": table.words,
         "workspace": workspace,
         "branches": branches,
@@ -178,22 +186,24 @@ def forward_branches(
 
 
 def input_gradient(grad: torch.Tensor, weight: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The plain convolution's gradient for its input, from that for its output.
+    """Gradient of the plain convolution with respect to its input.
 
-    The convolution of `grad` with the flipped kernel, input and output channels exchanged.
+    It is the convolution of `grad`, the gradient with respect to the output, with the flipped
+    kernel, whose input and output channels are exchanged.
     """
-    turned = weight.flip(2, 3).transpose(0, 1)
-    return forward(grad, turned, geometry.transposed())
+    flipped = weight.flip(2, 3).transpose(0, 1)
+    return forward(grad, flipped, geometry.transposed())
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """The plain convolution's gradient for its weight, channels_last.
+    """Gradient of the plain convolution with respect to its weight, channels_last.
 
-    Boxes of outputs that overhang the plane multiply what lies there in `x` by zero, so NaN or
-    infinity in `x` can reach taps that do not read it.
+    A box of outputs can extend beyond the plane, where `grad` is zero but `x` is not. NaN or
+    infinity in `x` can therefore reach taps that do not read it.
 
     Args:
-        grad: [N, CO, out_height, out_width], float16 or bfloat16.
+        grad: [N, CO, out_height, out_width], float16 or bfloat16, the gradient with respect to the
+            output.
         x: [N, C, H, W], in `grad`'s dtype.
         geometry: sizes of the planes.
     """
@@ -236,24 +246,27 @@ def _empty(size: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 def _pitch(into: torch.Tensor, size: tuple[int, ...], like: torch.Tensor) -> int:
-    """Elements from a pixel of `into` to the next."""
+    """Check `into`; return the number of elements between neighbouring pixels."""
     _, channels, height, width = size
-    right = (into.shape, into.dtype, into.device) == (size, like.dtype, like.device)
-    # Only strides of axes with more than one index say anything.
-    steps = {0: height * width, 2: width, 3: 1}
-    told = [into.stride(i) / step for i, step in steps.items() if right and size[i] > 1]
-    pitch = told[0] if told else channels
-    if not right or any(t != pitch for t in told) or (channels > 1 and into.stride(1) != 1):
+    matches = (into.shape, into.dtype, into.device) == (size, like.dtype, like.device)
+    # The strides of axes of size 1 are arbitrary.
+    pixels = {0: height * width, 2: width, 3: 1}  # per step along the axis
+    pitches = [into.stride(i) / count for i, count in pixels.items() if matches and size[i] > 1]
+    pitch = pitches[0] if pitches else channels
+    if not matches or any(p != pitch for p in pitches) or (channels > 1 and into.stride(1) != 1):
         raise ValueError(
             f"forward_branches: into must be channels_last, or channels of such a tensor, of shape "
-            f"{list(size)}, {like.dtype}, on {like.device}; got {list(into.shape)} with strides "
+            f"{list(size)}, {like.dtype}, on {like.device}, got {list(into.shape)} with strides "
             f"{list(into.stride())}, {into.dtype}, on {into.device}"
         )
     return int(pitch)
 
 
 def _rows(t: torch.Tensor, aligned: int) -> torch.Tensor:
-    """`t` with channels innermost, in rows of a multiple of 16 bytes from such an address."""
+    """Return `t` in channels_last, at a 16-byte aligned address.
+
+    Pads the channels with zeros to a multiple of `aligned`.
+    """
     if missing := -t.size(1) % aligned:
         t = F.pad(t, (0, 0, 0, 0, 0, missing))
     t = t.contiguous(memory_format=torch.channels_last)
@@ -265,65 +278,73 @@ def _vector(v: torch.Tensor | None) -> torch.Tensor | None:
 
 
 class FirstCallInGraphError(RuntimeError):
-    """A schedule would have to be copied to the device while a CUDA graph is captured."""
+    """The first call of a shape is made while a CUDA graph is captured."""
 
 
 class _Table:
-    """A schedule, with its words where the kernel reads them."""
+    """A schedule with its table in device memory.
+
+    Attributes:
+        schedule: sizes, and the table as bytes, from the native function.
+        words: the table on the device, int32.
+        streams: raw streams that have read the table.
+        captured: whether a CUDA graph reads the table.
+    """
 
     def __init__(self, schedule: dict[str, Any], device: torch.device) -> None:
         self.schedule = schedule
-        # Waits for the copy: other streams may read it from now on.
+        # Synchronises, so that other streams can read the table.
         self.words = torch.frombuffer(bytearray(schedule["table"]), dtype=torch.int32).to(device)
         self.streams: set[int] = set()
         self.captured = False
 
     def workspace(self) -> torch.Tensor:
-        """Room for the partial sums of one call."""
+        """Allocate the partial sums of one call."""
         sums = self.schedule["workspace_tiles"] * 128 * self.schedule["tile_channels"]
         return torch.empty(sums, dtype=torch.float32, device=self.words.device)
 
-    def used(self) -> None:
-        """Called before every launch that reads the words."""
+    def record_use(self) -> None:
+        """Record the use by the current stream or graph; call before every launch."""
         if _native.capturing(self.words.device):
-            self.captured = True  # the graph keeps the address, so the words must stay
+            self.captured = True  # the graph holds the address, so the table must not be freed
             return
         _, stream, _ = _native.where(self.words)
         if stream not in self.streams:
             self.streams.add(stream)
-            _read_on_current_stream(self.words)
+            _record_stream(self.words)
 
 
-def _read_on_current_stream(words: torch.Tensor) -> None:
-    """Keeps the allocator from giving the memory out again before that stream has read it."""
+def _record_stream(words: torch.Tensor) -> None:
+    """Prevent the allocator from reusing the memory before the current stream has read it."""
     words.record_stream(torch.cuda.current_stream(words.device))
 
 
 _tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
-_captured: list[_Table] = []
+_captured_tables: list[_Table] = []  # evicted from `_tables`, and read by a CUDA graph
 
 
-_Maker = Callable[[tuple[Any, ...], int], dict[str, Any]]
+_MakeSchedule = Callable[[tuple[Any, ...], int], dict[str, Any]]
 
 
-def _table(make: _Maker, shape: tuple[Any, ...], device: torch.device) -> _Table:
+def _table(make: _MakeSchedule, shape: tuple[Any, ...], device: torch.device) -> _Table:
+    """Return the table of a shape from the cache, or make it."""
     key = (*shape, make is _weight_schedule, device)
     table = _tables.get(key)
     if table is None:
         if _native.capturing(device):
             raise FirstCallInGraphError(
                 "dilated_conv2d: the first call of a shape with the sm90 backend copies its "
-                "schedule to the device, which a CUDA graph cannot hold. Call it once before "
-                "capturing"
+                "schedule to the device, which cannot be captured in a CUDA graph. Call it once "
+                "before capturing"
             )
-        table = _tables[key] = _Table(make(shape, _count(device.index)), device)
-        if len(_tables) > _KEPT:
+        table = _tables[key] = _Table(make(shape, _multiprocessors(device.index)), device)
+        if len(_tables) > _MAX_TABLES:
             _, oldest = _tables.popitem(last=False)
             if oldest.captured:
-                _captured.append(oldest)
+                _captured_tables.append(oldest)
     else:
         _tables.move_to_end(key)
-    table.used()
+    table.record_use()
     return table
 
 
@@ -338,6 +359,6 @@ def _weight_schedule(shape: tuple[Any, ...], multiprocessors: int) -> dict[str, 
 
 
 @functools.cache
-def _count(index: int) -> int:
-    """Multiprocessors of the CUDA device `index`."""
+def _multiprocessors(index: int) -> int:
+    """Number of multiprocessors of the CUDA device `index`."""
     return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -1,4 +1,8 @@
-"""The convolution by torch (oneDNN, cuDNN), with the epilogue in as few passes as torch has."""
+"""The convolution by torch (oneDNN, cuDNN), followed by the epilogue, and its gradients.
+
+The epilogue is one Triton kernel on CUDA where Triton is installed, else torch operators in as few
+passes as possible.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,10 @@ from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
 @cache
 def has_cpu_kernels(dtype: torch.dtype) -> bool:
-    """Whether a convolution in `dtype` on this CPU is best left to torch as it is.
+    """Whether torch has fast convolutions in `dtype` on this CPU.
 
-    For a half type that the processor has no instructions for torch has plain loops, which take
-    many times as long as a convolution in float32, and round partial sums (``pytest
+    For a half-precision dtype that the processor has no instructions for, torch uses plain loops.
+    They take many times as long as a convolution in float32, and round partial sums (``pytest
     benchmarks/bench_dilated_conv2d.py --full --benchmark-only -k "-float16-NHWC"``).
     """
     names = {
@@ -32,24 +36,24 @@ def has_cpu_kernels(dtype: torch.dtype) -> bool:
     return supported is not None and bool(supported())
 
 
-def to_widen(x: torch.Tensor) -> bool:
-    """Whether `x` is better convolved in float32."""
+def needs_float32(x: torch.Tensor) -> bool:
+    """Whether to convert `x` to float32 for the convolution."""
     return x.device.type == "cpu" and not has_cpu_kernels(x.dtype)
 
 
 def may_crash(x: torch.Tensor, stride: Any) -> bool:
-    """Whether torch's convolution of `x` in channels_last may crash on the CPU.
+    """Whether torch's convolution of a channels_last `x` may crash on the CPU.
 
-    oneDNN reads beyond an input of one column where the stride and the padding have every tap step
-    over it (torch 2.10 to 2.14).
+    oneDNN reads beyond an input of one column if, with this stride and padding, no tap reads that
+    column (torch 2.10 to 2.14).
     """
     return x.shape[-1:] == (1,) and stride not in (1, (1, 1))
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
-    """The convolution and its epilogue, of a 4-D `x`, out of autograd's sight."""
-    if to_widen(x):
-        return forward(x.float(), weight.float(), e.widened(), c).to(x.dtype)
+    """The convolution of a 4-D `x` with its epilogue, outside autograd."""
+    if needs_float32(x):
+        return forward(x.float(), weight.float(), e.to_float32(), c).to(x.dtype)
     if e.scale is None:
         bias = e.folded_shift()
         out = _convolve(x, weight, None if bias is None else bias.to(x.dtype), c)
@@ -65,7 +69,7 @@ def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torc
 
 
 def _worth_folding(x: torch.Tensor, weight: torch.Tensor, c: Call) -> bool:
-    """Whether scaling the weight costs less than scaling the output, and no rounding that shows."""
+    """Whether to scale the weight instead of the output: cheaper, and no loss of precision."""
     outputs = x.size(0) * weight.size(0) * c.out_size[0] * c.out_size[1]
     return x.dtype in (torch.float32, torch.float64) and weight.numel() <= outputs
 
@@ -73,18 +77,20 @@ def _worth_folding(x: torch.Tensor, weight: torch.Tensor, c: Call) -> bool:
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c: Call
 ) -> torch.Tensor:
-    x, padding = _padded(x, weight, c)
+    rows, columns = _extra_padding(x, weight, c)
+    if rows or columns:
+        x = F.pad(x, (0, columns, 0, rows))
     if x.device.type == "cpu" and may_crash(x, c.stride):
         x, weight = x.contiguous(), weight.contiguous()
     if torch.is_autocast_enabled(x.device.type):
-        # The public function has cast; a backward pass under autocast keeps its dtype.
+        # The public function has cast already; a backward pass under autocast keeps its dtype.
         with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x, weight, bias, c.stride, padding, c.dilation, c.groups)
-    return F.conv2d(x, weight, bias, c.stride, padding, c.dilation, c.groups)
+            return F.conv2d(x, weight, bias, c.stride, c.padding, c.dilation, c.groups)
+    return F.conv2d(x, weight, bias, c.stride, c.padding, c.dilation, c.groups)
 
 
-def _more_after(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[int, int]:
-    """How much more padding there is behind the last row and column than before the first."""
+def _extra_padding(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[int, int]:
+    """Rows and columns of padding after the last row and column beyond those before the first."""
     if c.stride != (1, 1):
         return 0, 0
     rows, columns = (
@@ -94,26 +100,18 @@ def _more_after(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[int, in
     return rows - 2 * c.padding[0], columns - 2 * c.padding[1]
 
 
-def _padded(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[torch.Tensor, tuple[int, int]]:
-    """`x` with what padding="same" adds on one side only, and the padding of both sides."""
-    rows, columns = _more_after(x, weight, c)
-    if rows or columns:
-        x = F.pad(x, (0, columns, 0, rows))
-    return x, c.padding
-
-
 def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
-    """`e` on a fresh `out`, in place where it can be."""
+    """Apply `e` to the result of a convolution, in place where possible."""
     may_fuse = _native.on_cuda(out.device) and out.dtype != torch.float64
-    if may_fuse and (in_one_pass := _fused_epilogue()):
-        return in_one_pass(out, e)
+    if may_fuse and (fused := _fused_epilogue()):
+        return fused(out, e)
     if e.scale is not None:
-        # Batch normalisation in evaluation is out * scale + shift in one pass and in float32.
+        # Batch normalisation in evaluation computes out * scale + shift in one pass, in float32.
         dtype = compute_dtype(out.dtype)
         scale, shift = e.scale.to(dtype), e.folded_shift()
         shift = torch.zeros_like(scale) if shift is None else shift.to(dtype)
         mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
-        # Not F.batch_norm: that of torch 2.11 refuses eps=0.
+        # Not F.batch_norm, which rejects eps=0 in torch 2.11.
         out = torch.batch_norm(out, scale, shift, mean, variance, False, 0.0, 0.0, False)
     if e.residual is not None:
         out = out.add_(e.residual)
@@ -122,7 +120,7 @@ def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
 
 @cache
 def _fused_epilogue() -> Callable[[torch.Tensor, Epilogue], torch.Tensor] | None:
-    """The Triton kernel that has the epilogue in one pass, or None where there is no Triton."""
+    """Return the function that launches the Triton kernel, or None without Triton."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -132,11 +130,12 @@ def _fused_epilogue() -> Callable[[torch.Tensor, Epilogue], torch.Tensor] | None
     return triton_kernels.apply
 
 
-def _whole(x: torch.Tensor, c: Call) -> bool:
-    """Whether oneDNN's bfloat16 weight gradient is right in channels_last.
+def _bfloat16_gradient_is_correct(x: torch.Tensor, c: Call) -> bool:
+    """Whether oneDNN's bfloat16 weight gradient is correct in channels_last.
 
-    It reads beyond its tensors where taps are apart and channels fill no block of 16: wrong values,
-    NaN, or a crash (torch 2.13). Other processors' kernels have blocks of 32.
+    With a dilation above 1, and channels that are not a multiple of its block of 16, it reads
+    beyond its tensors, which gives wrong values, NaN or a crash (torch 2.13). Other processors have
+    blocks of 32.
     """
     return c.groups == 1 and x.size(1) % 32 == 0
 
@@ -144,19 +143,23 @@ def _whole(x: torch.Tensor, c: Call) -> bool:
 def gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, c: Call, mask: tuple[bool, bool]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the plain convolution's input and weight; an empty tensor for one not wanted."""
-    if to_widen(x):
+    """Gradients of the plain convolution with respect to its input and weight.
+
+    Returns an empty tensor where `mask` is False.
+    """
+    if needs_float32(x):
         dx, dw = gradients(grad.float(), x.float(), weight.float(), c, mask)
         return dx.to(x.dtype), dw.to(x.dtype)
-    rows, columns = _more_after(x, weight, c)
-    wide = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
+    rows, columns = _extra_padding(x, weight, c)
+    padded = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
     if x.device.type == "cpu" and (
-        may_crash(wide, c.stride) or (mask[1] and x.dtype == torch.bfloat16 and not _whole(x, c))
+        may_crash(padded, c.stride)
+        or (mask[1] and x.dtype == torch.bfloat16 and not _bfloat16_gradient_is_correct(x, c))
     ):
-        wide, grad, weight = wide.contiguous(), grad.contiguous(), weight.contiguous()
+        padded, grad, weight = padded.contiguous(), grad.contiguous(), weight.contiguous()
     dx, dw, _ = torch.ops.aten.convolution_backward(
         grad,
-        wide,
+        padded,
         weight,
         None,
         c.stride,
@@ -169,5 +172,5 @@ def gradients(
     )
     if mask[0] and (rows or columns):
         dx = dx[..., : x.size(2), : x.size(3)]
-    none = grad.new_empty(0)
-    return dx if mask[0] else none, dw if mask[1] else none
+    empty = grad.new_empty(0)
+    return dx if mask[0] else empty, dw if mask[1] else empty

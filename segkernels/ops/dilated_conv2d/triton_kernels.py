@@ -1,6 +1,6 @@
-"""The epilogue behind a convolution of cuDNN's in one pass: the Triton kernel and its launch.
+"""The epilogue of a cuDNN convolution in one pass: the Triton kernel and its launch.
 
-Only where there is Triton can this module be imported.
+Importing this module requires Triton.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import triton.language as tl
 
 from segkernels.ops.dilated_conv2d.call import Epilogue
 
-_BLOCK = 4096  # elements of a program
-_WIDEST = 1024  # of these along a row
+_BLOCK = 4096  # elements per program
+_MAX_BLOCK_COLUMNS = 1024  # of them along a row
 
 
-# Triton compiles anew for an integer that is 1 or a multiple of 16. Loads and stores are wider
-# where rows are multiples of 16; their number gains nothing.
+# Triton compiles separate kernels for integers that are 1 or a multiple of 16. For `inner` this
+# allows wider loads and stores; for `rows` it would gain nothing.
 @triton.jit(do_not_specialize=("rows",))
 def epilogue(
     y,
@@ -36,9 +36,9 @@ def epilogue(
     BR: tl.constexpr,
     BI: tl.constexpr,
 ):
-    """The epilogue in place.
+    """Apply the epilogue to `y` in place.
 
-    `y` is rows x inner: pixels x channels if CHANNELS_LAST, else planes x pixels.
+    `y` is (rows, inner): (pixels, channels) if CHANNELS_LAST, else (planes, pixels).
     """
     program = tl.program_id(0)
     across = tl.cdiv(inner, BI)
@@ -48,17 +48,17 @@ def epilogue(
     at = row[:, None] * inner + i[None, :]
     if CHANNELS_LAST:
         c = i[None, :]
-        there = (i < inner)[None, :]
+        channel_mask = (i < inner)[None, :]
     else:
         c = (row % C)[:, None]
-        there = (row < rows)[:, None]
+        channel_mask = (row < rows)[:, None]
     acc = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
-        acc += tl.load(bias + c, mask=there, other=0.0).to(tl.float32)
+        acc += tl.load(bias + c, mask=channel_mask, other=0.0).to(tl.float32)
     if SCALE:
-        acc *= tl.load(scale + c, mask=there, other=0.0).to(tl.float32)
+        acc *= tl.load(scale + c, mask=channel_mask, other=0.0).to(tl.float32)
     if SHIFT:
-        acc += tl.load(shift + c, mask=there, other=0.0).to(tl.float32)
+        acc += tl.load(shift + c, mask=channel_mask, other=0.0).to(tl.float32)
     if RESIDUAL:
         acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
     if RELU:
@@ -67,10 +67,10 @@ def epilogue(
 
 
 def apply(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
-    """The epilogue in place on `y`, contiguous or channels_last; the residual laid out as `y`."""
+    """Apply the epilogue in place to `y`, which must be contiguous or channels_last; return it."""
     bias, scale, shift, residual, activation = e
-    nothing = bias is scale is shift is residual is None and activation is None
-    if nothing or y.numel() == 0:
+    is_identity = bias is scale is shift is residual is None and activation is None
+    if is_identity or y.numel() == 0:
         return y
     channels_last = not y.is_contiguous()
     if residual is not None:
@@ -79,10 +79,10 @@ def apply(y: torch.Tensor, e: Epilogue) -> torch.Tensor:
     batch, channels, height, width = y.shape
     plane = height * width
     rows, inner = (batch * plane, channels) if channels_last else (batch * channels, plane)
-    block = min(_WIDEST, 1 << (inner - 1).bit_length())
+    block = min(_MAX_BLOCK_COLUMNS, 1 << (inner - 1).bit_length())
     block_rows = _BLOCK // block
     programs = -(-rows // block_rows) * -(-inner // block)
-    with torch.cuda.device_of(y):  # where Triton launches
+    with torch.cuda.device_of(y):  # Triton launches on the current device
         epilogue[(programs,)](
             y,
             None if bias is None else bias.contiguous(),

@@ -1,4 +1,4 @@
-"""The filter on the CPU, by the native kernel."""
+"""The exact filter on the CPU: calls of the native kernel."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from segkernels.ops.gaussian_filter.points import TILE, Points
 
 
 def apply(queries: Points, keys: Points, rows: torch.Tensor, reach: float) -> torch.Tensor:
-    """K rows: (B, P_keys, C) to (B, C, P_queries)."""
+    """Multiply rows by K: (B, P_keys, C) to (B, C, P_queries)."""
     out = rows.new_empty(rows.shape[0], rows.shape[2], queries.features.shape[2])
     return _run(queries, keys, None, rows, reach, out)
 
 
-def pull(
+def query_gradient(
     queries: Points, keys: Points, a: torch.Tensor, b: torch.Tensor, reach: float
 ) -> torch.Tensor:
-    """sum_j k_ij <a_i, b_j> (y_j - x_i) of a (B, C, P_queries) and rows b: (B, d, P_queries)."""
+    """sum_j k_ij <a_i, b_j> (y_j - x_i), as `blocked.query_gradient`: (B, d, P_queries).
+
+    `a` is (B, C, P_queries); `b` are rows, (B, P_keys, C).
+    """
     return _run(queries, keys, a.contiguous(), b, reach, torch.empty_like(queries.features))
 
 

@@ -1,7 +1,7 @@
-"""The derivatives of the exact filter.
+"""The torch.library operators of the exact filter, and its derivatives.
 
-`filter_` composes one operator, the filter without normalisation, with the normalisation in torch,
-so that autograd finds every path from the features.
+The operator is the filter without normalisation. `filter_` composes it with the normalisation in
+torch operators, so that autograd differentiates the sums of weights too.
 """
 
 from __future__ import annotations
@@ -13,46 +13,51 @@ import torch
 from segkernels.ops._operator import Operator
 from segkernels.ops.gaussian_filter.plan import Plan, Precision
 
-LEAST_SUM = 1e-30  # of weights to divide by: below it the result is 0
+MIN_WEIGHT_SUM = 1e-30  # where a sum of weights is below this, the result is 0
 
 
-class Kernel(NamedTuple):
-    """How to filter.
+class Filter(NamedTuple):
+    """Arguments of the filter other than tensors.
 
     Attributes:
         precision: as in `segkernels.gaussian_filter`.
-        plan: of the features, where it was made before; else each pass makes it.
+        plan: the plan of the features; None: the forward and the backward each make it.
     """
 
     precision: Precision
     plan: Plan | None = None
 
-    def on(self, features: torch.Tensor, query_features: torch.Tensor | None) -> Plan:
-        """The plan."""
+    def plan_of(self, features: torch.Tensor, query_features: torch.Tensor | None) -> Plan:
+        """Return the plan of these points, making it if necessary."""
         if self.plan is not None:
             return self.plan
         return Plan(features, query_features, self.precision, "gaussian_filter")
 
-    def transposed(self) -> Kernel:
-        """From the queries to the keys."""
+    def transposed(self) -> Filter:
+        """Return the filter from the queries to the keys."""
         return self if self.plan is None else self._replace(plan=self.plan.transposed())
 
 
-class Wanted(NamedTuple):
-    """Which gradients of values, features and query features are wanted."""
+class BackwardArgs(NamedTuple):
+    """Arguments of the backward operator: which gradients to compute, and of which filter.
+
+    Attributes:
+        needs: whether to compute the gradients of values, features and query features.
+        filter: the filter.
+    """
 
     needs: tuple[bool, ...]
-    kernel: Kernel
+    filter: Filter
 
 
 def _forward(
-    values: torch.Tensor, features: torch.Tensor, query_features: torch.Tensor | None, k: Kernel
+    values: torch.Tensor, features: torch.Tensor, query_features: torch.Tensor | None, f: Filter
 ) -> torch.Tensor:
-    return k.on(features, query_features).apply(values)
+    return f.plan_of(features, query_features).apply(values)
 
 
 def _fake(
-    values: torch.Tensor, features: torch.Tensor, query_features: torch.Tensor | None, k: Kernel
+    values: torch.Tensor, features: torch.Tensor, query_features: torch.Tensor | None, f: Filter
 ) -> torch.Tensor:
     points = features if query_features is None else query_features
     return values.new_empty(*values.shape[:2], points.shape[2])
@@ -60,8 +65,8 @@ def _fake(
 
 def _backward(ctx: Any, grad: torch.Tensor) -> list[torch.Tensor | None]:
     needs = ctx.needs_input_grad[:3]
-    found = apply_backward(grad, *ctx.saved_tensors, Wanted(tuple(needs), ctx.record))
-    return [g if needed else None for g, needed in zip(found, needs, strict=True)]
+    grads = apply_backward(grad, *ctx.saved_tensors, BackwardArgs(tuple(needs), ctx.record))
+    return [g if needed else None for g, needed in zip(grads, needs, strict=True)]
 
 
 def _jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
@@ -80,32 +85,35 @@ def _gradients(
     values: torch.Tensor,
     features: torch.Tensor,
     query_features: torch.Tensor | None,
-    w: Wanted,
+    args: BackwardArgs,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    plan = w.kernel.on(features, query_features)
-    back = plan if plan.to_itself else plan.transposed()
-    to_values = back.apply(grad).contiguous() if w.needs[0] else None
-    to_features = to_queries = None
-    if plan.to_itself:
-        if w.needs[1]:
+    of_values, of_features, of_queries = args.needs
+    plan = args.filter.plan_of(features, query_features)
+    transposed = plan if plan.same_points else plan.transposed()
+    d_values = transposed.apply(grad).contiguous() if of_values else None
+    d_features = d_queries = None
+    if plan.same_points:
+        # Each point is a query and a key: both gradients in one pass, over 2 C channels.
+        if of_features:
             both = torch.cat([grad, values], dim=1), torch.cat([values, grad], dim=1)
-            to_features = plan.pull(*both).contiguous()
+            d_features = plan.query_gradient(*both).contiguous()
     else:
-        to_features = back.pull(values, grad).contiguous() if w.needs[1] else None
-        to_queries = plan.pull(grad, values).contiguous() if w.needs[2] else None
-    return to_values, to_features, to_queries
+        if of_features:
+            d_features = transposed.query_gradient(values, grad).contiguous()
+        if of_queries:
+            d_queries = plan.query_gradient(grad, values).contiguous()
+    return d_values, d_features, d_queries
 
 
-def _gradients_fake(grad: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:
-    *tensors, w = rest
-    pairs = zip(tensors, w.needs, strict=True)
+def _gradients_fake(grad: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
+    *tensors, args = inputs
+    pairs = zip(tensors, args.needs, strict=True)
     return tuple(t.new_empty(t.shape) if needed else None for t, needed in pairs)
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
-        "gaussian_filter: it can be differentiated once; second derivatives (create_graph=True and "
-        "another backward) are not implemented"
+        "gaussian_filter: second derivatives are not implemented; it can be differentiated once"
     )
 
 
@@ -113,7 +121,7 @@ _TENSORS = "Tensor values, Tensor features, Tensor? query_features"
 apply: Operator = Operator(
     "gaussian_filter",
     _TENSORS,
-    Kernel,
+    Filter,
     kernel=_forward,
     fake=_fake,
     save=lambda *args: args[:3],
@@ -123,7 +131,7 @@ apply: Operator = Operator(
 apply_backward: Operator = Operator(
     "gaussian_filter_backward",
     f"Tensor grad, {_TENSORS}",
-    Wanted,
+    BackwardArgs,
     returns="(Tensor, Tensor, Tensor)",
     kernel=_gradients,
     fake=_gradients_fake,
@@ -136,43 +144,47 @@ def filter_(
     values: torch.Tensor,
     features: torch.Tensor,
     query_features: torch.Tensor | None,
-    kernel: Kernel,
+    f: Filter,
     normalization: str,
 ) -> torch.Tensor:
-    """The normalised filter of (B, C, N) values at (B, d, N) features, differentiable."""
+    """Filter (B, C, N) values at (B, d, N) features, with normalisation; differentiable.
 
-    def applied(v: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = apply(v, features, query_features, kernel)
+    `query_features` is (B, d, M) or None, `normalization` as in `segkernels.gaussian_filter`.
+    """
+
+    def multiply(v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = apply(v, features, query_features, f)
         return out
 
     ones = torch.ones_like(values[:, :1])
     if normalization == "none":
-        return applied(values)
+        return multiply(values)
     if normalization == "after":
-        both = applied(torch.cat([values, ones], dim=1))
+        both = multiply(torch.cat([values, ones], dim=1))
         return both[:, :-1] / _divisor(both[:, -1:])
-    sums = _divisor(_column_sums(features, query_features, kernel))
+    sums = _divisor(_column_sums(features, query_features, f))
     if normalization == "before":
-        return applied(values / sums)
+        return multiply(values / sums)
     values = values * sums.rsqrt()
     if query_features is None:
-        return applied(values) * sums.rsqrt()
-    both = applied(torch.cat([values, ones], dim=1))
+        return multiply(values) * sums.rsqrt()
+    both = multiply(torch.cat([values, ones], dim=1))
     return both[:, :-1] * _divisor(both[:, -1:]).rsqrt()
 
 
 def _divisor(sums: torch.Tensor) -> torch.Tensor:
-    return sums.masked_fill(sums < LEAST_SUM, float("inf"))
+    """Replace sums near 0 by infinity, so that dividing by them gives 0."""
+    return sums.masked_fill(sums < MIN_WEIGHT_SUM, float("inf"))
 
 
 def _column_sums(
-    features: torch.Tensor, query_features: torch.Tensor | None, kernel: Kernel
+    features: torch.Tensor, query_features: torch.Tensor | None, f: Filter
 ) -> torch.Tensor:
-    """What each key's weights sum to over the queries: (B, 1, N), differentiable."""
+    """Sum of each key's weights over the queries: (B, 1, N), differentiable."""
     queries = features if query_features is None else query_features
     ones = torch.ones_like(queries[:, :1])
     if query_features is None:
-        out: torch.Tensor = apply(ones, features, None, kernel)
+        out: torch.Tensor = apply(ones, features, None, f)
     else:
-        out = apply(ones, query_features, features, kernel.transposed())
+        out = apply(ones, query_features, features, f.transposed())
     return out

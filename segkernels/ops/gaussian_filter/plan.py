@@ -1,4 +1,8 @@
-"""What filters between two sets of points share: the points in order, and how far weights reach."""
+"""Plan: the exact filter between two sets of points, on the implementation for their device.
+
+A plan holds the sorted points and the distance beyond which weights are negligible. It can be used
+for several filters and their gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +20,30 @@ PRECISIONS = ("default", "high")
 
 
 def reach(dtype: torch.dtype, keys: int, own: bool) -> float:
-    """The squared distance beyond which a weight is nothing in `dtype`.
+    """Return the squared distance beyond which weights are negligible in `dtype`.
 
-    With `own`, a point's own weight of 1 is in every sum, and what N points beyond this add is less
-    than half a unit in its last place. Without it any weight may be the largest: then the distance
-    is that at which weights fall below the smallest normal number.
+    Args:
+        dtype: dtype of the weights.
+        keys: number of keys.
+        own: whether the queries are the keys. If so, every sum contains the point's own weight of
+            1, and all keys beyond this distance together add less than half a unit in its last
+            place. If not, every weight of a query may be small, and weights beyond this distance
+            are below the smallest normal number.
     """
-    numbers = torch.finfo(dtype)
+    info = torch.finfo(dtype)
     if own:
-        return 2 * (math.log(2 * keys) - math.log(numbers.eps))
-    return -2 * math.log(numbers.tiny)
+        return 2 * (math.log(2 * keys) - math.log(info.eps))
+    return -2 * math.log(info.tiny)
 
 
 class Plan:
-    """The filter from keys (B, d, N) to queries (B, d, M), or from points to themselves.
+    """The filter from keys to queries.
 
     Args:
-        features: of the keys, float32 or float64.
-        query_features: of the queries; None: the keys themselves.
+        features: (B, d, N) features of the keys, float32 or float64.
+        query_features: (B, d, M) features of the queries; None: the queries are the keys.
         precision: as in `segkernels.gaussian_filter`.
-        op: the public function, for what is said of features that are not finite.
+        op: name of the public function, for the error message about features that are not finite.
     """
 
     def __init__(
@@ -51,15 +59,15 @@ class Plan:
         self.reach = reach(features.dtype, features.shape[2], query_features is None)
         with _status.watch(features, op, features.dtype) as words:
             for points in {self.keys, self.queries}:
-                words[:1] = torch.maximum(words[:1], points.out.any().to(words.dtype))
+                words[:1] = torch.maximum(words[:1], points.invalid.any().to(words.dtype))
 
     @property
-    def to_itself(self) -> bool:
+    def same_points(self) -> bool:
         """Whether the queries are the keys."""
         return self.queries is self.keys
 
     def transposed(self) -> Plan:
-        """The filter from the queries to the keys."""
+        """Return the filter from the queries to the keys."""
         other = object.__new__(Plan)
         other.keys, other.queries = self.queries, self.keys
         other.precision, other.reach = self.precision, self.reach
@@ -68,61 +76,71 @@ class Plan:
     def _on_cuda(self) -> bool:
         return _native.on_cuda(self.keys.features.device)
 
-    def _triton(self) -> bool:
+    def _use_triton(self) -> bool:
         return self._on_cuda() and self.keys.features.dtype == torch.float32
 
     def share(self, size: int = TILE) -> float:
-        """The share of pairs of `size` queries and `TILE` keys that are not skipped."""
-        found = [
+        """Fraction of the pairs of `size` queries and `TILE` keys that are not skipped."""
+        kept = [
             near.double().mean()
             for image in range(self.keys.features.shape[0])
             for near in blocked.tiles_within(self.queries, self.keys, self.reach, size, image)
         ]
-        return float(torch.stack(found).mean())
+        return float(torch.stack(kept).mean())
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
-        """K values, (B, C, N) to (B, C, M)."""
-        values, bad = _finite(values, self.keys)
+        """Multiply values by K: (B, C, N) to (B, C, M)."""
+        values, not_finite = _zero_not_finite(values, self.keys)
         points, rows = (self.queries, self.keys), self.keys.rows(values)
         if not self._on_cuda():
-            found = native.apply(*points, rows, self.reach)
-        elif self._triton():
+            out = native.apply(*points, rows, self.reach)
+        elif self._use_triton():
             from segkernels.ops.gaussian_filter import triton_kernels
 
             high = self.precision == "high"
-            found = triton_kernels.apply(*points, rows, self.reach, high).transpose(1, 2)
+            out = triton_kernels.apply(*points, rows, self.reach, high).transpose(1, 2)
         else:
-            found = blocked.apply(*points, rows, self.reach).transpose(1, 2)
-        out = self.queries.unsorted(found)
-        return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))
+            out = blocked.apply(*points, rows, self.reach).transpose(1, 2)
+        return self._in_order(out, not_finite)
 
-    def pull(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """sum_j k_ij <a_i, b_j> (f_j - q_i), (B, C, M) and (B, C, N) to (B, d, M)."""
-        a, bad_a = _finite(a, self.queries)
-        b, bad_b = _finite(b, self.keys)
-        bad = bad_a.any(dim=1, keepdim=True) | bad_b.any(dim=1, keepdim=True)
-        points = self.queries, self.keys
+    def query_gradient(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """Gradient of sum_ij k_ij <a_i, b_j> with respect to the queries: (B, d, M).
+
+        It is sum_j k_ij <a_i, b_j> (f_j - q_i).
+
+        Args:
+            a: (B, C, M).
+            b: (B, C, N).
+        """
+        a, not_finite_a = _zero_not_finite(a, self.queries)
+        b, not_finite_b = _zero_not_finite(b, self.keys)
+        not_finite = not_finite_a.any(dim=1, keepdim=True) | not_finite_b.any(dim=1, keepdim=True)
+        points, b_rows = (self.queries, self.keys), self.keys.rows(b)
         if not self._on_cuda():
-            pair = self.queries.sorted(a), self.keys.rows(b)
-            out = self.queries.unsorted(native.pull(*points, *pair, self.reach))
-            return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))
-        pair = self.queries.rows(a), self.keys.rows(b)
-        if self._triton():
+            out = native.query_gradient(*points, self.queries.sorted(a), b_rows, self.reach)
+            return self._in_order(out, not_finite)
+        a_rows = self.queries.rows(a)
+        if self._use_triton():
             from segkernels.ops.gaussian_filter import triton_kernels
 
-            found = triton_kernels.pull(*points, *pair, self.reach, self.precision == "high")
+            high = self.precision == "high"
+            out = triton_kernels.query_gradient(*points, a_rows, b_rows, self.reach, high)
         else:
-            found = blocked.pull(*points, *pair, self.reach)
-        out = self.queries.unsorted(found.transpose(1, 2))
-        return out.masked_fill_(bad | self.queries.out.unsqueeze(1), float("nan"))
+            out = blocked.query_gradient(*points, a_rows, b_rows, self.reach)
+        return self._in_order(out.transpose(1, 2), not_finite)
+
+    def _in_order(self, out: torch.Tensor, not_finite: torch.Tensor) -> torch.Tensor:
+        """Restore the order of the queries; fill `not_finite` and invalid queries with NaN."""
+        invalid = not_finite | self.queries.invalid.unsqueeze(1)
+        return self.queries.unsorted(out).masked_fill_(invalid, float("nan"))
 
 
-def _finite(values: torch.Tensor, points: Points) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values that are 0 where they must not count, and (B, C, 1): channels that are not finite.
+def _zero_not_finite(values: torch.Tensor, points: Points) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace by 0 the values at invalid points and in channels with a value that is not finite.
 
-    Every weight is above 0, so that one NaN or infinity reaches every point; the kernels, which
-    skip most weights, need not see it.
+    All weights are above 0, so one NaN or infinity reaches every point, but the kernels skip
+    weights. Returns the values and a mask (B, C, 1) of the channels that are not finite.
     """
-    values = values.masked_fill(points.out.unsqueeze(1), 0)
-    bad = ~torch.isfinite(values).all(dim=2, keepdim=True)
-    return values.masked_fill(bad, 0), bad
+    values = values.masked_fill(points.invalid.unsqueeze(1), 0)
+    not_finite = ~torch.isfinite(values).all(dim=2, keepdim=True)
+    return values.masked_fill(not_finite, 0), not_finite

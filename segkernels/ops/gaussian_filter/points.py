@@ -1,63 +1,63 @@
-"""Points in an order that keeps those together that are near in feature space, cut into tiles.
+"""Points sorted so that neighbours in feature space are near in memory, and cut into tiles.
 
-Two tiles whose bounding boxes are far apart have no weight between them, so that the filter skips
-the pair. Nothing here waits for a device: sizes depend on shapes alone.
+The filter skips pairs of tiles whose bounding boxes are far apart, because all weights between them
+are negligible. Nothing here synchronises with a device: sizes depend on shapes only.
 """
 
 from __future__ import annotations
 
 import torch
 
-TILE = 64  # points of a tile
+TILE = 64  # points per tile
 
 
 class Points:
-    """A batch of sets of N points, sorted; P is N rounded up to whole tiles.
+    """Sorted points of a batch: N points per image, padded to P, a multiple of `TILE`.
 
     Attributes:
         count: N.
-        features: (B, d, P), in order; the last point repeated at the end.
-        order: (B, N) int64, the point at each position.
-        place: (B, N) int64, the position of each point.
-        out: (B, N) bool, the points that take no part because a feature is not finite.
+        features: (B, d, P), sorted, padded with the last point.
+        order: (B, N) int64, the index of the point at each sorted position.
+        inverse: (B, N) int64, the sorted position of each point.
+        invalid: (B, N) bool, points with a feature that is not finite.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
         self.count = features.shape[2]
-        self.out = ~torch.isfinite(features).all(dim=1)
-        features = torch.where(self.out.unsqueeze(1), 0, features)
+        self.invalid = ~torch.isfinite(features).all(dim=1)
+        features = torch.where(self.invalid.unsqueeze(1), 0, features)
         self.order = kd_order(features, TILE)
-        self.place = self.order.argsort(dim=1)
+        self.inverse = self.order.argsort(dim=1)
         ordered = features.gather(2, self.order.unsqueeze(1).expand_as(features))
         self.features = _padded(ordered, ordered[:, :, -1:])
 
     @property
     def tiles(self) -> int:
-        """Tiles of a set."""
+        """Number of tiles per image."""
         return self.features.shape[2] // TILE
 
     def boxes(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The least and the greatest features of every `size` points: (B, d, T) each."""
+        """Bounding boxes: minimum and maximum features of every `size` points, (B, d, T) each."""
         batch, dims = self.features.shape[:2]
-        whole = _padded(self.features, self.features[:, :, -1:], size)
-        parts = whole.view(batch, dims, -1, size)
+        padded = _padded(self.features, self.features[:, :, -1:], size)
+        parts = padded.view(batch, dims, -1, size)
         return parts.amin(dim=3), parts.amax(dim=3)
 
     def sorted(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, C, N) values in order, 0 at the end: (B, C, P)."""
+        """Sort (B, C, N) values and pad them with 0: (B, C, P)."""
         return _padded(values.gather(2, self.order.unsqueeze(1).expand_as(values)), 0)
 
     def rows(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, C, N) values as rows (B, P, C) in order, 0 at the end."""
+        """Sort (B, C, N) values and pad them with 0, as rows: (B, P, C)."""
         return self.sorted(values).transpose(1, 2).contiguous()
 
     def unsorted(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, C, P) values in order as (B, C, N) values in the points' own order."""
-        return values.gather(2, self.place.unsqueeze(1).expand(-1, values.shape[1], -1))
+        """Return sorted (B, C, P) values in the original order of the points: (B, C, N)."""
+        return values.gather(2, self.inverse.unsqueeze(1).expand(-1, values.shape[1], -1))
 
 
 def _padded(x: torch.Tensor, end: torch.Tensor | float, size: int = TILE) -> torch.Tensor:
-    """`x` with its last dimension rounded up to a multiple of `size`, filled with `end`."""
+    """Pad the last dimension of `x` with `end` to a multiple of `size`."""
     missing = -x.shape[2] % size
     if missing == 0:
         return x.contiguous()
@@ -67,18 +67,18 @@ def _padded(x: torch.Tensor, end: torch.Tensor | float, size: int = TILE) -> tor
 
 
 def kd_order(features: torch.Tensor, tile: int) -> torch.Tensor:
-    """An order of (B, d, N) points in which runs of `tile` points are compact: (B, N).
+    """Order (B, d, N) points so that every `tile` of them are close in feature space: (B, N).
 
-    A balanced tree: halves are sorted apart along the axis in which they are widest.
+    A balanced k-d tree: each half is sorted separately along the axis of its largest extent.
     """
     batch, dims, count = features.shape
     levels = max(0, (-(-count // tile) - 1).bit_length())
     size = tile << levels
     order = torch.arange(size, device=features.device).repeat(batch, 1)
     if levels:
-        # Points that are not there lie beyond all others, and so stay at the end.
-        nowhere = features.new_full((batch, dims, size - count), float("inf"))
-        sorted_ = torch.cat([features, nowhere], dim=2)
+        # The padding is at infinity, so it stays at the end.
+        padding = features.new_full((batch, dims, size - count), float("inf"))
+        sorted_ = torch.cat([features, padding], dim=2)
         for level in range(levels):
             parts = sorted_.view(batch, dims, 1 << level, size >> level)
             high = torch.where(parts == float("inf"), -float("inf"), parts).amax(dim=3)

@@ -1,28 +1,28 @@
-"""Exact Gaussian filtering in plain torch: the oracle of the tests, and the formulas to read.
+"""Exact Gaussian filtering in plain torch, as the reference for tests.
 
-It holds the whole matrix of weights. Differentiable by autograd, twice.
+It computes the full matrix of weights. Differentiable by autograd, any number of times.
 """
 
 from __future__ import annotations
 
 import torch
 
-LEAST_SUM = 1e-30
+MIN_WEIGHT_SUM = 1e-30
 
 
 def kernel(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """K_ij = exp(-|q_i - f_j|^2 / 2) for (..., d, M) and (..., d, N): (..., M, N)."""
-    apart = queries.unsqueeze(-1) - keys.unsqueeze(-2)
-    return (apart.square().sum(dim=-3) * -0.5).exp()
+    difference = queries.unsqueeze(-1) - keys.unsqueeze(-2)
+    return (difference.square().sum(dim=-3) * -0.5).exp()
 
 
 def divisor(sums: torch.Tensor) -> torch.Tensor:
-    """Sums of weights to divide by: where there is next to none, the result is 0."""
-    return sums.masked_fill(sums < LEAST_SUM, float("inf"))
+    """Replace sums near 0 by infinity, so that dividing by them gives 0."""
+    return sums.masked_fill(sums < MIN_WEIGHT_SUM, float("inf"))
 
 
 def normalized(weights: torch.Tensor, normalization: str) -> torch.Tensor:
-    """The weights with their normalisation: rows are queries, columns are keys."""
+    """Normalise a matrix of weights: rows are queries, columns are keys."""
     if normalization == "none":
         return weights
     rows = divisor(weights.sum(dim=-1, keepdim=True))
@@ -40,7 +40,7 @@ def gaussian_filter(
     normalization: str = "after",
     precision: str = "default",
 ) -> torch.Tensor:
-    """As `segkernels.gaussian_filter`."""
+    """Same as `segkernels.gaussian_filter`; `precision` is ignored."""
     queries = features if query_features is None else query_features
     if values.dim() == 2:
         return normalized(kernel(queries.T, features.T), normalization) @ values
@@ -50,11 +50,11 @@ def gaussian_filter(
 
 
 class ReferenceKernel:
-    """The weights between points (N, d), in place of a `ReferenceLattice`."""
+    """Exact weights between points (N, d), with the interface of `ReferenceLattice`."""
 
     def __init__(self, features: torch.Tensor) -> None:
         self.weights = kernel(features.T, features.T)
 
     def filter(self, values: torch.Tensor, normalization: str = "after") -> torch.Tensor:
-        """As `ReferenceLattice.filter`, (N, C) -> (N, C)."""
+        """Same as `ReferenceLattice.filter`, without `transpose`: (N, C) -> (N, C)."""
         return normalized(self.weights, normalization) @ values

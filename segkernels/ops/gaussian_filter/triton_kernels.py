@@ -1,13 +1,15 @@
-"""The filter on CUDA: for each tile of queries a list of the key tiles within reach, then one
-program that walks it with the weights in registers and the sums on the tensor cores.
+"""The exact filter on CUDA in float32: Triton kernels and their launches.
 
-Weights are exp2(-q log2(e) / 2) of q, the sum of squared differences in float32. Nothing waits for
-the device; sums are taken in a fixed order.
+One kernel writes, for each tile of queries, a list of the key tiles within reach. A second one has
+one program per tile of queries, which loops over that list with the weights in registers and
+accumulates on the tensor cores.
+
+Weights are exp2(-q log2(e) / 2), where q is the sum of squared differences in float32. No launch
+synchronises, and sums are accumulated in a fixed order.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,66 +18,70 @@ import triton.language as tl
 
 from segkernels.ops.gaussian_filter.points import TILE, Points
 
-QUERIES = 2 * TILE  # queries of a program
-# Weights are multiplied by 2^15 before they become float16: normal numbers down to 2^-29 then.
+QUERIES = 2 * TILE  # queries per program
+# Weights are multiplied by 2^15 before the conversion to float16, which makes weights down to 2^-29
+# normal numbers.
 _HALF_SHIFT = 15
-_LOG2E = math.log2(math.e)
-_LIST = 1 << 24  # entries of the lists that are held at a time
-_PROGRAMS = 8  # a multiprocessor at least: short walks even out
-# Other numbers of tiles need no other compile; queries, keys and channels are whole tiles.
+_MAX_LIST_ENTRIES = 1 << 24  # in all lists that are in memory at the same time
+_PROGRAMS = 8  # minimum number per multiprocessor, which balances lists of different lengths
+# Triton does not compile again for other values of these arguments. The other sizes are multiples
+# of a tile.
 _UNSPECIALIZED = ("start", "query_tiles", "key_tiles", "splits")
-# Triton 3.8 holds the stages of a loop over float32 products in registers, and spills kilobytes.
+# Triton 3.8 keeps the pipeline stages of a loop over float32 products in registers, and spills
+# kilobytes.
 _STAGES_SPILL = triton.__version__.startswith("3.8.")
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def near_kernel(
-    first,  # (B, d, Tq) boxes of the queries
-    last,
-    low,  # (B, d, Tk) boxes of the keys
-    high,
-    near,  # (B, chunk, Tk) int32
-    count,  # (B, chunk) int32
-    start,
+def tile_list_kernel(
+    first,  # (B, d, Tq) minimum of the boxes of the queries
+    last,  # (B, d, Tq) their maximum
+    low,  # (B, d, Tk) minimum of the boxes of the keys
+    high,  # (B, d, Tk) their maximum
+    tile_list,  # (B, chunk, Tk) int32 output
+    list_length,  # (B, chunk) int32 output
+    start,  # first query tile of the chunk
     query_tiles,
     key_tiles,
     reach,
     DIMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes which key tiles are within reach of a query tile, in order, and how many."""
+    """Write the key tiles within reach of a query tile, in order, and their number."""
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     chunk = tl.num_programs(0)
     first += image * DIMS * query_tiles + start + tile
     last += image * DIMS * query_tiles + start + tile
     low += image * DIMS * key_tiles
     high += image * DIMS * key_tiles
-    near += (image * chunk + tile) * key_tiles
-    found = 0
+    tile_list += (image * chunk + tile) * key_tiles
+    length = 0
     for begin in range(0, key_tiles, BLOCK):
         t = begin + tl.arange(0, BLOCK)
-        there = t < key_tiles
+        valid = t < key_tiles
         total = tl.zeros((BLOCK,), tl.float32)
         for k in tl.static_range(DIMS):
-            above = tl.load(low + k * key_tiles + t, there, 0.0) - tl.load(last + k * query_tiles)
-            below = tl.load(first + k * query_tiles) - tl.load(high + k * key_tiles + t, there, 0.0)
+            above = tl.load(low + k * key_tiles + t, valid, 0.0) - tl.load(last + k * query_tiles)
+            below = tl.load(first + k * query_tiles) - tl.load(high + k * key_tiles + t, valid, 0.0)
             gap = tl.maximum(tl.maximum(above, below), 0.0)
             total += gap * gap
-        keep = (there & (total <= reach)).to(tl.int32)
-        tl.store(near + found + tl.cumsum(keep, 0) - keep, t, keep == 1)
-        found += tl.sum(keep, 0)
-    tl.store(count + image * chunk + tile, found)
+        keep = (valid & (total <= reach)).to(tl.int32)
+        tl.store(tile_list + length + tl.cumsum(keep, 0) - keep, t, keep == 1)
+        length += tl.sum(keep, 0)
+    tl.store(list_length + image * chunk + tile, length)
 
 
 @triton.jit
-def _squared(x, y, row, col, queries, keys, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+def _squared_distances(
+    x, y, row, col, queries, keys, DIMS: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
     """Squared distances between M queries and N keys."""
     total = tl.zeros((M, N), tl.float32)
     if DIMS <= 6:
         for k in tl.static_range(DIMS):
             step = tl.load(x + k * queries + row)[:, None] - tl.load(y + k * keys + col)[None, :]
             total = tl.fma(step, step, total)
-    else:  # unrolled, so many features would not stay in registers
+    else:  # not unrolled: so many features would not fit in registers
         for k in tl.range(0, DIMS, num_stages=1, loop_unroll_factor=1):
             step = tl.load(x + k * queries + row)[:, None] - tl.load(y + k * keys + col)[None, :]
             total = tl.fma(step, step, total)
@@ -87,8 +93,8 @@ def apply_kernel(
     x,  # (B, d, Pq) float32
     y,  # (B, d, Pk) float32
     v,  # (B, Pk, C) float16 or float32
-    near,
-    count,
+    tile_list,
+    list_length,
     out,  # (splits, B, Pq, C) float32
     start,
     queries,
@@ -102,14 +108,17 @@ def apply_kernel(
     C: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """K v for M queries and C channels, over one split of the list. HALF: products of float16."""
+    """K v for M queries and C channels, over one part of the list of key tiles.
+
+    HALF: multiply in float16 instead of float32 (as three tf32 products).
+    """
     tile, channel = tl.program_id(0), tl.program_id(1) * C
     images = tl.num_programs(2) // splits
     image, split = (tl.program_id(2) // splits).to(tl.int64), tl.program_id(2) % splits
     chunk = tl.num_programs(0)
     entry = image * chunk + tile
-    near += entry * (keys // N)
-    found = tl.load(count + entry)
+    tile_list += entry * (keys // N)
+    length = tl.load(list_length + entry)
     x += image * DIMS * queries
     y += image * DIMS * keys
     v += image * keys * channels + channel
@@ -117,9 +126,9 @@ def apply_kernel(
     row = tl.minimum(row, queries - 1)
     within, c = tl.arange(0, N), tl.arange(0, C)
     sums = tl.zeros((M, C), tl.float32)
-    for i in range(found * split // splits, found * (split + 1) // splits):
-        col = tl.load(near + i) * N + within
-        q = _squared(x, y, row, col, queries, keys, DIMS, M, N)
+    for i in range(length * split // splits, length * (split + 1) // splits):
+        col = tl.load(tile_list + i) * N + within
+        q = _squared_distances(x, y, row, col, queries, keys, DIMS, M, N)
         weights = tl.exp2(tl.fma(q, -0.72134752044448170, SHIFT))
         values = tl.load(v + col.to(tl.int64)[:, None] * channels + c[None, :])
         if HALF:
@@ -134,13 +143,13 @@ def apply_kernel(
 
 
 @triton.jit(do_not_specialize=_UNSPECIALIZED)
-def pull_kernel(
+def query_gradient_kernel(
     x,  # (B, d, Pq) float32
     y,  # (B, d, Pk) float32
     a,  # (B, Pq, C) float32
     b,  # (B, Pk, C) float32
-    near,
-    count,
+    tile_list,
+    list_length,
     out,  # (splits, B, Pq, D) float32
     start,
     queries,
@@ -154,14 +163,14 @@ def pull_kernel(
     D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum_j k_ij <a_i, b_j> (y_j - x_i) for M queries, over one split of the list."""
+    """sum_j k_ij <a_i, b_j> (y_j - x_i) for M queries, over one part of the list of key tiles."""
     tile = tl.program_id(0)
     images = tl.num_programs(1) // splits
     image, split = (tl.program_id(1) // splits).to(tl.int64), tl.program_id(1) % splits
     chunk = tl.num_programs(0)
     entry = image * chunk + tile
-    near += entry * (keys // N)
-    found = tl.load(count + entry)
+    tile_list += entry * (keys // N)
+    length = tl.load(list_length + entry)
     x += image * DIMS * queries
     y += image * DIMS * keys
     a += image * queries * channels
@@ -170,14 +179,14 @@ def pull_kernel(
     row = tl.minimum(row, queries - 1)
     within, c, dim = tl.arange(0, N), tl.arange(0, C), tl.arange(0, D)
     sums = tl.zeros((M, D), tl.float32)
-    for i in range(found * split // splits, found * (split + 1) // splits):
-        col = tl.load(near + i) * N + within
+    for i in range(length * split // splits, length * (split + 1) // splits):
+        col = tl.load(tile_list + i) * N + within
         product = tl.zeros((M, N), tl.float32)
         for begin in range(0, channels, C):
             left = tl.load(a + row.to(tl.int64)[:, None] * channels + begin + c[None, :])
             right = tl.load(b + col.to(tl.int64)[None, :] * channels + begin + c[:, None])
             product = tl.dot(left, right, product, input_precision=PRECISION)
-        q = _squared(x, y, row, col, queries, keys, DIMS, M, N)
+        q = _squared_distances(x, y, row, col, queries, keys, DIMS, M, N)
         weights = tl.exp2(q * -0.72134752044448170) * product
         for k in tl.range(0, DIMS, num_stages=1, loop_unroll_factor=1):
             step = tl.load(y + k * keys + col)[None, :] - tl.load(x + k * queries + row)[:, None]
@@ -189,8 +198,10 @@ def pull_kernel(
 
 
 def block_of(channels: int, dims: int, precise: bool) -> int:
-    """Channels of a program: a power of two, at least what the tensor cores take, and no more than
-    stay in registers."""
+    """Number of channels per program.
+
+    A power of two, at least 16 for the tensor cores, and few enough to stay in registers.
+    """
     if precise:
         most = 16 if dims > 6 else 32 if _STAGES_SPILL else 64
     else:
@@ -199,14 +210,17 @@ def block_of(channels: int, dims: int, precise: bool) -> int:
 
 
 def stages_of(precise: bool) -> int:
-    """Stages of apply_kernel's loop."""
+    """Number of pipeline stages of apply_kernel's loop."""
     return 1 if precise and _STAGES_SPILL else 3
 
 
 def apply(
     queries: Points, keys: Points, rows: torch.Tensor, reach: float, precise: bool
 ) -> torch.Tensor:
-    """K rows in float32: (B, P_keys, C) to (B, P_queries, C); as `blocked.apply`."""
+    """Same as `blocked.apply`, in float32: (B, P_keys, C) to (B, P_queries, C).
+
+    `precise`: multiply in float32 (as three tf32 products) instead of float16.
+    """
     batch, _, channels = rows.shape
     dims = queries.features.shape[1]
     block = block_of(channels, dims, precise)
@@ -241,11 +255,11 @@ def apply(
             num_stages=stages_of(precise),
         )
 
-    out = _walk(queries, keys, reach, rows.shape[2], blocks, launch)
+    out = _launch_in_chunks(queries, keys, reach, rows.shape[2], blocks, launch)
     return (out if scale is None else out * scale)[:, :, :channels]
 
 
-def pull(
+def query_gradient(
     queries: Points,
     keys: Points,
     a: torch.Tensor,
@@ -253,7 +267,10 @@ def pull(
     reach: float,
     precise: bool,
 ) -> torch.Tensor:
-    """sum_j k_ij <a_i, b_j> (y_j - x_i): rows (B, P_queries, d); as `blocked.pull`."""
+    """Same as `blocked.query_gradient`, in float32: (B, P_queries, d).
+
+    `precise`: multiply in float32 (as three tf32 products) instead of tf32.
+    """
     batch, _, channels = a.shape
     dims = queries.features.shape[1]
     block = min(32, block_of(channels, dims, precise))
@@ -261,7 +278,7 @@ def pull(
     width = triton.next_power_of_2(dims)
 
     def launch(lists: Any, tiles: int, start: int, splits: int, out: torch.Tensor) -> None:
-        pull_kernel[(tiles, batch * splits)](
+        query_gradient_kernel[(tiles, batch * splits)](
             queries.features,
             keys.features,
             a,
@@ -282,32 +299,43 @@ def pull(
             num_warps=8,
         )
 
-    return _walk(queries, keys, reach, width, 1, launch)[:, :, :dims]
+    return _launch_in_chunks(queries, keys, reach, width, 1, launch)[:, :, :dims]
 
 
-def _walk(
+def _launch_in_chunks(
     queries: Points, keys: Points, reach: float, width: int, blocks: int, launch: Any
 ) -> torch.Tensor:
-    """Lists for some query tiles at a time, and the kernel over them: (B, P_queries, width)."""
+    """Write the lists of key tiles for a chunk of query tiles at a time, and launch a kernel on it.
+
+    Args:
+        queries, keys, reach: as in `blocked.apply`.
+        width: channels of the result.
+        blocks: programs per query tile.
+        launch: function of the lists and their lengths, the number of query tiles, the first of
+            them, the number of splits, and the output.
+
+    Returns:
+        (B, P_queries, width).
+    """
     batch, dims, points = queries.features.shape
     first, last = queries.boxes(QUERIES)
     low, high = keys.boxes(TILE)
     tiles, key_tiles = first.shape[2], low.shape[2]
     splits = splits_for(batch * tiles * blocks, key_tiles, queries.features.device)
     out = queries.features.new_empty(splits, batch, points, width)
-    most = max(1, min(tiles, _LIST // (batch * key_tiles)))
-    with torch.cuda.device_of(out):  # where Triton launches
-        for start in range(0, tiles, most):
-            some = min(most, tiles - start)
-            near = torch.empty(batch, some, key_tiles, dtype=torch.int32, device=out.device)
-            count = torch.empty(batch, some, dtype=torch.int32, device=out.device)
-            near_kernel[(some, batch)](
+    chunk = max(1, min(tiles, _MAX_LIST_ENTRIES // (batch * key_tiles)))
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        for start in range(0, tiles, chunk):
+            size = min(chunk, tiles - start)
+            tile_list = torch.empty(batch, size, key_tiles, dtype=torch.int32, device=out.device)
+            list_length = torch.empty(batch, size, dtype=torch.int32, device=out.device)
+            tile_list_kernel[(size, batch)](
                 first,
                 last,
                 low,
                 high,
-                near,
-                count,
+                tile_list,
+                list_length,
                 start,
                 tiles,
                 key_tiles,
@@ -315,11 +343,11 @@ def _walk(
                 DIMS=dims,
                 BLOCK=128,
             )
-            launch((near, count), some, start, splits, out)
+            launch((tile_list, list_length), size, start, splits, out)
     return out.sum(dim=0) if splits > 1 else out[0]
 
 
 def splits_for(programs: int, key_tiles: int, device: torch.device) -> int:
-    """Parts of each list that different programs take, so that a small problem fills the device."""
-    wanted = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-wanted // programs), 16, key_tiles))
+    """Number of parts of each list, one per program, so that a small problem fills the device."""
+    target = _PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(-(-target // programs), 16, key_tiles))

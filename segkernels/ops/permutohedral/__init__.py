@@ -36,40 +36,42 @@ register(
             "segkernels::permutohedral_filter",
             "segkernels::permutohedral_filter_backward",
         ),
-        note="half types are computed in float32; 1 to 16 features a point",
+        note="half precision is computed in float32; 1 to 16 features per point",
     )
 )
 
 
 class PermutohedralLattice:
-    """The permutohedral lattice of a set of points, built once and used to filter many times.
+    """Permutohedral lattice of a set of points: build it once, filter with it many times.
 
     Filtering approximates `out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j` over all points j of an
-    image, the point itself among them, in time linear in the number of points.
+    image, including point i, in time linear in the number of points.
 
     Args:
         features: `(B, d, *spatial)`, or `(N, d)` for one set of points; floating point, 1 <= d <=
             16, each feature already divided by its standard deviation. float16 and bfloat16 are
-            taken to float32.
-        max_vertices: an upper bound for the number of occupied vertices of the whole batch. With
-            it, and while a CUDA graph is captured, the build does not synchronise with a CUDA
-            device; without it, it does so once. Too small a bound is an error (on CUDA: see
-            `segkernels.check`; the points that found no place give NaN).
+            converted to float32.
+        max_vertices: an upper bound for the number of occupied vertices, summed over the batch.
+            With it, and while a CUDA graph is captured, the build does not synchronise with a CUDA
+            device; without it, it synchronises once. A bound that is too small raises ValueError
+            on the CPU. On CUDA `segkernels.check` reports it, and the points without a vertex
+            return NaN.
 
     Raises:
         ValueError: a wrong rank or number of features; on the CPU also features that are not
-            finite, or so large that lattice coordinates leave their dtype's exact integers. On CUDA
-            these are told by `segkernels.check`; the points in question give NaN and take no part.
+            finite, or so large that their dtype cannot hold the lattice coordinates as exact
+            integers. On CUDA `segkernels.check` reports such points; they return NaN and do not
+            affect other points.
         TypeError: features that are not floating point.
 
     Source: A. Adams, J. Baek, M. A. Davis: Fast High-Dimensional Filtering Using the Permutohedral
     Lattice, Computer Graphics Forum 29(2), 2010. The arithmetic follows the implementation of
-    P. Kraehenbuehl and V. Koltun, so that results agree with pydensecrf's.
+    P. Kraehenbuehl and V. Koltun, so results agree with pydensecrf's.
     """
 
     def __init__(self, features: torch.Tensor, *, max_vertices: int | None = None) -> None:
-        flat, spatial = _features(features, "PermutohedralLattice")
-        check_bound(max_vertices, "PermutohedralLattice")
+        flat, spatial = _flatten_features(features, "PermutohedralLattice")
+        check_max_vertices(max_vertices, "PermutohedralLattice")
         self.shape = features.shape
         self._flat = flat
         self._spatial = tuple(spatial)
@@ -81,13 +83,13 @@ class PermutohedralLattice:
 
     @property
     def num_vertices(self) -> list[int]:
-        """Occupied vertices of each image. Reading it synchronises with a CUDA device."""
+        """Occupied vertices of each image; reading it synchronises with a CUDA device."""
         if self._flat.numel() == 0:
             return [0] * self._flat.shape[0]
         if self._lattice is None:
             raise RuntimeError(
-                "PermutohedralLattice.num_vertices: the features have no values to build a lattice "
-                f"from (device {self._flat.device}, or under torch.func or torch.compile)"
+                "PermutohedralLattice.num_vertices: features have no values to build a lattice "
+                f"from: they are on {self._flat.device}, or traced by torch.func or torch.compile"
             )
         return self._lattice.num_vertices()
 
@@ -97,31 +99,33 @@ class PermutohedralLattice:
         normalization: Normalization = "after",
         transpose: bool = False,
     ) -> torch.Tensor:
-        """Filter values that lie at the lattice's points.
+        """Filter values given at the lattice's points.
 
         Args:
             values: `(B, C, *spatial)`, or `(N, C)`, floating point, any C, on the lattice's device.
-                Computed in the lattice's dtype.
+                The filter is computed in the lattice's dtype.
             normalization: with D = diag(K 1): "after" D^-1 K (a weighted average), "before"
                 K D^-1, "symmetric" D^-1/2 K D^-1/2, "none" K.
-            transpose: apply the transpose of that operator: the blurs in reverse order, the
-                normalisation on the other side.
+            transpose: apply the transposed operator: the blurs in reverse order, the normalisation
+                on the other side.
 
         Returns:
-            A tensor of the shape, dtype and layout of `values`. Gradients reach values and features
-            (the simplex of each point held fixed: the lattice is not continuous across simplices).
+            A tensor with the shape, dtype and layout of `values`. Differentiable once, with respect
+            to values and features. The simplex of each point is held fixed, because the lattice is
+            not continuous across simplices.
 
         Raises:
             ValueError: shapes or devices that disagree, an unknown normalization.
             TypeError: values that are not floating point.
         """
-        what = "PermutohedralLattice.filter"
-        _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, what)
-        flat = _values(values, self.shape, self._flat, what)
+        function = "PermutohedralLattice.filter"
+        _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, function)
+        flat = _flatten_values(values, self.shape, self._flat, function)
         if self._flat.numel() == 0 or flat.numel() == 0:
             return values.clone()
         record = Filter(normalization, transpose, self._spatial, self._lattice)
-        return _shaped(operator.filter_(flat.to(self._flat.dtype), self._flat, record), values)
+        out = operator.filter_(flat.to(self._flat.dtype), self._flat, record)
+        return _restore_shape(out, values)
 
 
 def permutohedral_filter(
@@ -130,7 +134,9 @@ def permutohedral_filter(
     normalization: Normalization = "after",
     transpose: bool = False,
 ) -> torch.Tensor:
-    """Gaussian filtering on the permutohedral lattice: `PermutohedralLattice` built for one call.
+    """Gaussian filtering on a permutohedral lattice that is built for this call.
+
+    `PermutohedralLattice` builds a lattice for several calls.
 
     Args:
         values: `(B, C, *spatial)`, or `(N, C)`; floating point, any C.
@@ -139,41 +145,41 @@ def permutohedral_filter(
         normalization, transpose: as in `PermutohedralLattice.filter`.
 
     Returns:
-        A tensor of the shape, dtype and layout of `values`; computed in float64 where either
-        argument is float64, else in float32. Differentiable with respect to values and features,
-        once.
+        A tensor with the shape, dtype and layout of `values`; computed in float64 if either
+        argument is float64, else in float32. Differentiable once, with respect to values and
+        features.
 
     Raises:
-        ValueError, TypeError: as `PermutohedralLattice`.
+        ValueError, TypeError: as `PermutohedralLattice` and `PermutohedralLattice.filter`.
     """
-    what = "permutohedral_filter"
-    _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, what)
-    flat_features, spatial = _features(features, what)
-    flat = _values(values, features.shape, flat_features, what)
+    function = "permutohedral_filter"
+    _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, function)
+    flat_features, spatial = _flatten_features(features, function)
+    flat = _flatten_values(values, features.shape, flat_features, function)
     if flat.numel() == 0 or flat_features.numel() == 0:
         return values.clone()
     dtype = torch.promote_types(torch.promote_types(values.dtype, features.dtype), torch.float32)
     flat, flat_features = flat.to(dtype), flat_features.to(dtype)
-    built = None
+    lattice = None
     if wants_grad(flat, flat_features) and not needs_dispatcher(flat, flat_features):
-        # For the backward pass too.
-        (built,) = native.build([flat_features.detach()], spatial, op=what)
-    record = Filter(normalization, transpose, tuple(spatial), built)
-    return _shaped(operator.filter_(flat, flat_features, record), values)
+        # Built here, so that the backward pass can use it too.
+        (lattice,) = native.build([flat_features.detach()], spatial, op=function)
+    record = Filter(normalization, transpose, tuple(spatial), lattice)
+    return _restore_shape(operator.filter_(flat, flat_features, record), values)
 
 
-def _features(features: torch.Tensor, what: str) -> tuple[torch.Tensor, Sequence[int]]:
-    """(B, d, N), contiguous, float32 or float64, and the sizes of the grid."""
-    check_not_traced(what)
-    _check_tensor(features, "features", what)
+def _flatten_features(features: torch.Tensor, function: str) -> tuple[torch.Tensor, Sequence[int]]:
+    """Check features; return them as (B, d, N), contiguous, float32 or float64, and `spatial`."""
+    check_not_traced(function)
+    _check_tensor(features, "features", function)
     if features.dim() < 2:
         raise ValueError(
-            f"{what}: features must be (N, d) or (B, d, *spatial), "
+            f"{function}: features must be (N, d) or (B, d, *spatial), "
             f"got shape {tuple(features.shape)}"
         )
     if not 1 <= features.shape[1] <= MAX_DIMS:
         raise ValueError(
-            f"{what}: features must have 1 to {MAX_DIMS} channels in dimension 1, "
+            f"{function}: features must have 1 to {MAX_DIMS} channels in dimension 1, "
             f"got shape {tuple(features.shape)}"
         )
     dtype = torch.promote_types(features.dtype, torch.float32)
@@ -184,30 +190,31 @@ def _features(features: torch.Tensor, what: str) -> tuple[torch.Tensor, Sequence
     return flat.to(dtype).resolve_neg().contiguous(), spatial
 
 
-def _values(
-    values: torch.Tensor, shape: Sequence[int], features: torch.Tensor, what: str
+def _flatten_values(
+    values: torch.Tensor, shape: Sequence[int], features: torch.Tensor, function: str
 ) -> torch.Tensor:
-    """(B, C, N) values, a view where that can be."""
-    _check_tensor(values, "values", what)
-    _arguments.check_matches(values, "values", shape, "features", what)
-    _arguments.check_same_device(values, "values", features.device, "the features are", what)
+    """Check values against the features; return them as (B, C, N), a view where possible."""
+    _check_tensor(values, "values", function)
+    _arguments.check_matches(values, "values", shape, "features", function)
+    _arguments.check_same_device(values, "values", features.device, "the features are", function)
     return values.T.unsqueeze(0) if values.dim() == 2 else values.flatten(2)
 
 
-def _shaped(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def _restore_shape(out: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Return (B, C, N) results in the shape, dtype and layout of `values`."""
     out = out.squeeze(0).T if values.dim() == 2 else out.view(values.shape)
     return match_dtype_and_layout(out, values)
 
 
-def _check_tensor(tensor: torch.Tensor, name: str, what: str) -> None:
-    _arguments.check_tensor(tensor, name, what)
-    _arguments.check_floating(tensor, name, what)
+def _check_tensor(tensor: torch.Tensor, name: str, function: str) -> None:
+    _arguments.check_tensor(tensor, name, function)
+    _arguments.check_floating(tensor, name, function)
     _arguments.check_device(tensor)
 
 
-def check_bound(max_vertices: int | None, what: str) -> None:
-    """Refuse a `max_vertices` that is no positive int."""
+def check_max_vertices(max_vertices: int | None, function: str) -> None:
+    """Raise ValueError unless `max_vertices` is None or a positive int."""
     if max_vertices is not None and (
         isinstance(max_vertices, bool) or not isinstance(max_vertices, int) or max_vertices < 1
     ):
-        raise ValueError(f"{what}: max_vertices must be a positive int, got {max_vertices!r}")
+        raise ValueError(f"{function}: max_vertices must be a positive int, got {max_vertices!r}")

@@ -1,8 +1,13 @@
-"""The native lattice: the tensors that hold it, its build, and filtering with it.
+"""The native lattice: its tensors, its construction, and filtering with it.
 
-Everything here takes values as (B, C, N) tensors of the lattice's own dtype, or as rows:
-(positions, width), one row of channels a point in the order in which the lattice visits points,
-padded to whole vectors.
+The grid of points is cut into tiles, and points are stored tile by tile. The index of a point in
+this order is its position; tiles at the border also have positions without a point. Values are
+either (B, C, N) tensors in the lattice's dtype or rows, (positions, width): the channels of the
+point at each position, padded to whole vectors.
+
+An entry is one vertex of one position's simplex. A pair is one vertex of one tile (on CUDA a pair
+holds a limited number of entries). A splat sums entries into pairs, then pairs into vertices, both
+in a fixed order.
 """
 
 from __future__ import annotations
@@ -18,26 +23,25 @@ from segkernels import _native, _status
 Normalization = Literal["symmetric", "before", "after", "none"]
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 MAX_DIMS = 16
-# Rows of scores: what they hold (enum RowKind in csrc/permutohedral/rows.h).
+# What the values passed to `pack` are (enum RowKind in csrc/permutohedral/rows.h).
 ROW_KINDS = {"values": 0, "unary": 1, "logits": 2, "probs": 3}
 
-_TILE = 256  # points of a tile on CUDA: one block of threads
-_CPU_TILE = (
-    8192  # points of a tile on the CPU: enough to share vertices, few enough to stay in cache
-)
+_TILE = 256  # points per tile on CUDA: one block of threads
+# Points per tile on the CPU: large enough to share vertices, small enough to stay in the cache.
+_CPU_TILE = 8192
 _MAX_ENTRIES = 2**30
 _MAX_ENTRIES_PADDED = 2**31 - 1
-_LEFT_OUT = -1  # kSkipped of lattice.h, as int16
+_INVALID = -1  # kSkipped in csrc/permutohedral/lattice.h, as int16
 
 
 def _workspace(features: torch.Tensor, entries: int, tiles: int, pairs: int) -> int:
-    """Bytes that CUB needs on the CUDA device of `features`."""
+    """Bytes of workspace that CUB needs on the CUDA device of `features`."""
     index, _, _ = _native.where(features)
     return int(_native.C().lattice_workspace(index, entries, tiles, pairs))
 
 
 def row_width(device: torch.device, channels: int) -> int:
-    """Channels of a row in memory: padded to whole vectors."""
+    """Number of channels of a row in memory: `channels` rounded up to whole vectors."""
     if channels == 1:
         return 1
     if _native.on_cuda(device) or channels <= 4:
@@ -46,7 +50,14 @@ def row_width(device: torch.device, channels: int) -> int:
 
 
 def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: int) -> Any:
-    """How the points of `batch` images are cut into tiles, for at most `dims` dimensions."""
+    """Return the native Grid, which cuts the points of `batch` images into tiles.
+
+    Args:
+        device: of the lattices that will use the grid.
+        batch: number of images.
+        spatial: sizes of the grid of points.
+        dims: the largest number of features of these lattices.
+    """
     height = 1
     for size in spatial[:-1]:
         height *= size
@@ -64,23 +75,24 @@ def make_grid(device: torch.device, batch: int, spatial: Sequence[int], dims: in
 
 
 def _even_part(size: int, most: int) -> int:
-    """The largest of as few and as even parts of `size` as are not above `most`."""
+    """Split `size` into as few parts of at most `most` as possible; return the largest part."""
     parts = -(-size // most)
     return -(-size // parts)
 
 
 class Lattice:
-    """One lattice for each image of a batch, in one set of tensors.
+    """One lattice per image of a batch, in one set of tensors.
 
     Attributes:
-        features: (B, d, N), kept for their gradient.
-        grid: the native Grid; what has the same grid has the same positions.
-        view: the native struct, which keeps the tensors that it points into.
+        features: (B, d, N), kept to compute their gradient.
+        grid: the native Grid; lattices with the same grid have the same positions.
+        view: the native struct; it holds references to the tensors that it points to.
         weights: (positions, d + 1) barycentric weights.
-        local_ids: (entries,) int16, the vertices of each position's simplex in its tile.
-        tile_start: (tiles + 1,) int32, the pairs before each tile.
-        counts: (2,) int32 on the device: vertices, pairs of a tile and a vertex.
-        image_start: (B + 1,) int32 on the device: vertices before each image.
+        local_ids: (entries,) int16, the pair of each entry, counted within its tile; -1 at invalid
+            points.
+        tile_start: (tiles + 1,) int32, the number of pairs before each tile.
+        counts: (2,) int32 on the device, the numbers of vertices and of pairs.
+        image_start: (B + 1,) int32 on the device, the number of vertices before each image.
     """
 
     def __init__(self, features: torch.Tensor, grid: Any, counts: torch.Tensor) -> None:
@@ -99,12 +111,12 @@ class Lattice:
         self._inverse_norms: dict[tuple[bool, int], torch.Tensor] = {}
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised memory on the lattice\'s device."""
+        """Uninitialised tensor on the lattice's device."""
         return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     @property
     def entries(self) -> int:
-        """Pairs of a position and a vertex of its simplex."""
+        """Number of entries: positions times the d + 1 vertices of a simplex."""
         return int(self.grid.positions) * (self.dims + 1)
 
     def num_vertices(self) -> list[int]:
@@ -113,11 +125,11 @@ class Lattice:
         return [end - start for start, end in pairwise(starts)]
 
     def rows(self, width: int) -> torch.Tensor:
-        """Rows for the points, uninitialised."""
+        """Uninitialised rows, (positions, width)."""
         return self.empty((self.grid.positions, width), self.dtype)
 
     def buffers(self, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Workspace of a filter: pairs, vertices, scratch."""
+        """Allocate the workspace of a splat: rows of the pairs, of the vertices, and scratch."""
         pairs = self.empty((self.view.pair_bound, width), self.dtype)
         vertices = self.empty((self.view.vertex_bound, width), self.dtype)
         return pairs, vertices, torch.empty_like(vertices)
@@ -129,7 +141,14 @@ class Lattice:
         reverse: bool,
         buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Splat and blur: the vertices' rows."""
+        """Splat and blur; return the rows of the vertices.
+
+        Args:
+            rows: (positions, width) values.
+            scale: (positions,) factors of the rows, or None.
+            reverse: blur along the axes in reverse order, for the transposed filter.
+            buffers: the workspace from `buffers`; None allocates it.
+        """
         pairs, vertices, scratch = buffers or self.buffers(rows.shape[1])
         _native.C().lattice_splat(
             _native.where(rows),
@@ -149,36 +168,43 @@ class Lattice:
         self,
         vertices: torch.Tensor,
         scale: torch.Tensor | None,
-        skipped: float = float("nan"),
+        fill: float = float("nan"),
     ) -> torch.Tensor:
-        """Interpolate the vertices' rows at the points; points that take no part get `skipped`."""
+        """Slice: interpolate the rows of the vertices at the points.
+
+        Args:
+            vertices: (vertices, width) rows.
+            scale: (positions,) factors of the result, or None.
+            fill: value of the result at invalid points.
+        """
         rows = self.rows(vertices.shape[1])
         _native.C().lattice_slice(
             _native.where(rows),
             self.view,
             vertices,
             scale,
-            skipped,
+            fill,
             rows,
             rows.shape[1],
             self.double,
         )
         return rows
 
-    def left_out(self) -> torch.Tensor:
-        """Which positions take no part, because a feature is not finite: (positions, 1) bool."""
+    def invalid(self) -> torch.Tensor:
+        """Mask of positions whose point has a feature that is not finite: (positions, 1) bool."""
         ids = self.local_ids.view(self.grid.positions, self.dims + 1)
-        return ids[:, :1] == _LEFT_OUT
+        return ids[:, :1] == _INVALID
 
     def inverse_norm(self, root: bool) -> torch.Tensor:
-        """1 / n or 1 / sqrt(n) for n = K 1, (positions,); computed once a stream.
+        """Return 1 / n, or 1 / sqrt(n) if `root`, for n = K 1: (positions,).
 
-        Another stream may not have waited for the one that computed it. What is computed while a
-        CUDA graph is captured is there in its replays only, so it is not kept.
+        The result is cached per stream, because another stream may not have waited for the one that
+        computed it. It is not cached while a CUDA graph is captured: the memory is then filled only
+        when the graph is replayed.
         """
         key = (root, _native.where(self.features)[1])
-        found = self._inverse_norms.get(key)
-        if found is None:
+        inverse = self._inverse_norms.get(key)
+        if inverse is None:
             ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
             norm = self.slice(self.splat(ones, None, False), None)
             _native.C().rows_invert_norm(
@@ -189,15 +215,18 @@ class Lattice:
                 root,
                 self.double,
             )
-            found = norm.view(-1)
+            inverse = norm.view(-1)
             if not _native.capturing(self.device):
-                self._inverse_norms[key] = found
-        return found
+                self._inverse_norms[key] = inverse
+        return inverse
 
     def scales(
         self, normalization: Normalization
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The diagonals before and after K."""
+        """Return the diagonals that multiply K from the right and from the left, or None.
+
+        They scale the values before the splat and after the slice.
+        """
         if normalization == "symmetric":
             root = self.inverse_norm(True)
             return root, root
@@ -209,7 +238,7 @@ class Lattice:
     def filter(
         self, values: torch.Tensor, normalization: Normalization, transpose: bool
     ) -> torch.Tensor:
-        """The normalised filter of (B, C, N) values, outside autograd."""
+        """Filter (B, C, N) values, with normalisation, outside autograd."""
         before, after = self.scales(normalization)
         if transpose:
             before, after = after, before
@@ -225,7 +254,7 @@ class Lattice:
         transpose: bool,
         needs: tuple[bool, bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Gradients of `filter`'s values and of the features, None where not needed."""
+        """Gradients with respect to the values and the features; None where `needs` is False."""
         before, after = self.scales(normalization)
         if transpose:
             before, after = after, before
@@ -251,12 +280,18 @@ class Lattice:
         return grad_values, grad_features
 
     def norm_grad(self, grad_scales: torch.Tensor, normalization: Normalization) -> torch.Tensor:
-        """The gradient of the weights through n = K 1, from that of the diagonals, summed."""
+        """Part of the gradient with respect to the weights that goes through n = K 1.
+
+        Args:
+            grad_scales: (positions,) gradient with respect to the normalisation's diagonals, summed
+                over both.
+            normalization: other than "none".
+        """
         if normalization == "symmetric":
             grad_norm = -0.5 * grad_scales * self.inverse_norm(True) ** 3
         else:
             grad_norm = -grad_scales * self.inverse_norm(False) ** 2
-        # A point that takes no part has no norm.
+        # The norm of an invalid point is NaN.
         g = grad_norm.nan_to_num(nan=0.0).view(-1, 1)
         ones = torch.ones_like(g)
         vertices = self.splat(ones, None, False)
@@ -269,7 +304,14 @@ class Lattice:
         vertices: torch.Tensor,
         grad_vertices: torch.Tensor,
     ) -> torch.Tensor:
-        """The gradient of the weights: from splatted rows, gradient rows, the vertices of both."""
+        """Gradient with respect to the weights: (positions, d + 1).
+
+        Args:
+            x: (positions, width) rows that were splatted.
+            g: (positions, width) gradient with respect to the sliced rows.
+            vertices: blurred rows of the vertices, from `x`.
+            grad_vertices: rows of the vertices from the transposed filter of `g`.
+        """
         out = torch.empty_like(self.weights)
         _native.C().lattice_weights_grad(
             _native.where(x),
@@ -285,7 +327,7 @@ class Lattice:
         return out
 
     def embed_grad(self, grad_weights: torch.Tensor) -> torch.Tensor:
-        """The gradient of the features from that of the weights."""
+        """Gradient with respect to the features, from the gradient with respect to the weights."""
         out = torch.empty_like(self.features)
         grad_weights = grad_weights.contiguous()
         _native.C().lattice_embed_grad(
@@ -306,18 +348,19 @@ def build(
     max_vertices: int | None = None,
     op: str = "permutohedral",
 ) -> list[Lattice]:
-    """Lattices over the same points, for several sets of features at once.
+    """Build one lattice for each of several sets of features of the same points.
 
     Args:
         features: each (B, d, N), contiguous, float32 or float64, on one device.
-        spatial: the sizes of the grid that the N points lie on.
-        max_vertices: an upper bound for the vertices of each lattice, all images together. Without
-            it the counts are read once, which on CUDA synchronises; while a CUDA graph is captured
-            the worst case is taken instead.
-        op: the public function, for messages.
+        spatial: sizes of the grid of the N points.
+        max_vertices: an upper bound for the vertices of each lattice, summed over the batch.
+            Without it the counts are read once, which on CUDA synchronises; while a CUDA graph is
+            captured, memory for the worst case is allocated instead.
+        op: name of the public function, for error messages.
 
     Raises:
-        ValueError: more entries than 2**31 - 1, or a fault in the features' values.
+        ValueError: too many entries for one call; on the CPU also invalid features, or more than
+            `max_vertices` vertices.
     """
     first = features[0]
     batch, _, points = first.shape
@@ -330,35 +373,38 @@ def build(
     grid = make_grid(first.device, batch, spatial, dims)
     if grid.positions * (dims + 1) >= _MAX_ENTRIES_PADDED:
         raise ValueError(
-            f"{op}: points in whole tiles, times dims + 1, must be below 2**31 in one call, got "
-            f"{grid.positions} * {dims + 1} for {batch} images of {tuple(spatial)}; split the batch"
+            f"{op}: points (padded to whole tiles) * (dims + 1) must be below 2**31 in one call, "
+            f"got {grid.positions} * {dims + 1} for {batch} images of {tuple(spatial)}; split the "
+            "batch"
         )
     counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
     if _native.on_cuda(first.device):
         with _status.watch(first, op, first.dtype) as status:
-            built = [_embed(lattice, max_vertices, status) for lattice in lattices]
-            _link_global(lattices, built, counts, max_vertices)
+            builds = [_embed(lattice, max_vertices, status) for lattice in lattices]
+            _link_cuda(lattices, builds, counts, max_vertices)
         return lattices
     for lattice in lattices:
-        # A fault raises before the links: vertices beyond the bound must not reach them.
+        # Errors raise at the end of `watch`, so vertices beyond the bound do not reach the links.
         with _status.watch(first, op, first.dtype) as status:
             build = _embed(lattice, max_vertices, status)
-        _link_by_tile(lattice, build)
-        del build  # whose memory the next lattice may have
+        _link_cpu(lattice, build)
+        del build  # frees its memory for the next lattice
     return lattices
 
 
 def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> Any:
-    """Records, weights, keys and the numbers of vertices and pairs."""
+    """Compute the weights, the keys of the vertices, and the numbers of vertices and pairs.
+
+    On CUDA keys are inserted into one hash table; on the CPU into one per tile first.
+    """
     C = _native.C()
     positions, entries = lattice.grid.positions, lattice.entries
-    # Keys go straight into one global table on CUDA, by tile first on the CPU.
-    globally = _native.on_cuda(lattice.device)
+    on_cuda = _native.on_cuda(lattice.device)
     i32, i16 = torch.int32, torch.int16
     view, build = lattice.view, C.BuildBuffers()
     empty = lattice.empty
-    _point(
+    _set_fields(
         view,
         counts=lattice.counts,
         weights=lattice.weights,
@@ -366,7 +412,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         tile_start=lattice.tile_start,
         pair_vertex=empty((entries,), i32),
     )
-    _point(
+    _set_fields(
         build,
         features=lattice.features,
         image_start=lattice.image_start,
@@ -374,14 +420,14 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         records=empty((positions * C.record_size(lattice.dims),), i32),
     )
     where = _native.where(lattice.features)
-    if globally:
+    if on_cuda:
         build.temporary_bytes = _workspace(lattice.features, entries, lattice.grid.tiles, 0)
-        _point(
+        _set_fields(
             build,
             rank_of=empty((entries + 1,), i32),
             temporary=empty((build.temporary_bytes,), torch.uint8),
         )
-        _point(
+        _set_fields(
             view,
             order=empty((entries,), i16),
             order_weights=empty((entries,), lattice.dtype),
@@ -392,7 +438,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         tile_entries = lattice.grid.tile_points * (lattice.dims + 1)
         build.tile_capacity = 2 ** (2 * tile_entries - 1).bit_length()
         threads = max(1, where[2])
-        _point(
+        _set_fields(
             build,
             tile_slots=torch.zeros(threads * build.tile_capacity, dtype=i32, device=lattice.device),
             tile_keys=empty((threads * tile_entries * (lattice.dims + 1),), i32),
@@ -401,44 +447,46 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         keys = int(lattice.counts[1])
     view.vertex_bound = keys if max_vertices is None else min(keys, max_vertices)
     build.capacity = max(16, keys + keys // 2)
-    _point(
+    _set_fields(
         build,
         slots=empty((build.capacity,), torch.int64),
         slot_of=empty((keys,), i32),
         vertex_of_slot=empty((build.capacity,), i32),
         first_entry=empty((view.vertex_bound,), i32),
     )
-    if globally:
+    if on_cuda:
         C.lattice_embed(where, view, build, lattice.double)
     C.lattice_tiles(where, view, build, lattice.double)
     return build
 
 
-def _link_by_tile(lattice: Lattice, build: Any) -> None:
+def _link_cpu(lattice: Lattice, build: Any) -> None:
+    """Connect vertices with their pairs and neighbours, on the CPU."""
     view = lattice.view
     view.vertex_bound, view.pair_bound = lattice.counts.tolist()
-    _hold_links(lattice)
+    _allocate_links(lattice)
     _native.C().lattice_link(_native.where(lattice.features), view, build)
 
 
-def _link_global(
-    lattices: list[Lattice], built: list[Any], counts: torch.Tensor, max_vertices: int | None
+def _link_cuda(
+    lattices: list[Lattice], builds: list[Any], counts: torch.Tensor, max_vertices: int | None
 ) -> None:
+    """Connect vertices with their pairs and neighbours, on CUDA; empties `builds`."""
     C = _native.C()
     bounded = max_vertices is not None or _native.capturing(counts.device)
     read = None if bounded else counts.tolist()
     for i, lattice in enumerate(lattices):
-        view, build = lattice.view, built.pop(0)  # whose memory the next lattice may have
+        view, build = lattice.view, builds.pop(0)  # its memory is freed for the next lattice
         if read is not None:
             view.vertex_bound, view.pair_bound = read[i]
         else:
-            # A vertex has one pair in a tile, and one more for every so many entries.
+            # A vertex has one pair per tile, and one more for every `longest_pair` entries.
             longest = lattice.grid.tile_points * (lattice.dims + 1) // C.longest_pair
             most = lattice.grid.tiles * (view.vertex_bound + longest)
             view.pair_bound = min(lattice.entries, most)
-        _hold_links(lattice)
+        _allocate_links(lattice)
         build.temporary_bytes = _workspace(lattice.features, 0, 0, view.pair_bound)
-        _point(
+        _set_fields(
             build,
             temporary=lattice.empty((build.temporary_bytes,), torch.uint8),
             sort_keys=lattice.empty((2 * view.pair_bound,), torch.int32),
@@ -447,9 +495,9 @@ def _link_global(
         C.lattice_link(_native.where(lattice.features), view, build)
 
 
-def _hold_links(lattice: Lattice) -> None:
+def _allocate_links(lattice: Lattice) -> None:
     view = lattice.view
-    _point(
+    _set_fields(
         view,
         vertex_start=lattice.empty((view.vertex_bound + 1,), torch.int32),
         vertex_pairs=lattice.empty((view.pair_bound,), torch.int32),
@@ -457,21 +505,28 @@ def _hold_links(lattice: Lattice) -> None:
     )
 
 
-def _point(target: Any, **tensors: torch.Tensor) -> None:
-    """Point the fields of a native struct, which keeps them, at tensors."""
+def _set_fields(target: Any, **tensors: torch.Tensor) -> None:
+    """Set the pointers of a native struct; it holds references to the tensors."""
     for name, tensor in tensors.items():
         setattr(target, name, tensor)
 
 
 def scaled(rows: torch.Tensor, diagonal: torch.Tensor | None) -> torch.Tensor:
-    """Rows times a diagonal, 0 at points that take no part."""
+    """Multiply rows by a diagonal that is NaN at invalid points, where the result is 0."""
     return rows if diagonal is None else rows * diagonal.view(-1, 1).nan_to_num(nan=0.0)
 
 
 def pack(
     grid: Any, values: torch.Tensor, kind: str, status: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(B, C, N) values of any strides as rows; scores (`kind`) become minus their energy."""
+    """Copy (B, C, N) values of any strides into rows.
+
+    Args:
+        grid: the native Grid.
+        values: (B, C, N).
+        kind: a key of `ROW_KINDS`; "unary", "logits" and "probs" are converted to -energy.
+        status: status words for invalid scores, or None.
+    """
     channels = values.shape[1]
     width = row_width(values.device, channels)
     rows = torch.empty(grid.positions, width, dtype=values.dtype, device=values.device)
@@ -491,7 +546,7 @@ def pack(
 
 
 def unpack(grid: Any, rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Rows into `out`, (B, C, N) of any strides."""
+    """Copy rows into `out`, (B, C, N) of any strides, and return it."""
     _native.C().rows_unpack(
         _native.where(out),
         grid,

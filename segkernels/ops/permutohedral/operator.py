@@ -1,7 +1,7 @@
-"""The derivatives of the lattice filter.
+"""The torch.library operators of the lattice filter, and its derivatives.
 
-The gradient of the features holds the simplex of each point fixed, and reaches them through the
-splat, the slice and the norm.
+The gradient with respect to the features holds the simplex of each point fixed. It goes through the
+barycentric weights of the splat, of the slice and of the normalisation.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from segkernels.ops.permutohedral.native import Lattice, Normalization
 
 
 class Filter(NamedTuple):
-    """How to filter.
+    """Arguments of the filter other than tensors.
 
     Attributes:
         normalization, transpose: as in `segkernels.PermutohedralLattice.filter`.
-        spatial: sizes of the grid that the points lie on.
-        lattice: of the features, where it was built before; else each pass builds it.
+        spatial: sizes of the grid of points.
+        lattice: the features' lattice; None: the forward and the backward each build it.
     """
 
     normalization: Normalization
@@ -29,16 +29,16 @@ class Filter(NamedTuple):
     spatial: tuple[int, ...]
     lattice: Lattice | None = None
 
-    def on(self, features: torch.Tensor) -> Lattice:
-        """The lattice."""
+    def lattice_of(self, features: torch.Tensor) -> Lattice:
+        """Return the lattice of `features`, building it if necessary."""
         if self.lattice is not None:
             return self.lattice
         plain = features.detach().contiguous()
         return native.build([plain], self.spatial, op="permutohedral_filter")[0]
 
 
-class Wanted(NamedTuple):
-    """Which gradients of a filter's values and features are wanted."""
+class BackwardArgs(NamedTuple):
+    """Arguments of the backward operator: which gradients to compute, and of which filter."""
 
     of_values: bool
     of_features: bool
@@ -46,13 +46,13 @@ class Wanted(NamedTuple):
 
 
 def _forward(values: torch.Tensor, features: torch.Tensor, f: Filter) -> torch.Tensor:
-    return f.on(features).filter(values, f.normalization, f.transpose)
+    return f.lattice_of(features).filter(values, f.normalization, f.transpose)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, Any]:
     of_values, of_features = ctx.needs_input_grad[:2]
-    wanted = Wanted(of_values, of_features, ctx.record)
-    d_values, d_features = filter_backward(grad, *ctx.saved_tensors, wanted)
+    record = BackwardArgs(of_values, of_features, ctx.record)
+    d_values, d_features = filter_backward(grad, *ctx.saved_tensors, record)
     return d_values if of_values else None, d_features if of_features else None
 
 
@@ -67,24 +67,26 @@ def _jvp(ctx: Any, d_values: torch.Tensor | None, d_features: torch.Tensor | Non
 
 
 def _gradients(
-    grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, w: Wanted
+    grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, args: BackwardArgs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    f = w.filter
-    return f.on(features).filter_grad(grad, values, f.normalization, f.transpose, w[:2])
+    f = args.filter
+    lattice = f.lattice_of(features)
+    return lattice.filter_grad(grad, values, f.normalization, f.transpose, args[:2])
 
 
 def _gradients_fake(
-    grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, w: Wanted
+    grad: torch.Tensor, values: torch.Tensor, features: torch.Tensor, args: BackwardArgs
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (
-        torch.empty_like(values) if w.of_values else None,
-        features.new_empty(features.shape) if w.of_features else None,
+        torch.empty_like(values) if args.of_values else None,
+        features.new_empty(features.shape) if args.of_features else None,
     )
 
 
 def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise RuntimeError(
-        "permutohedral_filter can be differentiated once: its gradient has no gradient"
+        "permutohedral_filter: second derivatives are not implemented; it can be differentiated "
+        "once"
     )
 
 
@@ -101,7 +103,7 @@ filter_: Operator = Operator(
 filter_backward: Operator = Operator(
     "permutohedral_filter_backward",
     "Tensor grad, Tensor values, Tensor features",
-    Wanted,
+    BackwardArgs,
     returns="(Tensor, Tensor)",
     kernel=_gradients,
     fake=_gradients_fake,

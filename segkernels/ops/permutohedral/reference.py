@@ -1,8 +1,8 @@
-"""The permutohedral lattice in plain torch: the oracle of the tests, and the formulas to read.
+"""The permutohedral lattice in plain torch, as the reference for tests.
 
-Adams, Baek, Davis: Fast High-Dimensional Filtering Using the Permutohedral Lattice, 2010; rounding
-and ties as in Kraehenbuehl and Koltun's code. Differentiable by autograd with respect to values and
-features, the simplex of each point held fixed.
+Adams, Baek, Davis: Fast High-Dimensional Filtering Using the Permutohedral Lattice, 2010. Rounding
+and ties follow Kraehenbuehl and Koltun's code. Differentiable by autograd with respect to values
+and features, with the simplex of each point held fixed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EPSILON = 1e-20
 
 
 def elevate(features: torch.Tensor) -> torch.Tensor:
-    """Features (N, d) onto the plane of sum 0 in d + 1 dimensions, scaled for the blur."""
+    """Map features (N, d) onto the plane of sum 0 in d + 1 dimensions, scaled for the blur."""
     d = features.shape[1]
     scale = [math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]
     c = features * features.new_tensor(scale)
@@ -28,24 +28,25 @@ def elevate(features: torch.Tensor) -> torch.Tensor:
 
 
 def simplex(elevated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest remainder-0 vertex and the ranks of the coordinates, both (N, d + 1) int64."""
+    """Return the nearest remainder-0 vertex and the coordinates' ranks, both (N, d + 1) int64."""
     n = elevated.shape[1]
     rounded = torch.round(elevated * elevated.new_tensor(1 / n))
-    rest = elevated - rounded * n
-    # rank_j counts the coordinates further out; of two that are equal the later counts as nearer.
-    further = rest.unsqueeze(1) > rest.unsqueeze(2)
-    equal = rest.unsqueeze(1) == rest.unsqueeze(2)
-    earlier = torch.ones(n, n, dtype=torch.bool, device=rest.device).tril(-1)
-    rank = (further | (equal & earlier)).sum(dim=2) + rounded.sum(dim=1, keepdim=True).long()
+    offset = elevated - rounded * n
+    # rank_j counts the coordinates with a larger offset; of two equal offsets the later coordinate
+    # has the higher rank.
+    larger = offset.unsqueeze(1) > offset.unsqueeze(2)
+    equal = offset.unsqueeze(1) == offset.unsqueeze(2)
+    earlier = torch.ones(n, n, dtype=torch.bool, device=offset.device).tril(-1)
+    rank = (larger | (equal & earlier)).sum(dim=2) + rounded.sum(dim=1, keepdim=True).long()
     turn = n * ((rank < 0).long() - (rank >= n).long())
     return rounded.long() * n + turn, rank + turn
 
 
 def barycentric(elevated: torch.Tensor, rem: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-    """Weights of the simplex's vertices: (N, d + 1)."""
+    """Barycentric weights of the simplex's vertices: (N, d + 1)."""
     n = elevated.shape[1]
-    rest = (elevated - rem.to(elevated)) * elevated.new_tensor(1 / n)
-    by_rank = torch.zeros_like(rest).scatter(1, rank, rest)
+    offset = (elevated - rem.to(elevated)) * elevated.new_tensor(1 / n)
+    by_rank = torch.zeros_like(offset).scatter(1, rank, offset)
     descending = by_rank.flip(1)
     first = descending[:, :1] + (1 - descending[:, -1:])
     return torch.cat([first, descending[:, 1:] - descending[:, :-1]], dim=1)
@@ -57,9 +58,9 @@ class ReferenceLattice:
     Attributes:
         vertices: (M, d + 1) int64, the coordinates of the occupied vertices.
         entries: (N, d + 1) int64, the vertices of each point's simplex.
-        weights: (N, d + 1), its barycentric weights; differentiable with respect to the features.
-        neighbours: (d + 1, 2, M) int64, the vertices one step along each axis, M where there is
-            none.
+        weights: (N, d + 1), the barycentric weights; differentiable with respect to the features.
+        neighbours: (d + 1, 2, M) int64, the vertices one step along each axis in both directions;
+            M where there is no vertex.
     """
 
     def __init__(self, features: torch.Tensor) -> None:
@@ -73,10 +74,13 @@ class ReferenceLattice:
         self.vertices, inverse = torch.unique(keys.reshape(-1, n), dim=0, return_inverse=True)
         self.entries = inverse.view(-1, n)
         self.neighbours = torch.stack(
-            [torch.stack([self._find(axis, 1), self._find(axis, -1)]) for axis in range(n)]
+            [
+                torch.stack([self._neighbour(axis, 1), self._neighbour(axis, -1)])
+                for axis in range(n)
+            ]
         )
 
-    def _find(self, axis: int, sign: int) -> torch.Tensor:
+    def _neighbour(self, axis: int, sign: int) -> torch.Tensor:
         m, n = self.vertices.shape
         step = torch.full((n,), sign, dtype=torch.int64, device=self.vertices.device)
         step[axis] = -sign * (n - 1)
@@ -87,13 +91,13 @@ class ReferenceLattice:
         return vertex_of[ids[m:]]
 
     def apply(self, values: torch.Tensor, transpose: bool = False) -> torch.Tensor:
-        """K values, or its transpose, without normalisation: (N, C) -> (N, C)."""
+        """Multiply values by K, or by its transpose, without normalisation: (N, C) -> (N, C)."""
         m, n = self.vertices.shape
         spread = (self.weights.unsqueeze(2) * values.unsqueeze(1)).reshape(-1, values.shape[1])
         rows = values.new_zeros(m, values.shape[1]).index_add(0, self.entries.reshape(-1), spread)
-        nothing = values.new_zeros(1, values.shape[1])
+        zero = values.new_zeros(1, values.shape[1])
         for axis in reversed(range(n)) if transpose else range(n):
-            padded = torch.cat([rows, nothing])
+            padded = torch.cat([rows, zero])
             up, down = self.neighbours[axis]
             rows = rows + 0.5 * (padded[up] + padded[down])
         alpha = 1 / (1 + 2 ** (1 - n))
@@ -102,14 +106,14 @@ class ReferenceLattice:
     def filter(
         self, values: torch.Tensor, normalization: str = "after", transpose: bool = False
     ) -> torch.Tensor:
-        """As `segkernels.PermutohedralLattice.filter`, (N, C) -> (N, C)."""
+        """Same as `segkernels.PermutohedralLattice.filter`, for (N, C) values."""
         before, after = self.scales(normalization)
         if transpose:
             before, after = after, before
         return after * self.apply(before * values, transpose)
 
     def scales(self, normalization: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """The diagonals before and after K, each (N, 1)."""
+        """Return the diagonals that multiply K from the right and from the left, each (N, 1)."""
         ones = torch.ones_like(self.weights[:, :1])
         if normalization == "none":
             return ones, ones
@@ -125,7 +129,7 @@ def permutohedral_filter(
     normalization: str = "after",
     transpose: bool = False,
 ) -> torch.Tensor:
-    """As `segkernels.permutohedral_filter`, for (N, C) values or (B, C, *spatial) ones."""
+    """Same as `segkernels.permutohedral_filter`."""
     if values.dim() == 2:
         return ReferenceLattice(features).filter(values, normalization, transpose)
     flat = zip(values.flatten(2), features.flatten(2), strict=True)
