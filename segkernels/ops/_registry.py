@@ -9,8 +9,10 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 
+from segkernels.ops import _dtypes
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Op:
     """The registry entry of an operator, made by its package segkernels/ops/<name>/__init__.py.
 
@@ -32,9 +34,9 @@ class Op:
     name: str
     functions: tuple[str, ...]
     backends: tuple[tuple[str, str], ...]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...] = _dtypes.names()
     layouts: tuple[str, ...]
-    deterministic: bool
+    deterministic: bool = True
     differentiable: tuple[str, ...] = ()
     library_ops: tuple[str, ...] = ()
     note: str = ""

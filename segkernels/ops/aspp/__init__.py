@@ -17,9 +17,7 @@ _registry.register(
         name="aspp",
         functions=("aspp", "ASPP"),
         backends=(("cpu", "torch"), ("cuda", "torch, c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
-        deterministic=True,
         differentiable=("input", "weights", "scale", "shift", "pooled"),
         library_ops=("segkernels::aspp",),
         note="differentiable any number of times; on CUDA the dilated branches of form v3 are one "

@@ -18,9 +18,7 @@ _registry.register(
         name="dilated_conv2d",
         functions=("dilated_conv2d",),
         backends=(("cpu", "torch"), ("cuda", "torch, c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
-        deterministic=True,
         differentiable=("input", "weight", "bias", "scale", "shift", "residual"),
         library_ops=("segkernels::dilated_conv2d", "segkernels::dilated_conv2d_backward"),
         note="differentiable any number of times; on CUDA cuDNN, which is deterministic in torch's "

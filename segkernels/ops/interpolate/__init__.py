@@ -18,9 +18,7 @@ _registry.register(
         name="interpolate",
         functions=("interpolate",),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
-        deterministic=True,
         differentiable=("input",),
         library_ops=("segkernels::interpolate",),
         note="twice differentiable; antialias=True, 3-D and 5-D inputs, integer dtypes and the "

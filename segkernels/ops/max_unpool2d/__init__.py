@@ -19,9 +19,7 @@ _registry.register(
         name="max_unpool2d",
         functions=("max_unpool2d",),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
-        deterministic=True,
         differentiable=("input",),
         library_ops=("segkernels::max_unpool2d", "segkernels::max_unpool2d_backward"),
         note="twice differentiable, by torch's scatter_add with int64 indices; integer dtypes are "

@@ -28,9 +28,7 @@ register(
         name="permutohedral",
         functions=("PermutohedralLattice", "permutohedral_filter"),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last", "strided"),
-        deterministic=True,
         differentiable=("values", "features"),
         library_ops=(
             "segkernels::permutohedral_filter",

@@ -18,9 +18,7 @@ _registry.register(
         name="unpool2d",
         functions=("unpool_nearest", "unpool_bed_of_nails"),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last"),
-        deterministic=True,
         differentiable=("input",),
         library_ops=(
             "segkernels::unpool_nearest",

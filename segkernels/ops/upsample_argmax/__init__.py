@@ -16,9 +16,7 @@ _registry.register(
         name="upsample_argmax",
         functions=("upsample_argmax",),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last", "strided"),
-        deterministic=True,
         library_ops=("segkernels::upsample_argmax",),
         note="half precision is compared in float32",
     )

@@ -15,9 +15,7 @@ _registry.register(
         name="upsample_cross_entropy",
         functions=("upsample_cross_entropy", "upsample_binary_cross_entropy"),
         backends=(("cpu", "c++ simd"), ("cuda", "c++")),
-        dtypes=_dtypes.names(),
         layouts=("contiguous", "channels_last", "strided"),
-        deterministic=True,
         differentiable=("logits",),
         library_ops=(
             "segkernels::upsample_cross_entropy",
