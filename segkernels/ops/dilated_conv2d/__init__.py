@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels.ops import _arguments, _dtypes, _operator, _registry
+from segkernels.ops import _arguments, _operator, _registry
 from segkernels.ops._arguments import Int2
 from segkernels.ops.dilated_conv2d import backends, operator, torch_path
 from segkernels.ops.dilated_conv2d.call import Call, Convolution

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from segkernels import _native
-from segkernels.ops import _arguments, _dtypes
+from segkernels.ops import _arguments
 from segkernels.ops._operator import match_dtype_and_layout, needs_dispatcher
 from segkernels.ops._registry import Op, register
 from segkernels.ops.gaussian_filter import operator

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from segkernels.ops import _arguments, _dtypes, _operator, _registry
+from segkernels.ops import _arguments, _operator, _registry
 from segkernels.ops.interpolate import _resampling, operator
 from segkernels.ops.interpolate._resampling import Resampling
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels.ops import _arguments, _dtypes
+from segkernels.ops import _arguments
 from segkernels.ops._operator import (
     check_not_traced,
     match_dtype_and_layout,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels.ops import _arguments, _dtypes, _operator, _registry, _windows
+from segkernels.ops import _arguments, _operator, _registry, _windows
 from segkernels.ops._arguments import Int2
 from segkernels.ops._windows import Windows
 from segkernels.ops.unpool2d import operator
