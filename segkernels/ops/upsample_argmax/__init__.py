@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels.ops import _dtypes, _registry
+from segkernels.ops import _registry
 from segkernels.ops.interpolate import _logits
 from segkernels.ops.upsample_argmax import operator
 from segkernels.ops.upsample_argmax.native import LABELS, Argmax
