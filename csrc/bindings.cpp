@@ -19,10 +19,10 @@
 #include "dilated_conv2d/weight_gradient.h"
 #include "gaussian_filter/gaussian_filter.h"
 #include "interpolate/interpolate.h"
-#include "max_pool2d/max_pool2d.h"
-#include "max_unpool2d/max_unpool2d.h"
 #include "permutohedral/permutohedral.h"
-#include "unpool2d/unpool2d.h"
+#include "pooling/max_pool2d.h"
+#include "pooling/max_unpool2d.h"
+#include "pooling/unpool2d.h"
 #include "upsample_argmax/upsample_argmax.h"
 #include "upsample_cross_entropy/upsample_cross_entropy.h"
 

@@ -8,10 +8,10 @@
 // weights.
 #pragma once
 
-#include "common/hopper_layout.h"
 #include "common/scalar.h"
 #include "common/where.h"
 #include "dilated_conv2d/schedule.h"
+#include "hopper/layout.h"
 
 namespace segkernels::dilated {
 

@@ -6,8 +6,8 @@
 // a cluster of two both blocks run the same loop on tiles of their own; each loads half of the
 // weights for both, so a stage is empty when the consumers of both blocks say so.
 #include "common/cuda_check.h"
-#include "common/tensor_map.h"
-#include "dilated_conv2d/ring.h"
+#include "hopper/pipeline.h"
+#include "hopper/tensor_map.h"
 
 namespace segkernels::dilated {
 namespace {

@@ -3,9 +3,9 @@
 // of the gradient and of the input, two warpgroups multiply 64 output channels each. The operands'
 // rows are pixels, along which the sum runs: wgmma reads both across (MN-major).
 #include "common/cuda_check.h"
-#include "common/tensor_map.h"
-#include "dilated_conv2d/ring.h"
 #include "dilated_conv2d/weight_gradient.h"
+#include "hopper/pipeline.h"
+#include "hopper/tensor_map.h"
 
 namespace segkernels::dilated {
 namespace {

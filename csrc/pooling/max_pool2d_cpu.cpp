@@ -1,5 +1,5 @@
 // max_pool2d on the CPU: the loops of max_pool2d.simd.cpp for this machine's instruction set.
-#include "max_pool2d/max_pool2d.h"
+#include "pooling/max_pool2d.h"
 
 #include "common/simd.h"
 

@@ -1,8 +1,8 @@
 // unpool_nearest and unpool_bed_of_nails on the CPU, compiled once per instruction set (SK_ISA).
 #include <string.h>
 
-#include "unpool2d/unpool2d.h"
-#include "window/rows.h"
+#include "pooling/rows.h"
+#include "pooling/unpool2d.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

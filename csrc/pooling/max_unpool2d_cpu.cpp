@@ -1,5 +1,5 @@
 // max_unpool2d on the CPU: the loops of max_unpool2d.simd.cpp for this machine's instruction set.
-#include "max_unpool2d/max_unpool2d.h"
+#include "pooling/max_unpool2d.h"
 
 #include "common/simd.h"
 

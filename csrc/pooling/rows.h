@@ -8,9 +8,9 @@
 #include <type_traits>
 
 #include "common/lanes.h"
-#include "window/moves.h"
-#include "window/runs.h"
-#include "window/scatter.h"
+#include "pooling/moves.h"
+#include "pooling/runs.h"
+#include "pooling/scatter.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "common/hopper_layout.h"
 #include "common/scalar.h"
+#include "hopper/layout.h"
 
 namespace segkernels::hopper {
 inline namespace cuda {

@@ -3,8 +3,8 @@
 // arrived, "empty" the consumers that are through.
 #pragma once
 
-#include "common/hopper.h"
 #include "dilated_conv2d/dilated_conv2d.h"
+#include "hopper/ptx.h"
 
 namespace segkernels::dilated {
 inline namespace cuda {

@@ -10,8 +10,8 @@
 
 #include "common/parallel_for.h"
 #include "common/scalar.h"
-#include "window/geometry.h"
-#include "window/moves.h"
+#include "pooling/geometry.h"
+#include "pooling/moves.h"
 
 namespace segkernels::pooling {
 

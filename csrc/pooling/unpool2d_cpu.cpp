@@ -1,6 +1,6 @@
 // unpool_nearest and unpool_bed_of_nails on the CPU: the loops of unpool2d.simd.cpp for this
 // machine's instruction set.
-#include "unpool2d/unpool2d.h"
+#include "pooling/unpool2d.h"
 
 #include "common/simd.h"
 

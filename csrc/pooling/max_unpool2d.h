@@ -7,7 +7,7 @@
 // Backward: every source reads the gradient where it pointed.
 #pragma once
 
-#include "window/moves.h"
+#include "pooling/moves.h"
 
 namespace segkernels::pooling {
 

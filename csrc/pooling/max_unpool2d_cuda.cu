@@ -1,5 +1,5 @@
 // max_unpool2d on CUDA: the functors of max_unpool2d.h, launched.
-#include "max_unpool2d/max_unpool2d.h"
+#include "pooling/max_unpool2d.h"
 
 namespace segkernels::pooling {
 namespace {

@@ -1,7 +1,7 @@
 // max_pool2d on the CPU, compiled once per instruction set (SK_ISA). The windows of a line, or the
 // channels of one of channels_last, are lanes that meet their cells in order. Parallel over lines.
-#include "max_pool2d/max_pool2d.h"
-#include "window/rows.h"
+#include "pooling/max_pool2d.h"
+#include "pooling/rows.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

@@ -1,5 +1,5 @@
 // max_pool2d on CUDA: the functors of max_pool2d.h, launched.
-#include "max_pool2d/max_pool2d.h"
+#include "pooling/max_pool2d.h"
 
 namespace segkernels::pooling {
 namespace {

@@ -14,7 +14,7 @@
 #include "common/parallel_for.h"
 #include "common/scalar.h"
 #include "common/status.h"
-#include "window/geometry.h"
+#include "pooling/geometry.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "common/lanes.h"
-#include "window/moves.h"
-#include "window/runs.h"
+#include "pooling/moves.h"
+#include "pooling/runs.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

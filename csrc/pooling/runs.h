@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "common/lanes.h"
-#include "window/moves.h"
+#include "pooling/moves.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

@@ -1,5 +1,5 @@
 // unpool_nearest and unpool_bed_of_nails on CUDA: the functors of unpool2d.h, launched.
-#include "unpool2d/unpool2d.h"
+#include "pooling/unpool2d.h"
 
 namespace segkernels::pooling {
 namespace {

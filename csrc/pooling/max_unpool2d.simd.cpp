@@ -1,6 +1,6 @@
-// max_unpool2d on the CPU, compiled once per instruction set (SK_ISA): the loops of window/rows.h.
-#include "max_unpool2d/max_unpool2d.h"
-#include "window/rows.h"
+// max_unpool2d on the CPU, compiled once per instruction set (SK_ISA): the loops of pooling/rows.h.
+#include "pooling/max_unpool2d.h"
+#include "pooling/rows.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {

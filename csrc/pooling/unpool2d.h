@@ -4,7 +4,7 @@
 // Backward of unpool_nearest: the sum of a block in row order; parallel over blocks.
 #pragma once
 
-#include "window/moves.h"
+#include "pooling/moves.h"
 
 namespace segkernels::pooling {
 
