@@ -9,6 +9,8 @@
 
 #if defined(__CUDACC__)
 #include "common/cuda_check.h"
+#elif defined(_OPENMP)
+#include <omp.h>
 #endif
 
 namespace segkernels {
@@ -78,6 +80,16 @@ void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int 
 
 #else
 
+SK_HD int cpu_threads(const Where& where) { return where.threads > 1 ? where.threads : 1; }
+
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 template <class F>
 void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
   // One thread takes a plain loop: in a forked child the OpenMP runtime must not be touched.
@@ -98,6 +110,14 @@ void parallel_tiles(const Where& where, int64_t n, const F& f) {
   }
 #pragma omp parallel for schedule(dynamic) num_threads(where.threads)
   for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// f(thread, begin, end) for equal chunks of [0, n).
+template <class F>
+void parallel_chunks(const Where& where, int64_t n, const F& f) {
+  const int64_t chunks = where.threads < n ? cpu_threads(where) : n;
+  const auto chunk = [&](int64_t i) { f(i, n * i / chunks, n * (i + 1) / chunks); };
+  parallel_for(where, chunks, chunk, "parallel_chunks");
 }
 
 template <int N, class F>

@@ -6,7 +6,7 @@ namespace segkernels {
 struct Where {
   int device;    // -1: CPU
   void* stream;  // cudaStream_t
-  int threads;   // CPU threads
+  int threads;   // of the CPU
 };
 
 }  // namespace segkernels

@@ -4,6 +4,7 @@
 // vertices, not the many points.
 #pragma once
 
+#include "common/simd.h"
 #include "common/where.h"
 #include "permutohedral/permutohedral.h"
 
@@ -36,6 +37,10 @@ struct MeanField {
   void* scratch;  // CPU: [threads, 16, width]
   int32_t* status;
 };
+
+// Defined in mean_field.simd.cpp.
+template <Isa kIsa>
+void mean_field(const Where&, const MeanField&, bool is_double);
 
 void mean_field_cpu(const Where&, const MeanField&, bool is_double);
 void mean_field_cuda(const Where&, const MeanField&, bool is_double);

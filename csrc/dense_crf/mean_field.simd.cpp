@@ -9,22 +9,11 @@
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
+#include "permutohedral/dispatch.h"
 #include "permutohedral/splat_tile.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace segkernels {
 inline namespace SK_ISA {
-
-inline int current_thread() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // Points go through a step in batches, one stage of the arithmetic for all of them before the next:
 // a point alone would wait for its own long chain of sums, exponentials and a division.
@@ -90,7 +79,7 @@ class Step {
     }
     V local[NB > 0 ? NB * kBatch : 1];
     V* z =
-        NB > 0 ? local : static_cast<V*>(m_.scratch) + int64_t(current_thread()) * kBatch * blocks_;
+        NB > 0 ? local : static_cast<V*>(m_.scratch) + int64_t(thread_index()) * kBatch * blocks_;
     const int64_t end = (tile + 1) * points;
     for (int64_t p = tile * points; p < end; p += kBatch) {
       batch(p, int(end - p < kBatch ? end - p : kBatch), int32_t(tile), z);
@@ -231,13 +220,12 @@ void run_width(const Where& where, const MeanField& m) {
   }
 }
 
+}  // namespace SK_ISA
+
+template <Isa kIsa>
 void mean_field(const Where& where, const MeanField& m, bool is_double) {
-  if (is_double) {
-    run_width<double>(where, m);
-  } else {
-    run_width<float>(where, m);
-  }
+  with_scalar(is_double, [&](auto scalar) { run_width<decltype(scalar)>(where, m); });
 }
 
-}  // namespace SK_ISA
+template void mean_field<Isa::SK_ISA>(const Where&, const MeanField&, bool);
 }  // namespace segkernels

@@ -12,6 +12,7 @@
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
+#include "permutohedral/dispatch.h"
 #include "permutohedral/lanes.h"
 #include "permutohedral/splat.h"
 
@@ -447,11 +448,7 @@ void run_width(const Where& where, const MeanField& m) {
 
 void mean_field_cuda(const Where& where, const MeanField& m, bool is_double) {
   const DeviceGuard guard(where.device);
-  if (is_double) {
-    run_width<double>(where, m);
-  } else {
-    run_width<float>(where, m);
-  }
+  with_scalar(is_double, [&](auto scalar) { run_width<decltype(scalar)>(where, m); });
 }
 
 }  // namespace segkernels

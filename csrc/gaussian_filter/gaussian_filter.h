@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "common/simd.h"
 #include "common/where.h"
 
 namespace segkernels {
@@ -32,6 +33,10 @@ struct GaussianFilter {
   const void* b;
   void* out;
 };
+
+// Defined in gaussian_filter.simd.cpp.
+template <Isa kIsa>
+void gaussian_filter(const Where&, const GaussianFilter&, bool is_double);
 
 void gaussian_filter_cpu(const Where& where, const GaussianFilter& f, bool is_double);
 

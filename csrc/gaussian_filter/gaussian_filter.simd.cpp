@@ -159,6 +159,9 @@ struct FilterTile {
   }
 };
 
+}  // namespace SK_ISA
+
+template <Isa kIsa>
 void gaussian_filter(const Where& where, const GaussianFilter& f, bool is_double) {
   const int64_t items = f.batch * (f.queries.points / kGaussianTile);
   if (is_double) {
@@ -168,5 +171,5 @@ void gaussian_filter(const Where& where, const GaussianFilter& f, bool is_double
   }
 }
 
-}  // namespace SK_ISA
+template void gaussian_filter<Isa::SK_ISA>(const Where&, const GaussianFilter&, bool);
 }  // namespace segkernels

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "common/lanes.h"
-#include "interpolate/chunks.h"
+#include "common/parallel_for.h"
 #include "interpolate/rows.h"
 
 namespace segkernels {

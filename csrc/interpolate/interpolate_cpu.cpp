@@ -12,8 +12,6 @@ namespace {
 
 constexpr std::align_val_t kAlignment{64};  // the pieces of an Arena's
 
-int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
-
 struct Freed {
   void operator()(void* data) const { ::operator delete(data, kAlignment); }
 };
@@ -38,7 +36,7 @@ void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, c
     using T = decltype(scalar);
     using A = Acc<T>;
     ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, r.taps()};
-    const Memory memory = memory_of(plan, threads_of(where));
+    const Memory memory = memory_of(plan, cpu_threads(where));
     with_taps(r, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);
@@ -58,7 +56,7 @@ void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarTyp
     BackwardRows<A> plan{};
     plan.g = r.geometry<A>();
     plan.taps = r.taps();
-    const Memory memory = memory_of(plan, threads_of(where));
+    const Memory memory = memory_of(plan, cpu_threads(where));
     with_taps(r, [&](auto taps) {
       cpu::fill<taps.value>(plan.g.y, plan.y);
       cpu::fill<taps.value>(plan.g.x, plan.x);

@@ -3,7 +3,7 @@
 // Included by *.simd.cpp files only.
 #pragma once
 
-#include "interpolate/chunks.h"
+#include "common/parallel_for.h"
 #include "interpolate/pixels.h"
 #include "interpolate/tables.h"
 

@@ -7,38 +7,12 @@
 #include <stdexcept>
 
 #include "common/parallel_for.h"
-#include "common/simd.h"
 #include "permutohedral/dispatch.h"
 #include "permutohedral/permutohedral.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace segkernels {
 
-// rows.simd.cpp, once per instruction set.
-namespace isa_base {
-void fill_row_functions(PermutohedralApi&);
-}
-#if defined(SK_HAVE_X86_ISAS)
-namespace isa_avx2 {
-void fill_row_functions(PermutohedralApi&);
-}
-namespace isa_avx512 {
-void fill_row_functions(PermutohedralApi&);
-}
-#endif
-
 namespace {
-
-int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
 
 // The distinct keys of one tile, by first appearance, in a table small enough for the cache.
 template <int D>
@@ -233,19 +207,7 @@ PermutohedralApi make_api() {
   api.tiles = tiles;
   api.link = link;
   api.embed_grad = embed_grad;
-#if defined(SK_HAVE_X86_ISAS)
-  switch (best_isa()) {
-    case Isa::kAvx512:
-      isa_avx512::fill_row_functions(api);
-      return api;
-    case Isa::kAvx2:
-      isa_avx2::fill_row_functions(api);
-      return api;
-    case Isa::kBase:
-      break;
-  }
-#endif
-  isa_base::fill_row_functions(api);
+  with_best_isa([&](auto isa) { fill_row_functions<isa.value>(api); });
   return api;
 }
 

@@ -2,6 +2,7 @@
 // it is given.
 #pragma once
 
+#include "common/simd.h"
 #include "common/where.h"
 #include "permutohedral/build.h"
 #include "permutohedral/lattice.h"
@@ -45,6 +46,10 @@ struct PermutohedralApi {
   void (*invert_norm)(const Where&, int64_t positions, const void* norm, void* out, bool root,
                       bool is_double);
 };
+
+// Sets the functions that rows.simd.cpp defines.
+template <Isa kIsa>
+void fill_row_functions(PermutohedralApi&);
 
 const PermutohedralApi& permutohedral_cpu();
 const PermutohedralApi& permutohedral_cuda();

@@ -5,6 +5,7 @@
 
 #include "common/math.h"
 #include "common/parallel_for.h"
+#include "permutohedral/dispatch.h"
 #include "permutohedral/permutohedral.h"
 #include "permutohedral/splat_tile.h"
 
@@ -20,15 +21,6 @@ void with_vector(int width, const F& f) {
     f(Vec<T, 4>{});
   } else {
     f(T{});
-  }
-}
-
-template <class F>
-void with_type(bool is_double, const F& f) {
-  if (is_double) {
-    f(double{});
-  } else {
-    f(float{});
   }
 }
 
@@ -127,7 +119,7 @@ struct UnpackTile {
 
 void pack(const Where& where, const Grid& grid, const Strided& source, void* rows, int channels,
           int width, RowKind kind, int32_t* status, bool is_double) {
-  with_type(is_double, [&](auto scalar) {
+  with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     const PackTile<T> f{{grid, source, static_cast<T*>(rows), channels, width, kind, status}};
     parallel_tiles(where, tile_count(grid), f);
@@ -136,7 +128,7 @@ void pack(const Where& where, const Grid& grid, const Strided& source, void* row
 
 void unpack(const Where& where, const Grid& grid, const void* rows, const Strided& target,
             int channels, int width, bool is_double) {
-  with_type(is_double, [&](auto scalar) {
+  with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     const UnpackTile<T> f{{grid, static_cast<const T*>(rows), target, channels, width}};
     parallel_tiles(where, tile_count(grid), f);
@@ -161,7 +153,7 @@ void splat_rows(const Where& where, const Lattice& l, const FilterBuffers& b) {
 }
 
 void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is_double) {
-  with_type(is_double, [&](auto scalar) {
+  with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     with_vector<T>(b.width, [&](auto v) { splat_rows<T, decltype(v)>(where, l, b); });
   });
@@ -169,7 +161,7 @@ void splat(const Where& where, const Lattice& l, const FilterBuffers& b, bool is
 
 void slice(const Where& where, const Lattice& l, const void* vertices, const void* scale,
            double skipped, void* rows, int width, bool is_double) {
-  with_type(is_double, [&](auto scalar) {
+  with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     with_vector<T>(width, [&](auto v) {
       using V = decltype(v);
@@ -189,7 +181,7 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
 void weights_grad(const Where& where, const Lattice& l, const void* x, const void* g,
                   const void* vertices, const void* grad_vertices, void* grad_weights, int width,
                   bool is_double) {
-  with_type(is_double, [&](auto scalar) {
+  with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     const WeightsGrad<T> f{l,
                            static_cast<const T*>(x),
@@ -205,7 +197,7 @@ void weights_grad(const Where& where, const Lattice& l, const void* x, const voi
 
 void invert_norm(const Where& where, int64_t positions, const void* norm, void* out, bool root,
                  bool is_double) {
-  with_type(is_double, [&](auto scalar) {
+  with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     parallel_for(where, positions,
                  InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
@@ -213,6 +205,9 @@ void invert_norm(const Where& where, int64_t positions, const void* norm, void* 
   });
 }
 
+}  // namespace SK_ISA
+
+template <Isa kIsa>
 void fill_row_functions(PermutohedralApi& api) {
   api.pack = pack;
   api.unpack = unpack;
@@ -222,5 +217,5 @@ void fill_row_functions(PermutohedralApi& api) {
   api.invert_norm = invert_norm;
 }
 
-}  // namespace SK_ISA
+template void fill_row_functions<Isa::SK_ISA>(PermutohedralApi&);
 }  // namespace segkernels

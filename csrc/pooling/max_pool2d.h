@@ -10,6 +10,7 @@
 
 #include "common/parallel_for.h"
 #include "common/scalar.h"
+#include "common/simd.h"
 #include "pooling/geometry.h"
 #include "pooling/moves.h"
 
@@ -36,6 +37,10 @@ struct MaxPool2dApi {
   void (*forward)(const Where&, const Windows&, const PoolBuffers&);
   void (*backward)(const Where&, const Windows&, const PoolGradBuffers&);
 };
+
+// The loops of max_pool2d.simd.cpp.
+template <Isa kIsa>
+MaxPool2dApi max_pool2d_rows();
 
 MaxPool2dApi max_pool2d_cpu();
 MaxPool2dApi max_pool2d_cuda();

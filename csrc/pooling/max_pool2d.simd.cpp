@@ -367,7 +367,13 @@ void max_pool2d_backward(const Where& where, const Windows& w, const PoolGradBuf
   }
 }
 
-MaxPool2dApi max_pool2d_rows() { return {max_pool2d_forward, max_pool2d_backward}; }
-
 }  // namespace SK_NS
+
+template <Isa kIsa>
+MaxPool2dApi max_pool2d_rows() {
+  return {max_pool2d_forward, max_pool2d_backward};
+}
+
+template MaxPool2dApi max_pool2d_rows<Isa::SK_ISA>();
+
 }  // namespace segkernels::pooling

@@ -7,6 +7,7 @@
 // Backward: every source reads the gradient where it pointed.
 #pragma once
 
+#include "common/simd.h"
 #include "pooling/moves.h"
 
 namespace segkernels::pooling {
@@ -25,6 +26,10 @@ struct MaxUnpool2dApi {
   void (*forward)(const Where&, const Windows&, const UnpoolBuffers&);
   void (*backward)(const Where&, const Windows&, const UnpoolBuffers&);
 };
+
+// The loops of max_unpool2d.simd.cpp.
+template <Isa kIsa>
+MaxUnpool2dApi max_unpool2d_rows();
 
 MaxUnpool2dApi max_unpool2d_cpu();
 MaxUnpool2dApi max_unpool2d_cuda();

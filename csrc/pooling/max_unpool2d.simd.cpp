@@ -56,7 +56,13 @@ void max_unpool2d_backward(const Where& where, const Windows& w, const UnpoolBuf
   });
 }
 
-MaxUnpool2dApi max_unpool2d_rows() { return {max_unpool2d_forward, max_unpool2d_backward}; }
-
 }  // namespace SK_NS
+
+template <Isa kIsa>
+MaxUnpool2dApi max_unpool2d_rows() {
+  return {max_unpool2d_forward, max_unpool2d_backward};
+}
+
+template MaxUnpool2dApi max_unpool2d_rows<Isa::SK_ISA>();
+
 }  // namespace segkernels::pooling

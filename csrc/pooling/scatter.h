@@ -72,7 +72,7 @@ void scatter_sums(const Where& where, const Windows& w, const T* input, const P*
   const Runs runs(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
-  const int64_t threads = where.threads > 1 ? where.threads : 1;
+  const int64_t threads = cpu_threads(where);
   parallel_for(
       where, threads,
       [&](int64_t thread) {

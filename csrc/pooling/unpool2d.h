@@ -4,6 +4,7 @@
 // Backward of unpool_nearest: the sum of a block in row order; parallel over blocks.
 #pragma once
 
+#include "common/simd.h"
 #include "pooling/moves.h"
 
 namespace segkernels::pooling {
@@ -19,6 +20,10 @@ struct Unpool2dApi {
   void (*bed_of_nails)(const Where&, const Windows&, const Unpool2dBuffers&, int32_t cell);
   void (*nearest_backward)(const Where&, const Windows&, const Unpool2dBuffers&);
 };
+
+// The loops of unpool2d.simd.cpp.
+template <Isa kIsa>
+Unpool2dApi unpool2d_rows();
 
 Unpool2dApi unpool2d_cpu();
 Unpool2dApi unpool2d_cuda();

@@ -115,9 +115,13 @@ void unpool_nearest_backward(const Where& where, const Windows& w, const Unpool2
   });
 }
 
+}  // namespace SK_NS
+
+template <Isa kIsa>
 Unpool2dApi unpool2d_rows() {
   return {unpool_nearest, unpool_bed_of_nails, unpool_nearest_backward};
 }
 
-}  // namespace SK_NS
+template Unpool2dApi unpool2d_rows<Isa::SK_ISA>();
+
 }  // namespace segkernels::pooling

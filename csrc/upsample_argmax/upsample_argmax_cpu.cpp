@@ -16,15 +16,13 @@ LogitPlan<T> plan_of(const ArgmaxCall& call) {
           call.resampling.taps()};
 }
 
-int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
-
 }  // namespace
 
 int64_t upsample_argmax_workspace(const Where& where, const ArgmaxCall& call) {
   Arena arena(nullptr);
   with_scalar_type(call.type, [&](auto scalar) {
     auto plan = plan_of<decltype(scalar)>(call);
-    plan.take(arena, threads_of(where));
+    plan.take(arena, cpu_threads(where));
   });
   return arena.used();
 }
@@ -34,7 +32,7 @@ void upsample_argmax_cpu(const Where& where, const ArgmaxCall& call, void* works
     using T = decltype(scalar);
     auto plan = plan_of<T>(call);
     Arena arena(workspace);
-    plan.take(arena, threads_of(where));
+    plan.take(arena, cpu_threads(where));
     with_taps(call.resampling, [&](auto taps) {
       cpu::fill<taps.value>(plan.logits.y, plan.y);
       cpu::fill<taps.value>(plan.logits.x, plan.x);

@@ -5,8 +5,6 @@
 namespace segkernels {
 namespace {
 
-int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
-
 template <class T>
 LossPlan<T> plan_of(const LossCall& call) {
   LossPlan<T> plan{};
@@ -48,7 +46,7 @@ int64_t upsample_loss_workspace(const Where& where, const LossCall& call, bool b
   Arena arena(nullptr);
   with_scalar_type(call.type, [&](auto scalar) {
     auto plan = plan_of<decltype(scalar)>(call);
-    plan.take(arena, threads_of(where), backward);
+    plan.take(arena, cpu_threads(where), backward);
   });
   return arena.used();
 }
@@ -59,7 +57,7 @@ void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutpu
     using T = decltype(scalar);
     auto plan = plan_of<T>(call);
     Arena arena(workspace);
-    plan.take(arena, threads_of(where), false);
+    plan.take(arena, cpu_threads(where), false);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, false); });
     with_best_isa([&](auto isa) { LossRows<isa.value, T>::forward(where, call, to, plan); });
     double loss = 0, weight = 0;
@@ -77,7 +75,7 @@ void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const 
     using T = decltype(scalar);
     auto plan = plan_of<T>(call);
     Arena arena(workspace);
-    plan.take(arena, threads_of(where), true);
+    plan.take(arena, cpu_threads(where), true);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, true); });
     with_best_isa([&](auto isa) { LossRows<isa.value, T>::backward(where, call, g, plan); });
   });
