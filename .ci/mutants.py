@@ -55,7 +55,7 @@ SOURCES = {
 LEFT_OUT = re.compile(
     r"reference\.py|plan\.py|_summary\.py|dilated_conv2d/native\.py|_flops\.py"
     r"|csrc/bindings\.cpp|cuda|hopper|schedule|weight_gradient\.h|dilated_conv2d\.h"
-    r"|atomics\.h|simd\.h|global_build\.h|splat_tile\.h|/unpool2d\.h"
+    r"|atomics\.h|simd\.h|splat_cpu\.h|/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
 )
 
@@ -152,11 +152,11 @@ TESTS = [
 NO_CODE = "does not compile"
 CUDA_ONLY = "only the CUDA build runs it"
 REJECTED = {
-    ("permutohedral/rows.simd.cpp", "buffer[i] = x[i <= n"): "that lane is not stored",
+    ("permutohedral/filter.simd.cpp", "buffer[i] = x[i <= n"): "that lane is not stored",
     ("interpolate/kernels.h", ": out_row;"): "that lane is not stored",
     ("interpolate/launch.h", "if (n < 0) return;"): "a loop of no steps",
     ("interpolate/kernels.h", "base = i <= last"): "a sum of none either way",
-    ("pooling/runs.h", "w_.pooled[1] < kMost"): "chooses between two right ways",
+    ("pooling/code_places.h", "w_.pooled[1] < kMost"): "chooses between two right ways",
     ("max_unpool2d.h", "> INT32_MAX"): "needs 2^31 elements: tests marked huge",
     ("dense_crf/native.py", "_BATCH * width * 2"): "more scratch than is used",
     ("dilated_conv2d/torch_path.py", "!= torch.float32"): CUDA_ONLY,
@@ -166,8 +166,8 @@ REJECTED = {
     ("permutohedral/native.py", "min(lattice.entries, lattice.grid.tiles)"): CUDA_ONLY,
     ("upsample_cross_entropy/native.py", "dtype=torch.int8, device"): "bytes, signed or not",
     ("interpolate/_resampling.py", "out_size[1] + out_size[1]"): "chooses between two right ways",
-    ("pooling/scatter.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
-    ("pooling/scatter.h", "values = i * sources;"): NO_CODE,
+    ("pooling/scatter_cpu.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
+    ("pooling/scatter_cpu.h", "values = i * sources;"): NO_CODE,
     ("upsample_cross_entropy/__init__.py", "inputs = r.in_size[0]"): CUDA_ONLY,
     ("permutohedral/native.py", "// 2 > width:"): "how points are cut into tiles",
     ("permutohedral/native.py", "width = spatial[-2]"): "how points are cut into tiles",

@@ -367,12 +367,14 @@ void interpolate(const WhereTuple& args, const Resampling& r, int type, Address 
                  bool backward) {
   const Where where = where_of(args);
   if (where.device < 0) {
-    const auto run = backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
-    return run(where, r, ScalarType(type), from, to);
+    const auto function =
+        backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
+    return function(where, r, ScalarType(type), from, to);
   }
 #if defined(SK_WITH_CUDA)
-  const auto run = backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
-  run(where, r, ScalarType(type), from, to);
+  const auto function =
+      backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
+  function(where, r, ScalarType(type), from, to);
 #else
   without_cuda();
 #endif
@@ -516,10 +518,11 @@ pooling::Unpool2dApi unpool2d(const WhereTuple& w) {
 }
 
 // Rows, columns.
-using Pair = std::array<int32_t, 2>;
+using HeightWidth = std::array<int32_t, 2>;
 
-pooling::Windows make_windows(int64_t planes, int64_t channels, Pair full, Pair pooled, Pair kernel,
-                              Pair stride, Pair padding, Pair dilation) {
+pooling::Windows make_windows(int64_t planes, int64_t channels, HeightWidth full,
+                              HeightWidth pooled, HeightWidth kernel, HeightWidth stride,
+                              HeightWidth padding, HeightWidth dilation) {
   return {planes,
           channels,
           {full[0], full[1]},
@@ -698,7 +701,7 @@ void dilated_conv2d([[maybe_unused]] const WhereTuple& w, const py::dict& argume
   c.scale = a.address("scale");
   c.shift = a.address("shift");
   c.relu = a.number("relu") != 0;
-  c.pairs = a.number("pairs") != 0;
+  c.aligned = a.number("pairs") != 0;
   a.schedule(c);
   a.sizes("boxes", c.boxes);
   c.cluster = int32_t(a.number("cluster"));

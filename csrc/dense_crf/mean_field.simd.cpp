@@ -10,7 +10,7 @@
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
 #include "permutohedral/dispatch.h"
-#include "permutohedral/splat_tile.h"
+#include "permutohedral/splat_cpu.h"
 
 namespace segkernels {
 inline namespace SK_ISA {
@@ -191,7 +191,7 @@ void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& te
 }
 
 template <class T, class V, int NB>
-void run(const Where& where, const MeanField& m) {
+void iterate(const Where& where, const MeanField& m) {
   const int32_t tiles = tile_count(m.grid);
   for (int i = 0; i <= m.iterations; ++i) {
     parallel_tiles(where, tiles, Step<T, V, NB>(m, i == 0, i == m.iterations));
@@ -201,22 +201,22 @@ void run(const Where& where, const MeanField& m) {
 }
 
 template <class T>
-void run_width(const Where& where, const MeanField& m) {
+void iterate_width(const Where& where, const MeanField& m) {
   switch (m.width) {
     case 1:
-      return run<T, T, 1>(where, m);
+      return iterate<T, T, 1>(where, m);
     case 4:
-      return run<T, Vec<T, 4>, 1>(where, m);
+      return iterate<T, Vec<T, 4>, 1>(where, m);
     case 8:
-      return run<T, Vec<T, 8>, 1>(where, m);
+      return iterate<T, Vec<T, 8>, 1>(where, m);
     case 16:
-      return run<T, Vec<T, 8>, 2>(where, m);
+      return iterate<T, Vec<T, 8>, 2>(where, m);
     case 24:
-      return run<T, Vec<T, 8>, 3>(where, m);
+      return iterate<T, Vec<T, 8>, 3>(where, m);
     case 32:
-      return run<T, Vec<T, 8>, 4>(where, m);
+      return iterate<T, Vec<T, 8>, 4>(where, m);
     default:
-      return run<T, Vec<T, 8>, 0>(where, m);
+      return iterate<T, Vec<T, 8>, 0>(where, m);
   }
 }
 
@@ -224,7 +224,7 @@ void run_width(const Where& where, const MeanField& m) {
 
 template <Isa kIsa>
 void mean_field(const Where& where, const MeanField& m, bool is_double) {
-  with_scalar(is_double, [&](auto scalar) { run_width<decltype(scalar)>(where, m); });
+  with_scalar(is_double, [&](auto scalar) { iterate_width<decltype(scalar)>(where, m); });
 }
 
 template void mean_field<Isa::SK_ISA>(const Where&, const MeanField&, bool);

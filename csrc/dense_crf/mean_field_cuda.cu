@@ -13,8 +13,8 @@
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
 #include "permutohedral/dispatch.h"
-#include "permutohedral/lanes.h"
-#include "permutohedral/splat.h"
+#include "permutohedral/row_threads.h"
+#include "permutohedral/splat_cuda.h"
 
 namespace segkernels {
 namespace {
@@ -261,11 +261,12 @@ __device__ void merge_rows(const MeanFieldTerm& term, int blocks, int lanes, int
   }
 }
 
-constexpr int kTogether = 512;  // threads of a block, of which two fit a multiprocessor
+constexpr int kCooperativeThreads = 512;  // threads of a block, of which two fit a multiprocessor
 
 // All terms' pairs into vertices, along every axis, times the compatibility.
 template <class T, class V>
-__global__ void __launch_bounds__(kTogether, 2) merge_and_blur_kernel(MeanField m, int lanes) {
+__global__ void __launch_bounds__(kCooperativeThreads, 2)
+    merge_and_blur_kernel(MeanField m, int lanes) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -326,7 +327,7 @@ void launch_update(const Where& where, const MeanField& m, bool first, bool last
 template <class T, class V>
 void update(const Where& where, const MeanField& m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
     constexpr int G = decltype(lanes)::value;
     // Rows that are too long for the registers stay in memory.
     constexpr int B = G == 32 ? 0 : decltype(vectors)::value;
@@ -336,7 +337,7 @@ void update(const Where& where, const MeanField& m, bool first, bool last) {
 
 // A term's pairs merged and blurred, with its compatibility applied, in term.vertices.
 template <class T, class V>
-void from_pairs(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
+void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const Lattice& l = term.lattice;
   V* vertices = static_cast<V*>(term.vertices);
@@ -356,35 +357,35 @@ void from_pairs(const Where& where, const MeanField& m, const MeanFieldTerm& ter
 
 // Blocks of merge_and_blur_kernel that are on the device at once; 0 where it cannot be launched.
 template <class T, class V>
-int blocks_together(int device) {
+int cooperative_blocks(int device) {
   int can = 0, processors = 0, each = 0;
   check_cuda(cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device), "device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   if (can == 0) return 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, merge_and_blur_kernel<T, V>,
-                                                           kTogether, 0),
+                                                           kCooperativeThreads, 0),
              "device");
   return processors * each;
 }
 
 template <class T, class V>
-void merge_and_blur_together(const Where& where, MeanField& m, int grid) {
+void merge_and_blur_cooperative(const Where& where, MeanField& m, int grid) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   int lanes = lanes_for(blocks);
   int64_t items = 0;
   for (int k = 0; k < m.term_count; ++k) items += m.terms[k].lattice.vertex_bound * blocks;
-  const int64_t most = (items + kTogether - 1) / kTogether;
+  const int64_t most = (items + kCooperativeThreads - 1) / kCooperativeThreads;
   if (most < grid) grid = most > 0 ? int(most) : 1;
   void* arguments[] = {&m, &lanes};
   check_cuda(cudaLaunchCooperativeKernel(merge_and_blur_kernel<T, V>, dim3(unsigned(grid)),
-                                         dim3(kTogether), arguments, 0, stream_of(where)),
+                                         dim3(kCooperativeThreads), arguments, 0, stream_of(where)),
              "dense_crf merge and blur");
 }
 
 template <class T, class V>
 void update_and_splat(const Where& where, const MeanField& m, bool first) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
     constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
     if constexpr (G * B * int(sizeof(V)) * kThreads <= kSharedBytes) {
       update_and_splat_kernel<T, V, G, B>
@@ -397,7 +398,7 @@ void update_and_splat(const Where& where, const MeanField& m, bool first) {
 
 // Two kernels an iteration.
 template <class T, class V>
-void run_together(const Where& where, MeanField m, int grid) {
+void iterate_fused(const Where& where, MeanField m, int grid) {
   for (int k = 0; k < m.term_count; ++k) {
     MeanFieldTerm& term = m.terms[k];
     const Lattice& l = term.lattice;
@@ -413,18 +414,18 @@ void run_together(const Where& where, MeanField m, int grid) {
   for (int i = 0; i < m.iterations; ++i) {
     update_and_splat<T, V>(where, m, i == 0);
     if (grid > 0) {
-      merge_and_blur_together<T, V>(where, m, grid);
+      merge_and_blur_cooperative<T, V>(where, m, grid);
     } else {
-      for (int k = 0; k < m.term_count; ++k) from_pairs<T, V>(where, m, m.terms[k]);
+      for (int k = 0; k < m.term_count; ++k) finish_term<T, V>(where, m, m.terms[k]);
     }
   }
   update<T, V>(where, m, false, true);
 }
 
 template <class T, class V>
-void run(const Where& where, const MeanField& m) {
+void iterate(const Where& where, const MeanField& m) {
   if (m.iterations > 0 && m.width * sizeof(T) * kThreads <= kSharedBytes) {
-    return run_together<T, V>(where, m, blocks_together<T, V>(where.device));
+    return iterate_fused<T, V>(where, m, cooperative_blocks<T, V>(where.device));
   }
   update<T, V>(where, m, true, m.iterations == 0);
   for (int i = 1; i <= m.iterations; ++i) {
@@ -432,23 +433,23 @@ void run(const Where& where, const MeanField& m) {
       const MeanFieldTerm& term = m.terms[k];
       splat_pairs(where, term.lattice, m.rows, term.scale_in, term.pairs, m.width,
                   sizeof(T) == sizeof(double));
-      from_pairs<T, V>(where, m, term);
+      finish_term<T, V>(where, m, term);
     }
     update<T, V>(where, m, false, i == m.iterations);
   }
 }
 
 template <class T>
-void run_width(const Where& where, const MeanField& m) {
-  if (m.width % 4 == 0) return run<T, Vec<T, 16 / sizeof(T)>>(where, m);
-  run<T, T>(where, m);
+void iterate_width(const Where& where, const MeanField& m) {
+  if (m.width % 4 == 0) return iterate<T, Vec<T, 16 / sizeof(T)>>(where, m);
+  iterate<T, T>(where, m);
 }
 
 }  // namespace
 
 void mean_field_cuda(const Where& where, const MeanField& m, bool is_double) {
   const DeviceGuard guard(where.device);
-  with_scalar(is_double, [&](auto scalar) { run_width<decltype(scalar)>(where, m); });
+  with_scalar(is_double, [&](auto scalar) { iterate_width<decltype(scalar)>(where, m); });
 }
 
 }  // namespace segkernels

@@ -15,7 +15,7 @@ namespace segkernels::dilated {
 namespace {
 
 // Pieces of a loop shorter than this cost more in their epilogue than they even out.
-constexpr int64_t kShortestPiece = 8;
+constexpr int64_t kShortestSegment = 8;
 // Without a cluster that shares weights a step takes longer: 1 to 6% with tiles of 256 channels.
 constexpr double kClusterGain = 1.03;
 // An estimate, not measured: writing and adding up a slot of the workspace takes as long as
@@ -29,8 +29,6 @@ struct Unit {
   Segment whole;
   int64_t steps;
 };
-
-int64_t count_of(int64_t size, int64_t part) { return ceil_div(size, part); }
 
 // The tap ranges of one axis, box by box.
 std::vector<TapRange> ranges(const Shape& s, const Branch& b, int axis, int extent) {
@@ -60,11 +58,11 @@ std::vector<Unit> make_units(const Shape& s, Schedule& out) {
     const std::vector<TapRange> down = ranges(s, b, 0, out.box[1]);
     const std::vector<TapRange> across = ranges(s, b, 1, out.box[2]);
     std::map<std::array<int, 4>, std::vector<int32_t>> classes;
-    for (int64_t place = 0; place < out.boxes[0] * rows * columns; ++place) {
-      const TapRange y = down[place / columns % rows], x = across[place % columns];
-      classes[{y.first, y.last, x.first, x.last}].push_back(int32_t(place));
+    for (int64_t tile_row = 0; tile_row < out.boxes[0] * rows * columns; ++tile_row) {
+      const TapRange y = down[tile_row / columns % rows], x = across[tile_row % columns];
+      classes[{y.first, y.last, x.first, x.last}].push_back(int32_t(tile_row));
     }
-    const int32_t tile_columns = int32_t(count_of(b.out_channels, out.tile_channels));
+    const int32_t tile_columns = int32_t(ceil_div(b.out_channels, out.tile_channels));
     for (const auto& [taps, places] : classes) {
       const int64_t across_taps = taps_in({taps[2], taps[3]});
       const int64_t steps = taps_in({taps[0], taps[1]}) * across_taps * s.channel_steps;
@@ -100,10 +98,10 @@ std::vector<Unit> make_units(const Shape& s, Schedule& out) {
 
 // The length of the next piece of a loop with `left` steps to go, in a gap; 0: the gap is too
 // small. No piece is shorter than kShortestPiece, unless the loop is.
-int64_t piece(int64_t left, int64_t gap) {
+int64_t segment_length(int64_t left, int64_t gap) {
   if (left <= gap) return left;
-  const int64_t length = std::min(gap, left - kShortestPiece);
-  return length < kShortestPiece ? 0 : length;
+  const int64_t length = std::min(gap, left - kShortestSegment);
+  return length < kShortestSegment ? 0 : length;
 }
 
 struct Assigned {
@@ -143,7 +141,7 @@ bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t li
     for (int64_t done = 0; done < unit->steps;) {
       int64_t length = 0;
       while (next < by_gap.size() &&
-             (length = piece(unit->steps - done, limit - load[by_gap[next]])) == 0) {
+             (length = segment_length(unit->steps - done, limit - load[by_gap[next]])) == 0) {
         ++next;
       }
       if (next == by_gap.size()) return false;
@@ -155,15 +153,15 @@ bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t li
       load[by_gap[next]] += length;
       done += length;
     }
-    const int32_t pieces = int32_t(out.slots - first_slot);
-    if (pieces == 1) {  // it fitted into one gap after all
+    const int32_t count = int32_t(out.slots - first_slot);
+    if (count == 1) {  // it fitted into one gap after all
       out.of_worker[by_gap[next]].back().slot = -1;
       out.slots = first_slot;
       continue;
     }
-    for (int rank = 0; rank < cluster && unit->whole.place[rank] >= 0; ++rank) {
-      out.fixups.push_back({unit->whole.place[rank], unit->whole.branch, unit->whole.column,
-                            int32_t(first_slot * cluster + rank), cluster, pieces});
+    for (int rank = 0; rank < cluster && unit->whole.tile_row[rank] >= 0; ++rank) {
+      out.fixups.push_back({unit->whole.tile_row[rank], unit->whole.branch, unit->whole.column,
+                            int32_t(first_slot * cluster + rank), cluster, count});
     }
   }
   out.max_load = *std::max_element(load.begin(), load.end());
@@ -190,7 +188,7 @@ void check(const Shape& s, int multiprocessors) {
 
 void check_tiles(const Shape& s, const Schedule& out) {
   double tiles = 0;
-  for (const Branch& b : s.branches) tiles += double(count_of(b.out_channels, out.tile_channels));
+  for (const Branch& b : s.branches) tiles += double(ceil_div(b.out_channels, out.tile_channels));
   for (const int64_t boxes : out.boxes) tiles *= double(boxes);
   if (tiles > kMostTiles) {
     throw std::invalid_argument("dilated_conv2d: more than 2^24 tiles; split the batch");
@@ -235,7 +233,7 @@ Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, in
                       std::array<int, 3> box) {
   Schedule out{};
   out.box = box;
-  out.boxes = {count_of(s.batch, box[0]), count_of(s.out[0], box[1]), count_of(s.out[1], box[2])};
+  out.boxes = {ceil_div(s.batch, box[0]), ceil_div(s.out[0], box[1]), ceil_div(s.out[1], box[2])};
   out.tile_channels = tile_channels;
   out.cluster = cluster;
   out.workers = std::max(1, multiprocessors / cluster);
@@ -264,8 +262,8 @@ std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& 
   const Branch& b = s.branches[0];
   const std::vector<TapRange> down = boxes_of_taps(s, 0, out.box[1]);
   const std::vector<TapRange> across = boxes_of_taps(s, 1, out.box[2]);
-  const int32_t rows = int32_t(count_of(b.out_channels, kTileRows));
-  const int32_t columns = int32_t(count_of(channels, out.tile_channels));
+  const int32_t rows = int32_t(ceil_div(b.out_channels, kTileRows));
+  const int32_t columns = int32_t(ceil_div(channels, out.tile_channels));
   for (int32_t tap = 0; tap < b.kernel[0] * b.kernel[1]; ++tap) {
     const TapRange y = down[tap / b.kernel[1]], x = across[tap % b.kernel[1]];
     const int64_t steps = taps_in(y) * taps_in(x) * out.boxes[0];
@@ -306,7 +304,7 @@ int choose_tile_channels(const Shape& shape) {
   for (const auto& [channels, factor] : kCosts) {
     double cost = 0;
     for (const Branch& b : shape.branches) {
-      cost += factor * double(count_of(b.out_channels, channels) * channels) * b.kernel[0] *
+      cost += factor * double(ceil_div(b.out_channels, channels) * channels) * b.kernel[0] *
               b.kernel[1];
     }
     if (cost < least) std::tie(best, least) = std::make_pair(channels, cost);
@@ -331,12 +329,12 @@ std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count, int
   using Ranked = std::pair<std::array<int64_t, 4>, std::array<int, 3>>;
   std::vector<Ranked> ranked;
   const auto rank = [&](int images, int rows, int columns) {
-    const int64_t layers = count_of(shape.batch, images);
+    const int64_t layers = ceil_div(shape.batch, images);
     int64_t steps = 0;
     for (size_t i = 0; i < taps.size(); ++i) {
       steps += layers * taps[i][0][rows] * taps[i][1][columns] * shape.branches[i].out_channels;
     }
-    const int64_t boxes = layers * count_of(shape.out[0], rows) * count_of(shape.out[1], columns);
+    const int64_t boxes = layers * ceil_div(shape.out[0], rows) * ceil_div(shape.out[1], columns);
     // Among equals the fewest boxes, then the longest runs of memory.
     ranked.push_back({{steps, boxes, -columns, -rows}, {images, rows, columns}});
   };
@@ -390,8 +388,8 @@ Schedule make_weight_schedule(const Shape& shape, int64_t channels, int multipro
   }
   Schedule out{};
   out.box = best_boxes(shape, 1, kStepPixels, kStepPixels)[0];
-  out.boxes = {count_of(shape.batch, out.box[0]), count_of(shape.out[0], out.box[1]),
-               count_of(shape.out[1], out.box[2])};
+  out.boxes = {ceil_div(shape.batch, out.box[0]), ceil_div(shape.out[0], out.box[1]),
+               ceil_div(shape.out[1], out.box[2])};
   out.tile_channels = channels <= 64 ? 64 : channels <= 128 ? 128 : 256;
   out.cluster = 1;
   out.workers = multiprocessors;

@@ -37,7 +37,7 @@ struct Shape {
 
 // Read by the kernel as it lies here: int32 words.
 struct Segment {
-  int32_t place[2];  // box of each multiprocessor of the cluster; -1: none
+  int32_t tile_row[2];  // box of each multiprocessor of the cluster; -1: none
   int32_t branch, column;
   int32_t begin, end;  // of the loop: tap of the rectangle * channel_steps + channel step
   int32_t slot;        // of the workspace; -1: the whole loop
@@ -46,7 +46,7 @@ struct Segment {
 
 // Workspace tiles first, first + stride, ... (count of them) add up to a tile; none: it is zero.
 struct Fixup {
-  int32_t place, branch, column;
+  int32_t tile_row, branch, column;
   int32_t first, stride, count;
 };
 

@@ -59,26 +59,26 @@ SK_HD void store_weights(const WeightCall& c, int64_t row, int32_t tap, int64_t 
   if (row >= c.out_channels || channel >= c.channels) return;
   const int64_t taps = int64_t(c.kernel[0]) * c.kernel[1];
   T* output = static_cast<T*>(c.output) + (row * taps + tap) * c.channels + channel;
-  store_pair<true, T>(output, {narrow_to<T>(first), narrow_to<T>(second)}, true);
+  store_vec2<true, T>(output, {narrow_to<T>(first), narrow_to<T>(second)}, true);
 }
 
 // What one thread holds of a tile: two rows of every column of eight channels.
 template <class T, int kChannels>
 SK_HD void store_weight_sums(const WeightCall& c, const Segment& s, int group, int thread,
                              const float (&sums)[kChannels / 2]) {
-  const int column = hopper::sum_column(thread, 0);
+  const int column = hopper::accumulator_column(thread, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = group * kTileRows / kGroups + hopper::sum_row(thread, 2 * half);
+    const int row = group * kTileRows / kGroups + hopper::accumulator_row(thread, 2 * half);
     float* slot = s.slot < 0 ? nullptr : workspace_row(c, s.slot, row) + column;
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
       const float first = sums[4 * j + 2 * half], second = sums[4 * j + 2 * half + 1];
       if (slot != nullptr) {
-        store_pair<true, float>(slot + kPairStride * j, {first, second}, true);
+        store_vec2<true, float>(slot + kVec2Stride * j, {first, second}, true);
       } else {
-        store_weights<T>(c, int64_t(s.place[0]) * kTileRows + row, s.branch,
-                         int64_t(s.column) * kChannels + column + kPairStride * j, first, second);
+        store_weights<T>(c, int64_t(s.tile_row[0]) * kTileRows + row, s.branch,
+                         int64_t(s.column) * kChannels + column + kVec2Stride * j, first, second);
       }
     }
   }
@@ -86,16 +86,16 @@ SK_HD void store_weight_sums(const WeightCall& c, const Segment& s, int group, i
 
 // Channels 2 * pair and 2 * pair + 1 of a cut tile's row: its slots in their order.
 template <class T>
-SK_HD void add_weight_slots(const WeightCall& c, const Fixup& f, int row, int pair) {
+SK_HD void add_weight_slots(const WeightCall& c, const Fixup& f, int row, int channel) {
   float first = 0, second = 0;
   for (int32_t i = 0; i < f.count; ++i) {
-    const float* slot = workspace_row(c, f.first + int64_t(i) * f.stride, row) + 2 * pair;
-    const Pair<float> add = load_pair<true>(slot, true);
+    const float* slot = workspace_row(c, f.first + int64_t(i) * f.stride, row) + channel;
+    const Vec2<float> add = load_vec2<true>(slot, true);
     first += add.first;
     second += add.second;
   }
-  store_weights<T>(c, int64_t(f.place) * kTileRows + row, f.branch,
-                   int64_t(f.column) * c.tile_channels + 2 * pair, first, second);
+  store_weights<T>(c, int64_t(f.tile_row) * kTileRows + row, f.branch,
+                   int64_t(f.column) * c.tile_channels + channel, first, second);
 }
 
 }  // namespace SK_NS

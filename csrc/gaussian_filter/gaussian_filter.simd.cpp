@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "common/lanes.h"
 #include "common/math.h"
 #include "common/parallel_for.h"
 #include "gaussian_filter/gaussian_filter.h"
@@ -13,31 +14,13 @@ namespace segkernels {
 inline namespace SK_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#else
-constexpr int kBytes = 32;
-#endif
-
-#if defined(__AVX512F__)
 template <>
 struct MathOf<Vec<float, 16>> : FloatMath<Vec<float, 16>, Vec<int32_t, 16>> {};
 #endif
 
-template <class V, class T>
-inline V load(const T* from) {
-  V v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class V, class T>
-inline void store(T* to, const V& v) {
-  memcpy(to, &v, sizeof v);
-}
-
 template <class T>
 struct FilterTile {
-  static constexpr int kLanes = kBytes / int(sizeof(T));
+  static constexpr int kLanes = kVectorBytes / int(sizeof(T));
   static constexpr int kTile = kGaussianTile;
   using V = Vec<T, kLanes>;
 
@@ -110,7 +93,7 @@ struct FilterTile {
   void weigh(const T* x, const T* y, V* weights) const {
     const int dims = D > 0 ? D : f.dims;
     V place[D > 0 ? D : 16];
-    for (int d = 0; d < dims; ++d) place[d] = load<V>(x + d * f.queries.points);
+    for (int d = 0; d < dims; ++d) place[d] = load_lanes<kLanes>(x + d * f.queries.points);
     for (int j = 0; j < kTile; ++j) {
       V total{};
       for (int d = 0; d < dims; ++d) {
@@ -137,7 +120,7 @@ struct FilterTile {
     }
     for (int n = 0; n < N; ++n) {
       T* to = out + n * f.queries.points;
-      store(to, load<V>(to) + sum[n]);
+      store_lanes(to, load_lanes<kLanes>(to) + sum[n]);
     }
   }
 
@@ -145,16 +128,16 @@ struct FilterTile {
     for (int j = 0; j < kTile; ++j) {
       V product{};
       for (int c = 0; c < f.channels; ++c) {
-        product += load<V>(a + c * f.queries.points) * b[j * f.channels + c];
+        product += load_lanes<kLanes>(a + c * f.queries.points) * b[j * f.channels + c];
       }
       weights[j] = weights[j] * product;
     }
     for (int d = 0; d < f.dims; ++d) {
-      const V place = load<V>(x + d * f.queries.points);
+      const V place = load_lanes<kLanes>(x + d * f.queries.points);
       V sum{};
       for (int j = 0; j < kTile; ++j) sum += weights[j] * (y[d * f.keys.points + j] - place);
       T* to = out + d * f.queries.points;
-      store(to, load<V>(to) + sum);
+      store_lanes(to, load_lanes<kLanes>(to) + sum);
     }
   }
 };
@@ -164,11 +147,8 @@ struct FilterTile {
 template <Isa kIsa>
 void gaussian_filter(const Where& where, const GaussianFilter& f, bool is_double) {
   const int64_t items = f.batch * (f.queries.points / kGaussianTile);
-  if (is_double) {
-    parallel_tiles(where, items, FilterTile<double>{f});
-  } else {
-    parallel_tiles(where, items, FilterTile<float>{f});
-  }
+  is_double ? parallel_tiles(where, items, FilterTile<double>{f})
+            : parallel_tiles(where, items, FilterTile<float>{f});
 }
 
 template void gaussian_filter<Isa::SK_ISA>(const Where&, const GaussianFilter&, bool);

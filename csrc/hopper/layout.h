@@ -18,7 +18,7 @@ SK_HD uint32_t swizzled(uint32_t address) { return address ^ ((address >> 3) & 0
 
 // An operand whose rows run along the summed axis (K-major): start, distance of groups of 8 rows,
 // 128-byte swizzle. The next 16 (tf32: 8) values to sum start 32 bytes later.
-SK_HD uint64_t row_descriptor(uint32_t address) {
+SK_HD uint64_t k_major_descriptor(uint32_t address) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(1) << 16 |
          uint64_t(kSwizzleBytes >> 4) << 32 | uint64_t(1) << 62;
 }
@@ -26,14 +26,14 @@ SK_HD uint64_t row_descriptor(uint32_t address) {
 // An operand whose rows run across it (MN-major), 16-bit values: a row of 128 bytes holds 64
 // neighbours for one summed value; the next 64 neighbours lie `block` bytes further. The next 16
 // values to sum start 16 rows later.
-SK_HD uint64_t column_descriptor(uint32_t address, uint32_t block) {
+SK_HD uint64_t mn_major_descriptor(uint32_t address, uint32_t block) {
   return uint64_t((address & 0x3FFFF) >> 4) | uint64_t(block >> 4) << 16 |
          uint64_t(kSwizzleBytes >> 4) << 32 | uint64_t(1) << 62;
 }
 
 // Row and column, in the 64 rows of a warpgroup, of sum i of thread t.
-SK_HD int sum_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
-SK_HD int sum_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
+SK_HD int accumulator_row(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
+SK_HD int accumulator_column(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
 
 }  // namespace SK_NS
 }  // namespace segkernels::hopper

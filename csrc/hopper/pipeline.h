@@ -1,52 +1,45 @@
-// The ring of stages in shared memory between the thread that asks for copies and the warpgroups
-// that multiply, for *.sm90a.cu files. Two barriers guard a stage: "full" counts the bytes that
-// arrived, "empty" the consumers that are through.
+// A pipeline of stages in shared memory, between the producer thread that issues TMA loads and the
+// consumer warpgroups that multiply, for *.sm90a.cu files. A stage has two mbarriers: "full" counts
+// the bytes that arrived, "empty" the consumers that are done.
 #pragma once
 
-#include "dilated_conv2d/dilated_conv2d.h"
 #include "hopper/ptx.h"
 
-namespace segkernels::dilated {
+namespace segkernels::hopper {
 inline namespace cuda {
 
-constexpr int kGroupThreads = 128;
-constexpr int kBlockThreads = kGroupThreads * (1 + kGroups);
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-
-// A stage holds 128 rows of 128 bytes of the one operand and kChannels of the other.
-template <int kChannels>
-struct Ring {
-  static constexpr int kStages = kChannels == 256 ? 4 : kChannels == 128 ? 6 : 8;
-  static constexpr int kStageBytes = kPixelBytes + kChannels * kStepBytes;
-  static constexpr int kBytes = kStages * kStageBytes + 2 * kStages * 8 + hopper::kSwizzleBytes;
+template <int kStageSize, int kStageCount>
+struct Pipeline {
+  static constexpr int kStageBytes = kStageSize, kStages = kStageCount;
+  static constexpr int kBytes = kStages * kStageBytes + 2 * kStages * 8 + kSwizzleBytes;
 
   uint32_t stages, full, empty;
-  int at = 0;
+  int index = 0;
   uint32_t parity = 0;
 
-  __device__ explicit Ring(void* shared) {
-    stages = hopper::shared_address(shared) + hopper::kSwizzleBytes - 1;
-    stages &= ~uint32_t(hopper::kSwizzleBytes - 1);
+  __device__ explicit Pipeline(void* shared) {
+    stages = shared_address(shared) + kSwizzleBytes - 1;
+    stages &= ~uint32_t(kSwizzleBytes - 1);
     full = stages + kStages * kStageBytes;
     empty = full + 8 * kStages;
   }
-  __device__ uint32_t stage() const { return stages + at * kStageBytes; }
-  __device__ uint32_t full_barrier() const { return full + 8 * at; }
-  __device__ uint32_t empty_barrier() const { return empty + 8 * at; }
-  // One thread of the block, before any other touches the barriers.
+  __device__ uint32_t stage() const { return stages + index * kStageBytes; }
+  __device__ uint32_t full_barrier() const { return full + 8 * index; }
+  __device__ uint32_t empty_barrier() const { return empty + 8 * index; }
+  // By one thread of the block, before any other touches the barriers.
   __device__ void init(int consumers) const {
     for (int i = 0; i < kStages; ++i) {
-      hopper::barrier_init(full + 8 * i, 1);
-      hopper::barrier_init(empty + 8 * i, consumers);
+      mbarrier_init(full + 8 * i, 1);
+      mbarrier_init(empty + 8 * i, consumers);
     }
-    hopper::barrier_init_fence();
+    mbarrier_init_fence();
   }
   __device__ void next() {
-    if (++at < kStages) return;
-    at = 0;
+    if (++index < kStages) return;
+    index = 0;
     parity ^= 1;
   }
 };
 
 }  // namespace cuda
-}  // namespace segkernels::dilated
+}  // namespace segkernels::hopper

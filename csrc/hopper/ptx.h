@@ -19,24 +19,24 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // Barriers: 8 bytes of shared memory, named by their address.
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+__device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
 // Makes the initialised barriers known to the copy engine and to the cluster.
-__device__ __forceinline__ void barrier_init_fence() {
+__device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 // One arrival, and `bytes` that copies are to bring.
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
 // One arrival at the same barrier of multiprocessor `rank` of the cluster. Without .release: it
 // would put a fence into every step, and what the barrier guards is read by wgmma alone.
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier, int rank) {
+__device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, int rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
@@ -47,7 +47,7 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier, int rank) {
       : "memory");
 }
 
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -73,19 +73,19 @@ __device__ __forceinline__ void cluster_sync() {
 }
 
 template <int kCount>
-__device__ __forceinline__ void fewer_registers() {
+__device__ __forceinline__ void setmaxnreg_dec() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 template <int kCount>
-__device__ __forceinline__ void more_registers() {
+__device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
 // Copies of one box from the tensor of `map` to shared memory, zeros where it leaves the tensor.
 // They arrive at `barrier` with their bytes.
 
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, uint32_t barrier,
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap& map, uint32_t barrier,
                                          int x0, int x1, int x2, int x3) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -94,7 +94,7 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, ui
       : "memory");
 }
 
-__device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, uint32_t barrier,
+__device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap& map, uint32_t barrier,
                                          int x0, int x1, int x2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -104,8 +104,8 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap& map, ui
 }
 
 // To the same place, and the same barrier, of both multiprocessors of the cluster.
-__device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap& map,
-                                                 uint32_t barrier, int x0, int x1, int x2) {
+__device__ __forceinline__ void tma_load_multicast(uint32_t to, const CUtensorMap& map,
+                                                   uint32_t barrier, int x0, int x1, int x2) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
@@ -115,23 +115,23 @@ __device__ __forceinline__ void copy_box_to_both(uint32_t to, const CUtensorMap&
 
 // Matrix products of a warpgroup, asynchronous: fence, products, commit; then wait.
 
-__device__ __forceinline__ void products_fence() {
+__device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void products_commit() {
+__device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
 // Until at most kPending committed groups are not done.
 template <int kPending>
-__device__ __forceinline__ void products_wait() {
+__device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
 // Keeps the compiler from reading sums before the wait that stands in front of this.
 template <int kCount>
-__device__ __forceinline__ void sums_ready(float (&sums)[kCount]) {
+__device__ __forceinline__ void fence_operands(float (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
@@ -160,7 +160,7 @@ __device__ __forceinline__ void sums_ready(float (&sums)[kCount]) {
 
 // sums (+)= a * b^T of 64 rows by N columns; `a` and `b` are descriptors, the registers after the
 // sums. The sums start from zero where `accumulate` is 0.
-#define SK_PRODUCT(shape, types, count, a_register, b_register, p_register, majors) \
+#define SK_WGMMA(shape, types, count, a_register, b_register, p_register, majors)   \
   asm volatile(                                                                     \
       "{\n"                                                                         \
       ".reg .pred add;\n"                                                           \
@@ -172,33 +172,33 @@ __device__ __forceinline__ void sums_ready(float (&sums)[kCount]) {
       "}"                                                                           \
       : SK_SUMS_##count(0)                                                          \
       : "l"(a), "l"(b), "r"(accumulate))
-#define SK_PRODUCT_OF(n, count, a_register, b_register, p_register)                               \
-  if constexpr (std::is_same_v<T, float>) {                                                       \
-    SK_PRODUCT("m64n" n "k8", "tf32.tf32", count, a_register, b_register, p_register, "");        \
-  } else if constexpr (std::is_same_v<T, Half> && !kAcross) {                                     \
-    SK_PRODUCT("m64n" n "k16", "f16.f16", count, a_register, b_register, p_register, ", 0, 0");   \
-  } else if constexpr (std::is_same_v<T, Half>) {                                                 \
-    SK_PRODUCT("m64n" n "k16", "f16.f16", count, a_register, b_register, p_register, ", 1, 1");   \
-  } else if constexpr (!kAcross) {                                                                \
-    SK_PRODUCT("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 0, 0"); \
-  } else {                                                                                        \
-    SK_PRODUCT("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 1, 1"); \
+#define SK_WGMMA_TYPES(n, count, a_register, b_register, p_register)                            \
+  if constexpr (std::is_same_v<T, float>) {                                                     \
+    SK_WGMMA("m64n" n "k8", "tf32.tf32", count, a_register, b_register, p_register, "");        \
+  } else if constexpr (std::is_same_v<T, Half> && !kMnMajor) {                                  \
+    SK_WGMMA("m64n" n "k16", "f16.f16", count, a_register, b_register, p_register, ", 0, 0");   \
+  } else if constexpr (std::is_same_v<T, Half>) {                                               \
+    SK_WGMMA("m64n" n "k16", "f16.f16", count, a_register, b_register, p_register, ", 1, 1");   \
+  } else if constexpr (!kMnMajor) {                                                             \
+    SK_WGMMA("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 0, 0"); \
+  } else {                                                                                      \
+    SK_WGMMA("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 1, 1"); \
   }
 
 // T: Half, BFloat16, or float for tf32. kAcross: both operands by column_descriptor, not for float.
-template <class T, int kColumns, bool kAcross = false>
-__device__ __forceinline__ void multiply(float (&sums)[kColumns / 2], uint64_t a, uint64_t b,
-                                         int accumulate) {
+template <class T, int kColumns, bool kMnMajor = false>
+__device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b,
+                                      int accumulate) {
   static_assert(kColumns == 256 || kColumns == 128 || kColumns == 64 || kColumns == 32);
-  static_assert(!kAcross || !std::is_same_v<T, float>);
+  static_assert(!kMnMajor || !std::is_same_v<T, float>);
   if constexpr (kColumns == 256) {
-    SK_PRODUCT_OF("256", 128, "%128", "%129", "%130")
+    SK_WGMMA_TYPES("256", 128, "%128", "%129", "%130")
   } else if constexpr (kColumns == 128) {
-    SK_PRODUCT_OF("128", 64, "%64", "%65", "%66")
+    SK_WGMMA_TYPES("128", 64, "%64", "%65", "%66")
   } else if constexpr (kColumns == 64) {
-    SK_PRODUCT_OF("64", 32, "%32", "%33", "%34")
+    SK_WGMMA_TYPES("64", 32, "%32", "%33", "%34")
   } else {
-    SK_PRODUCT_OF("32", 16, "%16", "%17", "%18")
+    SK_WGMMA_TYPES("32", 16, "%16", "%17", "%18")
   }
 }
 

@@ -60,9 +60,9 @@ struct RowWindow {
 
 // Elements a thread owns: fewer where their taps would take too many registers.
 template <class T, int K>
-constexpr int kLanes = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
+constexpr int kElements = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
 
-template <class T, int K, int V = kLanes<T, K>>
+template <class T, int K, int V = kElements<T, K>>
 struct Forward {
   using A = Acc<T>;
   Geometry<A> g;
@@ -70,13 +70,13 @@ struct Forward {
   T* output;
   int32_t rows;        // output rows a thread walks
   int32_t row_blocks;  // ceil(out height / rows)
-  int32_t lanes;       // ceil(out width * inner / V)
+  int32_t threads;     // ceil(out width * inner / V)
 
-  SK_HD int64_t count() const { return g.planes * row_blocks * lanes; }
+  SK_HD int64_t count() const { return g.planes * row_blocks * threads; }
 
   SK_HD void operator()(int64_t i) const {
-    int32_t lane, row_block;
-    const int64_t plane = divide(divide(i, lanes, lane), row_blocks, row_block);
+    int32_t thread, row_block;
+    const int64_t plane = divide(divide(i, threads, thread), row_blocks, row_block);
     const int32_t first = row_block * rows;
     const int32_t last = first + rows < g.y.out ? first + rows : g.y.out;
     const int64_t in_row = int64_t(g.x.in) * g.inner, out_row = int64_t(g.x.out) * g.inner;
@@ -85,13 +85,13 @@ struct Forward {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int64_t e =
-          lane + int64_t(v) * lanes < out_row ? lane + int64_t(v) * lanes : out_row - 1;
+          thread + int64_t(v) * threads < out_row ? thread + int64_t(v) * threads : out_row - 1;
       const int32_t x = g.inner == 1 ? int32_t(e) : int32_t(e / g.inner);
       channel[v] = int32_t(e - int64_t(x) * g.inner);
       tx[v] = taps_at<K>(g.x, x);
     }
     const T* in = input + plane * g.y.in * in_row;
-    T* out = output + (plane * g.y.out + first) * out_row + lane;
+    T* out = output + (plane * g.y.out + first) * out_row + thread;
     RowWindow<A, K, V> window;
     for (int32_t y = first; y < last; ++y) {
       const Taps<A, K> ty = taps_at<K>(g.y, y);
@@ -102,11 +102,11 @@ struct Forward {
       });
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        if (lane + int64_t(v) * lanes < out_row) {
+        if (thread + int64_t(v) * threads < out_row) {
           A sum = K == 1 ? window.value[v][0] : ty.weight[0] * window.value[v][0];
 #pragma unroll
           for (int k = 1; k < K; ++k) sum = mul_add(ty.weight[k], window.value[v][k], sum);
-          narrow(sum, out[int64_t(v) * lanes]);
+          narrow(sum, out[int64_t(v) * threads]);
         }
       }
       out += out_row;
@@ -294,8 +294,8 @@ struct BackwardDirect {
 }  // namespace SK_NS
 
 template <class T, int K>
-int32_t lanes_of(const Geometry<Acc<T>>& g) {
-  return int32_t((int64_t(g.x.out) * g.inner + kLanes<T, K> - 1) / kLanes<T, K>);
+int32_t threads_per_row(const Geometry<Acc<T>>& g) {
+  return int32_t((int64_t(g.x.out) * g.inner + kElements<T, K> - 1) / kElements<T, K>);
 }
 
 // Sums that a tile may hold, in bytes: what CUDA gives a block without asking.

@@ -103,4 +103,13 @@ struct PixelIndex {
 };
 
 }  // namespace SK_NS
+
+// The logits of an ArgmaxCall or a LossCall.
+template <class T, class Call>
+Logits<T> logits_of(const Call& call) {
+  const auto g = call.resampling.template geometry<Acc<T>>();
+  return {g.y,          g.x,          call.resampling.planes,
+          call.classes, call.strides, static_cast<const T*>(call.logits)};
+}
+
 }  // namespace segkernels

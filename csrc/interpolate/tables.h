@@ -13,7 +13,7 @@ class Arena {
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   template <class T>
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
     return base_ == nullptr ? nullptr : piece;
@@ -28,13 +28,13 @@ class Arena {
 
 // Tap k of output i reads input position[k * out + i] with weight[k * out + i].
 template <class A>
-struct ReadTable {
+struct TapTable {
   int32_t* position;
   A* weight;
 
-  void take(Arena& arena, const Axis<A>& axis, int taps) {
-    position = arena.take<int32_t>(int64_t(axis.out) * taps);
-    weight = arena.take<A>(int64_t(axis.out) * taps);
+  void allocate(Arena& arena, const Axis<A>& axis, int taps) {
+    position = arena.allocate<int32_t>(int64_t(axis.out) * taps);
+    weight = arena.allocate<A>(int64_t(axis.out) * taps);
   }
 };
 
@@ -46,17 +46,17 @@ struct ReaderTable {
   int64_t* offset;
   A* weight;
 
-  void take(Arena& arena, const Axis<A>& axis, int taps) {
-    begin = arena.take<int32_t>(axis.in);
-    offset = arena.take<int64_t>(int64_t(axis.in) + 1);
-    weight = arena.take<A>(int64_t(axis.out) * taps);
+  void allocate(Arena& arena, const Axis<A>& axis, int taps) {
+    begin = arena.allocate<int32_t>(axis.in);
+    offset = arena.allocate<int64_t>(int64_t(axis.in) + 1);
+    weight = arena.allocate<A>(int64_t(axis.out) * taps);
   }
 };
 
 namespace cpu {
 
 template <int K, class A>
-void fill(const Axis<A>& axis, const ReadTable<A>& table) {
+void fill(const Axis<A>& axis, const TapTable<A>& table) {
   for (int32_t i = 0; i < axis.out; ++i) {
     const Taps<A, K> taps = taps_at<K>(axis, i);
     for (int k = 0; k < K; ++k) {

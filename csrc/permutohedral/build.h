@@ -44,7 +44,7 @@ KeyTable key_table(const Lattice& l, const BuildBuffers& b) {
 }
 
 template <class T, int D>
-SK_HD void load_features(const T* features, int64_t points, const Place& p, T (&out)[D]) {
+SK_HD void load_features(const T* features, int64_t points, const ImagePoint& p, T (&out)[D]) {
   const T* f = features + p.image * points * D + p.point;
 #pragma unroll
   for (int i = 0; i < D; ++i) out[i] = f[i * points];
@@ -60,18 +60,18 @@ struct Embed {
   T* weights;
   int32_t* status;
 
-  SK_HD void operator()(int64_t position) const { at(position, place_of(grid, position)); }
+  SK_HD void operator()(int64_t position) const { at(position, point_of(grid, position)); }
 
-  SK_HD void at(int64_t position, const Place& place) const {
+  SK_HD void at(int64_t position, const ImagePoint& p) const {
     constexpr int words = record_size(D) - D;
     int32_t* record = records + position * record_size(D);
     T* w = weights + position * (D + 1);
     Simplex<T, D> s;
     bool finite = true;
     bool valid = false;
-    if (place.point >= 0) {
+    if (p.point >= 0) {
       T f[D];
-      load_features<T, D>(features, int64_t(grid.height) * grid.width, place, f);
+      load_features<T, D>(features, int64_t(grid.height) * grid.width, p, f);
       valid = find_simplex<T, D>(f, scale, s, finite);
       if (!valid) report(status, finite ? kFeaturesTooLarge : kFeaturesNotFinite);
     }
@@ -167,11 +167,11 @@ struct EmbedGrad {
   T* grad_features;
 
   SK_HD void operator()(int64_t position) const {
-    const Place place = place_of(grid, position);
-    if (place.point < 0) return;
+    const ImagePoint at = point_of(grid, position);
+    if (at.point < 0) return;
     const int64_t points = int64_t(grid.height) * grid.width;
     T f[D], gw[D + 1], gf[D];
-    load_features<T, D>(features, points, place, f);
+    load_features<T, D>(features, points, at, f);
     Simplex<T, D> s;
     bool finite;
     const bool valid = find_simplex<T, D>(f, scale, s, finite);
@@ -180,7 +180,7 @@ struct EmbedGrad {
       for (int k = 0; k <= D; ++k) gw[k] = grad_weights[position * (D + 1) + k];
       simplex_grad<T, D>(s, scale, gw, gf);
     }
-    T* out = grad_features + place.image * points * D + place.point;
+    T* out = grad_features + at.image * points * D + at.point;
 #pragma unroll
     for (int i = 0; i < D; ++i) out[i * points] = valid ? gf[i] : T(0);
   }

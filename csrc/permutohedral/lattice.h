@@ -53,12 +53,12 @@ SK_HD int32_t tiles_per_image(const Grid& g) {
 SK_HD int32_t tile_count(const Grid& g) { return g.batch * tiles_per_image(g); }
 SK_HD int64_t position_count(const Grid& g) { return int64_t(tile_count(g)) * tile_points(g); }
 
-struct Place {
+struct ImagePoint {
   int32_t image;
   int64_t point;  // within the image; -1: no point at this position
 };
 
-SK_HD Place place_of(const Grid& g, int64_t position) {
+SK_HD ImagePoint point_of(const Grid& g, int64_t position) {
   const int32_t tile = int32_t(position / tile_points(g));
   const int32_t inside = int32_t(position - int64_t(tile) * tile_points(g));
   const int32_t image = tile / tiles_per_image(g);
@@ -76,7 +76,7 @@ SK_HD int32_t tile_of(const Grid& g, int64_t position) {
 
 // Whether some of a tile's positions have no point.
 SK_HD bool tile_has_gaps(const Grid& g, int64_t tile) {
-  return place_of(g, (tile + 1) * tile_points(g) - 1).point < 0;
+  return point_of(g, (tile + 1) * tile_points(g) - 1).point < 0;
 }
 
 // The first pair of a tile among the vertices of the whole lattice.

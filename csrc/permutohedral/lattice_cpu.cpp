@@ -64,7 +64,7 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
   const int thread = thread_index();
   TileKeys<D> keys(b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
                    b.tile_keys + thread * points * (D + 1) * (D + 1));
-  const Place corner = place_of(l.grid, begin);
+  const ImagePoint corner = point_of(l.grid, begin);
   const int64_t left = l.grid.width - corner.point % l.grid.width;
   const int64_t below = l.grid.height - corner.point / l.grid.width;
   int64_t x = -1, y = 0;
@@ -163,14 +163,14 @@ void sort_pairs(const Lattice& l) {
   memset(start, 0, sizeof(int32_t) * (vertices + 1));
   const int32_t tiles = tile_count(l.grid);
   for (int32_t t = 0; t < tiles; ++t) {
-    const int32_t* of = tile_vertices(l, t);
-    for (int32_t i = 0; i < l.tile_start[t + 1] - l.tile_start[t]; ++i) ++start[of[i] + 1];
+    const int32_t* vertex_of = tile_vertices(l, t);
+    for (int32_t i = 0; i < l.tile_start[t + 1] - l.tile_start[t]; ++i) ++start[vertex_of[i] + 1];
   }
   for (int64_t v = 0; v < vertices; ++v) start[v + 1] += start[v];
   for (int32_t t = 0; t < tiles; ++t) {
-    const int32_t* of = tile_vertices(l, t);
+    const int32_t* vertex_of = tile_vertices(l, t);
     for (int32_t i = l.tile_start[t]; i < l.tile_start[t + 1]; ++i) {
-      l.vertex_pairs[start[of[i - l.tile_start[t]]]++] = i;
+      l.vertex_pairs[start[vertex_of[i - l.tile_start[t]]]++] = i;
     }
   }
   // Each start has run on to the next vertex's: step back.
@@ -207,7 +207,7 @@ PermutohedralApi make_api() {
   api.tiles = tiles;
   api.link = link;
   api.embed_grad = embed_grad;
-  with_best_isa([&](auto isa) { fill_row_functions<isa.value>(api); });
+  with_best_isa([&](auto isa) { set_cpu_loops<isa.value>(api); });
   return api;
 }
 

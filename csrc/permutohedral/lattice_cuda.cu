@@ -12,11 +12,11 @@
 #include <cub/device/device_scan.cuh>
 
 #include "common/parallel_for.h"
+#include "permutohedral/build_cuda.h"
 #include "permutohedral/dispatch.h"
-#include "permutohedral/global_build.h"
-#include "permutohedral/lanes.h"
 #include "permutohedral/permutohedral.h"
-#include "permutohedral/splat.h"
+#include "permutohedral/row_threads.h"
+#include "permutohedral/splat_cuda.h"
 
 namespace segkernels {
 namespace {
@@ -271,7 +271,7 @@ void pack(const Where& where, const Grid& grid, const Strided& source, void* row
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
     constexpr int W = sizeof(vector) / sizeof(T);
-    const Pack<T, W> f{grid, source, static_cast<T*>(rows), channels, width, kind, status};
+    const PackBlock<T, W> f{grid, source, static_cast<T*>(rows), channels, width, kind, status};
     parallel_for(where, position_count(grid), PackRow<T, W>{f}, "rows pack");
   });
 }
@@ -282,7 +282,7 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
     constexpr int W = sizeof(vector) / sizeof(T);
-    const Unpack<T, W> f{grid, static_cast<const T*>(rows), target, channels, width};
+    const UnpackRow<T, W> f{grid, static_cast<const T*>(rows), target, channels, width};
     parallel_for(where, position_count(grid), f, "rows unpack");
   });
 }
@@ -365,7 +365,7 @@ void splat_pairs(const Where& where, const Lattice& l, const void* rows, const v
     using T = decltype(scalar);
     using V = decltype(vector);
     const int blocks = int(width * sizeof(T) / sizeof(V));
-    with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+    with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
       constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
       splat_kernel<T, V, G, B><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(
           l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs),

@@ -5,8 +5,8 @@
 #include "common/simd.h"
 #include "common/where.h"
 #include "permutohedral/build.h"
+#include "permutohedral/filter.h"
 #include "permutohedral/lattice.h"
-#include "permutohedral/rows.h"
 
 namespace segkernels {
 
@@ -49,7 +49,7 @@ struct PermutohedralApi {
 
 // Sets the functions that rows.simd.cpp defines.
 template <Isa kIsa>
-void fill_row_functions(PermutohedralApi&);
+void set_cpu_loops(PermutohedralApi&);
 
 const PermutohedralApi& permutohedral_cpu();
 const PermutohedralApi& permutohedral_cuda();

@@ -82,10 +82,10 @@ inline Raster raster_of(const int32_t (&size)[2]) { return raster_of(size[0], si
 
 // What parallel_rows' row and block stand for. Contiguous: a line of a plane and V of its columns;
 // channels_last: a place and V of its channels.
-template <bool kLast, int V>
+template <bool kChannelsLast, int V>
 SK_HD Place place_at(int64_t row, int block, const Raster& raster) {
   Place p{0, 0, 0, 0};
-  if (kLast) {
+  if (kChannelsLast) {
     const Split s = split(row, raster.columns);
     p.x = s.remainder;
     p.channel = int64_t(block) * V;

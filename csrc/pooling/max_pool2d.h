@@ -12,7 +12,7 @@
 #include "common/scalar.h"
 #include "common/simd.h"
 #include "pooling/geometry.h"
-#include "pooling/moves.h"
+#include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
 
@@ -40,7 +40,7 @@ struct MaxPool2dApi {
 
 // The loops of max_pool2d.simd.cpp.
 template <Isa kIsa>
-MaxPool2dApi max_pool2d_rows();
+MaxPool2dApi max_pool2d_loops();
 
 MaxPool2dApi max_pool2d_cpu();
 MaxPool2dApi max_pool2d_cuda();
@@ -75,7 +75,7 @@ struct Best {
   T value;
   int32_t code;
 
-  SK_HD void meet(T other, int32_t other_code) {
+  SK_HD void update(T other, int32_t other_code) {
     if (replaces(order_of(other), order_of(value))) {
       value = other;
       code = other_code;
@@ -119,7 +119,7 @@ struct Pooled {
 };
 
 // Any windows: one window, V channels.
-template <class T, bool kLast, int V>
+template <class T, bool kChannelsLast, int V>
 struct PoolWindow {
   Windows w;
   Raster raster;
@@ -127,7 +127,7 @@ struct PoolWindow {
   Pooled<T> out;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, V>(row, block, raster);
+    const Place p = place_at<kChannelsLast, V>(row, block, raster);
     const Cells ys = cells_inside(w, 0, p.y), xs = cells_inside(w, 1, p.x);
     Best<T> best[V];
     for (int i = 0; i < V; ++i) best[i] = {lowest<T>(), ys.begin * w.kernel[1] + xs.begin};
@@ -136,7 +136,7 @@ struct PoolWindow {
       for (int32_t n = xs.begin; n < xs.end; ++n) {
         const T* from = input + full_offset(w, p, y, xs.start + n * w.dilation[1]);
         const Pack<T, V> pack = load<T, V>(from);
-        for (int i = 0; i < V; ++i) best[i].meet(pack.lane[i], m * w.kernel[1] + n);
+        for (int i = 0; i < V; ++i) best[i].update(pack.lane[i], m * w.kernel[1] + n);
       }
     }
     out.write(w, pooled_offset(w, p, p.y, p.x), ys.start, xs.start, 0, best);
@@ -145,7 +145,7 @@ struct PoolWindow {
 
 // 2x2 windows that tile a contiguous plane: V windows side by side.
 template <class T, int V>
-struct PoolPairs {
+struct Pool2x2 {
   Windows w;
   Raster raster;
   const T* input;
@@ -158,9 +158,9 @@ struct PoolPairs {
     Best<T> best[V];
     for (int i = 0; i < V; ++i) {
       best[i] = {upper.lane[2 * i], 0};
-      best[i].meet(upper.lane[2 * i + 1], 1);
-      best[i].meet(lower.lane[2 * i], 2);
-      best[i].meet(lower.lane[2 * i + 1], 3);
+      best[i].update(upper.lane[2 * i + 1], 1);
+      best[i].update(lower.lane[2 * i], 2);
+      best[i].update(lower.lane[2 * i + 1], 3);
     }
     out.write(w, pooled_offset(w, p, p.y, p.x), 2 * p.y, 2 * p.x, 2, best);
   }
@@ -180,9 +180,9 @@ void pool_by_functors(const Where& where, const Windows& w, const PoolBuffers& b
   } else if (w.channels > 1) {
     const PoolWindow<T, true, 1> f{w, raster, input, out};
     parallel_rows(where, places, nullptr, int(w.channels), f, name);
-  } else if (pairs_tile(w) && packs(input, w.full[1], 2 * kColumns) &&
+  } else if (tiled_2x2(w) && packs(input, w.full[1], 2 * kColumns) &&
              out.aligned(w.pooled[1], kColumns)) {
-    const PoolPairs<T, kColumns> f{w, raster, input, out};
+    const Pool2x2<T, kColumns> f{w, raster, input, out};
     parallel_rows(where, lines, nullptr, w.pooled[1] / kColumns, f, name);
   } else {
     const PoolWindow<T, false, 1> f{w, raster, input, out};
@@ -210,7 +210,7 @@ void pool_grad_by_functors(const Where& where, const Windows& w, const PoolGradB
         return;
       }
     }
-    gather_windows<T, P, true>(where, w, grad, positions, out, name);
+    scatter_windows<T, P, true>(where, w, grad, positions, out, name);
   });
 }
 

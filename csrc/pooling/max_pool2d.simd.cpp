@@ -1,7 +1,7 @@
 // max_pool2d on the CPU, compiled once per instruction set (SK_ISA). The windows of a line, or the
 // channels of one of channels_last, are lanes that meet their cells in order. Parallel over lines.
 #include "pooling/max_pool2d.h"
-#include "pooling/rows.h"
+#include "pooling/scatter_gather_cpu.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -27,23 +27,23 @@ struct LaneOf<double> {
 };
 
 template <class T>
-struct Lanes {
+struct BestArray {
   typename LaneOf<T>::Value value[kLanes];
   typename LaneOf<T>::Code code[kLanes];
 };
 
 template <class T, class Value, class Code>
-SK_HD void meet(Value other, Code other_code, Value& value, Code& code) {
+SK_HD void update(Value other, Code other_code, Value& value, Code& code) {
   const bool better = replaces(LaneOf<T>::order(other), LaneOf<T>::order(value));
   value = better ? other : value;
   code = better ? other_code : code;
 }
 
 template <class T, int kStep, class Value, class Code>
-SK_HD void meet_lanes(const Value* __restrict from, int64_t step, int n, Code cell,
-                      Value* __restrict value, Code* __restrict code) {
+SK_HD void update_lanes(const Value* __restrict from, int64_t step, int n, Code cell,
+                        Value* __restrict value, Code* __restrict code) {
   for (int i = 0; i < n; ++i) {
-    meet<T>(from[i * (kStep > 0 ? kStep : step)], cell, value[i], code[i]);
+    update<T>(from[i * (kStep > 0 ? kStep : step)], cell, value[i], code[i]);
   }
 }
 
@@ -58,14 +58,14 @@ SK_HD void start_lanes(const Value* __restrict from, int64_t step, int n, Code c
 
 // The four cells of 2x2 windows that lie side by side, in one go.
 template <class T, class Value, class Code>
-SK_HD void meet_pairs(const Value* __restrict upper, const Value* __restrict lower, int n,
+SK_HD void update_2x2(const Value* __restrict upper, const Value* __restrict lower, int n,
                       Value* __restrict values, Code* __restrict codes) {
   for (int i = 0; i < n; ++i) {
     Value value = upper[2 * i];
     Code code = 0;
-    meet<T>(upper[2 * i + 1], Code(1), value, code);
-    meet<T>(lower[2 * i], Code(2), value, code);
-    meet<T>(lower[2 * i + 1], Code(3), value, code);
+    update<T>(upper[2 * i + 1], Code(1), value, code);
+    update<T>(lower[2 * i], Code(2), value, code);
+    update<T>(lower[2 * i + 1], Code(3), value, code);
     values[i] = value;
     codes[i] = code;
   }
@@ -102,7 +102,7 @@ SK_HD auto is_nan(const Order& rank) {
 
 // The largest values so far of kCount vectors of channels, and their codes.
 template <class T, int kCount>
-struct Tops {
+struct BestVectors {
   using Value = typename LaneOf<T>::Value;
   static constexpr int kWidth = kVectorBytes / sizeof(T), kLanes = kWidth * kCount;
   using Values = Vec<Value, kWidth>;
@@ -113,7 +113,7 @@ struct Tops {
   Order order[kCount];
   Codes code[kCount];
 
-  SK_HD Tops(const Value* from, int32_t first) {
+  SK_HD BestVectors(const Value* from, int32_t first) {
     for (int i = 0; i < kCount; ++i) {
       value[i] = load_lanes<kWidth>(from + i * kWidth);
       order[i] = order_of_lanes(value[i], T{});
@@ -121,7 +121,7 @@ struct Tops {
     }
   }
 
-  SK_HD void meet(const Value* from, int32_t cell) {
+  SK_HD void update(const Value* from, int32_t cell) {
     for (int i = 0; i < kCount; ++i) {
       const Values other = load_lanes<kWidth>(from + i * kWidth);
       const Order rank = order_of_lanes(other, T{});
@@ -149,7 +149,7 @@ struct PoolLines {
   Raster raster;
   const Value* input;
   Pooled<T> out;
-  Plan plan;
+  LineTables tables;
   uint32_t inverse;  // of a window's width, times 2^16
   bool narrow;       // indices fit 32 bits
 
@@ -158,7 +158,7 @@ struct PoolLines {
         raster(raster_of(windows.pooled)),
         input(static_cast<const Value*>(b.input)),
         out{static_cast<T*>(b.values), b.codes, b.indices},
-        plan(windows),
+        tables(windows),
         inverse((65535 + uint32_t(w.kernel[1])) / w.kernel[1]),
         narrow(last_index() <= INT32_MAX) {}
 
@@ -172,18 +172,18 @@ struct PoolLines {
   }
 
   void operator()(int64_t line) const {
-    const Place p = line_of(line, plan.lines);
+    const Place p = line_of(line, tables.lines);
     if (w.channels > 1) {
       const Cells ys = cells_inside(w, 0, p.y);
       for (int32_t x = 0; x < w.pooled[1]; ++x) channels({p.plane, p.y, x, 0}, ys);
       return;
     }
     const PoolWindow<T, false, 1> window{w, raster, reinterpret_cast<const T*>(input), out};
-    for (int32_t x = 0; x < plan.xs.begin; ++x) window(line, x);
-    for (int32_t x = plan.xs.begin; x < plan.xs.end; x += kLanes) {
-      columns({p.plane, p.y, x, 0}, lanes_left(x, plan.xs.end));
+    for (int32_t x = 0; x < tables.xs.begin; ++x) window(line, x);
+    for (int32_t x = tables.xs.begin; x < tables.xs.end; x += kLanes) {
+      columns({p.plane, p.y, x, 0}, lanes_left(x, tables.xs.end));
     }
-    for (int32_t x = plan.xs.end; x < w.pooled[1]; ++x) window(line, x);
+    for (int32_t x = tables.xs.end; x < w.pooled[1]; ++x) window(line, x);
   }
 
   // n windows of a line, none beside the plane's sides.
@@ -204,7 +204,7 @@ struct PoolLines {
   // One window of channels_last.
   void channels(Place p, const Cells& ys) const {
     const Cells xs = cells_inside(w, 1, p.x);
-    constexpr int kWidth = Tops<T, 1>::kWidth;
+    constexpr int kWidth = BestVectors<T, 1>::kWidth;
     if (w.channels < kWidth || ys.begin >= ys.end || xs.begin >= xs.end) {
       for (; p.channel < w.channels; p.channel += kLanes) {
         cells<1>(p, ys, xs, 1, lanes_left(p.channel, w.channels));
@@ -231,7 +231,7 @@ struct PoolLines {
   // kCells: how many rows and columns of cells, 0 for any number.
   template <int kCells>
   void blocks(const Corner& corner) const {
-    each_block<Tops<T, 1>::kWidth>(w.channels, [&](auto count, int64_t c) {
+    each_block<BestVectors<T, 1>::kWidth>(w.channels, [&](auto count, int64_t c) {
       vectors<decltype(count)::value, kCells>(corner, c);
     });
   }
@@ -243,33 +243,33 @@ struct PoolLines {
     const int32_t rows = kCells > 0 ? kCells : corner.rows;
     const int32_t columns = kCells > 0 ? kCells : corner.columns;
     const Value* line = corner.from + c;
-    Tops<T, kCount> tops(line, corner.code);
+    BestVectors<T, kCount> best(line, corner.code);
     for (int32_t m = 0; m < rows; ++m, line += row) {
       const Value* from = line;
       for (int32_t k = 0; k < columns; ++k, from += column) {
-        if (m + k > 0) tops.meet(from, corner.code + m * w.kernel[1] + k);
+        if (m + k > 0) best.update(from, corner.code + m * w.kernel[1] + k);
       }
     }
     const int64_t at = corner.at + c;
-    uint8_t found[Tops<T, kCount>::kLanes];
+    uint8_t found[BestVectors<T, kCount>::kLanes];
     uint8_t* codes = out.codes != nullptr ? out.codes + at : found;
-    tops.write(out.values + at, codes);
+    best.write(out.values + at, codes);
     if (out.indices != nullptr) {
-      write_indices(codes, corner.first_index, 0, out.indices + at, Tops<T, kCount>::kLanes);
+      write_indices(codes, corner.first_index, 0, out.indices + at, BestVectors<T, kCount>::kLanes);
     }
   }
 
   // n lanes, whose values lie `step` apart, meet their windows' cells in order.
   template <int kStep>
   void cells(const Place& p, const Cells& ys, const Cells& xs, int64_t step, int n) const {
-    Lanes<T> lanes;
+    BestArray<T> lanes;
     const auto at = [&](int32_t m, int32_t k) {
       return input + full_offset(w, p, ys.start + m * w.dilation[0], xs.start + k * w.dilation[1]);
     };
     const bool four = w.kernel[0] == 2 && w.kernel[1] == 2 && ys.begin == 0 && xs.begin == 0 &&
                       ys.end == 2 && xs.end == 2;
     if (four && kStep == 2 && w.dilation[1] == 1) {
-      meet_pairs<T>(at(0, 0), at(1, 0), n, lanes.value, lanes.code);
+      update_2x2<T>(at(0, 0), at(1, 0), n, lanes.value, lanes.code);
     } else if (ys.begin >= ys.end || xs.begin >= xs.end) {
       const Value least = bits_of<Value>(lowest<T>());
       start_lanes<1>(&least, 0, 1, Code(ys.begin * w.kernel[1] + xs.begin), lanes.value,
@@ -285,7 +285,7 @@ struct PoolLines {
           if (m == ys.begin && k == xs.begin) {
             start_lanes<kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
           } else {
-            meet_lanes<T, kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
+            update_lanes<T, kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
           }
         }
       }
@@ -293,7 +293,7 @@ struct PoolLines {
     write(p, lanes, n, ys.start, xs.start);
   }
 
-  void write(const Place& p, const Lanes<T>& lanes, int n, int32_t y, int32_t x) const {
+  void write(const Place& p, const BestArray<T>& lanes, int n, int32_t y, int32_t x) const {
     const int64_t at = pooled_offset(w, p, p.y, p.x);
     memcpy(static_cast<void*>(out.values + at), lanes.value, sizeof(T) * n);
     if (out.codes != nullptr) {
@@ -311,7 +311,7 @@ struct PoolLines {
                            int64_t* __restrict indices, int n) const {
     if (!narrow) {
       for (int i = 0; i < n; ++i) {
-        indices[i] = first + i * step + plan.offset_of[uint8_t(codes[i])];
+        indices[i] = first + i * step + tables.offset_of[uint8_t(codes[i])];
       }
       return;
     }
@@ -350,7 +350,7 @@ void pool_grad_rows(const Where& where, const Windows& w, const PoolGradBuffers&
       }
     }
     if (w.channels > 1) {
-      gather_rows<T, P, true>(where, w, grad, positions, out, name);
+      scatter_by_place<T, P, true>(where, w, grad, positions, out, name);
     } else if constexpr (sizeof(T) >= 4) {
       scatter_planes<T, P, true>(where, w, grad, positions, out, nullptr, name);
     } else {
@@ -370,10 +370,10 @@ void max_pool2d_backward(const Where& where, const Windows& w, const PoolGradBuf
 }  // namespace SK_NS
 
 template <Isa kIsa>
-MaxPool2dApi max_pool2d_rows() {
+MaxPool2dApi max_pool2d_loops() {
   return {max_pool2d_forward, max_pool2d_backward};
 }
 
-template MaxPool2dApi max_pool2d_rows<Isa::SK_ISA>();
+template MaxPool2dApi max_pool2d_loops<Isa::SK_ISA>();
 
 }  // namespace segkernels::pooling

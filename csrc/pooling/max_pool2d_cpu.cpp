@@ -5,7 +5,7 @@ namespace segkernels::pooling {
 namespace {
 
 MaxPool2dApi rows() {
-  return with_best_isa([](auto isa) { return max_pool2d_rows<isa.value>(); });
+  return with_best_isa([](auto isa) { return max_pool2d_loops<isa.value>(); });
 }
 
 void forward(const Where& where, const Windows& w, const PoolBuffers& b) {

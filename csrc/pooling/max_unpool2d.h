@@ -8,7 +8,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "pooling/moves.h"
+#include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
 
@@ -29,7 +29,7 @@ struct MaxUnpool2dApi {
 
 // The loops of max_unpool2d.simd.cpp.
 template <Isa kIsa>
-MaxUnpool2dApi max_unpool2d_rows();
+MaxUnpool2dApi max_unpool2d_loops();
 
 MaxUnpool2dApi max_unpool2d_cpu();
 MaxUnpool2dApi max_unpool2d_cuda();
@@ -64,7 +64,7 @@ struct NoWinner {
 };
 
 // One source: its claim.
-template <class I, bool kLast>
+template <class I, bool kChannelsLast>
 struct Claim {
   Windows w;
   Raster raster;
@@ -73,7 +73,7 @@ struct Claim {
   int32_t* status;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, 1>(row, block, raster);
+    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
     const int64_t index = indices[pooled_offset(w, p, p.y, p.x)];
     if (offset_of_position(w, p, index) < 0) {
       report(status, kIndexOutOfRange);
@@ -84,8 +84,8 @@ struct Claim {
 };
 
 // One place: the winner's value.
-template <class T, class I, bool kLast>
-struct ReadWinner {
+template <class T, class I, bool kChannelsLast>
+struct GatherWinner {
   Windows w;
   Raster raster;
   const T* input;
@@ -93,25 +93,25 @@ struct ReadWinner {
   T* output;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, 1>(row, block, raster);
+    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
     const int64_t at = full_offset(w, p, p.y, p.x);
     const I winner = winners[at];
     output[at] = winner < 0 ? T(0) : input[pooled_offset(w, p, 0, 0) + winner * w.channels];
   }
 };
 
-template <class T, class I, bool kLast>
+template <class T, class I, bool kChannelsLast>
 void unpool_by_claims(const Where& where, const Windows& w, const UnpoolBuffers& b) {
   const char* name = "max_unpool2d";
   I* winners = static_cast<I*>(b.winners);
   const int64_t pooled_lines = w.planes * w.pooled[0], full_lines = w.planes * w.full[0];
   const int64_t places = full_lines * w.full[1] * w.channels;
   parallel_for(where, places, NoWinner<I>{winners}, name);
-  const Claim<I, kLast> claim{w, raster_of(w.pooled), static_cast<const int64_t*>(b.positions),
-                              winners, b.status};
-  const ReadWinner<T, I, kLast> read{w, raster_of(w.full), static_cast<const T*>(b.input), winners,
-                                     static_cast<T*>(b.output)};
-  if (kLast) {
+  const Claim<I, kChannelsLast> claim{w, raster_of(w.pooled),
+                                      static_cast<const int64_t*>(b.positions), winners, b.status};
+  const GatherWinner<T, I, kChannelsLast> read{w, raster_of(w.full), static_cast<const T*>(b.input),
+                                               winners, static_cast<T*>(b.output)};
+  if (kChannelsLast) {
     parallel_rows(where, pooled_lines * w.pooled[1], nullptr, int(w.channels), claim, name);
     parallel_rows(where, full_lines * w.full[1], nullptr, int(w.channels), read, name);
   } else {
@@ -127,7 +127,7 @@ void unpool_codes_by_functors(const Where& where, const Windows& w, const Unpool
   const T* input = static_cast<const T*>(b.input);
   T* output = static_cast<T*>(b.output);
   if (expand_tiles(where, w, ByCode{codes}, input, output, b.status, name)) return;
-  gather_windows<T, uint8_t, false>(where, w, input, codes, output, name);
+  scatter_windows<T, uint8_t, false>(where, w, input, codes, output, name);
   check_codes(where, w, codes, b.status, name);
 }
 
@@ -153,9 +153,9 @@ inline void unpool_grad_by_functors(const Where& where, const Windows& w, const 
     const T* input = static_cast<const T*>(b.input);
     T* output = static_cast<T*>(b.output);
     if (b.wide) {
-      collect(where, w, input, static_cast<const int64_t*>(b.positions), output, b.status, name);
+      gather(where, w, input, static_cast<const int64_t*>(b.positions), output, b.status, name);
     } else {
-      collect(where, w, input, static_cast<const uint8_t*>(b.positions), output, b.status, name);
+      gather(where, w, input, static_cast<const uint8_t*>(b.positions), output, b.status, name);
     }
   });
 }

@@ -1,6 +1,6 @@
 // max_unpool2d on the CPU, compiled once per instruction set (SK_ISA): the loops of pooling/rows.h.
 #include "pooling/max_unpool2d.h"
-#include "pooling/rows.h"
+#include "pooling/scatter_gather_cpu.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -15,11 +15,12 @@ void unpool_codes(const Where& where, const Windows& w, const UnpoolBuffers& b, 
   } else if (w.channels == 1) {
     scatter_planes<T, uint8_t, false>(where, w, input, codes, output, b.status, name);
   } else {
-    gather_rows<T, uint8_t, false>(where, w, input, codes, output, name);
-    const Plan plan(w);
+    scatter_by_place<T, uint8_t, false>(where, w, input, codes, output, name);
+    const LineTables tables(w);
     parallel_for(
         where, w.planes * w.pooled[0],
-        [&](int64_t line) { check_line(plan, line_of(line, plan.lines), codes, b.status); }, name);
+        [&](int64_t line) { check_line(tables, line_of(line, tables.lines), codes, b.status); },
+        name);
   }
 }
 
@@ -48,10 +49,10 @@ void max_unpool2d_backward(const Where& where, const Windows& w, const UnpoolBuf
     T* output = static_cast<T*>(b.output);
     if (b.wide) {
       const int64_t* indices = static_cast<const int64_t*>(b.positions);
-      collect_rows(where, w, input, indices, output, b.status, name);
+      gather_lines(where, w, input, indices, output, b.status, name);
     } else {
       const uint8_t* codes = static_cast<const uint8_t*>(b.positions);
-      collect_rows(where, w, input, codes, output, b.status, name);
+      gather_lines(where, w, input, codes, output, b.status, name);
     }
   });
 }
@@ -59,10 +60,10 @@ void max_unpool2d_backward(const Where& where, const Windows& w, const UnpoolBuf
 }  // namespace SK_NS
 
 template <Isa kIsa>
-MaxUnpool2dApi max_unpool2d_rows() {
+MaxUnpool2dApi max_unpool2d_loops() {
   return {max_unpool2d_forward, max_unpool2d_backward};
 }
 
-template MaxUnpool2dApi max_unpool2d_rows<Isa::SK_ISA>();
+template MaxUnpool2dApi max_unpool2d_loops<Isa::SK_ISA>();
 
 }  // namespace segkernels::pooling

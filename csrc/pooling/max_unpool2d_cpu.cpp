@@ -4,7 +4,7 @@
 namespace segkernels::pooling {
 
 MaxUnpool2dApi max_unpool2d_cpu() {
-  return with_best_isa([](auto isa) { return max_unpool2d_rows<isa.value>(); });
+  return with_best_isa([](auto isa) { return max_unpool2d_loops<isa.value>(); });
 }
 
 }  // namespace segkernels::pooling

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "common/simd.h"
-#include "pooling/moves.h"
+#include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
 
@@ -23,14 +23,14 @@ struct Unpool2dApi {
 
 // The loops of unpool2d.simd.cpp.
 template <Isa kIsa>
-Unpool2dApi unpool2d_rows();
+Unpool2dApi unpool2d_loops();
 
 Unpool2dApi unpool2d_cpu();
 Unpool2dApi unpool2d_cuda();
 
 inline namespace SK_NS {
 
-template <class T, bool kLast, int V>
+template <class T, bool kChannelsLast, int V>
 struct SumCells {
   Windows w;
   Raster raster;
@@ -38,7 +38,7 @@ struct SumCells {
   T* output;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, V>(row, block, raster);
+    const Place p = place_at<kChannelsLast, V>(row, block, raster);
     Acc<T> sum[V];
     for (int i = 0; i < V; ++i) sum[i] = 0;
     for (int32_t m = 0; m < w.kernel[0]; ++m) {

@@ -1,7 +1,7 @@
 // unpool_nearest and unpool_bed_of_nails on the CPU, compiled once per instruction set (SK_ISA).
 #include <string.h>
 
-#include "pooling/rows.h"
+#include "pooling/scatter_gather_cpu.h"
 #include "pooling/unpool2d.h"
 
 namespace segkernels::pooling {
@@ -12,8 +12,8 @@ void expand_all(const Where& where, const Windows& w, const Unpool2dBuffers& b, 
                 const char* name) {
   with_bits(b.type, [&](auto bits) {
     using T = decltype(bits);
-    expand_rows(where, w, rule, nullptr, static_cast<const T*>(b.input), static_cast<T*>(b.output),
-                nullptr, name);
+    expand_lines(where, w, rule, nullptr, static_cast<const T*>(b.input), static_cast<T*>(b.output),
+                 nullptr, name);
   });
 }
 
@@ -28,7 +28,7 @@ void unpool_bed_of_nails(const Where& where, const Windows& w, const Unpool2dBuf
 
 // To each sum its run of N (0: of `step`) neighbours.
 template <int N, class A>
-SK_HD void add_runs(const A* __restrict from, A* __restrict sums, int n, int step) {
+SK_HD void add_adjacent(const A* __restrict from, A* __restrict sums, int n, int step) {
   for (int i = 0; i < n; ++i) {
     A sum = sums[i];
     for (int k = 0; k < (N > 0 ? N : step); ++k) sum += from[i * (N > 0 ? N : step) + k];
@@ -44,10 +44,10 @@ void sum_columns(const Windows& w, const T* from, T* out, int n) {
   const int step = w.kernel[1];
   for (int32_t m = 0; m < w.kernel[0]; ++m, from += w.full[1]) {
     if constexpr (sizeof(T) == sizeof(A)) {
-      step == 2 ? add_runs<2>(from, sums, n, step) : add_runs<0>(from, sums, n, step);
+      step == 2 ? add_adjacent<2>(from, sums, n, step) : add_adjacent<0>(from, sums, n, step);
     } else if (step == 2) {
       widen_line(from, wide, 2 * n);
-      add_runs<2>(wide, sums, n, step);
+      add_adjacent<2>(wide, sums, n, step);
     } else {
       for (int i = 0; i < n; ++i) {
         for (int k = 0; k < step; ++k) sums[i] += widen_one(from[i * step + k]);
@@ -118,10 +118,10 @@ void unpool_nearest_backward(const Where& where, const Windows& w, const Unpool2
 }  // namespace SK_NS
 
 template <Isa kIsa>
-Unpool2dApi unpool2d_rows() {
+Unpool2dApi unpool2d_loops() {
   return {unpool_nearest, unpool_bed_of_nails, unpool_nearest_backward};
 }
 
-template Unpool2dApi unpool2d_rows<Isa::SK_ISA>();
+template Unpool2dApi unpool2d_loops<Isa::SK_ISA>();
 
 }  // namespace segkernels::pooling

@@ -5,7 +5,7 @@
 namespace segkernels::pooling {
 
 Unpool2dApi unpool2d_cpu() {
-  return with_best_isa([](auto isa) { return unpool2d_rows<isa.value>(); });
+  return with_best_isa([](auto isa) { return unpool2d_loops<isa.value>(); });
 }
 
 }  // namespace segkernels::pooling

@@ -3,6 +3,7 @@
 // walks over the classes once.
 #pragma once
 
+#include "common/simd.h"
 #include "common/where.h"
 #include "interpolate/interpolate.h"
 #include "interpolate/pixels.h"
@@ -100,20 +101,13 @@ struct Argmax {
 
 }  // namespace SK_NS
 
-template <class T>
-Logits<T> logits_of(const Resampling& r, int32_t classes, const Strides& strides,
-                    const void* data) {
-  const auto g = r.geometry<Acc<T>>();
-  return {g.y, g.x, r.planes, classes, strides, static_cast<const T*>(data)};
-}
-
 // f(functor) with the call's types.
 template <class F>
 void with_argmax(const ArgmaxCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
     with_taps(call.resampling, [&](auto taps) {
-      const auto logits = logits_of<T>(call.resampling, call.classes, call.strides, call.logits);
+      const auto logits = logits_of<T>(call);
       Acc<T>* confidence = static_cast<Acc<T>*>(call.confidence);
       if (confidence != nullptr) {
         f(Argmax<T, taps.value, true>{logits, call.labels, call.label_type, confidence});
@@ -123,6 +117,12 @@ void with_argmax(const ArgmaxCall& call, const F& f) {
     });
   });
 }
+
+// Defined in upsample_argmax.simd.cpp; the tables are in interpolate/logit_blocks.h.
+template <class T>
+struct LogitTables;
+template <Isa kIsa, class T>
+void upsample_argmax(const Where&, const ArgmaxCall&, const LogitTables<T>&);
 
 int64_t upsample_argmax_workspace(const Where&, const ArgmaxCall&);
 void upsample_argmax_cpu(const Where&, const ArgmaxCall&, void* workspace);

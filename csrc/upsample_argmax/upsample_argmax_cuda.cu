@@ -7,7 +7,9 @@ namespace segkernels {
 
 void upsample_argmax_cuda(const Where& where, const ArgmaxCall& call) {
   const DeviceGuard guard(where.device);
-  with_argmax(call, [&](const auto& f) { walk(where, f.count(), f, "upsample_argmax"); });
+  with_argmax(call, [&](const auto& f) {
+    parallel_for_many_registers(where, f.count(), f, "upsample_argmax");
+  });
 }
 
 }  // namespace segkernels

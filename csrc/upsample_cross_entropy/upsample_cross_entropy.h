@@ -200,13 +200,6 @@ bool tile_losses(const Logits<T>& l, Tiling& t) {
   return int64_t(t.rows) * t.span * kChannels * int64_t(sizeof(Acc<T>)) <= kTileBytes;
 }
 
-template <class T>
-Logits<T> logits_of(const LossCall& call) {
-  const auto g = call.resampling.geometry<Acc<T>>();
-  return {g.y,          g.x,          call.resampling.planes,
-          call.classes, call.strides, static_cast<const T*>(call.logits)};
-}
-
 // f(integral_constant<K>, loss) of a call on logits of type T.
 template <class T, class F>
 void with_loss(const LossCall& call, const F& f) {

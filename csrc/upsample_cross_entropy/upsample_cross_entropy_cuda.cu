@@ -101,7 +101,7 @@ void upsample_loss_backward_cuda(const Where& where, const LossCall& call, const
           "segkernels: upsample_cross_entropy: the output is too wide for so narrow logits");
     }
     const int64_t bytes = int64_t(f.tiling.rows) * f.tiling.span * f.kChannels * int64_t(sizeof(A));
-    run_tiles(where, f, bytes, "upsample_cross_entropy_backward");
+    launch_tiles(where, f, bytes, "upsample_cross_entropy_backward");
   });
 }
 

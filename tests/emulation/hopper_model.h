@@ -12,7 +12,6 @@
 namespace segkernels::dilated::model {
 
 constexpr uint32_t kShared = 1024;  // where shared memory starts
-constexpr int kGroupThreads = 128;
 
 // What PTX says of wgmma's operands in shared memory, with the 128-byte swizzle: a descriptor's
 // fields, and where the value of (row of the tile, summed index) lies.
@@ -27,13 +26,13 @@ struct Operand {
   }
 
   // K-major: lines of 128 bytes run along the sum, groups of 8 lines are 8 rows of the tile.
-  uint32_t along(int row, int summed, int size) const {
+  uint32_t k_major(int row, int summed, int size) const {
     return swizzled(start + uint32_t(row / 8) * group_stride + uint32_t(row % 8) * 128 +
                     uint32_t(summed * size));
   }
 
   // MN-major: lines of 128 bytes run along the tile, groups of 8 lines are 8 summed values.
-  uint32_t across(int row, int summed, int size) const {
+  uint32_t mn_major(int row, int summed, int size) const {
     const int line = 128 / size;
     return swizzled(start + uint32_t(row / line) * block_stride +
                     uint32_t(summed / 8) * group_stride + uint32_t(summed % 8) * 128 +
@@ -41,8 +40,8 @@ struct Operand {
   }
 
   static uint32_t swizzled(uint32_t plain) {
-    const uint32_t piece = plain / 16 % 8, line = plain / 128 % 8;
-    return plain - 16 * piece + 16 * (piece ^ line);
+    const uint32_t chunk = plain / 16 % 8, line = plain / 128 % 8;
+    return plain - 16 * chunk + 16 * (chunk ^ line);
   }
 };
 
@@ -62,7 +61,7 @@ struct Stage {
   }
 
   // The copy engine's box of `sizes` (last axis first), from `from` on: zeros outside the tensor.
-  void copy_box(uint32_t to, const T* tensor, const std::vector<int64_t>& sizes,
+  void tma_load(uint32_t to, const T* tensor, const std::vector<int64_t>& sizes,
                 const std::vector<int64_t>& from, const std::vector<int>& box) {
     // There is a tensor map for rows of a multiple of 16 bytes from such an address alone.
     if (uintptr_t(tensor) % 16 != 0 || sizes[0] * int64_t(sizeof(T)) % 16 != 0) {
@@ -98,15 +97,15 @@ inline float multiplied(Half value) { return widen(value); }
 inline float multiplied(BFloat16 value) { return widen(value); }
 
 // One warpgroup's product of a stage, added to sums[row][column].
-template <class T, bool kAcross>
-void multiply(const Stage<T>& stage, uint64_t a, uint64_t b, int columns, float* sums) {
+template <class T, bool kMnMajor>
+void wgmma(const Stage<T>& stage, uint64_t a, uint64_t b, int columns, float* sums) {
   constexpr int kSize = int(sizeof(T)), kDepth = 32 / kSize;
   const auto values = [&stage](const Operand& operand, int rows) {
     std::vector<float> found(size_t(rows) * kDepth);
     for (int i = 0; i < rows * kDepth; ++i) {
       const int row = i / kDepth, k = i % kDepth;
       found[i] = multiplied(
-          stage.at(kAcross ? operand.across(row, k, kSize) : operand.along(row, k, kSize)));
+          stage.at(kMnMajor ? operand.mn_major(row, k, kSize) : operand.k_major(row, k, kSize)));
     }
     return found;
   };

@@ -111,12 +111,12 @@ struct WeightsGrad {
   SK_HD void operator()(int64_t position) const {
     const int n = lattice.dims + 1;
     const uint16_t* ids = lattice.local_ids + position * n;
-    const int32_t* of = tile_vertices(lattice, tile_of(lattice.grid, position));
+    const int32_t* tile = tile_vertices(lattice, tile_of(lattice.grid, position));
     T* out = grad_weights + position * n;
     for (int k = 0; k < n; ++k) {
       T sum = 0;
       if (ids[0] != kSkipped) {
-        const int64_t row = int64_t(of[ids[k]]) * width;
+        const int64_t row = int64_t(tile[ids[k]]) * width;
         for (int c = 0; c < width; ++c) {
           sum = mul_add(x[position * width + c], grad_vertices[row + c], sum);
           sum = mul_add(g[position * width + c], vertices[row + c], sum);
@@ -146,7 +146,7 @@ SK_HD double natural_log(double x) { return log(x); }
 // W channels of one position from a strided tensor into its row, padded with zeros, or with an
 // energy that leaves no probability.
 template <class T, int W>
-struct Pack {
+struct PackBlock {
   Grid grid;
   Strided source;
   T* rows;
@@ -155,14 +155,14 @@ struct Pack {
   int32_t* status;
 
   SK_HD void operator()(int64_t position, int block) const {
-    const Place place = place_of(grid, position);
-    const T* from = static_cast<const T*>(source.data) + place.image * source.batch +
-                    place.point * source.point;
+    const ImagePoint at = point_of(grid, position);
+    const T* from =
+        static_cast<const T*>(source.data) + at.image * source.batch + at.point * source.point;
     Vec<T, W> v{};
     for (int i = 0; i < W; ++i) {
       const int c = block * W + i;
       T value = 0;
-      if (place.point >= 0) value = c < channels ? score(from[c * source.channel]) : padding();
+      if (at.point >= 0) value = c < channels ? score(from[c * source.channel]) : padding();
       set_lane(v, i, value);
     }
     reinterpret_cast<Vec<T, W>*>(rows + position * width)[block] = v;
@@ -194,7 +194,7 @@ struct Pack {
 // One position, all of its channels: neighbouring threads then read neighbouring points.
 template <class T, int W>
 struct PackRow {
-  Pack<T, W> pack;
+  PackBlock<T, W> pack;
 
   SK_HD void operator()(int64_t position) const {
     for (int b = 0; b < pack.width / W; ++b) pack(position, b);
@@ -203,17 +203,17 @@ struct PackRow {
 
 // The way back: one position.
 template <class T, int W>
-struct Unpack {
+struct UnpackRow {
   Grid grid;
   const T* rows;
   Strided target;
   int channels, width;
 
   SK_HD void operator()(int64_t position) const {
-    const Place place = place_of(grid, position);
-    if (place.point < 0) return;
-    T* to = static_cast<T*>(const_cast<void*>(target.data)) + place.image * target.batch +
-            place.point * target.point;
+    const ImagePoint at = point_of(grid, position);
+    if (at.point < 0) return;
+    T* to = static_cast<T*>(const_cast<void*>(target.data)) + at.image * target.batch +
+            at.point * target.point;
     const Vec<T, W>* row = reinterpret_cast<const Vec<T, W>*>(rows + position * width);
     for (int b = 0; b < width / W; ++b) {
       const Vec<T, W> v = row[b];

@@ -85,7 +85,7 @@ struct EveryCell {
 
 // Contiguous planes, windows two columns wide: V windows side by side.
 template <class T, class Rule, int V>
-struct ExpandPairs {
+struct Expand2Columns {
   Windows w;
   Raster raster;
   Rule rule;
@@ -177,7 +177,7 @@ struct ExpandPlace {
 };
 
 // Reports codes that are no cell of their window or lie outside the plane: one code.
-template <bool kLast>
+template <bool kChannelsLast>
 struct CheckCodes {
   Windows w;
   Raster raster;
@@ -185,7 +185,7 @@ struct CheckCodes {
   int32_t* status;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, 1>(row, block, raster);
+    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
     const uint8_t code = codes[pooled_offset(w, p, p.y, p.x)];
     if (!ByCode::valid(w, p.y, p.x, code)) report(status, kCodeOutOfRange);
   }
@@ -228,7 +228,7 @@ bool expand_tiles(const Where& where, const Windows& w, const Rule& rule, const 
   }
   if (w.kernel[1] == 2 && w.full[1] == 2 * w.pooled[1] && packs(output, w.full[1], 2 * kColumns) &&
       packs(input, w.pooled[1], kColumns) && rule.aligned(w.pooled[1], kColumns)) {
-    const ExpandPairs<T, Rule, kColumns> f{w, raster, rule, input, output, status};
+    const Expand2Columns<T, Rule, kColumns> f{w, raster, rule, input, output, status};
     parallel_rows(where, w.planes * lines, nullptr, w.pooled[1] / kColumns, f, name);
     return true;
   }
@@ -244,22 +244,22 @@ SK_HD bool points_here(uint8_t code, int32_t cell, int64_t) { return code == cel
 SK_HD bool points_here(int64_t index, int32_t, int64_t place) { return index == place; }
 
 template <class T, bool kSum>
-struct Gathered {
+struct LastOrSum {
   T value;
   SK_HD void add(T other) { value = other; }
   SK_HD T get() const { return value; }
 };
 
 template <class T>
-struct Gathered<T, true> {
+struct LastOrSum<T, true> {
   Acc<T> value;
   SK_HD void add(T other) { value += widen(other); }
   SK_HD T get() const { return narrow_to<T>(value); }
 };
 
 // Any windows: one place, V channels.
-template <class T, class P, bool kSum, bool kLast, int V>
-struct GatherWindows {
+template <class T, class P, bool kSum, bool kChannelsLast, int V>
+struct ScatterWindows {
   Windows w;
   Raster raster;
   const T* input;
@@ -267,10 +267,10 @@ struct GatherWindows {
   T* output;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, V>(row, block, raster);
+    const Place p = place_at<kChannelsLast, V>(row, block, raster);
     const Covering ys = windows_over(w, 0, p.y), xs = windows_over(w, 1, p.x);
     const int64_t here = int64_t(p.y) * w.full[1] + p.x;
-    Gathered<T, kSum> found[V];
+    LastOrSum<T, kSum> found[V];
     for (int i = 0; i < V; ++i) found[i] = {};
     for (int32_t y = ys.first; y <= ys.last; ++y) {
       const int32_t m = cell_at(w, 0, y, p.y);
@@ -293,33 +293,33 @@ struct GatherWindows {
 };
 
 template <class T, class P, bool kSum>
-void gather_windows(const Where& where, const Windows& w, const T* input, const P* positions,
-                    T* output, const char* name) {
+void scatter_windows(const Where& where, const Windows& w, const T* input, const P* positions,
+                     T* output, const char* name) {
   constexpr int kChannels = 16 / sizeof(T);
   const Raster raster = raster_of(w.full);
   const int64_t lines = w.planes * w.full[0];
   if (w.channels == 1) {
-    const GatherWindows<T, P, kSum, false, 1> f{w, raster, input, positions, output};
+    const ScatterWindows<T, P, kSum, false, 1> f{w, raster, input, positions, output};
     parallel_rows(where, lines, nullptr, w.full[1], f, name);
   } else if (packs(input, w.channels, kChannels) && packs(output, w.channels, kChannels) &&
              packs(positions, w.channels, kChannels)) {
-    const GatherWindows<T, P, kSum, true, kChannels> f{w, raster, input, positions, output};
+    const ScatterWindows<T, P, kSum, true, kChannels> f{w, raster, input, positions, output};
     parallel_rows(where, lines * w.full[1], nullptr, int(w.channels / kChannels), f, name);
   } else {
-    const GatherWindows<T, P, kSum, true, 1> f{w, raster, input, positions, output};
+    const ScatterWindows<T, P, kSum, true, 1> f{w, raster, input, positions, output};
     parallel_rows(where, lines * w.full[1], nullptr, int(w.channels), f, name);
   }
 }
 
 // 2x2 windows that tile a contiguous plane, with no column beside them.
-SK_HD bool pairs_tile(const Windows& w) {
+SK_HD bool tiled_2x2(const Windows& w) {
   return tiles_plane(w) && w.kernel[0] == 2 && w.kernel[1] == 2 && w.full[1] == 2 * w.pooled[1] &&
          w.full[0] >= 2 * w.pooled[0];
 }
 
 // V windows of `pairs_tile`, side by side: all cells are read, in whole packs.
 template <class T, int V>
-struct CollectPairs {
+struct Gather2x2 {
   Windows w;
   Raster raster;
   const T* input;
@@ -359,8 +359,8 @@ SK_HD StatusCode fault_of(uint8_t) { return kCodeOutOfRange; }
 SK_HD StatusCode fault_of(int64_t) { return kIndexOutOfRange; }
 
 // Any windows: one window, one channel.
-template <class T, class P, bool kLast>
-struct CollectWindow {
+template <class T, class P, bool kChannelsLast>
+struct GatherWindow {
   Windows w;
   Raster raster;
   const T* input;
@@ -369,7 +369,7 @@ struct CollectWindow {
   int32_t* status;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kLast, 1>(row, block, raster);
+    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
     const int64_t at = pooled_offset(w, p, p.y, p.x);
     const int64_t offset = offset_of_position(w, p, positions[at]);
     if (offset < 0) report(status, fault_of(positions[at]));
@@ -379,7 +379,7 @@ struct CollectWindow {
 
 // channels_last, windows of few cells: one window, V channels; all cells are read, in whole packs.
 template <class T, int V>
-struct CollectCells {
+struct GatherCells {
   Windows w;
   Raster raster;
   const T* input;
@@ -421,31 +421,31 @@ struct CollectCells {
 constexpr int32_t kFewCells = 9;
 
 template <class T, class P>
-void collect(const Where& where, const Windows& w, const T* input, const P* positions, T* output,
-             int32_t* status, const char* name) {
+void gather(const Where& where, const Windows& w, const T* input, const P* positions, T* output,
+            int32_t* status, const char* name) {
   constexpr int kColumns = 8 / sizeof(T), kChannels = 16 / sizeof(T);
   const Raster raster = raster_of(w.pooled);
   const int64_t lines = w.planes * w.pooled[0];
   if constexpr (sizeof(P) == 1) {
-    if (w.channels == 1 && pairs_tile(w) && packs(input, w.full[1], 2 * kColumns) &&
+    if (w.channels == 1 && tiled_2x2(w) && packs(input, w.full[1], 2 * kColumns) &&
         packs(output, w.pooled[1], kColumns) && packs(positions, w.pooled[1], kColumns)) {
-      const CollectPairs<T, kColumns> f{w, raster, input, positions, output, status};
+      const Gather2x2<T, kColumns> f{w, raster, input, positions, output, status};
       parallel_rows(where, lines, nullptr, w.pooled[1] / kColumns, f, name);
       return;
     }
     if (w.channels > 1 && int64_t(w.kernel[0]) * w.kernel[1] <= kFewCells &&
         packs(input, w.channels, kChannels) && packs(output, w.channels, kChannels) &&
         packs(positions, w.channels, kChannels)) {
-      const CollectCells<T, kChannels> f{w, raster, input, positions, output, status};
+      const GatherCells<T, kChannels> f{w, raster, input, positions, output, status};
       parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels / kChannels), f, name);
       return;
     }
   }
   if (w.channels > 1) {
-    const CollectWindow<T, P, true> f{w, raster, input, positions, output, status};
+    const GatherWindow<T, P, true> f{w, raster, input, positions, output, status};
     parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels), f, name);
   } else {
-    const CollectWindow<T, P, false> f{w, raster, input, positions, output, status};
+    const GatherWindow<T, P, false> f{w, raster, input, positions, output, status};
     parallel_rows(where, lines, nullptr, w.pooled[1], f, name);
   }
 }

@@ -8,9 +8,9 @@
 #include <type_traits>
 
 #include "common/lanes.h"
-#include "pooling/moves.h"
-#include "pooling/runs.h"
-#include "pooling/scatter.h"
+#include "pooling/code_places.h"
+#include "pooling/scatter_cpu.h"
+#include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
@@ -45,14 +45,14 @@ struct Interior {
 };
 
 // What lines need that is the same for all of them.
-struct Plan {
+struct LineTables {
   Windows w;
   Divisor lines;  // of windows
   Interior ys, xs;
   int32_t cells;
   int64_t offset_of[256];  // in the plane, of a window's cells from its first
 
-  explicit Plan(const Windows& windows)
+  explicit LineTables(const Windows& windows)
       : w(windows),
         lines(divisor_of(w.pooled[0] > 0 ? w.pooled[0] : 1)),
         ys(w, 0),
@@ -93,34 +93,36 @@ struct Sweep {
 
 // The windows [begin, end) of a line that none of the plane's sides cuts, if all their codes point
 // into the plane; else none.
-struct Sound {
+struct ValidWindows {
   int32_t begin, end;
 
-  Sound(const Plan& plan, const Place& line, const uint8_t* __restrict row) : begin(0), end(0) {
-    const Windows& w = plan.w;
+  ValidWindows(const LineTables& tables, const Place& line, const uint8_t* __restrict row)
+      : begin(0), end(0) {
+    const Windows& w = tables.w;
     const Cells ys = cells_inside(w, 0, line.y);
     uint8_t least = 255, largest = 0;
-    for (int64_t i = plan.xs.begin * w.channels; i < plan.xs.end * w.channels; ++i) {
+    for (int64_t i = tables.xs.begin * w.channels; i < tables.xs.end * w.channels; ++i) {
       least = row[i] < least ? row[i] : least;
       largest = row[i] > largest ? row[i] : largest;
     }
     if (least < ys.begin * w.kernel[1] || largest >= ys.end * w.kernel[1]) return;
-    begin = plan.xs.begin;
-    end = plan.xs.end;
+    begin = tables.xs.begin;
+    end = tables.xs.end;
   }
 };
 
 // Reports the codes of a line of windows that do not point into the plane.
-inline void check_line(const Plan& plan, const Place& line, const uint8_t* codes, int32_t* status) {
-  const Windows& w = plan.w;
+inline void check_line(const LineTables& tables, const Place& line, const uint8_t* codes,
+                       int32_t* status) {
+  const Windows& w = tables.w;
   const uint8_t* row = codes + pooled_offset(w, line, line.y, 0);
-  const Sound sound(plan, line, row);
+  const ValidWindows valid(tables, line, row);
   bool bad = false;
   const auto check = [&](int64_t i) {
     bad |= !ByCode::valid(w, line.y, int32_t(i / w.channels), row[i]);
   };
-  for (int64_t i = 0; i < sound.begin * w.channels; ++i) check(i);
-  for (int64_t i = sound.end * w.channels; i < w.pooled[1] * w.channels; ++i) check(i);
+  for (int64_t i = 0; i < valid.begin * w.channels; ++i) check(i);
+  for (int64_t i = valid.end * w.channels; i < w.pooled[1] * w.channels; ++i) check(i);
   if (bad) report(status, kCodeOutOfRange);
 }
 
@@ -154,8 +156,9 @@ SK_HD void expand_lanes(const Rule& rule, const uint8_t* __restrict codes,
 
 // Two cells side by side.
 template <class T, class Rule>
-SK_HD void expand_pairs(const Rule& rule, const uint8_t* __restrict codes,
-                        const T* __restrict values, T* __restrict out, int64_t n, int32_t cell) {
+SK_HD void expand_2_columns(const Rule& rule, const uint8_t* __restrict codes,
+                            const T* __restrict values, T* __restrict out, int64_t n,
+                            int32_t cell) {
   for (int64_t i = 0; i < n; ++i) {
     out[2 * i] = T(values[i] & mask_of<T>(picks(rule, codes, i, cell)));
     out[2 * i + 1] = T(values[i] & mask_of<T>(picks(rule, codes, i, cell + 1)));
@@ -210,7 +213,7 @@ void expand_line(const Windows& w, const Rule& rule, const uint8_t* codes, const
     return;
   }
   if (w.kernel[1] == 2) {
-    expand_pairs(rule, codes, values, out, whole, first);
+    expand_2_columns(rule, codes, values, out, whole, first);
   } else {
     for (int32_t n = 0; n < w.kernel[1]; ++n) {
       expand_lanes<0>(rule, codes, values, out + n, w.kernel[1], whole, first + n);
@@ -223,20 +226,20 @@ void expand_line(const Windows& w, const Rule& rule, const uint8_t* codes, const
 }
 
 template <class T, class Rule>
-void expand_rows(const Where& where, const Windows& w, const Rule& rule, const uint8_t* codes,
-                 const T* input, T* output, int32_t* status, const char* name) {
+void expand_lines(const Where& where, const Windows& w, const Rule& rule, const uint8_t* codes,
+                  const T* input, T* output, int32_t* status, const char* name) {
   const int32_t lines = (w.full[0] + w.kernel[0] - 1) / w.kernel[0];
   const int64_t row = w.full[1] * w.channels;
   const int32_t columns = w.full[1] / w.kernel[1];
   const int32_t whole = columns < w.pooled[1] ? columns : w.pooled[1];
   const Divisor by = divisor_of(lines > 0 ? lines : 1);
-  const Plan plan(w);
+  const LineTables tables(w);
   parallel_for(
       where, w.planes * lines,
       [&](int64_t i) {
         const Place line = line_of(i, by);
         const bool is_window = line.y < w.pooled[0];
-        if (is_window && status != nullptr) check_line(plan, line, codes, status);
+        if (is_window && status != nullptr) check_line(tables, line, codes, status);
         const int64_t at = is_window ? pooled_offset(w, line, line.y, 0) : 0;
         for (int32_t m = 0; m < w.kernel[0] && line.y * w.kernel[0] + m < w.full[0]; ++m) {
           T* out = output + full_offset(w, line, line.y * w.kernel[0] + m, 0);
@@ -258,8 +261,8 @@ SK_HD Acc<T> widen_if(T value, bool wanted) {
 }
 
 template <class T, class P, bool kSum, class A>
-SK_HD void gather_lanes(const T* __restrict values, const P* __restrict positions,
-                        A* __restrict found, int n, P wanted) {
+SK_HD void merge_matching(const T* __restrict values, const P* __restrict positions,
+                          A* __restrict found, int n, P wanted) {
   for (int i = 0; i < n; ++i) {
     if constexpr (kSum) {
       found[i] += widen_if(values[i], positions[i] == wanted);
@@ -272,7 +275,7 @@ SK_HD void gather_lanes(const T* __restrict values, const P* __restrict position
 
 // kCount vectors of channels of one place: the last value, or the sum of those, that point here.
 template <class T, class P, bool kSum, int kCount>
-struct GatheredLanes {
+struct LastOrSumLanes {
   using A = std::conditional_t<kSum, Acc<T>, T>;
   using Bits = BitsOf<sizeof(T)>;
   static constexpr int kWidth = kVectorBytes / sizeof(A);
@@ -280,7 +283,7 @@ struct GatheredLanes {
 
   Vec<A, kWidth> found[kCount] = {};
 
-  SK_HD void meet(const T* values, const P* positions, P wanted) {
+  SK_HD void update(const T* values, const P* positions, P wanted) {
     for (int i = 0; i < kCount; ++i) {
       const auto same = load_lanes<kWidth>(positions + i * kWidth) == wanted;
       const Mask mask = __builtin_convertvector(same, Mask);
@@ -307,9 +310,9 @@ struct GatheredLanes {
 
 // channels_last, any windows: as GatherWindows.
 template <class T, class P, bool kSum>
-struct GatherRows {
+struct ScatterLines {
   using A = std::conditional_t<kSum, Acc<T>, T>;
-  static constexpr int kWidth = GatheredLanes<T, P, kSum, 1>::kWidth;
+  static constexpr int kWidth = LastOrSumLanes<T, P, kSum, 1>::kWidth;
 
   Windows w;
   Divisor lines;  // of the plane
@@ -370,9 +373,9 @@ struct GatherRows {
 
   template <int kCount>
   void vectors(const Rows& rows, const Sweep& xs, int64_t place, int64_t c, T* out) const {
-    GatheredLanes<T, P, kSum, kCount> lanes;
+    LastOrSumLanes<T, P, kSum, kCount> lanes;
     each_window(rows, xs, place, [&](int64_t at, P wanted) {
-      lanes.meet(input + at + c, positions + at + c, wanted);
+      lanes.update(input + at + c, positions + at + c, wanted);
     });
     lanes.write(out);
   }
@@ -382,7 +385,7 @@ struct GatherRows {
     A found[kWidth] = {};
     const int n = int(w.channels);
     each_window(rows, xs, place, [&](int64_t at, P wanted) {
-      gather_lanes<T, P, kSum>(input + at, positions + at, found, n, wanted);
+      merge_matching<T, P, kSum>(input + at, positions + at, found, n, wanted);
     });
     for (int i = 0; i < n; ++i) {
       if constexpr (kSum) {
@@ -395,13 +398,13 @@ struct GatherRows {
 };
 
 template <class T, class P, bool kSum>
-void gather_rows(const Where& where, const Windows& w, const T* input, const P* positions,
-                 T* output, const char* name) {
+void scatter_by_place(const Where& where, const Windows& w, const T* input, const P* positions,
+                      T* output, const char* name) {
   // Of indices windows may have more lines than GatherRows holds.
   if (w.kernel[0] > 256)
-    return gather_windows<T, P, kSum>(where, w, input, positions, output, name);
+    return scatter_windows<T, P, kSum>(where, w, input, positions, output, name);
   const Divisor lines = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
-  const GatherRows<T, P, kSum> f{w, lines, input, positions, output};
+  const ScatterLines<T, P, kSum> f{w, lines, input, positions, output};
   parallel_for(where, w.planes * w.full[0], f, name);
 }
 
@@ -415,14 +418,14 @@ void expand_codes(const Where& where, const Windows& w, const T* input, const ui
   if (w.channels == 1 && w.pooled[1] < kShortLine && w.planes >= where.threads) {
     scatter_planes<T, uint8_t, false>(where, w, input, codes, output, status, name);
   } else {
-    expand_rows(where, w, ByCode{codes}, codes, input, output, status, name);
+    expand_lines(where, w, ByCode{codes}, codes, input, output, status, name);
   }
 }
 
 // Two lines under a line of 2x2 windows: the cell of each that its code names.
 template <class T>
-SK_HD uint8_t collect_pairs(const T* __restrict upper, const T* __restrict lower,
-                            const uint8_t* __restrict codes, T* __restrict out, int64_t n) {
+SK_HD uint8_t gather_2x2(const T* __restrict upper, const T* __restrict lower,
+                         const uint8_t* __restrict codes, T* __restrict out, int64_t n) {
   uint8_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const T right = mask_of<T>(codes[i] & 1), low = mask_of<T>(codes[i] & 2);
@@ -436,15 +439,15 @@ SK_HD uint8_t collect_pairs(const T* __restrict upper, const T* __restrict lower
 
 // channels_last: one window of few cells, n channels.
 template <class T>
-void collect_cells(const Windows& w, const Place& p, const T* input, const uint8_t* codes, T* out,
-                   int n) {
+void gather_cells(const Windows& w, const Place& p, const T* input, const uint8_t* codes, T* out,
+                  int n) {
   const Cells ys = cells_inside(w, 0, p.y), xs = cells_inside(w, 1, p.x);
   T found[kLanes] = {};
   for (int32_t m = ys.begin; m < ys.end; ++m) {
     for (int32_t k = xs.begin; k < xs.end; ++k) {
       const int32_t y = ys.start + m * w.dilation[0], x = xs.start + k * w.dilation[1];
-      gather_lanes<T, uint8_t, false>(input + full_offset(w, p, y, x), codes, found, n,
-                                      uint8_t(m * w.kernel[1] + k));
+      merge_matching<T, uint8_t, false>(input + full_offset(w, p, y, x), codes, found, n,
+                                        uint8_t(m * w.kernel[1] + k));
     }
   }
   memcpy(static_cast<void*>(out), found, sizeof(T) * n);
@@ -452,22 +455,23 @@ void collect_cells(const Windows& w, const Place& p, const T* input, const uint8
 
 // Lines [begin, end) of windows of a contiguous plane, one position at a time.
 template <class T, class P>
-void collect_places(const Windows& w, const Runs& runs, int64_t plane, int32_t begin, int32_t end,
-                    const T* input, const P* positions, T* output, int32_t* status) {
+void gather_places(const Windows& w, const CodePlaces& decoder, int64_t plane, int32_t begin,
+                   int32_t end, const T* input, const P* positions, T* output, int32_t* status) {
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   const T* __restrict from = input + plane * w.full[0] * w.full[1];
   const P* __restrict at = positions + plane * sources;
   T* __restrict out = output + plane * sources;
   if constexpr (sizeof(P) == 1) {
-    if (Runs::take(w)) {
+    if (CodePlaces::supports(w)) {
       bool bad = false;
-      runs.each(begin, end, at, [&](const Runs::Run& run) {
-        T* __restrict to = out + run.window;
-        if (run.bad) {
-          for (int32_t i = 0; i < run.n; ++i) to[i] = run.place[i] < 0 ? T(0) : from[run.place[i]];
+      decoder.each(begin, end, at, [&](const CodePlaces::Batch& batch) {
+        T* __restrict to = out + batch.window;
+        if (batch.bad) {
+          for (int32_t i = 0; i < batch.n; ++i)
+            to[i] = batch.place[i] < 0 ? T(0) : from[batch.place[i]];
           bad = true;
         } else {
-          for (int32_t i = 0; i < run.n; ++i) to[i] = from[run.place[i]];
+          for (int32_t i = 0; i < batch.n; ++i) to[i] = from[batch.place[i]];
         }
       });
       if (bad) report(status, kCodeOutOfRange);
@@ -476,14 +480,14 @@ void collect_places(const Windows& w, const Runs& runs, int64_t plane, int32_t b
   }
   memset(static_cast<void*>(out + int64_t(begin) * w.pooled[1]), 0,
          sizeof(T) * (end - begin) * w.pooled[1]);
-  each_place(w, runs, begin, end, at, status,
+  each_place(w, decoder, begin, end, at, status,
              [&](int64_t to, int64_t place) { out[to] = from[place]; });
 }
 
 // A line of windows of channels_last, one position at a time.
 template <class T, class P>
-void collect_line(const Windows& w, const Place& line, const T* input, const P* positions,
-                  T* output, int32_t* status) {
+void gather_line(const Windows& w, const Place& line, const T* input, const P* positions, T* output,
+                 int32_t* status) {
   const T* plane = input + full_offset(w, line, 0, 0);
   const int64_t at = pooled_offset(w, line, line.y, 0);
   for (int32_t x = 0; x < w.pooled[1]; ++x) {
@@ -501,12 +505,12 @@ constexpr int32_t kBlock = 8;
 
 // As collect_pairs, in blocks of as many windows; the last may overlap the one before.
 template <int N, class T>
-SK_HD uint8_t collect_blocks(const T* upper, const T* lower, const uint8_t* codes, T* out,
-                             int64_t n) {
+SK_HD uint8_t gather_blocks(const T* upper, const T* lower, const uint8_t* codes, T* out,
+                            int64_t n) {
   uint8_t largest = 0;
   for (int64_t i = 0; i < n; i += N) {
     const int64_t at = i + N <= n ? i : n - N;
-    const uint8_t most = collect_pairs(upper + 2 * at, lower + 2 * at, codes + at, out + at, N);
+    const uint8_t most = gather_2x2(upper + 2 * at, lower + 2 * at, codes + at, out + at, N);
     largest = most > largest ? most : largest;
   }
   return largest;
@@ -514,24 +518,24 @@ SK_HD uint8_t collect_blocks(const T* upper, const T* lower, const uint8_t* code
 
 // channels_last: a line of windows of few cells.
 template <class T>
-void collect_cells_line(const Plan& plan, const Place& line, const T* input, const uint8_t* codes,
-                        T* output, int32_t* status) {
-  const Windows& w = plan.w;
+void gather_cells_line(const LineTables& tables, const Place& line, const T* input,
+                       const uint8_t* codes, T* output, int32_t* status) {
+  const Windows& w = tables.w;
   const int64_t at = pooled_offset(w, line, line.y, 0);
-  check_line(plan, line, codes, status);
+  check_line(tables, line, codes, status);
   for (int32_t x = 0; x < w.pooled[1]; ++x) {
     for (int64_t c = 0; c < w.channels; c += kLanes) {
       const int64_t i = at + x * w.channels + c;
-      collect_cells(w, {line.plane, line.y, x, c}, input, codes + i, output + i,
-                    lanes_left(c, w.channels));
+      gather_cells(w, {line.plane, line.y, x, c}, input, codes + i, output + i,
+                   lanes_left(c, w.channels));
     }
   }
 }
 
 template <class T, class P>
-void collect_rows(const Where& where, const Windows& w, const T* input, const P* positions,
+void gather_lines(const Where& where, const Windows& w, const T* input, const P* positions,
                   T* output, int32_t* status, const char* name) {
-  const Plan plan(w);
+  const LineTables tables(w);
   const int64_t lines = w.planes * w.pooled[0];
   const bool codes = sizeof(P) == 1, four = w.kernel[0] == 2 && w.kernel[1] == 2;
   if (w.channels > 1) {
@@ -539,11 +543,11 @@ void collect_rows(const Where& where, const Windows& w, const T* input, const P*
     parallel_for(
         where, lines,
         [&](int64_t i) {
-          const Place line = line_of(i, plan.lines);
+          const Place line = line_of(i, tables.lines);
           if constexpr (sizeof(P) == 1) {
-            if (few) return collect_cells_line(plan, line, input, positions, output, status);
+            if (few) return gather_cells_line(tables, line, input, positions, output, status);
           }
-          collect_line(w, line, input, positions, output, status);
+          gather_line(w, line, input, positions, output, status);
         },
         name);
     return;
@@ -553,30 +557,30 @@ void collect_rows(const Where& where, const Windows& w, const T* input, const P*
       parallel_for(
           where, lines,
           [&](int64_t i) {
-            const Place line = line_of(i, plan.lines);
+            const Place line = line_of(i, tables.lines);
             const T* upper = input + full_offset(w, line, 2 * line.y, 0);
             const int64_t at = i * w.pooled[1];
             const T* lower = upper + w.full[1];
             const uint8_t largest =
                 w.pooled[1] < kShortLine
-                    ? collect_blocks<kBlock>(upper, lower, positions + at, output + at, w.pooled[1])
-                    : collect_blocks<kShortLine>(upper, lower, positions + at, output + at,
-                                                 w.pooled[1]);
+                    ? gather_blocks<kBlock>(upper, lower, positions + at, output + at, w.pooled[1])
+                    : gather_blocks<kShortLine>(upper, lower, positions + at, output + at,
+                                                w.pooled[1]);
             if (largest > 3) report(status, kCodeOutOfRange);
           },
           name);
       return;
     }
   }
-  const Runs runs(w);
+  const CodePlaces decoder(w);
   // Whole planes, or lines where there are fewer planes than threads.
   const int32_t step = w.planes >= where.threads ? w.pooled[0] : 1;
   parallel_for(
       where, step == 1 ? lines : w.planes,
       [&](int64_t i) {
-        const Place line = step == 1 ? line_of(i, plan.lines) : Place{i, 0, 0, 0};
-        collect_places(w, runs, line.plane, line.y, line.y + step, input, positions, output,
-                       status);
+        const Place line = step == 1 ? line_of(i, tables.lines) : Place{i, 0, 0, 0};
+        gather_places(w, decoder, line.plane, line.y, line.y + step, input, positions, output,
+                      status);
       },
       name);
 }

@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "common/parallel_for.h"
-#include "permutohedral/rows.h"
+#include "permutohedral/filter.h"
 
 namespace segkernels {
 inline namespace SK_NS {

@@ -12,7 +12,7 @@ using Int = std::integral_constant<int, N>;
 
 // f(Int<threads>, Int<vectors>), whose product covers `blocks` vectors; of more than 128 it is 128.
 template <class T, class V, class F>
-void with_lanes(int blocks, const F& f) {
+void with_row_threads(int blocks, const F& f) {
   if constexpr (sizeof(T) == sizeof(V)) {  // rows of one channel
     f(Int<1>{}, Int<1>{});
   } else {

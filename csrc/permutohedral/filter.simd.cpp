@@ -7,7 +7,7 @@
 #include "common/parallel_for.h"
 #include "permutohedral/dispatch.h"
 #include "permutohedral/permutohedral.h"
-#include "permutohedral/splat_tile.h"
+#include "permutohedral/splat_cpu.h"
 
 namespace segkernels {
 inline namespace SK_ISA {
@@ -26,48 +26,47 @@ void with_vector(int width, const F& f) {
 
 // A tile's rows hold neighbouring points: channels are read (and written) in runs of them, and
 // turned in cache.
-constexpr int kRun = 64;
+constexpr int kStrip = 64;
 
 // f(position, place, n) for runs of at most kRun neighbouring points of a tile.
 template <class F>
-SK_HD void for_runs(const Grid& g, int64_t tile, const F& f) {
+SK_HD void for_strips(const Grid& g, int64_t tile, const F& f) {
   for (int32_t y = 0; y < g.tile_height; ++y) {
     const int64_t row = tile * tile_points(g) + int64_t(y) * g.tile_width;
-    const Place first = place_of(g, row);
+    const ImagePoint first = point_of(g, row);
     if (first.point < 0) return;
     const int64_t left = g.width - first.point % g.width;
     const int64_t here = left < g.tile_width ? left : g.tile_width;
-    for (int64_t x = 0; x < here; x += kRun) {
-      f(row + x, Place{first.image, first.point + x}, here - x < kRun ? here - x : kRun);
+    for (int64_t x = 0; x < here; x += kStrip) {
+      f(row + x, ImagePoint{first.image, first.point + x}, here - x < kStrip ? here - x : kStrip);
     }
   }
 }
 
 template <class T>
 struct PackTile {
-  Pack<T, 1> row;
+  PackBlock<T, 1> row;
 
   void operator()(int64_t tile) const {
     const int64_t points = tile_points(row.grid);
     if (tile_has_gaps(row.grid, tile)) {
       memset(row.rows + tile * points * row.width, 0, sizeof(T) * points * row.width);
     }
-    for_runs(row.grid, tile, [&](int64_t position, const Place& place, int64_t n) {
-      if (row.source.point == 1) return run(position, place, n);
+    for_strips(row.grid, tile, [&](int64_t position, const ImagePoint& at, int64_t n) {
+      if (row.source.point == 1) return pack_strip(position, at, n);
       for (int64_t i = 0; i < n; ++i) {
         for (int c = 0; c < row.width; ++c) row(position + i, c);
       }
     });
   }
 
-  void run(int64_t position, const Place& place, int64_t n) const {
+  void pack_strip(int64_t position, const ImagePoint& at, int64_t n) const {
     using V = Vec<T, 8>;
     T* out = row.rows + position * row.width;
-    const T* from =
-        static_cast<const T*>(row.source.data) + place.image * row.source.batch + place.point;
+    const T* from = static_cast<const T*>(row.source.data) + at.image * row.source.batch + at.point;
     // What is not finite makes `bad` NaN; the values after the n are repeats that are not stored.
     V bad{}, low{}, high{};
-    T buffer[kRun];
+    T buffer[kStrip];
     for (int c = 0; c < row.width; ++c) {
       if (c >= row.channels) {
         for (int64_t i = 0; i < n; ++i)
@@ -75,8 +74,8 @@ struct PackTile {
         continue;
       }
       const T* x = from + c * row.source.channel;
-      for (int64_t i = 0; i < kRun; ++i) buffer[i] = x[i < n ? i : 0];
-      for (int64_t i = 0; i < kRun; i += 8) {
+      for (int64_t i = 0; i < kStrip; ++i) buffer[i] = x[i < n ? i : 0];
+      for (int64_t i = 0; i < kStrip; i += 8) {
         V v;
         memcpy(&v, buffer + i, sizeof v);
         bad = bad + (v - v);
@@ -102,14 +101,13 @@ struct PackTile {
 
 template <class T>
 struct UnpackTile {
-  Unpack<T, 1> row;
+  UnpackRow<T, 1> row;
 
   void operator()(int64_t tile) const {
     const Strided& t = row.target;
-    for_runs(row.grid, tile, [&](int64_t position, const Place& place, int64_t n) {
+    for_strips(row.grid, tile, [&](int64_t position, const ImagePoint& at, int64_t n) {
       const T* rows = row.rows + position * row.width;
-      T* to = static_cast<T*>(const_cast<void*>(t.data)) + place.image * t.batch +
-              place.point * t.point;
+      T* to = static_cast<T*>(const_cast<void*>(t.data)) + at.image * t.batch + at.point * t.point;
       for (int c = 0; c < row.channels; ++c) {
         for (int64_t i = 0; i < n; ++i) to[c * t.channel + i * t.point] = rows[i * row.width + c];
       }
@@ -208,7 +206,7 @@ void invert_norm(const Where& where, int64_t positions, const void* norm, void* 
 }  // namespace SK_ISA
 
 template <Isa kIsa>
-void fill_row_functions(PermutohedralApi& api) {
+void set_cpu_loops(PermutohedralApi& api) {
   api.pack = pack;
   api.unpack = unpack;
   api.splat = splat;
@@ -217,5 +215,5 @@ void fill_row_functions(PermutohedralApi& api) {
   api.invert_norm = invert_norm;
 }
 
-template void fill_row_functions<Isa::SK_ISA>(PermutohedralApi&);
+template void set_cpu_loops<Isa::SK_ISA>(PermutohedralApi&);
 }  // namespace segkernels

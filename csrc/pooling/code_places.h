@@ -6,49 +6,49 @@
 #include <string.h>
 
 #include "common/lanes.h"
-#include "pooling/moves.h"
+#include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
-class Runs {
+class CodePlaces {
  public:
   static constexpr int kMost = 128;
   static constexpr int kWidth = kVectorBytes / 4;
 
   // Places of n windows, the first of which is `window` in its plane; -1 for a code that points to
   // none, if `bad`.
-  struct Run {
+  struct Batch {
     int32_t place[kMost];
     int64_t window;
     int32_t n;
     bool bad;
   };
 
-  explicit Runs(const Windows& windows)
+  explicit CodePlaces(const Windows& windows)
       : w_(windows), inverse_((65535 + uint32_t(w_.kernel[1])) / uint32_t(w_.kernel[1])) {
     lines_ = w_.pooled[1] > 0 && w_.pooled[1] < kMost ? kMost / w_.pooled[1] : 1;
-    several_ = w_.pooled[1] <= kMost;
-    if (several_) describe(0, w_.pooled[1], lines_, table_);
+    short_lines_ = w_.pooled[1] <= kMost;
+    if (short_lines_) describe(0, w_.pooled[1], lines_, table_);
   }
 
   // Whether places are few enough for this.
-  static bool take(const Windows& w) {
+  static bool supports(const Windows& w) {
     return w.channels == 1 && int64_t(w.full[0]) * w.full[1] < (int64_t(1) << 30);
   }
 
   // f(run) for runs that make up the lines [begin, end) of windows, in order.
   template <class F>
   void each(int32_t begin, int32_t end, const uint8_t* codes, const F& f) const {
-    Run run;
+    Batch batch;
     for (int32_t y = begin; y < end;) {
       const Cells ys = cells_inside(w_, 0, y);
       const int64_t first = int64_t(y) * w_.pooled[1];
-      if (several_) {
+      if (short_lines_) {
         int32_t lines = 1;
         while (lines < lines_ && y + lines < end && alike(ys, y + lines)) ++lines;
-        find(ys, table_, codes, first, lines * w_.pooled[1], run);
-        f(run);
+        find(ys, table_, codes, first, lines * w_.pooled[1], batch);
+        f(batch);
         y += lines;
         continue;
       }
@@ -56,8 +56,8 @@ class Runs {
         const int32_t n = w_.pooled[1] - x < kMost ? w_.pooled[1] - x : kMost;
         Table table;
         describe(x, n, 1, table);
-        find(ys, table, codes, first + x, n, run);
-        f(run);
+        find(ys, table, codes, first + x, n, batch);
+        f(batch);
       }
       ++y;
     }
@@ -92,7 +92,7 @@ class Runs {
   }
 
   void find(const Cells& ys, const Table& table, const uint8_t* codes, int64_t window, int32_t n,
-            Run& run) const {
+            Batch& batch) const {
     using Wide = Vec<uint32_t, kWidth>;
     using Signed = Vec<int32_t, kWidth>;
     const uint32_t row = uint32_t(w_.dilation[0]) * uint32_t(w_.full[1]);
@@ -112,19 +112,19 @@ class Runs {
       const Signed inside = (y >= ys.begin) & (y < ys.end) &
                             (x >= load_lanes<kWidth>(table.begin + i)) &
                             (x < load_lanes<kWidth>(table.end + i));
-      store_lanes(run.place + i, bits_of<Signed>(at) | ~inside);
+      store_lanes(batch.place + i, bits_of<Signed>(at) | ~inside);
       bad |= ~inside & (lane < n - i);
     }
-    run.window = window;
-    run.n = n;
-    run.bad = false;
-    for (int i = 0; i < kWidth; ++i) run.bad |= bad[i] != 0;
+    batch.window = window;
+    batch.n = n;
+    batch.bad = false;
+    for (int i = 0; i < kWidth; ++i) batch.bad |= bad[i] != 0;
   }
 
   Windows w_;
   uint32_t inverse_;  // of a window's width, times 2^16
   int32_t lines_;     // that a run may have
-  bool several_;      // whether a line is one run at most
+  bool short_lines_;  // whether a line is one run at most
   Table table_;
 };
 

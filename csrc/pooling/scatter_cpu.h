@@ -6,25 +6,25 @@
 #include <string.h>
 
 #include "common/lanes.h"
-#include "pooling/moves.h"
-#include "pooling/runs.h"
+#include "pooling/code_places.h"
+#include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
 // Lines [begin, end) of windows of a contiguous plane: f(window, its place in the plane) in order.
 template <class P, class F>
-SK_HD void each_place(const Windows& w, const Runs& runs, int32_t begin, int32_t end,
+SK_HD void each_place(const Windows& w, const CodePlaces& decoder, int32_t begin, int32_t end,
                       const P* __restrict positions, int32_t* status, const F& f) {
   bool bad = false;
   if constexpr (sizeof(P) == 1) {
-    if (Runs::take(w)) {
-      runs.each(begin, end, positions, [&](const Runs::Run& run) {
-        for (int32_t i = 0; i < run.n && !run.bad; ++i) f(run.window + i, run.place[i]);
-        for (int32_t i = 0; i < run.n && run.bad; ++i) {
-          if (run.place[i] >= 0) f(run.window + i, run.place[i]);
+    if (CodePlaces::supports(w)) {
+      decoder.each(begin, end, positions, [&](const CodePlaces::Batch& batch) {
+        for (int32_t i = 0; i < batch.n && !batch.bad; ++i) f(batch.window + i, batch.place[i]);
+        for (int32_t i = 0; i < batch.n && batch.bad; ++i) {
+          if (batch.place[i] >= 0) f(batch.window + i, batch.place[i]);
         }
-        bad |= run.bad;
+        bad |= batch.bad;
       });
     } else {
       for (int64_t i = int64_t(begin) * w.pooled[1]; i < int64_t(end) * w.pooled[1]; ++i) {
@@ -48,7 +48,7 @@ SK_HD void each_place(const Windows& w, const Runs& runs, int32_t begin, int32_t
 template <class T, class P, bool kSum>
 void scatter_planes(const Where& where, const Windows& w, const T* input, const P* positions,
                     T* output, int32_t* status, const char* name) {
-  const Runs runs(w);
+  const CodePlaces decoder(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   parallel_for(
@@ -57,7 +57,7 @@ void scatter_planes(const Where& where, const Windows& w, const T* input, const 
         T* __restrict plane = output + i * places;
         const T* __restrict values = input + i * sources;
         memset(static_cast<void*>(plane), 0, sizeof(T) * places);
-        each_place(w, runs, 0, w.pooled[0], positions + i * sources, status,
+        each_place(w, decoder, 0, w.pooled[0], positions + i * sources, status,
                    [&](int64_t from, int64_t place) {
                      plane[place] = kSum ? T(plane[place] + values[from]) : values[from];
                    });
@@ -69,7 +69,7 @@ void scatter_planes(const Where& where, const Windows& w, const T* input, const 
 template <class T, class P>
 void scatter_sums(const Where& where, const Windows& w, const T* input, const P* positions,
                   T* output, float* sums, const char* name) {
-  const Runs runs(w);
+  const CodePlaces decoder(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   const int64_t threads = cpu_threads(where);
@@ -80,7 +80,7 @@ void scatter_sums(const Where& where, const Windows& w, const T* input, const P*
         for (int64_t i = thread; i < w.planes; i += threads) {
           const T* __restrict values = input + i * sources;
           memset(plane, 0, sizeof(float) * places);
-          each_place(w, runs, 0, w.pooled[0], positions + i * sources, nullptr,
+          each_place(w, decoder, 0, w.pooled[0], positions + i * sources, nullptr,
                      [&](int64_t from, int64_t place) { plane[place] += widen_one(values[from]); });
           narrow_line(plane, output + i * places, places);
         }
@@ -89,21 +89,21 @@ void scatter_sums(const Where& where, const Windows& w, const T* input, const P*
 }
 
 // Bytes that a task of scatter_channels clears and writes.
-constexpr int64_t kTerritory = 1 << 20;
+constexpr int64_t kBlockBytes = 1 << 20;
 
 // Lines of sources in blocks, and which lines of the plane are a block's: those that it reaches and
 // the blocks before do not, guessed from one line of indices. A block's first lines may reach back.
-struct Territories {
+struct LineBlocks {
   int32_t sources, full, step, lines, blocks;
   int64_t reach = 0;   // of a line of sources: lines behind the one at step times its number
   int32_t shared = 0;  // lines of a block that reach back
 
-  Territories(const Windows& w, int64_t line_bytes, const int64_t* indices)
+  LineBlocks(const Windows& w, int64_t line_bytes, const int64_t* indices)
       : sources(w.pooled[0]), full(w.full[0]) {
     const int64_t rounded = sources > 0 ? (int64_t(full) + sources / 2) / sources : 1;
     step = int32_t(rounded > 1 ? rounded : 1);
     const int64_t bytes = line_bytes * step;
-    lines = int32_t(bytes < 1 ? kTerritory : bytes < kTerritory ? kTerritory / bytes : 1);
+    lines = int32_t(bytes < 1 ? kBlockBytes : bytes < kBlockBytes ? kBlockBytes / bytes : 1);
     blocks = sources <= lines ? 1 : (sources - 1) / lines + 1;
     if (blocks == 1) return;
     const int64_t n = w.pooled[1] * w.channels, places = int64_t(full) * w.full[1];
@@ -172,7 +172,7 @@ void scatter_channels(const Where& where, const Windows& w, const T* input, cons
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1] * w.channels;
   const int64_t line = w.full[1] * w.channels, image = w.full[0] * line;
   if (w.planes == 0) return;
-  const Territories t(w, line * int64_t(sizeof(T)), indices);
+  const LineBlocks t(w, line * int64_t(sizeof(T)), indices);
   const auto scatter = [&](int64_t plane, int32_t first, int32_t last, int64_t back, int64_t begin,
                            int64_t end) {
     return scatter_lines(w, first, last, back * w.full[1], begin * w.full[1], end * w.full[1],

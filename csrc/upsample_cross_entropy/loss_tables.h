@@ -2,40 +2,40 @@
 #pragma once
 
 #include "common/simd.h"
-#include "interpolate/logit_rows.h"
+#include "interpolate/logit_blocks.h"
 #include "upsample_cross_entropy/upsample_cross_entropy.h"
 
 namespace segkernels {
 
 template <class T>
-struct LossPlan {
+struct LossTables {
   using A = Acc<T>;
-  LogitPlan<T> logits;
+  LogitTables<T> logits;
   ReaderTable<A> x_readers;
   int32_t* y_end;    // [in height]: the output after the last that reads a row
   int32_t* y_begin;  // [in height]: the first that does
   A* sums;           // [threads, taps, classes, row_stride]
   double* partial;   // [batch * out height, 2]
 
-  void take(Arena& arena, int threads, bool backward) {
-    logits.take(arena, threads);
+  void allocate(Arena& arena, int threads, bool backward) {
+    logits.allocate(arena, threads);
     const Logits<T>& l = logits.logits;
     if (backward) {
-      x_readers.take(arena, l.x, logits.taps);
-      y_end = arena.take<int32_t>(l.y.in);
-      y_begin = arena.take<int32_t>(l.y.in);
-      sums = arena.take<A>(threads * logits.rows_stride());
+      x_readers.allocate(arena, l.x, logits.taps);
+      y_end = arena.allocate<int32_t>(l.y.in);
+      y_begin = arena.allocate<int32_t>(l.y.in);
+      sums = arena.allocate<A>(threads * logits.rows_stride());
     } else {
-      partial = arena.take<double>(2 * l.batch * l.y.out);
+      partial = arena.allocate<double>(2 * l.batch * l.y.out);
     }
   }
 };
 
 // The loops, defined in upsample_cross_entropy.simd.cpp for its instruction set.
 template <Isa kIsa, class T>
-struct LossRows {
-  static void forward(const Where&, const LossCall&, const LossOutputs&, const LossPlan<T>&);
-  static void backward(const Where&, const LossCall&, const LossGradient&, const LossPlan<T>&);
+struct LossLoops {
+  static void forward(const Where&, const LossCall&, const LossOutputs&, const LossTables<T>&);
+  static void backward(const Where&, const LossCall&, const LossGradient&, const LossTables<T>&);
 };
 
 }  // namespace segkernels

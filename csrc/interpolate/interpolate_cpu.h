@@ -10,18 +10,18 @@
 namespace segkernels {
 
 template <class A>
-struct ForwardRows {
+struct ForwardTables {
   Geometry<A> g;
-  ReadTable<A> y, x;
+  TapTable<A> y, x;
   A* rows;     // `taps` rows of the output's width a thread
   A* widened;  // a row of the input a thread
   int taps;
 
-  void take(Arena& arena, int threads) {
-    y.take(arena, g.y, taps);
-    x.take(arena, g.x, taps);
-    rows = arena.take<A>(int64_t(threads) * taps * row_stride());
-    widened = arena.take<A>(int64_t(threads) * widened_stride());
+  void allocate(Arena& arena, int threads) {
+    y.allocate(arena, g.y, taps);
+    x.allocate(arena, g.x, taps);
+    rows = arena.allocate<A>(int64_t(threads) * taps * row_stride());
+    widened = arena.allocate<A>(int64_t(threads) * widened_stride());
   }
   // Rounded up, so that threads do not share cache lines.
   int64_t row_stride() const { return (int64_t(g.x.out) * g.inner + 15) / 16 * 16; }
@@ -29,7 +29,7 @@ struct ForwardRows {
 };
 
 template <class A>
-struct BackwardRows {
+struct BackwardTables {
   Geometry<A> g;
   ReaderTable<A> y, x;
   // The readers of the width again, `most` for each input, where that is few: loops over inputs
@@ -44,14 +44,14 @@ struct BackwardRows {
 
   static constexpr int kMost = 8;
 
-  void take(Arena& arena, int threads) {
-    y.take(arena, g.y, taps);
-    x.take(arena, g.x, taps);
+  void allocate(Arena& arena, int threads) {
+    y.allocate(arena, g.y, taps);
+    x.allocate(arena, g.x, taps);
     const bool few = g.inner == 1 && taps * double(g.x.inverse) + 2 <= kMost;
-    reader = arena.take<int32_t>(few ? int64_t(g.x.in) * kMost : 0);
-    weight = arena.take<A>(few ? int64_t(g.x.in) * kMost : 0);
-    source = arena.take<int32_t>(few && taps == 1 ? g.x.out : 0);
-    sums = arena.take<A>(int64_t(threads) * row_stride());
+    reader = arena.allocate<int32_t>(few ? int64_t(g.x.in) * kMost : 0);
+    weight = arena.allocate<A>(few ? int64_t(g.x.in) * kMost : 0);
+    source = arena.allocate<int32_t>(few && taps == 1 ? g.x.out : 0);
+    sums = arena.allocate<A>(int64_t(threads) * row_stride());
     most = few ? kMost : 0;
   }
 
@@ -92,9 +92,9 @@ struct BackwardRows {
 
 // The loops, defined in interpolate.simd.cpp for its instruction set.
 template <Isa kIsa, class T>
-struct InterpolateRows {
-  static void forward(const Where&, const ForwardRows<Acc<T>>&, const T* input, T* output);
-  static void backward(const Where&, const BackwardRows<Acc<T>>&, const T* grad_output,
+struct InterpolateLoops {
+  static void forward(const Where&, const ForwardTables<Acc<T>>&, const T* input, T* output);
+  static void backward(const Where&, const BackwardTables<Acc<T>>&, const T* grad_output,
                        T* grad_input);
 };
 
