@@ -1,7 +1,7 @@
-// segkernels._C: every native function on one page. The only file that includes pybind11.
+// segkernels._C: all native functions. The only file that includes pybind11.
 //
-// Functions take tensors, sizes and a stream, which Python has checked. They release the GIL while
-// they compute.
+// The arguments are tensors, sizes and a stream, which Python has checked. Functions release the
+// GIL while they compute.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -41,8 +41,8 @@ using segkernels::ScalarType;
 using segkernels::Strided;
 using segkernels::Where;
 
-// The address of a tensor's data; null for None. pybind holds a call's arguments until it returns,
-// so the data live as long as the kernel reads them. It converts to any pointer.
+// The address of a tensor's data, null for None; converts to any pointer. pybind holds the
+// arguments until a call returns, so the data outlive the kernel's launch.
 struct Address {
   void* data = nullptr;
 
@@ -77,13 +77,13 @@ struct py::detail::type_caster<Address> {
 
 namespace {
 
-using WhereTuple = std::tuple<int, uintptr_t, int>;  // as _native.where() gives it
+using WhereTuple = std::tuple<int, uintptr_t, int>;  // from _native.where()
 
 Where where_of(const WhereTuple& w) {
   return {std::get<0>(w), reinterpret_cast<void*>(std::get<1>(w)), std::get<2>(w)};
 }
 
-// A struct's pointer: an integer to read, a tensor to set, which lives as long as the struct.
+// A struct's pointer as a property: reads as an integer, takes a tensor, which it keeps alive.
 template <class S, class P>
 void pointer(py::class_<S>& c, const char* name, P* S::* member) {
   c.def_property(
@@ -113,7 +113,7 @@ void run_mean_field(const WhereTuple& w, const MeanField& m, bool is_double) {
 #endif
 }
 
-// (features, low, high, points) of the queries and of the keys; `a` is None for the filter itself.
+// (features, low, high, points) of the queries and of the keys. `a` is None for the filter itself.
 using PointsTuple = std::tuple<Address, Address, Address, int64_t>;
 
 segkernels::GaussianPoints points_of(const PointsTuple& p) {
@@ -346,7 +346,7 @@ py::dict build_info() {
   return info;
 }
 
-// Pairs: height, width.
+// Arrays hold (height, width).
 Resampling make_resampling(int64_t planes, int64_t inner, std::array<int64_t, 2> in,
                            std::array<int64_t, 2> out, std::array<double, 2> factors, int mode,
                            bool align_corners, int rule) {
@@ -517,7 +517,6 @@ pooling::Unpool2dApi unpool2d(const WhereTuple& w) {
 #endif
 }
 
-// Rows, columns.
 using HeightWidth = std::array<int32_t, 2>;
 
 pooling::Windows make_windows(int64_t planes, int64_t channels, HeightWidth full,
@@ -538,7 +537,7 @@ pooling::UnpoolBuffers unpool_buffers(int type, Address input, Address positions
   return {input, positions, output, winners, status, wide, segkernels::ScalarType(type)};
 }
 
-// The status words if one is set, on the CPU; on CUDA they stay where `status` points.
+// Returns the status words on the CPU if one is set; on CUDA they are written to `status`.
 std::vector<int32_t> unpool(const WhereTuple& w, const pooling::Windows& windows, int type,
                             Address input, Address positions, bool wide, Address output,
                             Address winners, Address status) {
@@ -609,7 +608,7 @@ void bind_pooling(py::module_& m) {
 // (kernel, dilation, padding, output channels)
 using BranchTuple = std::tuple<std::array<int, 2>, std::array<int, 2>, std::array<int, 2>, int64_t>;
 
-// Everything of a schedule; the kernel reads "table": starts, segments and fix-ups, int32 words.
+// The fields of a schedule. The kernel reads "table": starts, segments and fix-ups, as int32 words.
 py::dict found_schedule(const segkernels::dilated::Schedule& s) {
   std::string table;
   const auto append = [&table](const auto& items) {
@@ -655,7 +654,7 @@ py::dict dilated_conv2d_weight_schedule(int64_t batch, std::array<int64_t, 2> in
   return found_schedule(dilated::make_weight_schedule(shape, channels, multiprocessors));
 }
 
-// Named numbers, addresses and sizes of a call.
+// Reads numbers, addresses and sizes of a call by name.
 struct Arguments {
   const py::dict& all;
 
@@ -680,7 +679,7 @@ struct Arguments {
   }
 };
 
-// Branch: (weight, kernel, dilation, padding, out_channels, offset).
+// (weight, kernel, dilation, padding, output channels, offset)
 using ConvBranchTuple = std::tuple<Address, std::array<int, 2>, std::array<int, 2>,
                                    std::array<int, 2>, int64_t, int64_t>;
 

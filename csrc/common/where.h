@@ -1,4 +1,4 @@
-// Where a native function runs: the CPU with a number of threads, or a CUDA device and stream.
+// Device index, stream and thread count of a native call.
 #pragma once
 
 namespace segkernels {

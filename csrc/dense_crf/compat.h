@@ -1,4 +1,4 @@
-// The compatibility transform on the vertices of a lattice: one row of channels each.
+// The compatibility transform of vertex rows.
 #pragma once
 
 #include "common/vec.h"
@@ -6,7 +6,7 @@
 namespace segkernels {
 inline namespace SK_NS {
 
-// rows[vertex] *= compat, channel by channel.
+// rows[vertex] *= compat, a factor a channel.
 template <class V>
 struct ScaleChannels {
   V* rows;
@@ -18,7 +18,7 @@ struct ScaleChannels {
   }
 };
 
-// out[vertex] = compat in[vertex]; `transposed` holds compat by columns, [width of in][blocks of
+// out[vertex] = compat * in[vertex]. `transposed` is compat by columns: [width of in][blocks of
 // out].
 template <class T, class V>
 struct MixChannels {

@@ -1,7 +1,7 @@
-// Mean field on the CPU; compiled once per instruction set. A thread takes a tile of points through
-// a whole step: slice every term, softmax, and splat the result into the tile's own pairs, so that
-// Q never goes to memory. Then pairs are merged and blurred, parallel over vertices. Sums are in a
-// fixed order that does not depend on the number of threads.
+// Mean field on the CPU, compiled once per instruction set (SK_ISA). A thread takes a tile of
+// points through one iteration: slice all terms, softmax, and splat into the tile's own pairs, so
+// that Q is never stored. Then pairs are merged and blurred, parallel over vertices. Sums have a
+// fixed order, which does not depend on the number of threads.
 #include <math.h>
 #include <string.h>
 
@@ -15,12 +15,11 @@
 namespace segkernels {
 inline namespace SK_ISA {
 
-// Points go through a step in batches, one stage of the arithmetic for all of them before the next:
-// a point alone would wait for its own long chain of sums, exponentials and a division.
+// Points a batch. Each stage of the arithmetic runs over the batch, to hide the latency of a
+// point's chain of sums, exponentials and division.
 constexpr int kBatch = 16;
 
-// Probabilities (or their logs) of the scores z of `count` points, in place; whether each point's
-// are finite.
+// In-place softmax (or log-softmax) of `count` points. `finite`: whether each point's scores are.
 template <class T, class V>
 SK_HD void softmax(V* z, int count, int blocks, bool log, bool* finite) {
   T top[kBatch], shift[kBatch];
@@ -53,8 +52,7 @@ SK_HD void softmax(V* z, int count, int blocks, bool log, bool* finite) {
   }
 }
 
-// Asks for memory ahead of its use. (The asm keeps g++ from taking the function for one without
-// effects and dropping it.)
+// The asm keeps g++ from dropping the function as one without side effects.
 SK_HD void prefetch_bytes(const void* begin, int64_t bytes) {
   const char* p = static_cast<const char*>(begin);
   for (int64_t i = 0; i < bytes; i += 64) {
@@ -93,7 +91,7 @@ class Step {
     return TilePairs<T, V>(m_.terms[k].lattice, static_cast<V*>(m_.terms[k].pairs), tile, blocks());
   }
 
-  // What the next batch streams from memory, asked for while this one computes.
+  // Prefetches what the next batch streams from memory.
   void prefetch(int64_t p) const {
     prefetch_bytes(static_cast<const V*>(m_.energy) + p * blocks(), sizeof(V) * blocks() * kBatch);
     for (int k = 0; k < m_.term_count; ++k) {
@@ -118,7 +116,7 @@ class Step {
       const T* scale = static_cast<const T*>(m_.terms[k].scale_in);
       const TilePairs<T, V> pairs = pairs_of(k, tile);
       for (int i = 0; i < count; ++i) {
-        // A point whose scores are not finite gives nothing to the others.
+        // A point with scores that are not finite contributes nothing.
         if (finite[i])
           pairs.template add<NB>(p + i, z + i * blocks(), scale != nullptr ? scale[p + i] : T(1));
       }
@@ -137,7 +135,7 @@ class Step {
       if (ids[0] == kSkipped) continue;
       const T s = scale != nullptr ? scale[p + i] : T(1);
       V local[NB > 0 ? NB : 1];
-      V* sum = NB > 0 ? local : z;  // a local array of known size stays in registers
+      V* sum = NB > 0 ? local : z;  // an array of known size stays in registers
       for (int b = 0; b < NB; ++b) local[b] = z[b];
       for (int j = 0; j < n; ++j) {
         const V* row = rows + int64_t(vertices[ids[j]]) * blocks();
@@ -168,7 +166,7 @@ class Step {
   int blocks_;
 };
 
-// Blurred sums of a term, with its compatibility applied, in term.vertices.
+// Merges and blurs a term's pairs and applies its compatibility; the result is in term.vertices.
 template <class T, class V>
 void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));

@@ -1,11 +1,11 @@
-// The Hopper convolution: y = act((conv(x, w) * scale + shift) + residual) for tensors in
-// channels_last memory, stride 1, one or several branches in one launch. schedule.h says which
-// multiprocessor does what; this file has the arithmetic that its kernel (dilated_conv2d.sm90a.cu)
-// and its emulation on the CPU (tests/emulation) share.
+// The Hopper convolution y = act((conv(x, w) * scale + shift) + residual), an implicit GEMM for
+// channels_last tensors and stride 1, with one or several branches in one launch. schedule.h
+// assigns the work to multiprocessors. This file has the arithmetic that the kernel
+// (dilated_conv2d.sm90a.cu) and its emulation on the CPU (tests/emulation) share.
 //
-// A loop step multiplies the box of the input that a tap sees, 128 bytes of channels a pixel, with
-// the same channels of that tap's weights. The input gradient is the same with flipped, transposed
-// weights.
+// A loop step multiplies the box of the input that a tap reads, 128 bytes of channels a pixel, by
+// the same channels of that tap's weights. The input gradient is the same convolution with flipped,
+// transposed weights.
 #pragma once
 
 #include "common/scalar.h"
@@ -15,15 +15,15 @@
 
 namespace segkernels::dilated {
 
-constexpr int kStepBytes = 128;  // of each pixel's and each output channel's input channels
+constexpr int kStepBytes = 128;  // of input channels, for each pixel and each output channel
 constexpr int kPixelBytes = kTilePixels * kStepBytes;
-constexpr int kGroups = 2;  // warpgroups that multiply, 64 pixels each
+constexpr int kGroups = 2;  // consumer warpgroups, 64 pixels each
 constexpr int kGroupPixels = kTilePixels / kGroups;
 constexpr int kGroupThreads = 128;
 constexpr int kBlockThreads = kGroupThreads * (1 + kGroups);
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 
-// A stage of the pipeline holds 128 rows of 128 bytes of one operand and kChannels of the other.
+// A pipeline stage holds 128 rows of 128 bytes of one operand and kChannels rows of the other.
 template <int kChannels>
 constexpr int kStageBytes = kPixelBytes + kChannels * kStepBytes;
 template <int kChannels>
@@ -35,22 +35,22 @@ struct ConvBranch {
   const void* weight;  // [out_channels][kernel[0]][kernel[1]][channels]
   int32_t kernel[2], dilation[2], padding[2];
   int64_t out_channels;
-  int64_t offset;  // of its first channel in the output
+  int64_t offset;  // first channel in the output
 };
 
 struct ConvCall {
-  ScalarType type;  // of input, weights, residual and output; float is multiplied as tf32
+  ScalarType type;  // of input, weight, residual and output; float is multiplied as tf32
   const void* input;
   int64_t batch, in[2], channels;
   int64_t out[2], out_channels;  // of all branches together
   void* output;
-  int64_t out_pitch;     // channels from a pixel of the output to the next
+  int64_t out_pitch;     // from one pixel of the output to the next, in channels
   const void* residual;  // [batch][out[0]][out[1]][out_channels] or null
   const float* scale;    // [out_channels] or null: 1
   const float* shift;    // [out_channels] or null: 0
   bool relu;
-  // Channels 2i and 2i + 1 of output, residual, scale and shift may be accessed at once: all of
-  // even number, offset and address.
+  // Channels 2i and 2i + 1 of output, residual, scale and shift may be accessed as one vector:
+  // counts, offsets and addresses are even.
   bool aligned;
   // The schedule.
   int32_t box[3], boxes[3];
@@ -64,7 +64,7 @@ struct ConvCall {
   ConvBranch branch[kMaxBranches];
 };
 
-// Needs *.sm90a.cu to be compiled: SK_HAVE_SM90A.
+// Only where *.sm90a.cu is compiled: SK_HAVE_SM90A.
 void dilated_conv2d_sm90(const Where& where, const ConvCall& call);
 
 inline namespace SK_NS {
@@ -73,7 +73,8 @@ SK_HD int channels_per_step(ScalarType type) {
   return kStepBytes / (type == ScalarType::kFloat ? 4 : 2);
 }
 
-// A tile's loop, from step `begin` on: channels innermost, then the taps of the rectangle.
+// Iterates over a tile's loop from step `begin` on: channels innermost, then the taps of the
+// rectangle.
 struct StepWalk {
   int32_t channel_step, channel_steps;
   int32_t x, first_x, end_x, y;
@@ -100,14 +101,14 @@ struct BoxOrigin {
   int32_t n, y, x;
 };
 
-// A box that does not exist starts behind the last image: it reads zeros.
+// A missing box starts behind the last image, where TMA reads zeros.
 SK_HD BoxOrigin box_origin(const ConvCall& c, int32_t tile_row) {
   if (tile_row < 0) return {int32_t(c.batch), 0, 0};
   const int32_t x = tile_row % c.boxes[2], y = tile_row / c.boxes[2] % c.boxes[1];
   return {tile_row / c.boxes[2] / c.boxes[1] * c.box[0], y * c.box[1], x * c.box[2]};
 }
 
-// Number of a tile's pixel among those of the output; -1: the tile overhangs there.
+// Index in the output of a tile's pixel; -1 where the tile overhangs the output.
 SK_HD int64_t pixel_of(const ConvCall& c, int32_t tile_row, int row) {
   const BoxOrigin o = box_origin(c, tile_row);
   const int64_t n = int64_t(o.n) + row / (c.box[2] * c.box[1]);
@@ -127,7 +128,7 @@ struct alignas(2 * sizeof(T)) Vec2 {
   T first, second;
 };
 
-// Neighbours in memory; kPairs: at once. `both`: there is a second one.
+// Two neighbours in memory. kAligned: one access. `both`: the second exists.
 template <bool kAligned, class T>
 SK_HD Vec2<T> load_vec2(const T* at, bool both) {
   if (kAligned) return *reinterpret_cast<const Vec2<T>*>(at);
@@ -144,9 +145,9 @@ SK_HD void store_vec2(T* at, Vec2<T> value, bool both) {
   if (both) at[1] = value.second;
 }
 
-// Epilogue and stores of the sums of kRows pixels (-1: none) and kCount pairs of channels: those at
-// `channel` of the branch and every kPairStride from there. Each step runs over all sums, so that
-// what a call does without costs one branch.
+// Epilogue and stores for kRows pixels (-1: none) and kCount vectors of two channels, at `channel`
+// of the branch and every kVec2Stride from there. Each part of the epilogue loops over all sums, so
+// that an absent part costs one branch.
 constexpr int kVec2Stride = 8;
 
 template <bool kAligned, class T, int kRows, int kCount>
@@ -198,7 +199,7 @@ SK_HD void finish(const ConvCall& c, const ConvBranch& branch, int64_t channel,
 #pragma unroll
       for (int j = 0; j < 2 * kCount; ++j) {
         float& sum = sums[2 * (kRows * (j / 2) + row) + j % 2];
-        sum = sum < 0 ? 0.0f : sum;  // NaN stays
+        sum = sum < 0 ? 0.0f : sum;  // NaN stays NaN
       }
     }
     T* output = static_cast<T*>(c.output) + pixels[row] * c.out_pitch + first;
@@ -224,8 +225,8 @@ SK_HD void finish(const ConvCall& c, const ConvBranch& branch, int64_t channel,
   }
 }
 
-// What one thread holds of a tile, two pixels of every column of eight channels: its sums go
-// through the epilogue, or to the workspace.
+// A thread's accumulators, two pixels of every eight-channel column: applies the epilogue, or
+// stores partial sums to the workspace.
 template <class T, int kChannels>
 SK_HD void store_sums(const ConvCall& c, const Segment& s, int rank, int group, int thread,
                       float (&sums)[kChannels / 2]) {
@@ -252,7 +253,7 @@ SK_HD void store_sums(const ConvCall& c, const Segment& s, int rank, int group, 
   }
 }
 
-// Channels 2 * pair and 2 * pair + 1 of a cut tile's pixel: its slots in their order.
+// Sums the slots of a split tile in order: one pixel, channels `channel` and `channel` + 1.
 template <class T>
 SK_HD void add_slots(const ConvCall& c, const Fixup& f, int row, int channel) {
   const int64_t pixels[1] = {pixel_of(c, f.tile_row, row)};

@@ -1,10 +1,10 @@
-// The convolution's kernel for Hopper, and the fix-up of cut tiles.
+// The convolution's persistent, warp-specialised Hopper kernel, and the fix-up of split tiles.
 //
-// A multiprocessor runs one block of 384 threads for the whole launch: a producer warpgroup, of
-// which one thread asks the copy engine for the next stages of a ring (the input's box, with zeros
-// around the image, and the weights), and two consumer warpgroups that multiply 64 pixels each. In
-// a cluster of two both blocks run the same loop on tiles of their own; each loads half of the
-// weights for both, so a stage is empty when the consumers of both blocks say so.
+// A multiprocessor runs one block of 384 threads for the whole launch. One thread of the producer
+// warpgroup issues TMA loads into the stages of a pipeline (the input's box, with zeros around the
+// image, and the weights); two consumer warpgroups run wgmma for 64 pixels each. In a cluster of
+// two, the blocks run the same loop on different tiles, and each loads half of the weights for both
+// by multicast, so a stage is empty when the consumers of both blocks have released it.
 #include "common/cuda_check.h"
 #include "dilated_conv2d/dilated_conv2d.h"
 #include "hopper/pipeline.h"
@@ -23,12 +23,12 @@ struct TensorMaps {
   CUtensorMap weight[kMaxBranches];
 };
 
-// One thread: every step of every segment of its worker.
+// The producer thread: loads for every step of every segment of its worker.
 template <class T, int kChannels, int kCluster>
 __device__ void produce(const TensorMaps& maps, const ConvCall& c, Pipeline<kChannels> pipeline,
                         int worker, int rank) {
   constexpr int kStepChannels = kStepBytes / sizeof(T);
-  constexpr int kRows = kChannels / kCluster;  // of the weights that this block loads
+  constexpr int kRows = kChannels / kCluster;  // of the weights, loaded by this block
   const int32_t channel_steps = int32_t((c.channels + kStepChannels - 1) / kStepChannels);
   for (int s = c.start[worker]; s < c.start[worker + 1]; ++s) {
     const Segment& segment = c.segments[s];
@@ -59,8 +59,8 @@ __device__ void produce(const TensorMaps& maps, const ConvCall& c, Pipeline<kCha
   }
 }
 
-// A warpgroup: its 64 pixels of every tile. One group of products is always in flight; when the
-// next has been asked for and the one before is done, that one's stage is empty.
+// A consumer warpgroup: 64 pixels of every tile. One wgmma group is always in flight: after the
+// next is committed and the previous is done, the previous stage is released.
 template <class T, int kChannels, int kCluster>
 __device__ void consume(const ConvCall& c, Pipeline<kChannels> pipeline, int worker, int rank,
                         int group) {
@@ -93,7 +93,7 @@ __device__ void consume(const ConvCall& c, Pipeline<kChannels> pipeline, int wor
     hopper::fence_operands(sums);
     release(before);
     store_sums<T, kChannels>(c, segment, rank, group, thread, sums);
-    __syncwarp();  // what follows is for whole warps
+    __syncwarp();  // reconverges the warp
   }
 }
 
@@ -114,11 +114,11 @@ __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads
     hopper::setmaxnreg_inc<kConsumerRegisters>();
     consume<T, kChannels, kCluster>(call, pipeline, worker, rank, threadIdx.x / kGroupThreads - 1);
   }
-  // Neither block of a cluster may leave while the other still writes into its shared memory.
+  // A block must not exit while the other of its cluster may write to its shared memory.
   hopper::cluster_sync();
 }
 
-// A block: kFixupRows pixels of a cut tile; a thread: two channels of some of them.
+// A block: kFixupRows pixels of a split tile. A thread: two channels of some of them.
 template <class T>
 __global__ void __launch_bounds__(kFixupThreads, 1)
     fixup_kernel(const __grid_constant__ ConvCall call) {
@@ -135,7 +135,7 @@ void launch(const Where& where, const ConvCall& c) {
   constexpr int kStepChannels = kStepBytes / sizeof(T);
   constexpr int kBytes = Pipeline<kChannels>::kBytes;
   if (c.segment_count > 0) {
-    // Also binds the device's context to this thread, which making the maps needs.
+    // Also binds the device's context to this thread, which encoding tensor maps needs.
     const auto kernel = conv_kernel<T, kChannels, kCluster>;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
                "dilated_conv2d: shared memory");

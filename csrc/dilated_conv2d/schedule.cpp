@@ -1,3 +1,4 @@
+// See schedule.h.
 #include "dilated_conv2d/schedule.h"
 
 #include <algorithm>
@@ -14,23 +15,23 @@
 namespace segkernels::dilated {
 namespace {
 
-// Pieces of a loop shorter than this cost more in their epilogue than they even out.
+// A shorter segment of a loop costs more in its epilogue than it balances.
 constexpr int64_t kShortestSegment = 8;
-// Without a cluster that shares weights a step takes longer: 1 to 6% with tiles of 256 channels.
+// Slowdown of a step without a cluster that shares weights; 1 to 6% with tiles of 256 channels.
 constexpr double kClusterGain = 1.03;
-// An estimate, not measured: writing and adding up a slot of the workspace takes as long as
-// kSlotCost * tile_channels / (128 + tile_channels) steps.
+// An estimate, not measured: writing and summing a slot of the workspace costs kSlotCost *
+// tile_channels / (128 + tile_channels) steps.
 constexpr double kSlotCost = 12;
 constexpr size_t kBoxesTried = 3;
 constexpr double kMostTiles = 1 << 24;
 
-// Two tiles (or one) with the same loop: what a worker does at a time.
+// One or two tiles with the same loop: a worker's unit of work.
 struct Unit {
   Segment whole;
   int64_t steps;
 };
 
-// The tap ranges of one axis, box by box.
+// The tap range of each box along one axis.
 std::vector<TapRange> ranges(const Shape& s, const Branch& b, int axis, int extent) {
   std::vector<TapRange> found;
   for (int64_t start = 0; start < s.out[axis]; start += extent) {
@@ -48,8 +49,8 @@ int64_t taps_in(const std::vector<TapRange>& ranges) {
   return sum;
 }
 
-// Units of every class of tiles that share branch, channels and tap rectangle; tiles without taps
-// go to the fix-ups, as sums of nothing.
+// Groups tiles by branch, channels and tap rectangle, and makes units of them. Tiles without taps
+// become fix-ups without slots.
 std::vector<Unit> make_units(const Shape& s, Schedule& out) {
   std::vector<Unit> units;
   const int64_t rows = out.boxes[1], columns = out.boxes[2];
@@ -96,8 +97,8 @@ std::vector<Unit> make_units(const Shape& s, Schedule& out) {
   return units;
 }
 
-// The length of the next piece of a loop with `left` steps to go, in a gap; 0: the gap is too
-// small. No piece is shorter than kShortestPiece, unless the loop is.
+// The length of the next segment of a loop with `left` steps to go, in a gap; 0 if the gap is too
+// small. No segment is shorter than kShortestSegment, unless the loop is.
 int64_t segment_length(int64_t left, int64_t gap) {
   if (left <= gap) return left;
   const int64_t length = std::min(gap, left - kShortestSegment);
@@ -110,8 +111,8 @@ struct Assigned {
   int64_t slots = 0, max_load = 0;
 };
 
-// Whole units longest first to the least busy worker while they fit under `limit`, then pieces of
-// the rest into the gaps, largest gap first. False: it does not fit.
+// Assigns whole units, longest first, to the least busy worker while they fit under `limit`, then
+// cuts the rest into segments that fill the gaps, largest gap first. False if they do not fit.
 bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t limit,
             Assigned& out) {
   using Load = std::pair<int64_t, int>;
@@ -154,7 +155,7 @@ bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t li
       done += length;
     }
     const int32_t count = int32_t(out.slots - first_slot);
-    if (count == 1) {  // it fitted into one gap after all
+    if (count == 1) {  // it fitted into one gap
       out.of_worker[by_gap[next]].back().slot = -1;
       out.slots = first_slot;
       continue;
@@ -195,18 +196,18 @@ void check_tiles(const Shape& s, const Schedule& out) {
   }
 }
 
-// Loop steps a worker would do in the time that the schedule is expected to take.
+// The estimated time, in loop steps of a worker.
 double cost_of(const Schedule& s, int64_t max_load, int64_t slots) {
   const double slot_steps = kSlotCost * s.tile_channels / (kTilePixels + s.tile_channels);
   return double(max_load) * (s.cluster == 2 ? 1 : kClusterGain) +
          slot_steps * double(slots) / s.workers;
 }
 
-// Gives the units to the workers and fills in what `out` lacks.
+// Assigns the units to workers and fills in the rest of `out`.
 void distribute(const std::vector<Unit>& units, Schedule& out) {
   int64_t total = 0;
   for (const Unit& unit : units) total += unit.steps;
-  // A looser limit leaves fewer tiles to cut.
+  // A looser limit splits fewer tiles.
   Assigned best, tried;
   out.cost = std::numeric_limits<double>::infinity();
   for (int64_t limit = std::max<int64_t>(1, ceil_div(total, out.workers));
@@ -242,7 +243,7 @@ Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, in
   return out;
 }
 
-// For every tap of an axis the boxes (first, last) that it reads inside the image.
+// For every tap of an axis, the boxes (first, last) that it reads inside the image.
 std::vector<TapRange> boxes_of_taps(const Shape& s, int axis, int extent) {
   const Branch& b = s.branches[0];
   std::vector<TapRange> found(b.kernel[axis], {0, -1});
@@ -256,7 +257,7 @@ std::vector<TapRange> boxes_of_taps(const Shape& s, int axis, int extent) {
   return found;
 }
 
-// Tiles of the weight's gradient: for each tap every block of output and of input channels.
+// Tiles of the weight gradient: for each tap, every block of output and of input channels.
 std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& out) {
   std::vector<Unit> units;
   const Branch& b = s.branches[0];
@@ -297,7 +298,7 @@ std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& 
 }  // namespace
 
 int choose_tile_channels(const Shape& shape) {
-  // Bytes loaded to shared memory for a product grow as tiles narrow; relative to 256 channels.
+  // Relative cost of a product: narrower tiles load more bytes to shared memory.
   constexpr std::pair<int, double> kCosts[] = {{256, 1.0}, {128, 1.15}, {64, 1.5}, {32, 2.2}};
   int best = 0;
   double least = std::numeric_limits<double>::infinity();
@@ -335,10 +336,10 @@ std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count, int
       steps += layers * taps[i][0][rows] * taps[i][1][columns] * shape.branches[i].out_channels;
     }
     const int64_t boxes = layers * ceil_div(shape.out[0], rows) * ceil_div(shape.out[1], columns);
-    // Among equals the fewest boxes, then the longest runs of memory.
+    // Ties: fewest boxes, then the longest contiguous rows.
     ranked.push_back({{steps, boxes, -columns, -rows}, {images, rows, columns}});
   };
-  // Where boxes must be full more images than there are may be needed to fill them.
+  // A full box may need more images than there are.
   const int64_t most = multiple > 1 ? pixels : std::min<int64_t>(pixels, shape.batch);
   for (int images = 1; images <= most; ++images) {
     for (int rows = 1; images * rows <= pixels; ++rows) {
@@ -384,7 +385,7 @@ Schedule make_schedule(const Shape& shape, int multiprocessors, int tile_channel
 Schedule make_weight_schedule(const Shape& shape, int64_t channels, int multiprocessors) {
   check(shape, multiprocessors);
   if (shape.branches.size() != 1 || channels < 1) {
-    throw std::invalid_argument("dilated_conv2d: the weight's gradient is of one branch");
+    throw std::invalid_argument("dilated_conv2d: the weight gradient needs one branch");
   }
   Schedule out{};
   out.box = best_boxes(shape, 1, kStepPixels, kStepPixels)[0];

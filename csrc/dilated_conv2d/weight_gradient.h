@@ -1,9 +1,9 @@
-// The weight's gradient of the Hopper convolution:
-//   dw[o][tap][c] = sum over pixels of grad[pixel][o] * x[what the tap reads for pixel][c]
-// in the frame of dilated_conv2d.h: a ring, a schedule, slots and fix-ups. A loop step takes a box
-// of 64 pixels: 128 channels of the gradient and `tile_channels` of the input there, shifted by the
-// tap, with zeros outside the image. Both lie in shared memory as they lie in the tensors, channels
-// innermost, and the sum runs across them.
+// The weight gradient of the Hopper convolution:
+//   dw[o][tap][c] = sum over pixels of grad[pixel][o] * x[input of the tap at pixel][c]
+// with the pipeline, schedule, slots and fix-ups of dilated_conv2d.h. A loop step takes a box of 64
+// pixels: 128 channels of the gradient, and `tile_channels` of the input, shifted by the tap, with
+// zeros outside the image. Operands keep the layout of the tensors, channels innermost, and the sum
+// runs across rows (MN-major).
 #pragma once
 
 #include "dilated_conv2d/dilated_conv2d.h"
@@ -30,12 +30,12 @@ struct WeightCall {
   float* workspace;  // [tile][output channel][input channel]
 };
 
-// Needs *.sm90a.cu to be compiled: SK_HAVE_SM90A.
+// Only where *.sm90a.cu is compiled: SK_HAVE_SM90A.
 void weight_gradient_sm90(const Where& where, const WeightCall& call);
 
 inline namespace SK_NS {
 
-// Where the boxes of a step start: in the gradient, and how much further in the input.
+// The origin of a step's box in the gradient, and its shift in the input.
 struct StepBoxes {
   BoxOrigin grad;
   int32_t shift_y, shift_x;
@@ -52,7 +52,7 @@ SK_HD float* workspace_row(const WeightCall& c, int64_t tile, int row) {
   return c.workspace + (tile * kTileRows + row) * c.tile_channels;
 }
 
-// Two neighbours of the gradient, channels even: rows of the tensors are multiples of 16 bytes.
+// Two neighbouring channels, the first even: rows of the tensors are multiples of 16 bytes.
 template <class T>
 SK_HD void store_weights(const WeightCall& c, int64_t row, int32_t tap, int64_t channel,
                          float first, float second) {
@@ -62,7 +62,7 @@ SK_HD void store_weights(const WeightCall& c, int64_t row, int32_t tap, int64_t 
   store_vec2<true, T>(output, {narrow_to<T>(first), narrow_to<T>(second)}, true);
 }
 
-// What one thread holds of a tile: two rows of every column of eight channels.
+// A thread's accumulators: two rows of every eight-channel column.
 template <class T, int kChannels>
 SK_HD void store_weight_sums(const WeightCall& c, const Segment& s, int group, int thread,
                              const float (&sums)[kChannels / 2]) {
@@ -84,7 +84,7 @@ SK_HD void store_weight_sums(const WeightCall& c, const Segment& s, int group, i
   }
 }
 
-// Channels 2 * pair and 2 * pair + 1 of a cut tile's row: its slots in their order.
+// Sums the slots of a split tile in order: one row, channels `channel` and `channel` + 1.
 template <class T>
 SK_HD void add_weight_slots(const WeightCall& c, const Fixup& f, int row, int channel) {
   float first = 0, second = 0;

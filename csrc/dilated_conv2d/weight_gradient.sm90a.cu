@@ -1,7 +1,7 @@
-// The kernel of the weight's gradient for Hopper, and the fix-up of cut tiles. As in
-// dilated_conv2d.sm90a.cu one block of 384 threads a multiprocessor: one thread asks for the boxes
-// of the gradient and of the input, two warpgroups multiply 64 output channels each. The operands'
-// rows are pixels, along which the sum runs: wgmma reads both across (MN-major).
+// The weight gradient's Hopper kernel, and the fix-up of split tiles. As in
+// dilated_conv2d.sm90a.cu, one block of 384 threads a multiprocessor: one thread issues TMA loads
+// of the boxes of the gradient and the input, and two consumer warpgroups run wgmma for 64 output
+// channels each. The operands' rows are pixels, along which the sum runs: both are MN-major.
 #include "common/cuda_check.h"
 #include "dilated_conv2d/weight_gradient.h"
 #include "hopper/pipeline.h"
@@ -19,7 +19,7 @@ struct WeightMaps {
   CUtensorMap grad, input;
 };
 
-// One thread: every step of every segment of its worker.
+// The producer thread: loads for every step of every segment of its worker.
 template <int kChannels>
 __device__ void produce(const WeightMaps& maps, const WeightCall& c, Pipeline<kChannels> pipeline,
                         int worker) {
@@ -50,7 +50,7 @@ __device__ void produce(const WeightMaps& maps, const WeightCall& c, Pipeline<kC
   }
 }
 
-// A warpgroup: its 64 output channels of every tile.
+// A consumer warpgroup: 64 output channels of every tile.
 template <class T, int kChannels>
 __device__ void consume(const WeightCall& c, Pipeline<kChannels> pipeline, int worker, int group) {
   const int thread = threadIdx.x % kGroupThreads;
@@ -83,7 +83,7 @@ __device__ void consume(const WeightCall& c, Pipeline<kChannels> pipeline, int w
     hopper::fence_operands(sums);
     release(before);
     store_weight_sums<T, kChannels>(c, segment, group, thread, sums);
-    __syncwarp();  // what follows is for whole warps
+    __syncwarp();  // reconverges the warp
   }
 }
 
@@ -104,7 +104,7 @@ __global__ void __cluster_dims__(1, 1, 1) __launch_bounds__(kBlockThreads, 1)
   }
 }
 
-// A block: kFixupRows rows of a cut tile; a thread: two channels of some of them.
+// A block: kFixupRows rows of a split tile. A thread: two channels of some of them.
 template <class T>
 __global__ void __launch_bounds__(kFixupThreads, 1)
     weight_fixup_kernel(const __grid_constant__ WeightCall call) {
@@ -120,7 +120,7 @@ template <class T, int kChannels>
 void launch(const Where& where, const WeightCall& c) {
   constexpr int kBytes = Pipeline<kChannels>::kBytes;
   if (c.segment_count > 0) {
-    // Also binds the device's context to this thread, which making the maps needs.
+    // Also binds the device's context to this thread, which encoding tensor maps needs.
     const auto kernel = weight_kernel<T, kChannels>;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
                "dilated_conv2d_weight: shared memory");
@@ -151,7 +151,7 @@ void weight_gradient_sm90(const Where& where, const WeightCall& call) {
   const DeviceGuard guard(where.device);
   if (call.type == ScalarType::kHalf) return launch_tile<Half>(where, call);
   if (call.type == ScalarType::kBFloat16) return launch_tile<BFloat16>(where, call);
-  throw std::runtime_error("segkernels: dilated_conv2d_weight: float16 and bfloat16 alone");
+  throw std::runtime_error("segkernels: dilated_conv2d_weight: only float16 and bfloat16");
 }
 
 }  // namespace segkernels::dilated

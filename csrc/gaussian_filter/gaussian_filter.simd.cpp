@@ -1,7 +1,7 @@
-// The exact Gaussian filter, compiled once per instruction set (SK_ISA). A vector holds
-// neighbouring queries; keys come one after the other, their features and values as scalars, so
-// that nothing is summed across lanes. Parallel over tiles of queries, each summed in one order:
-// within a tile of keys, then over tiles, which also keeps rounding small.
+// The exact Gaussian filter on the CPU, compiled once per instruction set (SK_ISA). SIMD lanes are
+// neighbouring queries, and keys are scalars in a loop, so nothing is summed across lanes. Parallel
+// over tiles of queries. The order of summation is fixed: within a tile of keys, then over tiles,
+// which also keeps rounding errors small.
 #include <math.h>
 #include <string.h>
 
@@ -30,7 +30,7 @@ struct FilterTile {
     return static_cast<const T*>(data) + offset;
   }
 
-  // One tile of queries of one image, against all keys.
+  // One tile of queries of one image, with all keys.
   void operator()(int64_t item) const {
     const int64_t tiles = f.queries.points / kTile, key_tiles = f.keys.points / kTile;
     const int64_t image = item / tiles, tile = item % tiles;
@@ -55,7 +55,7 @@ struct FilterTile {
     }
   }
 
-  // The squared distance between the boxes of two tiles.
+  // Squared distance between the bounding boxes of two tiles.
   T apart(int64_t image, int64_t tile, int64_t key_tile) const {
     const int64_t tiles = f.queries.points / kTile, key_tiles = f.keys.points / kTile;
     const int64_t q = image * f.dims * tiles + tile, k = image * f.dims * key_tiles + key_tile;
@@ -88,7 +88,8 @@ struct FilterTile {
     }
   }
 
-  // Of some queries and a tile of keys; D is the number of features, or 0.
+  // The weights of some queries and a tile of keys. D: number of features, or 0 if not known at
+  // compile time.
   template <int D>
   void weigh(const T* x, const T* y, V* weights) const {
     const int dims = D > 0 ? D : f.dims;
@@ -111,7 +112,7 @@ struct FilterTile {
     if (c < f.channels) add<1>(weights, b + c, out + c * f.queries.points);
   }
 
-  // N channels.
+  // Sums N channels.
   template <int N>
   void add(const V* weights, const T* b, T* out) const {
     V sum[N]{};

@@ -1,6 +1,6 @@
-// A pipeline of stages in shared memory, between the producer thread that issues TMA loads and the
-// consumer warpgroups that multiply, for *.sm90a.cu files. A stage has two mbarriers: "full" counts
-// the bytes that arrived, "empty" the consumers that are done.
+// Software pipeline in shared memory between the producer thread, which issues TMA loads, and the
+// consumer warpgroups, for *.sm90a.cu files. A stage has two mbarriers: "full" counts the bytes
+// that arrived, "empty" the consumers that are done.
 #pragma once
 
 #include "hopper/ptx.h"
@@ -26,7 +26,7 @@ struct Pipeline {
   __device__ uint32_t stage() const { return stages + index * kStageBytes; }
   __device__ uint32_t full_barrier() const { return full + 8 * index; }
   __device__ uint32_t empty_barrier() const { return empty + 8 * index; }
-  // By one thread of the block, before any other touches the barriers.
+  // Called by one thread of the block, before the others use the barriers.
   __device__ void init(int consumers) const {
     for (int i = 0; i < kStages; ++i) {
       mbarrier_init(full + 8 * i, 1);

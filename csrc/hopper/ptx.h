@@ -1,6 +1,5 @@
-// Hopper's own instructions, each as a small function: barriers in shared memory, the bulk tensor
-// copy engine (TMA), clusters, register counts, and the matrix instructions of a warpgroup (wgmma).
-// For *.sm90a.cu files.
+// Wrappers of Hopper's PTX instructions for *.sm90a.cu files: mbarrier, TMA loads, clusters,
+// setmaxnreg and wgmma.
 #pragma once
 
 #include <cuda.h>
@@ -17,25 +16,25 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// Barriers: 8 bytes of shared memory, named by their address.
+// An mbarrier is 8 bytes of shared memory, given by its address.
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// Makes the initialised barriers known to the copy engine and to the cluster.
+// Makes the initialised mbarriers visible to TMA and to the cluster.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// One arrival, and `bytes` that copies are to bring.
+// Arrives, and expects `bytes` of TMA loads.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// One arrival at the same barrier of multiprocessor `rank` of the cluster. Without .release: it
-// would put a fence into every step, and what the barrier guards is read by wgmma alone.
+// Arrives at the same mbarrier in block `rank` of the cluster. Not .release: that would put a fence
+// into every step, and only wgmma reads the memory that the barrier guards.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, int rank) {
   asm volatile(
       "{\n"
@@ -82,8 +81,8 @@ __device__ __forceinline__ void setmaxnreg_inc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
 }
 
-// Copies of one box from the tensor of `map` to shared memory, zeros where it leaves the tensor.
-// They arrive at `barrier` with their bytes.
+// TMA load of one box into shared memory, with zeros outside the tensor. `barrier` counts its
+// bytes.
 
 __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap& map, uint32_t barrier,
                                          int x0, int x1, int x2, int x3) {
@@ -103,7 +102,7 @@ __device__ __forceinline__ void tma_load(uint32_t to, const CUtensorMap& map, ui
       : "memory");
 }
 
-// To the same place, and the same barrier, of both multiprocessors of the cluster.
+// Multicast to the same address and the same mbarrier in both blocks of the cluster.
 __device__ __forceinline__ void tma_load_multicast(uint32_t to, const CUtensorMap& map,
                                                    uint32_t barrier, int x0, int x1, int x2) {
   asm volatile(
@@ -113,7 +112,7 @@ __device__ __forceinline__ void tma_load_multicast(uint32_t to, const CUtensorMa
       : "memory");
 }
 
-// Matrix products of a warpgroup, asynchronous: fence, products, commit; then wait.
+// Asynchronous wgmma: fence, products, commit, wait.
 
 __device__ __forceinline__ void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -123,20 +122,20 @@ __device__ __forceinline__ void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-// Until at most kPending committed groups are not done.
+// Waits until at most kPending committed groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from reading sums before the wait that stands in front of this.
+// Stops the compiler from moving reads of the sums above the wait before this call.
 template <int kCount>
 __device__ __forceinline__ void fence_operands(float (&sums)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// The instruction names every register of the sums: lists of 16, 32, 64 and 128.
+// wgmma names every accumulator register: lists of 16, 32, 64 and 128.
 #define SK_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define SK_REGISTERS_32 \
   SK_REGISTERS_16       \
@@ -158,8 +157,8 @@ __device__ __forceinline__ void fence_operands(float (&sums)[kCount]) {
 #define SK_SUMS_64(i) SK_SUMS_32(i), SK_SUMS_32(i + 32)
 #define SK_SUMS_128(i) SK_SUMS_64(i), SK_SUMS_64(i + 64)
 
-// sums (+)= a * b^T of 64 rows by N columns; `a` and `b` are descriptors, the registers after the
-// sums. The sums start from zero where `accumulate` is 0.
+// sums (+)= a * b^T, 64 rows by N columns. `a` and `b` are descriptors, in the registers after the
+// accumulators. With `accumulate` 0 the sums start from zero.
 #define SK_WGMMA(shape, types, count, a_register, b_register, p_register, majors)   \
   asm volatile(                                                                     \
       "{\n"                                                                         \
@@ -185,7 +184,7 @@ __device__ __forceinline__ void fence_operands(float (&sums)[kCount]) {
     SK_WGMMA("m64n" n "k16", "bf16.bf16", count, a_register, b_register, p_register, ", 1, 1"); \
   }
 
-// T: Half, BFloat16, or float for tf32. kAcross: both operands by column_descriptor, not for float.
+// T: Half, BFloat16, or float for tf32. kMnMajor: both operands are MN-major; not for float.
 template <class T, int kColumns, bool kMnMajor = false>
 __device__ __forceinline__ void wgmma(float (&sums)[kColumns / 2], uint64_t a, uint64_t b,
                                       int accumulate) {

@@ -1,4 +1,4 @@
-// Tensor maps: what the copy engine (TMA) must know of a tensor to copy boxes of it. CUDA sources.
+// Tensor maps: the descriptors by which TMA loads boxes of a tensor.
 #pragma once
 
 #include <cuda.h>
@@ -14,7 +14,7 @@
 namespace segkernels::hopper {
 inline namespace cuda {
 
-// The driver's function that writes a tensor map, had through the runtime: nothing links libcuda.
+// The driver's cuTensorMapEncodeTiled, found through the runtime, so that libcuda is not linked.
 inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encoder = [] {
     void* found = nullptr;
@@ -36,20 +36,20 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return encoder;
 }
 
-// A dense tensor, its last axis first in `sizes`, read in boxes with the 128-byte swizzle.
+// Map of a dense tensor, its last axis first in `sizes`, with the 128-byte swizzle.
 template <class T, size_t kAxes>
 CUtensorMap tensor_map(const void* data, const std::array<int64_t, kAxes>& sizes,
                        const std::array<int, kAxes>& box) {
-  constexpr CUtensorMapDataType kType =
-      std::is_same_v<T, Half>       ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-      : std::is_same_v<T, BFloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                    : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;  // rounded on the way
+  constexpr CUtensorMapDataType kType = std::is_same_v<T, Half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                        : std::is_same_v<T, BFloat16>
+                                            ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                            : CU_TENSOR_MAP_DATA_TYPE_TFLOAT32;  // rounded by TMA
   cuuint64_t dims[kAxes], strides[kAxes];
   cuuint32_t extents[kAxes], every[kAxes];
   cuuint64_t bytes = sizeof(T);
   for (size_t i = 0; i < kAxes; ++i) {
     dims[i] = cuuint64_t(sizes[i]);
-    strides[i] = bytes *= dims[i];  // from one index of axis i + 1 to the next
+    strides[i] = bytes *= dims[i];  // between indices of axis i + 1
     extents[i] = cuuint32_t(box[i]);
     every[i] = 1;
   }
@@ -59,7 +59,7 @@ CUtensorMap tensor_map(const void* data, const std::array<int64_t, kAxes>& sizes
                            every, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("segkernels: cuTensorMapEncodeTiled: error " +
+    throw std::runtime_error("segkernels: cuTensorMapEncodeTiled failed with error " +
                              std::to_string(int(result)));
   }
   return map;

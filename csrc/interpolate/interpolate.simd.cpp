@@ -1,7 +1,7 @@
-// interpolate on the CPU, row by row, compiled once per instruction set (SK_ISA). Forward: every
-// input row is interpolated along the width once and kept while outputs need it; outputs are then
-// sums of whole rows. Backward: the other way round. Parallel over rows in chunks, one a thread; no
-// value depends on the cut.
+// interpolate on the CPU, compiled once per instruction set (SK_ISA). Forward: interpolates every
+// input row along the width once and keeps it while outputs need it; an output row is a weighted
+// sum of such rows. Backward: the transpose. Parallel over chunks of rows; no value depends on the
+// number of threads.
 #include <string.h>
 
 #include "common/lanes.h"
@@ -79,7 +79,7 @@ void blend(const Acc<T>* const* rows, const Acc<T>* weight, T* out, int64_t n) {
   }
 }
 
-// Channels of a pixel between two rows: four pixels are read, and nothing is kept.
+// The channels of a bilinear output pixel from its four input pixels, without keeping rows.
 template <class T>
 void blend_pixels(const ForwardTables<Acc<T>>& t, const T* upper, const T* lower, Acc<T> above,
                   Acc<T> below, T* out) {
@@ -118,7 +118,7 @@ void forward_pixels(const Where& where, const ForwardTables<Acc<T>>& t, const T*
   });
 }
 
-// Rows interpolated along the width are worth keeping where outputs share them and they stay in the
+// Whether to keep rows that are interpolated along the width: outputs share them, and they fit the
 // cache.
 template <class T>
 bool rows_are_shared(const ForwardTables<Acc<T>>& t) {
@@ -142,7 +142,7 @@ void forward_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* i
       A weight[K];
       for (int k = 0; k < K; ++k) {
         const int64_t source = plane * t.g.y.in + t.y.position[k * height + y];
-        // The taps are at most K neighbouring rows: no two of them share a slot.
+        // The taps are at most K neighbouring rows, so no two share a slot.
         const int slot = int(t.y.position[k * height + y] % K);
         A* row = rows + slot * t.row_stride();
         if (held[slot] != source) {
@@ -157,7 +157,7 @@ void forward_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* i
   });
 }
 
-// One tap: values are copied, and equal rows after the first as a whole.
+// One tap: copies values, and repeated rows as a whole.
 template <class T>
 void copy_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* input, T* output) {
   const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, width = t.g.x.out, inner = t.g.inner;
@@ -185,8 +185,7 @@ void copy_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* inpu
   });
 }
 
-// sum += the weighted rows, four at a time so that the sum is read and written less often; `first`
-// sets it instead.
+// sum += weighted rows, N at a time to save loads and stores of the sum. `first`: sum = instead.
 template <class T, int N>
 void add_rows(const T* const* rows, const Acc<T>* weight, Acc<T>* sum, int64_t n, bool first) {
   const T* r[N];
@@ -239,7 +238,7 @@ void along_height(const BackwardTables<Acc<T>>& t, const T* grad, int64_t j, Acc
   }
 }
 
-// Eight sums side by side, which vectorise, then one.
+// Eight partial sums, so that the loop vectorises.
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
   if (n < 16) {
@@ -257,7 +256,7 @@ A dot(const A* a, const A* b, int64_t n) {
   return sum;
 }
 
-// A pixel's channels over its neighbouring readers.
+// The channels of an input pixel: a weighted sum over its readers, which are neighbours.
 template <class T>
 void gather_channels(const Acc<T>* weight, const Acc<T>* from, int64_t count, int64_t inner,
                      T* out) {
@@ -307,7 +306,7 @@ void gather_width(const BackwardTables<Acc<T>>& t, const Acc<T>* sums, T* out) {
     write_row(out, width, [&](int64_t j) {
       A sum = A(0);
       for (int q = 0; q < t.most; ++q) {
-        // The place of a reader that is not there may hold a NaN.
+        // A padding reader has weight 0, but its value may be NaN.
         const A w = t.weight[q * width + j], v = sums[t.reader[q * width + j]];
         sum += w == A(0) ? A(0) : w * v;
       }
@@ -327,7 +326,7 @@ void gather_width(const BackwardTables<Acc<T>>& t, const Acc<T>* sums, T* out) {
   }
 }
 
-// One tap and a whole ratio: neighbouring runs of N.
+// One tap and an integer ratio: sums of N adjacent values.
 template <class T, int N>
 void sum_adjacent(const Acc<T>* sums, T* out, int64_t n) {
   write_row(out, n, [&](int64_t j) {
@@ -337,7 +336,7 @@ void sum_adjacent(const Acc<T>* sums, T* out, int64_t n) {
   });
 }
 
-// One tap: a pixel's channels summed over its readers where they lie.
+// One tap: sums a pixel's channels over its readers in memory.
 template <class T>
 void sum_pixels(const T* from, int64_t rows, int64_t row, int64_t columns, int64_t inner, T* out) {
   constexpr int W = kWidth<T>;
@@ -374,7 +373,7 @@ void gather_pixels(const BackwardTables<Acc<T>>& t, const T* grad, int64_t row, 
   }
 }
 
-// One tap, and no input has two readers: the outputs' values are put where they were read.
+// One tap, and no input has two readers: scatters the outputs' values to their inputs.
 template <class T>
 void scatter_row(const BackwardTables<Acc<T>>& t, const T* from, T* out) {
   memset(static_cast<void*>(out), 0, size_t(t.g.x.in) * sizeof(T));
@@ -416,7 +415,7 @@ void backward_rows(const Where& where, const BackwardTables<Acc<T>>& t, const T*
     Acc<T>* sums = t.sums + thread * t.row_stride();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t j = i % height;
-      if (t.y.offset[j + 1] == t.y.offset[j]) {  // nobody reads it
+      if (t.y.offset[j + 1] == t.y.offset[j]) {  // no output reads it
         memset(grad_input + i * in_row, 0, size_t(in_row) * sizeof(T));
         continue;
       }

@@ -1,4 +1,4 @@
-// interpolate on the CPU: tables of taps, and the choice of instruction set.
+// interpolate on the CPU: builds the tables of taps and calls the loops of interpolate.simd.cpp.
 #include "interpolate/interpolate.h"
 
 #include <memory>
@@ -10,14 +10,14 @@
 namespace segkernels {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};  // the pieces of an Arena's
+constexpr std::align_val_t kAlignment{64};  // of an Arena's allocations
 
 struct Freed {
   void operator()(void* data) const { ::operator delete(data, kAlignment); }
 };
 using Memory = std::unique_ptr<void, Freed>;
 
-// What the plan's tables and rows lie in.
+// Allocates the memory of the tables.
 template <class Tables>
 Memory memory_of(Tables& tables, int threads) {
   Arena counting(nullptr);

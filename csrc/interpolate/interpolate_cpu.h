@@ -1,5 +1,4 @@
-// What the CPU's loops over rows share: the parameters that a call hands to the copy for this
-// machine's instruction set.
+// Tables of taps and scratch memory of the CPU's loops, and the loops' declarations.
 #pragma once
 
 #include "common/simd.h"
@@ -13,8 +12,8 @@ template <class A>
 struct ForwardTables {
   Geometry<A> g;
   TapTable<A> y, x;
-  A* rows;     // `taps` rows of the output's width a thread
-  A* widened;  // a row of the input a thread
+  A* rows;     // per thread: `taps` rows of the output's width
+  A* widened;  // per thread: a row of the input
   int taps;
 
   void allocate(Arena& arena, int threads) {
@@ -32,14 +31,14 @@ template <class A>
 struct BackwardTables {
   Geometry<A> g;
   ReaderTable<A> y, x;
-  // The readers of the width again, `most` for each input, where that is few: loops over inputs
-  // then vectorise. Reader q of input j is reader[q * in + j], of no weight beyond the last.
+  // Readers along the width again, if few: padded to `most` for each input, so that loops over
+  // inputs vectorise. Reader q of input j is reader[q * in + j]; padding has weight 0.
   int32_t* reader;
   A* weight;
-  // Of one tap, if no input has two readers: the input of each output.
+  // One tap, if no input has two readers: the input of each output.
   int32_t* source;
   bool sparse;
-  A* sums;  // a row of the output's width a thread
+  A* sums;  // per thread: a row of the output's width
   int taps;
 
   static constexpr int kMost = 8;
@@ -55,7 +54,7 @@ struct BackwardTables {
     most = few ? kMost : 0;
   }
 
-  // Of one tap: input j is read by outputs step * j .. step * (j + 1) - 1, for all j; else 0.
+  // One tap: the step if outputs step * j .. step * (j + 1) - 1 read input j, for all j; else 0.
   int step() const {
     const int64_t count = x.offset[1] - x.offset[0];
     if (taps != 1 || count < 1 || count > 8) return 0;
@@ -65,7 +64,8 @@ struct BackwardTables {
     return int(count);
   }
 
-  // After the tables: `most` becomes what is needed, or 0 for not at all.
+  // Fills the padded readers, once the tables are filled. `most` becomes the largest number of
+  // readers, or 0 if that is too many.
   void pad() {
     int64_t needed = 0;
     for (int32_t j = 0; j < g.x.in; ++j) {
@@ -90,7 +90,7 @@ struct BackwardTables {
   int64_t row_stride() const { return (int64_t(g.x.out) * g.inner + 15) / 16 * 16; }
 };
 
-// The loops, defined in interpolate.simd.cpp for its instruction set.
+// Defined in interpolate.simd.cpp.
 template <Isa kIsa, class T>
 struct InterpolateLoops {
   static void forward(const Where&, const ForwardTables<Acc<T>>&, const T* input, T* output);

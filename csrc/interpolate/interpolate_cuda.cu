@@ -1,5 +1,5 @@
-// interpolate on CUDA: launches the functors of kernels.h. Forward: threads over planes x blocks of
-// rows x a quarter of a row's elements. Backward: a block a tile, its partial sums in shared
+// interpolate on CUDA: launches the functors of kernels.h. Forward: parallel over planes, blocks of
+// rows, and elements of a row, V of them a thread. Backward: a block a tile, partial sums in shared
 // memory.
 #include <type_traits>
 
@@ -9,7 +9,7 @@
 namespace segkernels {
 namespace {
 
-// Threads that fill the largest devices a few times over; below that, a thread walks fewer rows.
+// Enough to fill the largest devices a few times over; with fewer, a thread gets fewer rows.
 constexpr int64_t kEnoughThreads = SK_LIMIT(1 << 19, 64);
 
 int rows_per_thread(int64_t threads_at_one, int64_t height) {

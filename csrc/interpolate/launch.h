@@ -1,6 +1,5 @@
-// Launches of the functors that keep a window of rows in registers. They need more registers than
-// most: the bound of one block a multiprocessor stops ptxas from spilling a few of them to reach
-// the next step of occupancy.
+// Launches of functors that keep a window of rows in registers. __launch_bounds__ with one block a
+// multiprocessor stops ptxas from spilling registers for a higher occupancy.
 #pragma once
 
 #include "common/parallel_for.h"
@@ -23,8 +22,8 @@ void parallel_for_many_registers(const Where& where, int64_t n, const F& f, cons
   check_launch(name);
 }
 
-// A tile a block: f.column of its columns, then f.cell of its cells, with `bytes` of shared memory
-// between.
+// A tile a block: f.column for its columns, a barrier, then f.cell for its cells, with shared
+// memory for the sums.
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) tiles_kernel(F f) {
   extern __shared__ __align__(16) unsigned char memory[];

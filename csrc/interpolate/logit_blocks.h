@@ -1,6 +1,5 @@
-// Interpolated logits on the CPU: a block of neighbouring pixels of an output row, all classes.
-// Every row of the logits is interpolated along the width once and kept while output rows need it.
-// Included by *.simd.cpp files only.
+// Interpolated logits on the CPU, in blocks of neighbouring pixels of an output row, all classes.
+// Interpolates every row of the logits along the width once and keeps it while output rows need it.
 #pragma once
 
 #include "common/parallel_for.h"
@@ -66,7 +65,7 @@ class LogitBlocks {
     }
   }
 
-  // Logits of pixels x .. x + kBlock - 1 (rows are padded), [classes, kBlock].
+  // The logits [classes, kBlock] of pixels x .. x + kBlock - 1; rows are padded.
   const A* block(int64_t x) const {
     for (int32_t c = 0; c < tables_.logits.classes; ++c) {
       const int64_t at = c * tables_.row_stride() + x;
@@ -90,7 +89,7 @@ class LogitBlocks {
     const int64_t width = l.x.out;
     for (int32_t c = 0; c < l.classes; ++c, rows += tables_.row_stride()) {
       const T* row = from + c * l.strides.channel;
-      if (K * width <= l.x.in) {  // many inputs that nobody reads
+      if (K * width <= l.x.in) {  // most inputs are not read
         for (int64_t x = 0; x < width; ++x) {
           A sum = A(0);
           for (int k = 0; k < K; ++k) {

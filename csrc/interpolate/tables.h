@@ -1,13 +1,13 @@
-// The taps of an axis, computed once a call for the CPU's loops, in memory that the caller gives.
-// They are built in a file that is compiled without contraction: the rounding of source coordinates
-// must not depend on the instruction set.
+// Tables of taps for the CPU's loops, filled once a call, in memory of the caller. The file that
+// fills them is compiled without contraction: the rounding of source coordinates must not depend on
+// the instruction set.
 #pragma once
 
 #include "interpolate/axis.h"
 
 namespace segkernels {
 
-// Takes aligned pieces from a block of memory; with no block it only counts them.
+// A bump allocator of aligned memory. Without memory it only counts.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
@@ -38,8 +38,7 @@ struct TapTable {
   }
 };
 
-// Input j is read by outputs begin[j] + q with weight[offset[j] + q], for q < offset[j + 1] -
-// offset[j].
+// Outputs begin[j] + q read input j with weight[offset[j] + q], for q < offset[j + 1] - offset[j].
 template <class A>
 struct ReaderTable {
   int32_t* begin;

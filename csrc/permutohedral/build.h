@@ -1,4 +1,5 @@
-// The steps that build a lattice, as functors for parallel_for: one point, entry or vertex each.
+// The steps that build a lattice, as functors for parallel_for: one position, entry or vertex a
+// call.
 #pragma once
 
 #include "permutohedral/keys.h"
@@ -6,7 +7,7 @@
 
 namespace segkernels {
 
-// What the build needs beside the lattice; all in memory that Python owns.
+// Inputs and workspaces of the build, all in memory that Python owns.
 struct BuildBuffers {
   const void* features;       // [batch, dims, points] T
   int32_t* records;           // [positions, record_size]
@@ -14,7 +15,7 @@ struct BuildBuffers {
   uint32_t capacity;
   uint32_t* slot_of;        // CUDA: [entries]; CPU: [pairs]
   int32_t* vertex_of_slot;  // [capacity]
-  int32_t* rank_of;         // CUDA: [entries] vertices before each entry
+  int32_t* rank_of;         // CUDA: [entries]: vertices before each entry
   uint32_t* first_entry;    // [vertex_bound]
   uint32_t* tile_slots;     // CPU: [threads, tile_capacity], all zero
   uint32_t tile_capacity;   // a power of two, at least twice a tile's entries
@@ -50,7 +51,7 @@ SK_HD void load_features(const T* features, int64_t points, const ImagePoint& p,
   for (int i = 0; i < D; ++i) out[i] = f[i * points];
 }
 
-// One position: its simplex into a record, its weights.
+// One position: computes its simplex, stores it as a record, and its barycentric weights.
 template <class T, int D>
 struct Embed {
   Grid grid;
@@ -102,7 +103,7 @@ struct Embed {
   }
 };
 
-// One position: its d+1 keys into the table.
+// One position: inserts its d+1 keys into the table.
 template <int D>
 struct Insert {
   Grid grid;
@@ -121,7 +122,7 @@ struct Insert {
   }
 };
 
-// Whether an entry is the first with its key: vertices are numbered by their first entry.
+// 1 if an entry is the first with its key. Vertices are numbered in the order of first entries.
 struct IsFirst {
   const unsigned long long* slots;
   const uint32_t* slot_of;
@@ -132,7 +133,7 @@ struct IsFirst {
   }
 };
 
-// One vertex: its neighbours along every axis. A vertex is the lower neighbour of its upper one.
+// One vertex and axis: looks up the upper neighbour, whose lower neighbour the vertex is.
 template <int D>
 struct Link {
   Lattice lattice;
@@ -156,8 +157,7 @@ struct Link {
   }
 };
 
-// One position: the gradient of its features from the gradient of its weights, the simplex held
-// fixed.
+// One position: the gradient of its features from the gradient of its weights, for a fixed simplex.
 template <class T, int D>
 struct EmbedGrad {
   Grid grid;

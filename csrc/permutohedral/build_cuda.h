@@ -1,6 +1,6 @@
-// The steps of the build on CUDA that are functors: keys of all entries go into one global table,
-// vertices are numbered by a scan over entries, a tile's entries are sorted by vertex, and pairs by
-// vertex. (The CPU tells keys apart within a tile first, which takes a loop.)
+// Functors of the build on CUDA: the keys of all entries go into one global table, a scan over
+// entries numbers the vertices, a tile's entries are sorted by vertex, and pairs by vertex. (The
+// CPU first deduplicates keys within a tile, which is a sequential loop.)
 #pragma once
 
 #include "permutohedral/build.h"
@@ -20,7 +20,7 @@ struct FirstBefore {
   SK_HD int32_t operator()(int64_t entry) const { return entry < entries ? is_first(entry) : 0; }
 };
 
-// One entry: if it is the first with its key, a vertex. A vertex beyond the bound is -1.
+// One entry: numbers its vertex if it is the first with its key; -1 beyond the bound.
 struct NumberVertex {
   IsFirst is_first;
   const int32_t* rank_of;
@@ -42,7 +42,7 @@ struct NumberVertex {
   }
 };
 
-// Vertices before each image, and the number of them.
+// The number of vertices before each image, and of all.
 struct CountVertices {
   const int32_t* rank_of;
   int64_t image_entries, bound;
@@ -57,7 +57,7 @@ struct CountVertices {
   }
 };
 
-// One position: its slots become vertices, in place; all -1 where one of them has none.
+// One position: replaces its slots by vertices in place; by -1 if one of them has none.
 struct ResolveVertices {
   uint32_t* slot_of;
   const int32_t* vertex_of_slot;
@@ -73,7 +73,7 @@ struct ResolveVertices {
   }
 };
 
-// The entry at each place of the order becomes its point and its weight.
+// One place of the sorted order: replaces the entry by its point, and stores its weight.
 template <class T>
 struct GatherWeights {
   Lattice lattice;
@@ -102,7 +102,7 @@ struct ClearNeighbours {
   }
 };
 
-// One pair of a tile: its vertex, to sort by.
+// One pair: its vertex, as sort key.
 struct PairKeys {
   Lattice lattice;
   int32_t* keys;
@@ -116,7 +116,7 @@ struct PairKeys {
   }
 };
 
-// Room for pairs beyond those that there are sorts last.
+// Keys of unused pairs, which sort last.
 struct UnusedKeys {
   const int32_t* counts;
   int32_t* keys;
@@ -129,7 +129,8 @@ struct UnusedKeys {
   }
 };
 
-// One vertex: where its pairs begin among the sorted ones; one more for where the last ones end.
+// One vertex: the start of its pairs in sorted order, by binary search. One more call gives the end
+// of the last.
 struct VertexStart {
   Lattice lattice;
   const int32_t* keys;

@@ -1,5 +1,5 @@
-// Arithmetic on rows of channels: [row][width] with V = Vec<T, W>, `blocks` = width / W of them a
-// row.
+// The filter on rows of channels ([row][width], as `blocks` = width / W vectors Vec<T, W>): pack,
+// merge, blur, slice, unpack, and gradients. Functors, parallel over positions or vertices.
 #pragma once
 
 #include "common/parallel_for.h"
@@ -9,7 +9,7 @@
 
 namespace segkernels {
 
-// What the scores of a row hold; all but kValues are stored as minus the energy.
+// What the scores in a row are. All but kValues are stored as minus the energy.
 enum RowKind : int { kValues = 0, kUnary = 1, kLogits = 2, kProbs = 3 };
 
 struct Strided {
@@ -19,7 +19,7 @@ struct Strided {
 
 inline namespace SK_NS {
 
-// A vertex's row from its pairs, tiles ascending.
+// One vertex: the sum of its pairs' rows, tiles ascending.
 template <class V>
 struct MergePairs {
   Lattice lattice;
@@ -38,8 +38,8 @@ struct MergePairs {
   }
 };
 
-// out = in + (in[up] + in[down]) / 2 along one axis, times a factor a channel, if there is one; a
-// vertex that is missing counts as zero.
+// out = in + (in[up] + in[down]) / 2 along one axis, times a factor a channel if given. A missing
+// neighbour counts as zero.
 template <class T, class V>
 struct Blur {
   const int32_t* up;
@@ -58,8 +58,7 @@ struct Blur {
   }
 };
 
-// Interpolates a position's row from the vertices of its simplex. Returns false for a point that is
-// skipped.
+// Interpolates a position's row from the vertices of its simplex. False for a skipped point.
 template <class T, class V>
 SK_HD bool slice_block(const Lattice& l, const int32_t* vertices, int64_t position, const V* rows,
                        int blocks, int block, V& out) {
@@ -75,13 +74,13 @@ SK_HD bool slice_block(const Lattice& l, const int32_t* vertices, int64_t positi
   return true;
 }
 
-// One position: out = scale * slice. A skipped point gives `skipped`.
+// One position: out = scale * slice, or `skipped` for a skipped point.
 template <class T, class V>
 struct Slice {
   Lattice lattice;
   const V* vertices;
   V* out;
-  const T* scale;  // [positions], or null for 1
+  const T* scale;  // [positions], or null: 1
   T alpha, skipped;
   int blocks;
 
@@ -95,8 +94,8 @@ struct Slice {
   }
 };
 
-// One position: the gradient of its weights, <x, grad_vertices> + <g, vertices>, from the rows that
-// were splatted (x, with the vertices that they gave) and the gradient rows (g, with theirs).
+// One position: the gradient of its weights, <x, grad_vertices> + <g, vertices>. x: the rows that
+// were splatted, into `vertices`; g: the gradient rows, splatted into `grad_vertices`.
 template <class T>
 struct WeightsGrad {
   Lattice lattice;
@@ -127,7 +126,7 @@ struct WeightsGrad {
   }
 };
 
-// 1 / (n + eps) or 1 / sqrt(n + eps) of the filtered ones.
+// 1 / (n + eps) or 1 / sqrt(n + eps) of the norm n.
 template <class T>
 struct InvertNorm {
   const T* norm;
@@ -143,8 +142,8 @@ struct InvertNorm {
 SK_HD float natural_log(float x) { return logf(x); }
 SK_HD double natural_log(double x) { return log(x); }
 
-// W channels of one position from a strided tensor into its row, padded with zeros, or with an
-// energy that leaves no probability.
+// Copies W channels of one position from a strided tensor to its row. Padding channels are zero, or
+// have an energy that makes their probability zero.
 template <class T, int W>
 struct PackBlock {
   Grid grid;
@@ -182,7 +181,7 @@ struct PackBlock {
     const bool finite = v - v == T(0);
     if (!finite) {
       report(status, kScoresNotFinite);
-      return T(NAN);  // then whoever takes the softmax leaves the whole point out
+      return T(NAN);  // softmax then discards the whole point
     }
     if (kind == kUnary) return -v;
     if (kind == kLogits) return v;
@@ -191,7 +190,7 @@ struct PackBlock {
   }
 };
 
-// One position, all of its channels: neighbouring threads then read neighbouring points.
+// One position, all channels: neighbouring threads read neighbouring points.
 template <class T, int W>
 struct PackRow {
   PackBlock<T, W> pack;
@@ -201,7 +200,7 @@ struct PackRow {
   }
 };
 
-// The way back: one position.
+// One position, from its row to a strided tensor.
 template <class T, int W>
 struct UnpackRow {
   Grid grid;
@@ -230,8 +229,8 @@ struct UnpackRow {
   }
 };
 
-// Splat and blur are the same code for both compilers from here: pairs to vertices, then along
-// every axis. Leaves the result, times `factor` a channel if it is given, in `vertices`.
+// The rest of splat and the blur, for both compilers: merges pairs into vertices, then blurs along
+// every axis. The result is in `vertices`, times `factor` a channel if given.
 template <class T, class V>
 void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* vertices, V* scratch,
                     int blocks, bool reverse, const V* factor = nullptr) {

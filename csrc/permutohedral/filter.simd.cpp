@@ -1,5 +1,5 @@
-// Rows of channels on the CPU: pack, unpack, splat, blur, slice; compiled once per instruction set
-// (SK_ISA). Parallel over tiles (pack, unpack, splat) and rows (the rest).
+// The filter on rows of channels on the CPU: pack, unpack, splat, blur, slice. Compiled once per
+// instruction set (SK_ISA). Parallel over tiles (pack, unpack, splat) or rows.
 #include <math.h>
 #include <string.h>
 
@@ -12,7 +12,7 @@
 namespace segkernels {
 inline namespace SK_ISA {
 
-// f(V{}) with the vector that rows of this width are made of.
+// f(V{}) with the vector type of rows of this width.
 template <class T, class F>
 void with_vector(int width, const F& f) {
   if (width % 8 == 0) {
@@ -24,11 +24,11 @@ void with_vector(int width, const F& f) {
   }
 }
 
-// A tile's rows hold neighbouring points: channels are read (and written) in runs of them, and
-// turned in cache.
+// The points of a tile are neighbours: channels are read (and written) in strips of points, and
+// transposed in cache.
 constexpr int kStrip = 64;
 
-// f(position, place, n) for runs of at most kRun neighbouring points of a tile.
+// f(position, point, n) for strips of n <= kStrip neighbouring points of a tile.
 template <class F>
 SK_HD void for_strips(const Grid& g, int64_t tile, const F& f) {
   for (int32_t y = 0; y < g.tile_height; ++y) {
@@ -64,7 +64,7 @@ struct PackTile {
     using V = Vec<T, 8>;
     T* out = row.rows + position * row.width;
     const T* from = static_cast<const T*>(row.source.data) + at.image * row.source.batch + at.point;
-    // What is not finite makes `bad` NaN; the values after the n are repeats that are not stored.
+    // `bad` becomes NaN if a value is not finite. Values beyond the n are repeats, not stored.
     V bad{}, low{}, high{};
     T buffer[kStrip];
     for (int c = 0; c < row.width; ++c) {

@@ -1,6 +1,6 @@
-// Builds the lattice on the CPU, in parallel over tiles and vertices: keys are told apart within a
-// tile first, and only a tile's distinct keys meet the others' in the global table. Numbering by
-// first appearance makes the result independent of the number of threads.
+// Builds the lattice on the CPU, parallel over tiles and vertices. Keys are deduplicated within a
+// tile first, and only distinct keys go into the global table. Vertices are numbered by first
+// appearance, so the result does not depend on the number of threads.
 #include <math.h>
 #include <string.h>
 
@@ -14,7 +14,7 @@ namespace segkernels {
 
 namespace {
 
-// The distinct keys of one tile, by first appearance, in a table small enough for the cache.
+// The distinct keys of one tile, in order of first appearance, in a hash table that fits the cache.
 template <int D>
 class TileKeys {
  public:
@@ -27,7 +27,7 @@ class TileKeys {
   TileKeys(uint32_t* slots, uint32_t capacity, int32_t* known)
       : slots_(slots), mask_(capacity - 1), known_(reinterpret_cast<Known*>(known)) {}
 
-  // The number of a key: count() as it was, where the key is new.
+  // The number of a key, which is the old count() if the key is new.
   int32_t number(const Key<D>& key) {
     for (uint32_t slot = uint32_t(hash_of<D>(key, 0)) & mask_;; slot = (slot + 1) & mask_) {
       const uint32_t seen = slots_[slot];
@@ -53,8 +53,7 @@ class TileKeys {
   int32_t count_ = 0;
 };
 
-// One tile: records and weights of its points, and its pairs; an entry that has the key stands for
-// each pair for now.
+// One tile: records and weights of its points, and its pairs, each as an entry that has its key.
 template <class T, int D>
 void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embed, int32_t tile) {
   constexpr int words = record_size(D);
@@ -110,7 +109,7 @@ void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_
   l.counts[1] = l.tile_start[tiles];
 }
 
-// Vertices numbered by first pair, which is by first entry. A pair beyond the bound has vertex -1.
+// Numbers the vertices by first pair, which is by first entry. A pair beyond the bound gets -1.
 void number_vertices(const Lattice& l, const BuildBuffers& b) {
   int32_t id = 0;
   for (int32_t tile = 0; tile < tile_count(l.grid); ++tile) {
@@ -156,7 +155,7 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
   });
 }
 
-// A counting sort of the pairs by vertex, tiles ascending.
+// Counting sort of the pairs by vertex, tiles ascending.
 void sort_pairs(const Lattice& l) {
   const int64_t vertices = l.counts[0];
   int32_t* start = l.vertex_start;
@@ -173,7 +172,7 @@ void sort_pairs(const Lattice& l) {
       l.vertex_pairs[start[vertex_of[i - l.tile_start[t]]]++] = i;
     }
   }
-  // Each start has run on to the next vertex's: step back.
+  // Each start has advanced to the start of the next vertex: shift back.
   for (int64_t v = vertices; v > 0; --v) start[v] = start[v - 1];
   start[0] = 0;
 }

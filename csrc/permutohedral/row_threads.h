@@ -1,6 +1,6 @@
-// How many neighbouring threads share a row on CUDA, and how many of its vectors each takes. Few
-// threads with several vectors: what belongs to the row (ids, weights) is read and computed once a
-// thread.
+// How many neighbouring threads share a row on CUDA, and how many of its vectors each thread
+// handles. Few threads with several vectors each: a thread reads and computes what belongs to the
+// row (ids, weights) once.
 #pragma once
 
 #include <type_traits>
@@ -10,13 +10,13 @@ namespace segkernels {
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// f(Int<threads>, Int<vectors>), whose product covers `blocks` vectors; of more than 128 it is 128.
+// f(Int<threads>, Int<vectors>), with threads * vectors >= blocks, or 128 for longer rows.
 template <class T, class V, class F>
 void with_row_threads(int blocks, const F& f) {
   if constexpr (sizeof(T) == sizeof(V)) {  // rows of one channel
     f(Int<1>{}, Int<1>{});
   } else {
-    // Rows are padded to four channels, which are one vector of floats and two of doubles.
+    // Rows are padded to four channels: one vector of floats, or two of doubles.
     if constexpr (sizeof(V) == 4 * sizeof(T)) {
       if (blocks <= 1) return f(Int<1>{}, Int<1>{});
     }

@@ -1,4 +1,4 @@
-// The splat on the CPU: one thread sums a tile's points into its pairs, in order.
+// The splat of one tile on the CPU: one thread sums its points into its pairs, in order.
 #pragma once
 
 #include <string.h>
@@ -22,14 +22,14 @@ class TilePairs {
 
   void clear() const { memset(static_cast<void*>(rows_), 0, sizeof(V) * blocks_ * count_); }
 
-  // NB: blocks a row where that is known, else 0.
+  // NB: blocks a row if known at compile time, else 0.
   template <int NB>
   void add(int64_t position, const V* row, T scale) const {
     const int blocks = NB > 0 ? NB : blocks_;
     const uint16_t* ids = ids_ + position * dims1_;
     const T* weights = weights_ + position * dims1_;
     if (ids[0] == kSkipped) return;
-    V local[NB > 0 ? NB : 1];  // stays in registers while rows are stored to
+    V local[NB > 0 ? NB : 1];  // stays in registers across the stores below
     for (int b = 0; b < NB; ++b) local[b] = row[b];
     const V* from = NB > 0 ? local : row;
     for (int k = 0; k < dims1_; ++k) {

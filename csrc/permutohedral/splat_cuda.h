@@ -1,4 +1,4 @@
-// The splat of one tile on CUDA, by the threads of one block.
+// The splat of one tile on CUDA, by one thread block.
 #pragma once
 
 #include "common/vec.h"
@@ -9,10 +9,10 @@ inline namespace SK_NS {
 
 #if defined(__CUDACC__)
 
-// Sums the tile's entries into its pairs: G neighbouring threads a pair, each B vectors of its row,
-// in the order of the entries. `rows` [points of the tile, blocks] and `scale` [points of the tile]
-// or null are the tile's; `weights` [entries of the tile] in the order of the entries; `pairs`
-// those of the whole lattice.
+// Sums the tile's entries into its pairs, in the order of the entries. G neighbouring threads share
+// a pair, with B vectors of its row each. `rows` [points of the tile, blocks], `scale` [points of
+// the tile] or null, and `weights` [entries of the tile, sorted] are the tile's; `pairs` is the
+// whole lattice's.
 template <class T, int G, int B, class V>
 __device__ void splat_tile(const Lattice& l, int32_t tile, const V* rows, const T* weights,
                            const T* scale, V* pairs, int blocks) {

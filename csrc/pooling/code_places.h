@@ -1,6 +1,6 @@
-// Where the codes of consecutive windows point, for contiguous planes on the CPU: some windows at a
-// time, of one line or of several short ones, so that the arithmetic vectorises. Included by
-// *.simd.cpp files only.
+// Decodes the codes of consecutive windows of a contiguous plane into offsets, on the CPU. Works in
+// batches of windows, of one line or of several short ones, so that the arithmetic vectorises.
+// Included by *.simd.cpp files only.
 #pragma once
 
 #include <string.h>
@@ -16,8 +16,8 @@ class CodePlaces {
   static constexpr int kMost = 128;
   static constexpr int kWidth = kVectorBytes / 4;
 
-  // Places of n windows, the first of which is `window` in its plane; -1 for a code that points to
-  // none, if `bad`.
+  // Offsets in the plane of n windows, of which `window` is the first. Invalid codes give -1 and
+  // set `bad`.
   struct Batch {
     int32_t place[kMost];
     int64_t window;
@@ -32,12 +32,12 @@ class CodePlaces {
     if (short_lines_) describe(0, w_.pooled[1], lines_, table_);
   }
 
-  // Whether places are few enough for this.
+  // Whether offsets fit 32 bits.
   static bool supports(const Windows& w) {
     return w.channels == 1 && int64_t(w.full[0]) * w.full[1] < (int64_t(1) << 30);
   }
 
-  // f(run) for runs that make up the lines [begin, end) of windows, in order.
+  // f(batch) for the batches that cover the lines [begin, end) of windows, in order.
   template <class F>
   void each(int32_t begin, int32_t end, const uint8_t* codes, const F& f) const {
     Batch batch;
@@ -64,8 +64,8 @@ class CodePlaces {
   }
 
  private:
-  // Of each window: its first cell, from that of the run's line at the plane's left side, and the
-  // columns of cells [begin, end) that lie in the plane.
+  // For each window of a batch: the offset of its first cell from the start of the batch's first
+  // line, and the columns [begin, end) of cells that lie in the plane.
   struct Table {
     uint32_t from[kMost];
     int32_t begin[kMost], end[kMost];
@@ -122,9 +122,9 @@ class CodePlaces {
   }
 
   Windows w_;
-  uint32_t inverse_;  // of a window's width, times 2^16
-  int32_t lines_;     // that a run may have
-  bool short_lines_;  // whether a line is one run at most
+  uint32_t inverse_;  // 2^16 / kernel width, rounded up
+  int32_t lines_;     // at most, in a batch
+  bool short_lines_;  // a line fits a batch
   Table table_;
 };
 

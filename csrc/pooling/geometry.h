@@ -1,6 +1,6 @@
-// The windows of a pooling: which cells of a window lie in the plane, and which windows hold a
-// place of it. "Full" is the side that the windows lie on, "pooled" the side with one value a
-// window. A cell is a position in a window, numbered by rows: its code.
+// Geometry of pooling windows: the cells of a window that lie in the plane, and the windows that
+// cover a place of the plane. "Full" is the plane under the windows, "pooled" the plane with one
+// value a window. A cell is a position in a window; its number in row-major order is its code.
 #pragma once
 
 #include "common/hd.h"
@@ -9,14 +9,14 @@ namespace segkernels::pooling {
 
 struct Windows {
   int64_t planes;    // images times channels; channels_last: images
-  int64_t channels;  // neighbours in memory at one place: 1; channels_last: all channels
-  // Of rows and of columns. Python has checked that no coordinate of a window passes 2^31.
+  int64_t channels;  // innermost in memory: 1; channels_last: all channels
+  // (height, width). Python has checked that coordinates of windows fit 31 bits.
   int32_t full[2], pooled[2], kernel[2], stride[2], padding[2], dilation[2];
 };
 
 inline namespace SK_NS {
 
-// N neighbours in memory, moved at once.
+// A vector of N neighbours in memory.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T lane[N];
@@ -32,8 +32,8 @@ SK_HD void store(T* to, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(to) = pack;
 }
 
-// Division by a number known before the launch, as a multiplication: exact for values below 2^63.
-// (A 64-bit division is a subroutine on the GPU.)
+// Division by a number known before the launch, as a multiplication, because 64-bit division is a
+// function call on the GPU. Exact for values below 2^63.
 struct Divisor {
   uint64_t multiplier;
   int32_t shift, value;
@@ -69,7 +69,7 @@ struct Place {
   int64_t channel;
 };
 
-// The lines and columns that parallel_rows runs over.
+// The lines and columns over which parallel_rows runs.
 struct Raster {
   Divisor lines, columns;
 };
@@ -80,7 +80,7 @@ inline Raster raster_of(int32_t lines, int32_t columns) {
 
 inline Raster raster_of(const int32_t (&size)[2]) { return raster_of(size[0], size[1]); }
 
-// What parallel_rows' row and block stand for. Contiguous: a line of a plane and V of its columns;
+// Decodes row and block of parallel_rows. Contiguous: a line of a plane and V of its columns.
 // channels_last: a place and V of its channels.
 template <bool kChannelsLast, int V>
 SK_HD Place place_at(int64_t row, int block, const Raster& raster) {
@@ -109,8 +109,7 @@ SK_HD int64_t pooled_offset(const Windows& w, const Place& p, int32_t y, int32_t
 
 SK_HD int32_t ceil_div(int32_t a, int32_t b) { return b == 1 ? a : (a + b - 1) / b; }
 
-// The cells [begin, end) of a window that lie in the plane, on one axis; the first cell is at
-// start.
+// The cells [begin, end) of a window that lie in the plane, along one axis. Cell 0 is at `start`.
 struct Cells {
   int32_t start, begin, end;
 };
@@ -123,7 +122,7 @@ SK_HD Cells cells_inside(const Windows& w, int axis, int32_t window) {
           end < w.kernel[axis] ? end : w.kernel[axis]};
 }
 
-// The windows [first, last] whose extent holds coordinate `at`, on one axis.
+// The windows [first, last] whose extent covers coordinate `at`, along one axis.
 struct Covering {
   int32_t first, last;
 };
@@ -136,20 +135,20 @@ SK_HD Covering windows_over(const Windows& w, int axis, int32_t at) {
           last < w.pooled[axis] ? last : w.pooled[axis] - 1};
 }
 
-// Which cell of a window `at` is on one axis, -1 if it lies between two.
+// The cell of a window at coordinate `at`, along one axis; -1 if dilation skips it.
 SK_HD int32_t cell_at(const Windows& w, int axis, int32_t window, int32_t at) {
   const int32_t offset = at + w.padding[axis] - window * w.stride[axis];
   if (w.dilation[axis] == 1) return offset;
   return offset % w.dilation[axis] == 0 ? offset / w.dilation[axis] : -1;
 }
 
-// Windows that tile the plane: each place is a cell of one window, or of none at the far edges.
+// Whether the windows tile the plane: each place is in one window, or in none at the far edges.
 SK_HD bool tiles_plane(const Windows& w) {
   return w.stride[0] == w.kernel[0] && w.stride[1] == w.kernel[1] && w.padding[0] == 0 &&
          w.padding[1] == 0 && w.dilation[0] == 1 && w.dilation[1] == 1;
 }
 
-// Every window lies in the plane.
+// Whether every window lies in the plane.
 SK_HD bool all_inside(const Windows& w) {
   for (int axis = 0; axis < 2; ++axis) {
     const int32_t last = (w.pooled[axis] - 1) * w.stride[axis] - w.padding[axis];
@@ -159,7 +158,8 @@ SK_HD bool all_inside(const Windows& w) {
   return true;
 }
 
-// Where a code of the window at (y, x) points; false if it is no cell, or one outside the plane.
+// The coordinates that the code of window (y, x) stands for. False if it is no cell of the window
+// or lies outside the plane.
 SK_HD bool place_of_code(const Windows& w, int32_t y, int32_t x, int32_t code, int32_t& at_y,
                          int32_t& at_x) {
   const int32_t m = code / w.kernel[1];
@@ -168,7 +168,7 @@ SK_HD bool place_of_code(const Windows& w, int32_t y, int32_t x, int32_t code, i
   return m < w.kernel[0] && at_y >= 0 && at_y < w.full[0] && at_x >= 0 && at_x < w.full[1];
 }
 
-// V neighbours can be moved at once: the rows divide into them and the pointer is aligned for them.
+// Whether V neighbours can be loaded at once: they divide the row, and the pointer is aligned.
 template <class T>
 bool packs(const T* pointer, int64_t row, int v) {
   const uint64_t bytes = sizeof(T) * v;

@@ -1,7 +1,7 @@
-// max_pool2d: the largest value of every window and where it stood, as a code of one byte or as a
-// flat index in the plane. NaN counts as the largest and the last of several wins, -0 equals 0,
-// else the first of equals wins: as in torch. Parallel over windows (and channels of
-// channels_last).
+// max_pool2d: the maximum of every window, and its position as a code of one byte or as a flat
+// index of the plane. The order is torch's: NaN is the largest, the last of several NaN wins, -0
+// equals 0, and the first of equal values wins. Parallel over windows, and over channels in
+// channels_last.
 //
 // Backward: the gradient of a place is the sum, in row order, over the windows whose maximum it is.
 #pragma once
@@ -19,8 +19,8 @@ namespace segkernels::pooling {
 struct PoolBuffers {
   const void* input;  // full
   void* values;       // pooled
-  uint8_t* codes;     // pooled; null: not wanted
-  int64_t* indices;   // pooled; null: not wanted
+  uint8_t* codes;     // pooled, or null
+  int64_t* indices;   // pooled, or null
   ScalarType type;
 };
 
@@ -28,7 +28,7 @@ struct PoolGradBuffers {
   const void* grad;       // pooled
   const void* positions;  // pooled
   void* grad_input;       // full
-  float* sums;            // CPU, 16-bit types: a plane for every thread
+  float* sums;            // CPU, 16-bit types: one plane a thread
   bool wide;              // positions are indices, not codes
   ScalarType type;
 };
@@ -47,8 +47,8 @@ MaxPool2dApi max_pool2d_cuda();
 
 inline namespace SK_NS {
 
-// Values as they are compared: float and double as they are; 16-bit types as integers in the same
-// order, with -0 equal to 0 and every NaN the largest.
+// Values as they are compared. 16-bit types are compared as integers in the same order, with -0
+// equal to 0 and every NaN the largest.
 template <int kInfinity>
 SK_HD int16_t order_of_bits(uint16_t bits) {
   const int16_t magnitude = int16_t(bits & 0x7FFF), sign = int16_t(int16_t(bits) >> 15);
@@ -98,7 +98,7 @@ struct Pooled {
     return packs(values, row, v) && packs(codes, row, v) && packs(indices, row, v);
   }
 
-  // V windows or channels; the first cell of the i-th is at (y, x + i * step).
+  // Writes V windows or channels. Cell 0 of the i-th is at (y, x + i * step).
   template <int V>
   SK_HD void write(const Windows& w, int64_t at, int32_t y, int32_t x, int32_t step,
                    const Best<T> (&best)[V]) const {
@@ -118,7 +118,7 @@ struct Pooled {
   }
 };
 
-// Any windows: one window, V channels.
+// Any windows: one window and V channels a call.
 template <class T, bool kChannelsLast, int V>
 struct PoolWindow {
   Windows w;
@@ -143,7 +143,7 @@ struct PoolWindow {
   }
 };
 
-// 2x2 windows that tile a contiguous plane: V windows side by side.
+// 2x2 windows that tile a contiguous plane: V neighbouring windows a call.
 template <class T, int V>
 struct Pool2x2 {
   Windows w;

@@ -1,12 +1,13 @@
-// max_pool2d on the CPU, compiled once per instruction set (SK_ISA). The windows of a line, or the
-// channels of one of channels_last, are lanes that meet their cells in order. Parallel over lines.
+// max_pool2d on the CPU, compiled once per instruction set (SK_ISA). SIMD lanes are the windows of
+// a line, or the channels of a window in channels_last, and loop over their cells in order.
+// Parallel over lines.
 #include "pooling/max_pool2d.h"
 #include "pooling/scatter_gather_cpu.h"
 
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
-// Values as loops load them, and codes as wide, so that both are compared and chosen by one mask.
+// Values as they are loaded, and codes of the same width, so that one mask selects both.
 template <class T>
 struct LaneOf {
   using Value = uint16_t;
@@ -56,7 +57,7 @@ SK_HD void start_lanes(const Value* __restrict from, int64_t step, int n, Code c
   }
 }
 
-// The four cells of 2x2 windows that lie side by side, in one go.
+// All four cells of neighbouring 2x2 windows.
 template <class T, class Value, class Code>
 SK_HD void update_2x2(const Value* __restrict upper, const Value* __restrict lower, int n,
                       Value* __restrict values, Code* __restrict codes) {
@@ -100,7 +101,7 @@ SK_HD auto is_nan(const Order& rank) {
   }
 }
 
-// The largest values so far of kCount vectors of channels, and their codes.
+// The maxima so far of kCount vectors of channels, and their codes.
 template <class T, int kCount>
 struct BestVectors {
   using Value = typename LaneOf<T>::Value;
@@ -150,7 +151,7 @@ struct PoolLines {
   const Value* input;
   Pooled<T> out;
   LineTables tables;
-  uint32_t inverse;  // of a window's width, times 2^16
+  uint32_t inverse;  // 2^16 / kernel width, rounded up
   bool narrow;       // indices fit 32 bits
 
   PoolLines(const Windows& windows, const PoolBuffers& b)
@@ -162,7 +163,7 @@ struct PoolLines {
         inverse((65535 + uint32_t(w.kernel[1])) / w.kernel[1]),
         narrow(last_index() <= INT32_MAX) {}
 
-  // At least as large as any, also those of windows with no cell in the plane.
+  // An upper bound of the indices, also for windows without a cell in the plane.
   int64_t last_index() const {
     int64_t reach[2];
     for (int axis = 0; axis < 2; ++axis) {
@@ -186,7 +187,7 @@ struct PoolLines {
     for (int32_t x = tables.xs.end; x < w.pooled[1]; ++x) window(line, x);
   }
 
-  // n windows of a line, none beside the plane's sides.
+  // n windows of a line, all of whose columns lie in the plane.
   void columns(const Place& p, int n) const {
     const int32_t left = p.x * w.stride[1] - w.padding[1];
     const Cells ys = cells_inside(w, 0, p.y);
@@ -201,7 +202,7 @@ struct PoolLines {
     }
   }
 
-  // One window of channels_last.
+  // One window, all channels.
   void channels(Place p, const Cells& ys) const {
     const Cells xs = cells_inside(w, 1, p.x);
     constexpr int kWidth = BestVectors<T, 1>::kWidth;
@@ -221,14 +222,14 @@ struct PoolLines {
     corner.rows == 2 && corner.columns == 2 ? blocks<2>(corner) : blocks<0>(corner);
   }
 
-  // The first cell of a window that lies in the plane, and how many do.
+  // The part of a window that lies in the plane: its first cell, and its size.
   struct Corner {
     const Value* from;
     int32_t rows, columns, code;
     int64_t at, first_index;
   };
 
-  // kCells: how many rows and columns of cells, 0 for any number.
+  // kCells: rows and columns of cells, 0 if not known at compile time.
   template <int kCells>
   void blocks(const Corner& corner) const {
     each_block<BestVectors<T, 1>::kWidth>(w.channels, [&](auto count, int64_t c) {
@@ -259,7 +260,7 @@ struct PoolLines {
     }
   }
 
-  // n lanes, whose values lie `step` apart, meet their windows' cells in order.
+  // n windows or channels, whose values are `step` apart, loop over their cells in order.
   template <int kStep>
   void cells(const Place& p, const Cells& ys, const Cells& xs, int64_t step, int n) const {
     BestArray<T> lanes;
@@ -315,7 +316,7 @@ struct PoolLines {
       }
       return;
     }
-    // The division of a code by the window's width is a multiplication.
+    // A code is divided by the kernel width with a multiplication.
     const uint32_t per_cell = uint32_t(w.dilation[1]);
     const uint32_t per_row = uint32_t(w.dilation[0]) * w.full[1] - w.kernel[1] * per_cell;
     for (int i = 0; i < n; ++i) {

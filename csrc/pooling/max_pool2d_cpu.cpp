@@ -9,7 +9,7 @@ MaxPool2dApi rows() {
 }
 
 void forward(const Where& where, const Windows& w, const PoolBuffers& b) {
-  // Larger windows have no codes of one byte, which the loops count in.
+  // The loops store codes in one byte.
   if (int64_t(w.kernel[0]) * w.kernel[1] > 256) return pool_by_functors(where, w, b);
   rows().forward(where, w, b);
 }

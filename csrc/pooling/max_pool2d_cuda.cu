@@ -1,4 +1,4 @@
-// max_pool2d on CUDA: the functors of max_pool2d.h, launched.
+// max_pool2d on CUDA: launches the functors of max_pool2d.h.
 #include "pooling/max_pool2d.h"
 
 namespace segkernels::pooling {

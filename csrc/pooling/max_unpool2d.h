@@ -1,10 +1,10 @@
-// max_unpool2d: values back to where max_pool2d found them, zero elsewhere; where several point to
-// one place the last in row order stays. From codes every place is written once: windows that tile
-// the plane expand, others are asked by the places under them. Indices may point anywhere in the
-// plane: the sources claim their places in a workspace by the largest source number, then the
-// places read the winners.
+// max_unpool2d: scatters values to the positions that max_pool2d recorded, zero elsewhere. Of
+// several values for one place the last in row order stays. With codes, every place is written
+// once: windows that tile the plane are expanded; otherwise each place searches the windows that
+// cover it. With indices, which may be anywhere in the plane, the sources first atomicMax their
+// number into a workspace, then every place gathers the value of its winner.
 //
-// Backward: every source reads the gradient where it pointed.
+// Backward: gathers the gradient at the recorded positions.
 #pragma once
 
 #include "common/simd.h"
@@ -16,7 +16,7 @@ struct UnpoolBuffers {
   const void* input;      // pooled
   const void* positions;  // pooled: codes or, if wide, indices
   void* output;           // full
-  void* winners;          // full: int32_t, or int64_t if a plane has that many sources; CUDA, wide
+  void* winners;  // CUDA with indices, full: int32_t, or int64_t where a plane has too many sources
   int32_t* status;
   bool wide;
   ScalarType type;
@@ -40,7 +40,7 @@ inline bool wide_winners(const Windows& w) {
 
 inline namespace SK_NS {
 
-// On the CPU the functors run on one thread.
+// Not atomic on the CPU, where one thread runs these functors.
 SK_HD void raise_to(int32_t* at, int32_t value) {
 #if defined(__CUDA_ARCH__)
   atomicMax(at, value);
@@ -63,7 +63,7 @@ struct NoWinner {
   SK_HD void operator()(int64_t i) const { winners[i] = -1; }
 };
 
-// One source: its claim.
+// One source: the largest source number of each place wins.
 template <class I, bool kChannelsLast>
 struct Claim {
   Windows w;
@@ -83,7 +83,7 @@ struct Claim {
   }
 };
 
-// One place: the winner's value.
+// One place: gathers the winner's value.
 template <class T, class I, bool kChannelsLast>
 struct GatherWinner {
   Windows w;

@@ -1,4 +1,5 @@
-// max_unpool2d on the CPU, compiled once per instruction set (SK_ISA): the loops of pooling/rows.h.
+// max_unpool2d on the CPU with the loops of scatter_cpu.h and scatter_gather_cpu.h, compiled once
+// per instruction set (SK_ISA).
 #include "pooling/max_unpool2d.h"
 #include "pooling/scatter_gather_cpu.h"
 

@@ -1,4 +1,4 @@
-// max_unpool2d on CUDA: the functors of max_unpool2d.h, launched.
+// max_unpool2d on CUDA: launches the functors of max_unpool2d.h.
 #include "pooling/max_unpool2d.h"
 
 namespace segkernels::pooling {

@@ -1,6 +1,6 @@
-// Moves that scatter, on the CPU: values go where codes or indices point, and where several point
-// to one place the last in row order stays, or their sum. Included by *.simd.cpp files only.
-// Parallel over contiguous planes, and over blocks of lines of channels_last images.
+// Scatter and scatter-add on the CPU, by source: the last value in row order stays, or values are
+// summed. Parallel over contiguous planes, and over blocks of lines of channels_last images.
+// Included by *.simd.cpp files only.
 #pragma once
 
 #include <string.h>
@@ -12,7 +12,8 @@
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
-// Lines [begin, end) of windows of a contiguous plane: f(window, its place in the plane) in order.
+// f(window, offset in the plane) for the lines [begin, end) of windows of a contiguous plane, in
+// order. Reports invalid positions.
 template <class P, class F>
 SK_HD void each_place(const Windows& w, const CodePlaces& decoder, int32_t begin, int32_t end,
                       const P* __restrict positions, int32_t* status, const F& f) {
@@ -44,7 +45,7 @@ SK_HD void each_place(const Windows& w, const CodePlaces& decoder, int32_t begin
   if (bad) report(status, fault_of(P(0)));
 }
 
-// Contiguous planes, any windows: each plane is cleared, then written by its sources in row order.
+// Contiguous planes, any windows: clears each plane and writes its sources in row order.
 template <class T, class P, bool kSum>
 void scatter_planes(const Where& where, const Windows& w, const T* input, const P* positions,
                     T* output, int32_t* status, const char* name) {
@@ -65,7 +66,7 @@ void scatter_planes(const Where& where, const Windows& w, const T* input, const 
       name);
 }
 
-// As scatter_planes, summed in float, in a plane of every thread's, and rounded once.
+// As scatter_planes with kSum, in a float plane of each thread, rounded once at the end.
 template <class T, class P>
 void scatter_sums(const Where& where, const Windows& w, const T* input, const P* positions,
                   T* output, float* sums, const char* name) {
@@ -88,15 +89,16 @@ void scatter_sums(const Where& where, const Windows& w, const T* input, const P*
       name);
 }
 
-// Bytes that a task of scatter_channels clears and writes.
+// Bytes that one task of scatter_channels writes.
 constexpr int64_t kBlockBytes = 1 << 20;
 
-// Lines of sources in blocks, and which lines of the plane are a block's: those that it reaches and
-// the blocks before do not, guessed from one line of indices. A block's first lines may reach back.
+// Cuts the lines of sources into blocks, and the lines of the plane into one range a block: those
+// that the block reaches and earlier blocks do not. The ranges are a guess from one line of
+// indices. The first lines of a block may also write to the range of the block before.
 struct LineBlocks {
   int32_t sources, full, step, lines, blocks;
-  int64_t reach = 0;   // of a line of sources: lines behind the one at step times its number
-  int32_t shared = 0;  // lines of a block that reach back
+  int64_t reach = 0;   // last line that a line of sources reaches, from step times its number
+  int32_t shared = 0;  // lines of a block that may write to the range before
 
   LineBlocks(const Windows& w, int64_t line_bytes, const int64_t* indices)
       : sources(w.pooled[0]), full(w.full[0]) {
@@ -135,8 +137,8 @@ struct Missed {
   bool before, elsewhere, outside;
 };
 
-// channels_last: lines [first, last) of an image's sources write, in order, what points to places
-// [begin, end); and whether some point to [back, begin), elsewhere, or outside the plane.
+// channels_last: scatters lines [first, last) of an image's sources to places [begin, end), in
+// order. Returns whether some point to [back, begin), elsewhere in the plane, or outside it.
 template <class T>
 Missed scatter_lines(const Windows& w, int32_t first, int32_t last, int64_t back, int64_t begin,
                      int64_t end, const T* __restrict input, const int64_t* __restrict indices,
@@ -162,10 +164,9 @@ Missed scatter_lines(const Windows& w, int32_t first, int32_t last, int64_t back
   return missed;
 }
 
-// channels_last, indices: as scatter_planes. A task is a block of lines of sources; it clears its
-// own lines of the plane and writes them, in the cache. What its first lines write to the block
-// before follows when all are done. Where indices point elsewhere, the images are done again in
-// order.
+// channels_last with indices: as scatter_planes. A task clears the range of its block and scatters
+// to it, in cache. Writes to the range before follow after a barrier. Where an index points
+// elsewhere, the guess was wrong, and every image is done again by one thread in order.
 template <class T>
 void scatter_channels(const Where& where, const Windows& w, const T* input, const int64_t* indices,
                       T* output, int32_t* status, const char* name) {

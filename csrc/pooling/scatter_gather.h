@@ -1,12 +1,12 @@
-// Moves between pooled values and the plane under their windows, as functors for parallel_rows:
-//   expand    a value to the cells of its window that a rule picks, zero to the others, for windows
-//   that
-//             tile the plane; parallel over windows, every place written once;
-//   gather    the last value, or the sum of the values, whose position is this place, for any
-//   windows;
-//             parallel over places;
-//   collect   the value at a window's position; parallel over windows.
-// A position is a code (uint8_t, a cell of the window) or an index (int64_t, a place of the plane).
+// Functors for parallel_rows between pooled values and the plane under their windows:
+// - Expand*: each value to the cells of its window that a rule selects, zero to the others, for
+//   windows that tile the plane. Parallel over windows; every place is written once.
+// - Scatter*: scatter (the last value stays) or scatter-add to the positions of the values, for any
+//   windows. Parallel over places, each of which searches the windows that cover it: no atomics.
+// - Gather*: the value at the position of each window. Parallel over windows.
+//
+// A position is a code (uint8_t: a cell of the window) or an index (int64_t: an offset in the
+// plane).
 #pragma once
 
 #include <type_traits>
@@ -34,7 +34,7 @@ struct BitsOfSize<8> {
   using type = uint64_t;
 };
 
-// What values are moved as where nothing is computed with them.
+// Unsigned integers that move values without computing with them.
 template <int kBytes>
 using BitsOf = typename BitsOfSize<kBytes>::type;
 
@@ -43,7 +43,7 @@ void with_bits(ScalarType type, const F& f) {
   with_scalar_type(type, [&](auto scalar) { f(BitsOf<sizeof(scalar)>{}); });
 }
 
-// The rules: which cells of its window a value goes to.
+// Rules: which cells of its window a value goes to.
 struct ByCode {
   const uint8_t* codes;
 
@@ -83,7 +83,7 @@ struct EveryCell {
   SK_HD static bool valid(const Windows&, int32_t, int32_t, uint8_t) { return true; }
 };
 
-// Contiguous planes, windows two columns wide: V windows side by side.
+// Contiguous planes, windows two columns wide: V neighbouring windows a call.
 template <class T, class Rule, int V>
 struct Expand2Columns {
   Windows w;
@@ -117,7 +117,7 @@ struct Expand2Columns {
   }
 };
 
-// channels_last: one window, V channels.
+// channels_last: one window and V channels a call.
 template <class T, class Rule, int V>
 struct ExpandWindow {
   Windows w;
@@ -153,7 +153,7 @@ struct ExpandWindow {
   }
 };
 
-// Contiguous planes, windows of any size that tile the plane: one place.
+// Contiguous planes, windows of any size: one place a call.
 template <class T, class Rule>
 struct ExpandPlace {
   Windows w;
@@ -176,7 +176,7 @@ struct ExpandPlace {
   }
 };
 
-// Reports codes that are no cell of their window or lie outside the plane: one code.
+// Reports a code that is no cell of its window, or lies outside the plane.
 template <bool kChannelsLast>
 struct CheckCodes {
   Windows w;
@@ -204,13 +204,13 @@ inline void check_codes(const Where& where, const Windows& w, const uint8_t* cod
   }
 }
 
-// Whether the windows tile the plane; if so, expands. `status` is null where codes need no check.
+// Expands and returns true if the windows tile the plane. `status` null: the codes are valid.
 template <class T, class Rule>
 bool expand_tiles(const Where& where, const Windows& w, const Rule& rule, const T* input, T* output,
                   int32_t* status, const char* name) {
   constexpr int kColumns = 8 / sizeof(T), kChannels = 16 / sizeof(T);
   if (!tiles_plane(w) || w.pooled[0] == 0 || w.pooled[1] == 0) return false;
-  // Of windows, with last ones that only the plane has.
+  // Includes the incomplete windows at the far edges, which have no value.
   const int32_t lines = (w.full[0] + w.kernel[0] - 1) / w.kernel[0];
   const int32_t columns = (w.full[1] + w.kernel[1] - 1) / w.kernel[1];
   const Raster raster = raster_of(lines, columns);
@@ -257,7 +257,7 @@ struct LastOrSum<T, true> {
   SK_HD T get() const { return narrow_to<T>(value); }
 };
 
-// Any windows: one place, V channels.
+// Any windows: one place and V channels a call.
 template <class T, class P, bool kSum, bool kChannelsLast, int V>
 struct ScatterWindows {
   Windows w;
@@ -311,13 +311,13 @@ void scatter_windows(const Where& where, const Windows& w, const T* input, const
   }
 }
 
-// 2x2 windows that tile a contiguous plane, with no column beside them.
+// 2x2 windows that tile a contiguous plane without a last odd column.
 SK_HD bool tiled_2x2(const Windows& w) {
   return tiles_plane(w) && w.kernel[0] == 2 && w.kernel[1] == 2 && w.full[1] == 2 * w.pooled[1] &&
          w.full[0] >= 2 * w.pooled[0];
 }
 
-// V windows of `pairs_tile`, side by side: all cells are read, in whole packs.
+// V neighbouring windows of `tiled_2x2`: loads all cells as vectors and selects.
 template <class T, int V>
 struct Gather2x2 {
   Windows w;
@@ -345,7 +345,7 @@ struct Gather2x2 {
   }
 };
 
-// Where a position points, as an offset from the plane's first place; -1 outside the plane.
+// The offset of a position in the plane; -1 outside it.
 SK_HD int64_t offset_of_position(const Windows& w, const Place& p, uint8_t code) {
   int32_t y, x;
   return place_of_code(w, p.y, p.x, code, y, x) ? int64_t(y) * w.full[1] + x : -1;
@@ -358,7 +358,7 @@ SK_HD int64_t offset_of_position(const Windows& w, const Place&, int64_t index) 
 SK_HD StatusCode fault_of(uint8_t) { return kCodeOutOfRange; }
 SK_HD StatusCode fault_of(int64_t) { return kIndexOutOfRange; }
 
-// Any windows: one window, one channel.
+// Any windows: one window and one channel a call.
 template <class T, class P, bool kChannelsLast>
 struct GatherWindow {
   Windows w;
@@ -377,7 +377,8 @@ struct GatherWindow {
   }
 };
 
-// channels_last, windows of few cells: one window, V channels; all cells are read, in whole packs.
+// channels_last, small windows: one window and V channels a call. Loads all cells as vectors and
+// selects.
 template <class T, int V>
 struct GatherCells {
   Windows w;
@@ -417,7 +418,7 @@ struct GatherCells {
   }
 };
 
-// Above this many cells most of what CollectCells reads is not wanted.
+// Above this many cells GatherCells would load mostly what it does not need.
 constexpr int32_t kFewCells = 9;
 
 template <class T, class P>

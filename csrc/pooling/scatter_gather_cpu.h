@@ -1,6 +1,6 @@
-// The moves of moves.h as loops over lines for the CPU, written to be vectorised: by columns of
-// contiguous planes, by channels of channels_last; those that scatter are in scatter.h. Included by
-// *.simd.cpp files only. Parallel over lines.
+// scatter_gather.h as vectorised loops over lines for the CPU: SIMD lanes are the columns of
+// contiguous planes, or the channels of channels_last. scatter_cpu.h has the scatters by source.
+// Parallel over lines. Included by *.simd.cpp files only.
 #pragma once
 
 #include <string.h>
@@ -15,7 +15,7 @@
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
-// Channels at a time: what is accumulated stays in registers and cache.
+// Columns or channels a block: its accumulators stay in registers and cache.
 constexpr int kLanes = 64;
 
 SK_HD int lanes_left(int64_t from, int64_t end) {
@@ -27,7 +27,7 @@ SK_HD Place line_of(int64_t line, const Divisor& lines) {
   return {s.quotient, s.remainder, 0, 0};
 }
 
-// The windows [begin, end) of a line of windows that have no cell beside the plane's sides.
+// The windows [begin, end) all of whose cells lie in the plane, along one axis.
 struct Interior {
   int32_t begin, end;
 
@@ -44,13 +44,13 @@ struct Interior {
   bool holds(int32_t window) const { return begin <= window && window < end; }
 };
 
-// What lines need that is the same for all of them.
+// What all lines of windows share.
 struct LineTables {
   Windows w;
   Divisor lines;  // of windows
   Interior ys, xs;
   int32_t cells;
-  int64_t offset_of[256];  // in the plane, of a window's cells from its first
+  int64_t offset_of[256];  // from a window's first cell to each cell, in the plane
 
   explicit LineTables(const Windows& windows)
       : w(windows),
@@ -67,7 +67,7 @@ struct LineTables {
   }
 };
 
-// `windows_over` for one coordinate after the other, without divisions.
+// `windows_over` for consecutive coordinates, without divisions.
 struct Sweep {
   int32_t step, reach, count, from_edge, first = 0, last = -1;
 
@@ -91,8 +91,8 @@ struct Sweep {
   }
 };
 
-// The windows [begin, end) of a line that none of the plane's sides cuts, if all their codes point
-// into the plane; else none.
+// The windows [begin, end) of a line whose columns all lie in the plane, if all their codes are
+// valid; else an empty range.
 struct ValidWindows {
   int32_t begin, end;
 
@@ -111,7 +111,7 @@ struct ValidWindows {
   }
 };
 
-// Reports the codes of a line of windows that do not point into the plane.
+// Reports invalid codes in a line of windows.
 inline void check_line(const LineTables& tables, const Place& line, const uint8_t* codes,
                        int32_t* status) {
   const Windows& w = tables.w;
@@ -137,13 +137,13 @@ SK_HD bool picks(const Rule& rule, const uint8_t* codes, int64_t i, int32_t cell
   }
 }
 
-// All ones or zeros: choosing with it takes no branch, also in the lanes that no vector takes.
+// All ones or zeros, to select without a branch, also in scalar loops.
 template <class T>
 SK_HD T mask_of(bool wanted) {
   return T(T(0) - T(wanted));
 }
 
-// out[i * step] = values[i] where the rule picks the cell, else 0.
+// out[i * step] = values[i] where the rule selects the cell, else 0.
 template <int kStep, class T, class Rule>
 SK_HD void expand_lanes(const Rule& rule, const uint8_t* __restrict codes,
                         const T* __restrict values, T* __restrict out, int64_t step, int64_t n,
@@ -154,7 +154,7 @@ SK_HD void expand_lanes(const Rule& rule, const uint8_t* __restrict codes,
   }
 }
 
-// Two cells side by side.
+// Two neighbouring cells.
 template <class T, class Rule>
 SK_HD void expand_2_columns(const Rule& rule, const uint8_t* __restrict codes,
                             const T* __restrict values, T* __restrict out, int64_t n,
@@ -165,7 +165,7 @@ SK_HD void expand_2_columns(const Rule& rule, const uint8_t* __restrict codes,
   }
 }
 
-// Whether the rule picks the cell for every value (1), for none (0), or as codes say (-1).
+// Whether the rule selects the cell for every value (1), for none (0), or by code (-1).
 template <class Rule>
 SK_HD int picks_always(const Rule& rule, int32_t cell) {
   if constexpr (std::is_same_v<Rule, ByCode>) {
@@ -175,7 +175,7 @@ SK_HD int picks_always(const Rule& rule, int32_t cell) {
   }
 }
 
-// channels_last: one place, and the value of its window.
+// channels_last: one place, from the values of its window.
 template <class T, class Rule>
 SK_HD void expand_place(const Rule& rule, const uint8_t* codes, const T* values, T* out, int64_t n,
                         int32_t cell) {
@@ -189,8 +189,8 @@ SK_HD void expand_place(const Rule& rule, const uint8_t* codes, const T* values,
   }
 }
 
-// One line of the plane under a line of windows, their cells of row m; the first `whole` windows
-// have all their columns.
+// One line of the plane from a line of windows: row m of their cells. The first `whole` windows
+// have all their columns in the plane.
 template <class T, class Rule>
 void expand_line(const Windows& w, const Rule& rule, const uint8_t* codes, const T* values, T* out,
                  int32_t m, int32_t whole) {
@@ -253,7 +253,7 @@ void expand_lines(const Where& where, const Windows& w, const Rule& rule, const 
       name);
 }
 
-// What is summed is masked before it is widened, so that nothing is computed under a condition.
+// Masks the bits before widening, so that the loop has no branch.
 template <class T>
 SK_HD Acc<T> widen_if(T value, bool wanted) {
   using Bits = BitsOf<sizeof(T)>;
@@ -273,7 +273,8 @@ SK_HD void merge_matching(const T* __restrict values, const P* __restrict positi
   }
 }
 
-// kCount vectors of channels of one place: the last value, or the sum of those, that point here.
+// kCount vectors of channels of one place: the last value, or the sum of the values, whose position
+// it is.
 template <class T, class P, bool kSum, int kCount>
 struct LastOrSumLanes {
   using A = std::conditional_t<kSum, Acc<T>, T>;
@@ -308,7 +309,7 @@ struct LastOrSumLanes {
   }
 };
 
-// channels_last, any windows: as GatherWindows.
+// channels_last, any windows: as ScatterWindows.
 template <class T, class P, bool kSum>
 struct ScatterLines {
   using A = std::conditional_t<kSum, Acc<T>, T>;
@@ -337,8 +338,8 @@ struct ScatterLines {
     }
   }
 
-  // The lines of windows that hold a line of places: where each begins, and the code of the first
-  // cell that is in the line.
+  // The lines of windows that cover a line of the plane: the offset of each, and the code of the
+  // first cell of the row of cells there.
   struct Rows {
     int64_t at[256];
     int32_t code[256];
@@ -355,7 +356,7 @@ struct ScatterLines {
     }
   };
 
-  // f(offset of the window, its position that is this place) for the windows that hold the place.
+  // f(offset of the window, the position that means this place) for the windows that cover it.
   template <class F>
   SK_HD void each_window(const Rows& rows, const Sweep& xs, int64_t place, const F& f) const {
     const int64_t first = xs.first * w.channels;
@@ -380,7 +381,7 @@ struct ScatterLines {
     lanes.write(out);
   }
 
-  // Fewer channels than a vector has.
+  // Fewer channels than a vector.
   void few(const Rows& rows, const Sweep& xs, int64_t place, T* out) const {
     A found[kWidth] = {};
     const int n = int(w.channels);
@@ -400,7 +401,7 @@ struct ScatterLines {
 template <class T, class P, bool kSum>
 void scatter_by_place(const Where& where, const Windows& w, const T* input, const P* positions,
                       T* output, const char* name) {
-  // Of indices windows may have more lines than GatherRows holds.
+  // With indices, more lines of windows may cover a place than Rows holds.
   if (w.kernel[0] > 256)
     return scatter_windows<T, P, kSum>(where, w, input, positions, output, name);
   const Divisor lines = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
@@ -408,10 +409,10 @@ void scatter_by_place(const Where& where, const Windows& w, const T* input, cons
   parallel_for(where, w.planes * w.full[0], f, name);
 }
 
-// Lines this short cost more to begin than to vectorise: their planes are cleared and scattered to.
+// For shorter lines the vector loops' overhead dominates: planes are cleared and scattered to.
 constexpr int32_t kShortLine = 32;
 
-// By code, for windows that tile the plane.
+// From codes, for windows that tile the plane.
 template <class T>
 void expand_codes(const Where& where, const Windows& w, const T* input, const uint8_t* codes,
                   T* output, int32_t* status, const char* name) {
@@ -422,7 +423,7 @@ void expand_codes(const Where& where, const Windows& w, const T* input, const ui
   }
 }
 
-// Two lines under a line of 2x2 windows: the cell of each that its code names.
+// Selects the cells of a line of 2x2 windows by their codes; returns the largest code.
 template <class T>
 SK_HD uint8_t gather_2x2(const T* __restrict upper, const T* __restrict lower,
                          const uint8_t* __restrict codes, T* __restrict out, int64_t n) {
@@ -437,7 +438,7 @@ SK_HD uint8_t gather_2x2(const T* __restrict upper, const T* __restrict lower,
   return largest;
 }
 
-// channels_last: one window of few cells, n channels.
+// channels_last: one small window, n channels.
 template <class T>
 void gather_cells(const Windows& w, const Place& p, const T* input, const uint8_t* codes, T* out,
                   int n) {
@@ -484,7 +485,7 @@ void gather_places(const Windows& w, const CodePlaces& decoder, int64_t plane, i
              [&](int64_t to, int64_t place) { out[to] = from[place]; });
 }
 
-// A line of windows of channels_last, one position at a time.
+// channels_last: a line of windows, one position at a time.
 template <class T, class P>
 void gather_line(const Windows& w, const Place& line, const T* input, const P* positions, T* output,
                  int32_t* status) {
@@ -500,10 +501,10 @@ void gather_line(const Windows& w, const Place& line, const T* input, const P* p
   }
 }
 
-// Lines shorter than kShortLine are collected in blocks of this many windows.
+// Block of windows of gather_blocks for lines shorter than kShortLine.
 constexpr int32_t kBlock = 8;
 
-// As collect_pairs, in blocks of as many windows; the last may overlap the one before.
+// gather_2x2 in blocks of N windows. The last may overlap the one before.
 template <int N, class T>
 SK_HD uint8_t gather_blocks(const T* upper, const T* lower, const uint8_t* codes, T* out,
                             int64_t n) {
@@ -516,7 +517,7 @@ SK_HD uint8_t gather_blocks(const T* upper, const T* lower, const uint8_t* codes
   return largest;
 }
 
-// channels_last: a line of windows of few cells.
+// channels_last: a line of small windows.
 template <class T>
 void gather_cells_line(const LineTables& tables, const Place& line, const T* input,
                        const uint8_t* codes, T* output, int32_t* status) {
@@ -573,7 +574,7 @@ void gather_lines(const Where& where, const Windows& w, const T* input, const P*
     }
   }
   const CodePlaces decoder(w);
-  // Whole planes, or lines where there are fewer planes than threads.
+  // Parallel over planes, or over lines if there are fewer planes than threads.
   const int32_t step = w.planes >= where.threads ? w.pooled[0] : 1;
   parallel_for(
       where, step == 1 ? lines : w.planes,

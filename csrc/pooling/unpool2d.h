@@ -1,7 +1,8 @@
-// unpool_nearest: every value to all cells of its kernel_h x kernel_w block; unpool_bed_of_nails:
-// to one cell, zero to the others. Every place is written once; parallel over blocks.
+// unpool_nearest: copies every value to all cells of its kernel_h x kernel_w block.
+// unpool_bed_of_nails: to one cell, zero to the others. Every place is written once. Parallel over
+// blocks.
 //
-// Backward of unpool_nearest: the sum of a block in row order; parallel over blocks.
+// Backward of unpool_nearest: sums a block in row order. Parallel over blocks.
 #pragma once
 
 #include "common/simd.h"

@@ -26,7 +26,7 @@ void unpool_bed_of_nails(const Where& where, const Windows& w, const Unpool2dBuf
   expand_all(where, w, b, ByCell{cell}, "unpool_bed_of_nails");
 }
 
-// To each sum its run of N (0: of `step`) neighbours.
+// Adds N (0: `step`) adjacent values to each sum.
 template <int N, class A>
 SK_HD void add_adjacent(const A* __restrict from, A* __restrict sums, int n, int step) {
   for (int i = 0; i < n; ++i) {
@@ -36,7 +36,7 @@ SK_HD void add_adjacent(const A* __restrict from, A* __restrict sums, int n, int
   }
 }
 
-// A contiguous line: n windows, whose rows of cells begin at `from`.
+// Contiguous: n windows of a line, whose rows of cells begin at `from`.
 template <class T>
 void sum_columns(const Windows& w, const T* from, T* out, int n) {
   using A = Acc<T>;
@@ -61,7 +61,7 @@ void sum_columns(const Windows& w, const T* from, T* out, int n) {
   }
 }
 
-// channels_last: a window, whose first cell is at `from`.
+// channels_last: one window, whose first cell is at `from`.
 template <class T>
 void sum_channels(const Windows& w, const T* from, T* out) {
   constexpr int kWidth = kVectorBytes / sizeof(Acc<T>);

@@ -1,4 +1,4 @@
-// unpool_nearest and unpool_bed_of_nails on CUDA: the functors of unpool2d.h, launched.
+// unpool_nearest and unpool_bed_of_nails on CUDA: launches the functors of unpool2d.h.
 #include "pooling/unpool2d.h"
 
 namespace segkernels::pooling {

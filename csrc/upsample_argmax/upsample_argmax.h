@@ -1,6 +1,6 @@
 // argmax over the classes of upsampled logits, and optionally the softmax probability of the
-// winner: interface and the functor that CUDA runs. A thread owns a few pixels below each other and
-// walks over the classes once.
+// maximum: interface and CUDA functor. A thread has a few pixels of a column and loops over the
+// classes once.
 #pragma once
 
 #include "common/simd.h"
@@ -20,7 +20,7 @@ struct ArgmaxCall {
   LabelType label_type;
   const void* logits;
   void* labels;      // [batch, out height, out width]
-  void* confidence;  // the same, in the type that `type` is computed in; or null
+  void* confidence;  // the same, in the computing type; or null
 };
 
 inline namespace SK_NS {
@@ -42,7 +42,7 @@ SK_HD void store_label(void* labels, LabelType type, int64_t i, int32_t label) {
   }
 }
 
-// torch.argmax's order: the first of equal values, and NaN before all.
+// The order of torch.argmax: NaN is the largest, and the first of equal values wins.
 template <class A>
 SK_HD bool beats(A value, A best) {
   return value > best || (value != value && best == best);
@@ -93,7 +93,7 @@ struct Argmax {
       if (at.row + r >= logits.y.out) continue;
       const int64_t pixel = (at.image * logits.y.out + at.row + r) * logits.x.out + at.column;
       store_label(labels, label_type, pixel, label[r]);
-      // softmax of NaN and of infinities is NaN, also of one class.
+      // The softmax of NaN or infinity is NaN, also for one class.
       if constexpr (kConfidence) confidence[pixel] = is_finite(best[r]) ? A(1) / sum[r] : A(NAN);
     }
   }

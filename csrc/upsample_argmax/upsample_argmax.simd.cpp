@@ -1,5 +1,5 @@
-// argmax of upsampled logits on the CPU, compiled once per instruction set: rows of pixels in
-// parallel, a block of pixels at a time, its classes in cache.
+// argmax of upsampled logits on the CPU, compiled once per instruction set (SK_ISA). Parallel over
+// rows of pixels, in blocks of pixels whose classes stay in cache.
 #include <math.h>
 
 #include "interpolate/logit_blocks.h"

@@ -1,4 +1,5 @@
-// argmax of upsampled logits on the CPU: tables of taps, and the choice of instruction set.
+// argmax of upsampled logits on the CPU: builds the tables of taps and calls the loops of
+// upsample_argmax.simd.cpp.
 #include "common/parallel_for.h"
 #include "interpolate/logit_blocks.h"
 #include "upsample_argmax/upsample_argmax.h"

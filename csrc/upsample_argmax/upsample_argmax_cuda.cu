@@ -1,5 +1,4 @@
-// argmax of upsampled logits on CUDA: launches the functor of upsample_argmax.h, a few pixels a
-// thread.
+// argmax of upsampled logits on CUDA: launches the functor of upsample_argmax.h.
 #include "interpolate/launch.h"
 #include "upsample_argmax/upsample_argmax.h"
 

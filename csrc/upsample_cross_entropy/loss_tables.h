@@ -1,4 +1,4 @@
-// The CPU's loops of the losses, and what they work in.
+// Tables of taps and scratch memory of the losses' CPU loops, and the loops' declarations.
 #pragma once
 
 #include "common/simd.h"
@@ -12,8 +12,8 @@ struct LossTables {
   using A = Acc<T>;
   LogitTables<T> logits;
   ReaderTable<A> x_readers;
-  int32_t* y_end;    // [in height]: the output after the last that reads a row
-  int32_t* y_begin;  // [in height]: the first that does
+  int32_t* y_end;    // [in height]: one past the last output row that reads a row
+  int32_t* y_begin;  // [in height]: the first output row that does
   A* sums;           // [threads, taps, classes, row_stride]
   double* partial;   // [batch * out height, 2]
 
@@ -31,7 +31,7 @@ struct LossTables {
   }
 };
 
-// The loops, defined in upsample_cross_entropy.simd.cpp for its instruction set.
+// Defined in upsample_cross_entropy.simd.cpp.
 template <Isa kIsa, class T>
 struct LossLoops {
   static void forward(const Where&, const LossCall&, const LossOutputs&, const LossTables<T>&);

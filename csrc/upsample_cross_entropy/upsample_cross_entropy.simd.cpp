@@ -1,6 +1,6 @@
-// Losses of upsampled logits on the CPU, compiled once per instruction set: rows of pixels in
-// parallel, a block of pixels at a time, its classes in cache. Sums are a row's, then the rows', in
-// double: no value depends on the number of threads.
+// Losses of upsampled logits on the CPU, compiled once per instruction set (SK_ISA). Parallel over
+// rows of pixels, in blocks of pixels whose classes stay in cache. Sums are in double, first over
+// each row, then over rows: no value depends on the number of threads.
 #include <math.h>
 #include <string.h>
 
@@ -11,7 +11,7 @@ inline namespace SK_ISA {
 
 constexpr int64_t kBlock = LogitTables<float>::kPixelBlock;
 
-// The losses and weights of n pixels from `pixel` on, whose logits are `block`.
+// Losses and weights of the n pixels from `pixel` on, whose logits are `block`.
 template <class A>
 void losses_of(const SoftmaxLoss<A>& loss, const A* block, int64_t pixel, int64_t n, A* kept,
                A* out, A* weight) {
@@ -41,7 +41,7 @@ void losses_of(const SoftmaxLoss<A>& loss, const A* block, int64_t pixel, int64_
   }
 }
 
-// The pixels' states, apart, so that the loops over them vectorise; zeros beyond the n-th.
+// BinaryLoss::Pixel as a struct of arrays, so that loops vectorise. Zeros behind the n-th.
 template <class A>
 struct BinaryBlock {
   A falls[kBlock] = {}, rises[kBlock] = {};
@@ -97,7 +97,7 @@ void forward_rows(const Where& where, const LossTables<T>& tables, const P& loss
   });
 }
 
-// Turns a block of logits into the gradients of them.
+// Replaces a block of logits by their gradients.
 template <class A, class Scale>
 void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n, const A* kept,
                   A weights, const Scale& scale_of) {
@@ -112,7 +112,7 @@ void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n
   for (int32_t c = 0; c < loss.classes; ++c) {
     A* value = block + c * kBlock;
     const A w = loss.weight_of_class(c);
-    // An ignored pixel's logits must not matter, not even a NaN.
+    // The logits of an ignored pixel have no effect, not even a NaN.
     if (loss.smoothing == A(0)) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < kBlock; ++i) {
@@ -142,7 +142,7 @@ void gradients_of(const BinaryLoss<A>& loss, A* block, int64_t pixel, int64_t n,
   }
 }
 
-// The gradient of one row of logits from its sums over output rows.
+// The gradient of one row of logits, from its sums over output rows, which it clears.
 template <class T>
 void flush_row(const LossTables<T>& tables, Acc<T>* sums, T* out, const Strides& strides) {
   using A = Acc<T>;
@@ -199,7 +199,7 @@ class GradientRows {
   }
 
  private:
-  // At most K neighbouring rows are open at once.
+  // At most K neighbouring rows are being summed at a time.
   A* sums_of(int32_t row) const {
     return sums_ + (row % K) * tables_.logits.logits.classes * tables_.logits.row_stride();
   }

@@ -1,4 +1,5 @@
-// Losses of upsampled logits on the CPU: tables of taps, and the choice of instruction set.
+// Losses of upsampled logits on the CPU: builds the tables of taps and calls the loops of
+// upsample_cross_entropy.simd.cpp.
 #include "common/parallel_for.h"
 #include "upsample_cross_entropy/loss_tables.h"
 

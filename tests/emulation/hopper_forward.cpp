@@ -1,7 +1,6 @@
-// The Hopper convolution, step by step, on the CPU: the schedule's segments with the kernel's own
-// arithmetic for boxes, taps, descriptors, registers, epilogue and fix-up, and plain models of what
-// the hardware does: the copy engine, shared memory, a warpgroup's product. Not a way to compute
-// anything, only to test on a machine without a GPU what the GPU runs.
+// Emulates the Hopper convolution on the CPU: runs the schedule's segments with the kernel's own
+// arithmetic (boxes, taps, descriptors, registers, epilogue, fix-up) on the models of
+// hopper_model.h. Only for tests without a GPU.
 #include <vector>
 
 #include "hopper_model.h"

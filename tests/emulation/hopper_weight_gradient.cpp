@@ -1,5 +1,5 @@
-// The weight's gradient of the Hopper convolution, step by step, on the CPU: as
-// hopper_forward.cpp for the convolution.
+// Emulates the Hopper convolution's weight gradient on the CPU, as hopper_forward.cpp does the
+// convolution.
 #include "dilated_conv2d/weight_gradient.h"
 
 #include <vector>
@@ -75,7 +75,7 @@ void run(const WeightCall& c) {
 void weight_gradient_sm90(const Where&, const WeightCall& call) {
   if (call.type == ScalarType::kHalf) return run<Half>(call);
   if (call.type == ScalarType::kBFloat16) return run<BFloat16>(call);
-  throw std::runtime_error("segkernels: dilated_conv2d_weight: float16 and bfloat16 alone");
+  throw std::runtime_error("segkernels: dilated_conv2d_weight: only float16 and bfloat16");
 }
 
 }  // namespace segkernels::dilated
