@@ -91,26 +91,37 @@ void pointer(py::class_<S>& c, const char* name, P* S::* member) {
       py::cpp_function([member](S& s, Address p) { s.*member = p; }, py::keep_alive<1, 2>()));
 }
 
-[[noreturn]] [[maybe_unused]] void without_cuda() {
-  throw std::runtime_error("segkernels was built without CUDA");
+// A CUDA function, or null in builds without CUDA.
+#if defined(SK_WITH_CUDA)
+#define SK_CUDA(function) (&segkernels::function)
+#else
+#define SK_CUDA(function) nullptr
+#endif
+
+template <class F>
+struct Identity {
+  using type = F;
+};
+
+// The function for a device, which is negative for the CPU.
+template <class F>
+F* on_device(int device, F* cpu, typename Identity<F>::type* cuda) {
+  F* const function = device < 0 ? cpu : cuda;
+  if (function == nullptr) throw std::runtime_error("segkernels was built without CUDA");
+  return function;
+}
+
+template <class F>
+F* on_device(const WhereTuple& w, F* cpu, typename Identity<F>::type* cuda) {
+  return on_device(std::get<0>(w), cpu, cuda);
 }
 
 const segkernels::PermutohedralApi& permutohedral(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return segkernels::permutohedral_cpu();
-#if defined(SK_WITH_CUDA)
-  return segkernels::permutohedral_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &segkernels::permutohedral_cpu, SK_CUDA(permutohedral_cuda))();
 }
 
 void run_mean_field(const WhereTuple& w, const MeanField& m, bool is_double) {
-  if (std::get<0>(w) < 0) return segkernels::mean_field_cpu(where_of(w), m, is_double);
-#if defined(SK_WITH_CUDA)
-  segkernels::mean_field_cuda(where_of(w), m, is_double);
-#else
-  without_cuda();
-#endif
+  on_device(w, &segkernels::mean_field_cpu, SK_CUDA(mean_field_cuda))(where_of(w), m, is_double);
 }
 
 // (features, low, high, points) of the queries and of the keys. `a` is None for the filter itself.
@@ -129,21 +140,14 @@ void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const 
 }
 
 uintptr_t status_words(int device) {
-#if defined(SK_WITH_CUDA)
-  return reinterpret_cast<uintptr_t>(segkernels::status_words(device));
-#else
-  (void)device;
-  without_cuda();
-#endif
+  const auto words = on_device<int32_t*(int)>(device, nullptr, SK_CUDA(status_words));
+  return reinterpret_cast<uintptr_t>(words(device));
 }
 
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs) {
-#if defined(SK_WITH_CUDA)
-  return segkernels::permutohedral_workspace(device, entries, tiles, pairs);
-#else
-  (void)device, (void)entries, (void)tiles, (void)pairs;
-  without_cuda();
-#endif
+  const auto bytes = on_device<int64_t(int, int64_t, int64_t, int64_t)>(
+      device, nullptr, SK_CUDA(permutohedral_workspace));
+  return bytes(device, entries, tiles, pairs);
 }
 
 void bind_permutohedral(py::module_& m) {
@@ -363,21 +367,13 @@ Resampling make_resampling(int64_t planes, int64_t inner, std::array<int64_t, 2>
           segkernels::Rule(rule)};
 }
 
-void interpolate(const WhereTuple& args, const Resampling& r, int type, Address from, Address to,
+void interpolate(const WhereTuple& w, const Resampling& r, int type, Address from, Address to,
                  bool backward) {
-  const Where where = where_of(args);
-  if (where.device < 0) {
-    const auto function =
-        backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
-    return function(where, r, ScalarType(type), from, to);
-  }
-#if defined(SK_WITH_CUDA)
   const auto function =
-      backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
-  function(where, r, ScalarType(type), from, to);
-#else
-  without_cuda();
-#endif
+      backward
+          ? on_device(w, &segkernels::interpolate_backward_cpu, SK_CUDA(interpolate_backward_cuda))
+          : on_device(w, &segkernels::interpolate_cpu, SK_CUDA(interpolate_cuda));
+  function(where_of(w), r, ScalarType(type), from, to);
 }
 
 using StridesArgs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
@@ -397,15 +393,9 @@ int64_t upsample_argmax_workspace(const WhereTuple& where, const segkernels::Arg
   return segkernels::upsample_argmax_workspace(where_of(where), call);
 }
 
-void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call,
-                     Address workspace) {
-  const Where where = where_of(args);
-  if (where.device < 0) return segkernels::upsample_argmax_cpu(where, call, workspace);
-#if defined(SK_WITH_CUDA)
-  segkernels::upsample_argmax_cuda(where, call);
-#else
-  without_cuda();
-#endif
+void upsample_argmax(const WhereTuple& w, const segkernels::ArgmaxCall& call, Address workspace) {
+  on_device(w, &segkernels::upsample_argmax_cpu, SK_CUDA(upsample_argmax_cuda))(where_of(w), call,
+                                                                                workspace);
 }
 
 segkernels::LossCall loss_call(const Resampling& r, int classes, const StridesArgs& strides,
@@ -434,29 +424,17 @@ int64_t upsample_loss_workspace(const WhereTuple& where, const segkernels::LossC
   return segkernels::upsample_loss_workspace(where_of(where), call, backward);
 }
 
-void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Address kept,
+void upsample_loss(const WhereTuple& w, const segkernels::LossCall& call, Address kept,
                    Address losses, Address totals, Address workspace) {
-  const Where where = where_of(args);
-  const segkernels::LossOutputs to{kept, losses, totals, workspace};
-  if (where.device < 0) return segkernels::upsample_loss_cpu(where, call, to, workspace);
-#if defined(SK_WITH_CUDA)
-  segkernels::upsample_loss_cuda(where, call, to);
-#else
-  without_cuda();
-#endif
+  on_device(w, &segkernels::upsample_loss_cpu, SK_CUDA(upsample_loss_cuda))(
+      where_of(w), call, {kept, losses, totals, workspace});
 }
 
-void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& call, Address grad,
+void upsample_loss_backward(const WhereTuple& w, const segkernels::LossCall& call, Address grad,
                             Address kept, Address totals, Address grad_logits,
                             const StridesArgs& strides, Address workspace) {
-  const Where where = where_of(args);
-  const segkernels::LossGradient g{grad, kept, totals, grad_logits, strides_of(strides)};
-  if (where.device < 0) return segkernels::upsample_loss_backward_cpu(where, call, g, workspace);
-#if defined(SK_WITH_CUDA)
-  segkernels::upsample_loss_backward_cuda(where, call, g);
-#else
-  without_cuda();
-#endif
+  on_device(w, &segkernels::upsample_loss_backward_cpu, SK_CUDA(upsample_loss_backward_cuda))(
+      where_of(w), call, {grad, kept, totals, grad_logits, strides_of(strides), workspace});
 }
 
 void bind_interpolate(py::module_& m) {
@@ -491,30 +469,15 @@ void bind_upsample_cross_entropy(py::module_& m) {
 namespace pooling = segkernels::pooling;
 
 pooling::MaxPool2dApi max_pool2d(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return pooling::max_pool2d_cpu();
-#if defined(SK_WITH_CUDA)
-  return pooling::max_pool2d_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &pooling::max_pool2d_cpu, SK_CUDA(pooling::max_pool2d_cuda))();
 }
 
 pooling::MaxUnpool2dApi max_unpool2d(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return pooling::max_unpool2d_cpu();
-#if defined(SK_WITH_CUDA)
-  return pooling::max_unpool2d_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &pooling::max_unpool2d_cpu, SK_CUDA(pooling::max_unpool2d_cuda))();
 }
 
 pooling::Unpool2dApi unpool2d(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return pooling::unpool2d_cpu();
-#if defined(SK_WITH_CUDA)
-  return pooling::unpool2d_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &pooling::unpool2d_cpu, SK_CUDA(pooling::unpool2d_cuda))();
 }
 
 using HeightWidth = std::array<int32_t, 2>;

@@ -166,28 +166,6 @@ class Step {
   int blocks_;
 };
 
-// Merges and blurs a term's pairs and applies its compatibility; the result is in term.vertices.
-template <class T, class V>
-void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
-  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  V* vertices = static_cast<V*>(term.vertices);
-  V* scratch = static_cast<V*>(term.scratch);
-  const V* compat = static_cast<const V*>(term.compat);
-  const Lattice& l = term.lattice;
-  const V* pairs = static_cast<const V*>(term.pairs);
-  if (term.compat_is_matrix) {
-    merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
-    parallel_rows(
-        where, l.vertex_bound, l.counts, blocks,
-        MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
-        "mix");
-  } else {
-    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false);
-    parallel_rows(where, l.vertex_bound, l.counts, blocks,
-                  ScaleChannels<V>{vertices, compat, blocks}, "scale");
-  }
-}
-
 template <class T, class V, int NB>
 void iterate(const Where& where, const MeanField& m) {
   const int32_t tiles = tile_count(m.grid);

@@ -334,26 +334,6 @@ void update(const Where& where, const MeanField& m, bool first, bool last) {
   });
 }
 
-// Merges and blurs a term's pairs and applies its compatibility; the result is in term.vertices.
-template <class T, class V>
-void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
-  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  const Lattice& l = term.lattice;
-  V* vertices = static_cast<V*>(term.vertices);
-  V* scratch = static_cast<V*>(term.scratch);
-  const V* compat = static_cast<const V*>(term.compat);
-  const V* pairs = static_cast<const V*>(term.pairs);
-  if (term.compat_is_matrix) {
-    merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
-    parallel_rows(
-        where, l.vertex_bound, l.counts, blocks,
-        MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
-        "dense_crf compatibility");
-  } else {
-    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false, compat);
-  }
-}
-
 // Blocks of merge_and_blur_kernel that the device can run at once; 0: no cooperative launches.
 template <class T, class V>
 int cooperative_blocks(int device) {

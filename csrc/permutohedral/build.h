@@ -2,6 +2,8 @@
 // call.
 #pragma once
 
+#include "common/parallel_for.h"
+#include "permutohedral/dispatch.h"
 #include "permutohedral/keys.h"
 #include "permutohedral/simplex.h"
 
@@ -185,6 +187,19 @@ struct EmbedGrad {
     for (int i = 0; i < D; ++i) out[i * points] = valid ? gf[i] : T(0);
   }
 };
+
+inline void embed_grad_points(const Where& where, const Lattice& l, const void* features,
+                              const void* grad_weights, void* grad_features, bool is_double) {
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    with_scalar(is_double, [&](auto scalar) {
+      using T = decltype(scalar);
+      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
+                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
+      parallel_for(where, position_count(l.grid), f, "permutohedral embed_grad");
+    });
+  });
+}
 
 }  // namespace SK_NS
 }  // namespace segkernels

@@ -252,5 +252,48 @@ void merge_and_blur(const Where& where, const Lattice& l, const V* pairs, V* ver
   }
 }
 
+// Inverse of the gain of splat, blur with the kernel 1/2, 1, 1/2, and slice.
+SK_HD double slice_alpha(int dims) {
+  double p = 1;
+  for (int i = 0; i < dims; ++i) p *= 0.5;
+  return 1.0 / (1.0 + p);
+}
+
+template <class T, class V>
+void slice_rows(const Where& where, const Lattice& l, const void* vertices, const void* scale,
+                double skipped, void* rows, int width) {
+  const int blocks = width * int(sizeof(T)) / int(sizeof(V));
+  const Slice<T, V> f{l,
+                      static_cast<const V*>(vertices),
+                      static_cast<V*>(rows),
+                      static_cast<const T*>(scale),
+                      T(slice_alpha(l.dims)),
+                      T(skipped),
+                      blocks};
+  parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "permutohedral slice");
+}
+
+template <class T>
+void weights_grad_rows(const Where& where, const Lattice& l, const void* x, const void* g,
+                       const void* vertices, const void* grad_vertices, void* grad_weights,
+                       int width) {
+  const WeightsGrad<T> f{l,
+                         static_cast<const T*>(x),
+                         static_cast<const T*>(g),
+                         static_cast<const T*>(vertices),
+                         static_cast<const T*>(grad_vertices),
+                         static_cast<T*>(grad_weights),
+                         T(slice_alpha(l.dims)),
+                         width};
+  parallel_for(where, position_count(l.grid), f, "permutohedral weights_grad");
+}
+
+template <class T>
+void invert_norm_rows(const Where& where, int64_t positions, const void* norm, void* out,
+                      bool root) {
+  const InvertNorm<T> f{static_cast<const T*>(norm), static_cast<T*>(out), root};
+  parallel_for(where, positions, f, "permutohedral norm");
+}
+
 }  // namespace SK_NS
 }  // namespace segkernels

@@ -162,16 +162,7 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
   with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     with_vector<T>(width, [&](auto v) {
-      using V = decltype(v);
-      const int blocks = width * int(sizeof(T)) / int(sizeof(V));
-      const Slice<T, V> f{l,
-                          static_cast<const V*>(vertices),
-                          static_cast<V*>(rows),
-                          static_cast<const T*>(scale),
-                          T(slice_alpha(l.dims)),
-                          T(skipped),
-                          blocks};
-      parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "slice");
+      slice_rows<T, decltype(v)>(where, l, vertices, scale, skipped, rows, width);
     });
   });
 }
@@ -180,26 +171,15 @@ void weights_grad(const Where& where, const Lattice& l, const void* x, const voi
                   const void* vertices, const void* grad_vertices, void* grad_weights, int width,
                   bool is_double) {
   with_scalar(is_double, [&](auto scalar) {
-    using T = decltype(scalar);
-    const WeightsGrad<T> f{l,
-                           static_cast<const T*>(x),
-                           static_cast<const T*>(g),
-                           static_cast<const T*>(vertices),
-                           static_cast<const T*>(grad_vertices),
-                           static_cast<T*>(grad_weights),
-                           T(slice_alpha(l.dims)),
-                           width};
-    parallel_for(where, position_count(l.grid), f, "weights_grad");
+    weights_grad_rows<decltype(scalar)>(where, l, x, g, vertices, grad_vertices, grad_weights,
+                                        width);
   });
 }
 
 void invert_norm(const Where& where, int64_t positions, const void* norm, void* out, bool root,
                  bool is_double) {
   with_scalar(is_double, [&](auto scalar) {
-    using T = decltype(scalar);
-    parallel_for(where, positions,
-                 InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
-                 "invert_norm");
+    invert_norm_rows<decltype(scalar)>(where, positions, norm, out, root);
   });
 }
 

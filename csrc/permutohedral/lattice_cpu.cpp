@@ -187,25 +187,12 @@ void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
   sort_pairs(l);
 }
 
-void embed_grad(const Where& where, const Lattice& l, const void* features,
-                const void* grad_weights, void* grad_features, bool is_double) {
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    with_scalar(is_double, [&](auto scalar) {
-      using T = decltype(scalar);
-      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
-                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
-      parallel_for(where, position_count(l.grid), f, "embed_grad");
-    });
-  });
-}
-
 PermutohedralApi make_api() {
   PermutohedralApi api{};
   api.embed = embed;
   api.tiles = tiles;
   api.link = link;
-  api.embed_grad = embed_grad;
+  api.embed_grad = embed_grad_points;
   with_best_isa([&](auto isa) { set_cpu_loops<isa.value>(api); });
   return api;
 }

@@ -241,15 +241,7 @@ void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
 void embed_grad(const Where& where, const Lattice& l, const void* features,
                 const void* grad_weights, void* grad_features, bool is_double) {
   const DeviceGuard guard(where.device);
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    with_scalar(is_double, [&](auto scalar) {
-      using T = decltype(scalar);
-      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
-                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
-      parallel_for(where, position_count(l.grid), f, "permutohedral embed_grad");
-    });
-  });
+  embed_grad_points(where, l, features, grad_weights, grad_features, is_double);
 }
 
 // f(T{}, V{}): the scalar type, and the vector type of rows: 16 bytes, or one scalar.
@@ -314,17 +306,7 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
            double skipped, void* rows, int width, bool is_double) {
   const DeviceGuard guard(where.device);
   with_vector(width, is_double, [&](auto scalar, auto vector) {
-    using T = decltype(scalar);
-    using V = decltype(vector);
-    const int blocks = int(width * sizeof(T) / sizeof(V));
-    const Slice<T, V> f{l,
-                        static_cast<const V*>(vertices),
-                        static_cast<V*>(rows),
-                        static_cast<const T*>(scale),
-                        T(slice_alpha(l.dims)),
-                        T(skipped),
-                        blocks};
-    parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "permutohedral slice");
+    slice_rows<decltype(scalar), decltype(vector)>(where, l, vertices, scale, skipped, rows, width);
   });
 }
 
@@ -333,16 +315,8 @@ void weights_grad(const Where& where, const Lattice& l, const void* x, const voi
                   bool is_double) {
   const DeviceGuard guard(where.device);
   with_scalar(is_double, [&](auto scalar) {
-    using T = decltype(scalar);
-    const WeightsGrad<T> f{l,
-                           static_cast<const T*>(x),
-                           static_cast<const T*>(g),
-                           static_cast<const T*>(vertices),
-                           static_cast<const T*>(grad_vertices),
-                           static_cast<T*>(grad_weights),
-                           T(slice_alpha(l.dims)),
-                           width};
-    parallel_for(where, position_count(l.grid), f, "permutohedral weights_grad");
+    weights_grad_rows<decltype(scalar)>(where, l, x, g, vertices, grad_vertices, grad_weights,
+                                        width);
   });
 }
 
@@ -350,10 +324,7 @@ void invert_norm(const Where& where, int64_t positions, const void* norm, void* 
                  bool is_double) {
   const DeviceGuard guard(where.device);
   with_scalar(is_double, [&](auto scalar) {
-    using T = decltype(scalar);
-    parallel_for(where, positions,
-                 InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
-                 "permutohedral norm");
+    invert_norm_rows<decltype(scalar)>(where, positions, norm, out, root);
   });
 }
 

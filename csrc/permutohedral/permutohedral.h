@@ -59,11 +59,4 @@ void splat_pairs(const Where&, const Lattice&, const void* rows, const void* sca
 // Bytes of CUB's workspace for a build of this size.
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs);
 
-// Inverse of the gain of splat, blur with the kernel 1/2, 1, 1/2, and slice.
-inline double slice_alpha(int dims) {
-  double p = 1;
-  for (int i = 0; i < dims; ++i) p *= 0.5;
-  return 1.0 / (1.0 + p);
-}
-
 }  // namespace segkernels

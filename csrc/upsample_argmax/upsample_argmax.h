@@ -126,6 +126,6 @@ void upsample_argmax(const Where&, const ArgmaxCall&, const LogitTables<T>&);
 
 int64_t upsample_argmax_workspace(const Where&, const ArgmaxCall&);
 void upsample_argmax_cpu(const Where&, const ArgmaxCall&, void* workspace);
-void upsample_argmax_cuda(const Where&, const ArgmaxCall&);
+void upsample_argmax_cuda(const Where&, const ArgmaxCall&, void* unused);
 
 }  // namespace segkernels

@@ -4,7 +4,7 @@
 
 namespace segkernels {
 
-void upsample_argmax_cuda(const Where& where, const ArgmaxCall& call) {
+void upsample_argmax_cuda(const Where& where, const ArgmaxCall& call, void*) {
   const DeviceGuard guard(where.device);
   with_argmax(call, [&](const auto& f) {
     parallel_for_many_registers(where, f.count(), f, "upsample_argmax");

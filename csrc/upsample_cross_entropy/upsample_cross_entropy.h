@@ -35,10 +35,10 @@ struct LossCall {
 
 // Outputs, of the computing type.
 struct LossOutputs {
-  void* kept;     // per pixel, for the backward pass
-  void* losses;   // per pixel, or null unless the reduction is kNone
-  void* totals;   // [3]: loss, weight of the pixels, sum of the class weights
-  void* partial;  // CUDA: 2 * kMaxPartials doubles
+  void* kept;       // per pixel, for the backward pass
+  void* losses;     // per pixel, or null unless the reduction is kNone
+  void* totals;     // [3]: loss, weight of the pixels, sum of the class weights
+  void* workspace;  // CUDA: 2 * kMaxPartials doubles; CPU: as upsample_loss_workspace says
 };
 
 struct LossGradient {
@@ -47,6 +47,7 @@ struct LossGradient {
   const void* totals;
   void* grad_logits;
   Strides strides;  // of grad_logits
+  void* workspace;  // CPU
 };
 
 constexpr int kMaxPartials = SK_LIMIT(2048, 3);
@@ -227,9 +228,8 @@ void with_typed_loss(const LossCall& call, const F& f) {
 }
 
 int64_t upsample_loss_workspace(const Where&, const LossCall&, bool backward);
-void upsample_loss_cpu(const Where&, const LossCall&, const LossOutputs&, void* workspace);
-void upsample_loss_backward_cpu(const Where&, const LossCall&, const LossGradient&,
-                                void* workspace);
+void upsample_loss_cpu(const Where&, const LossCall&, const LossOutputs&);
+void upsample_loss_backward_cpu(const Where&, const LossCall&, const LossGradient&);
 void upsample_loss_cuda(const Where&, const LossCall&, const LossOutputs&);
 void upsample_loss_backward_cuda(const Where&, const LossCall&, const LossGradient&);
 

@@ -52,12 +52,11 @@ int64_t upsample_loss_workspace(const Where& where, const LossCall& call, bool b
   return arena.used();
 }
 
-void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutputs& to,
-                       void* workspace) {
+void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutputs& to) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
     auto tables = tables_of<T>(call);
-    Arena arena(workspace);
+    Arena arena(to.workspace);
     tables.allocate(arena, cpu_threads(where), false);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(tables, false); });
     with_best_isa([&](auto isa) { LossLoops<isa.value, T>::forward(where, call, to, tables); });
@@ -70,12 +69,11 @@ void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutpu
   });
 }
 
-void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g,
-                                void* workspace) {
+void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
     auto tables = tables_of<T>(call);
-    Arena arena(workspace);
+    Arena arena(g.workspace);
     tables.allocate(arena, cpu_threads(where), true);
     with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(tables, true); });
     with_best_isa([&](auto isa) { LossLoops<isa.value, T>::backward(where, call, g, tables); });

@@ -65,7 +65,7 @@ void upsample_loss_cuda(const Where& where, const LossCall& call, const LossOutp
     using A = Acc<T>;
     const LossForward<T, taps.value, std::decay_t<decltype(loss)>> f{
         logits_of<T>(call), loss, static_cast<A*>(to.kept), static_cast<A*>(to.losses)};
-    double* partial = static_cast<double*>(to.partial);
+    double* partial = static_cast<double*>(to.workspace);
     // The number of blocks, and so the order of summation, depends on the sizes alone.
     const int64_t wanted = (f.count() + kThreads - 1) / kThreads;
     const int blocks = int(wanted < kMaxPartials ? wanted : kMaxPartials);
