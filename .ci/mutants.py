@@ -156,7 +156,7 @@ REJECTED = {
     ("interpolate/kernels.h", ": out_row;"): "that lane is not stored",
     ("interpolate/launch.h", "if (n < 0) return;"): "a loop of no steps",
     ("interpolate/kernels.h", "base = i <= last"): "a sum of none either way",
-    ("pooling/code_places.h", "w_.pooled[1] < kMost"): "chooses between two right ways",
+    ("pooling/code_decoder.h", "w_.pooled[1] < kMost"): "chooses between two right ways",
     ("max_unpool2d.h", "> INT32_MAX"): "needs 2^31 elements: tests marked huge",
     ("dense_crf/native.py", "_BATCH * width * 2"): "more scratch than is used",
     ("dilated_conv2d/torch_path.py", "!= torch.float32"): CUDA_ONLY,

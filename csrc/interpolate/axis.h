@@ -12,8 +12,8 @@ namespace segkernels {
 
 enum class Mode : int { kNearest = 0, kNearestExact = 1, kBilinear = 2, kBicubic = 3 };
 
-// Whose arithmetic. For the nearest modes torch has two on the CPU (the general one, and one for
-// small outputs and channels_last), and another on CUDA.
+// The arithmetic to follow. For the nearest modes torch has two on the CPU (the general one, and
+// one for small outputs and channels_last), and another on CUDA.
 enum class Rule : int { kCpu = 0, kCpuSmall = 1, kCuda = 2 };
 
 enum AxisKind : int {
@@ -200,8 +200,8 @@ SK_HD int32_t start_at(const Axis<A>& axis, int32_t i) {
   return floor_of(axis, source_of(axis, i)) - (K == 4);
 }
 
-// The first output whose taps start at `start` or later; `out` if there is none. Starts are
-// monotonic, so a guess is corrected by steps with the function of the forward pass.
+// The first output whose taps start at `start` or later; `out` if none does. Starts are monotonic,
+// so a guess is corrected by steps with the function of the forward pass.
 template <int K, class A>
 SK_HD int32_t first_output(const Axis<A>& axis, int32_t start) {
   if (start_at<K>(axis, 0) >= start) return 0;

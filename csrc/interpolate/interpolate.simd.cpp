@@ -246,12 +246,13 @@ A dot(const A* a, const A* b, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
     return sum;
   }
-  A part[8] = {};
+  A partial[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) part[k] += a[i + k] * b[i + k];
+    for (int k = 0; k < 8; ++k) partial[k] += a[i + k] * b[i + k];
   }
-  A sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+  A sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+          ((partial[4] + partial[5]) + (partial[6] + partial[7]));
   for (; i < n; ++i) sum += a[i] * b[i];
   return sum;
 }

@@ -14,9 +14,9 @@ class Arena {
 
   template <class T>
   T* allocate(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+    T* address = reinterpret_cast<T*>(base_ + used_);
     used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return base_ == nullptr ? nullptr : piece;
+    return base_ == nullptr ? nullptr : address;
   }
 
   int64_t used() const { return used_; }

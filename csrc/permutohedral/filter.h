@@ -9,7 +9,7 @@
 
 namespace segkernels {
 
-// What the scores in a row are. All but kValues are stored as minus the energy.
+// The kind of scores in a row. All but kValues are stored as minus the energy.
 enum RowKind : int { kValues = 0, kUnary = 1, kLogits = 2, kProbs = 3 };
 
 struct Strided {

@@ -1,6 +1,6 @@
-// How many neighbouring threads share a row on CUDA, and how many of its vectors each thread
-// handles. Few threads with several vectors each: a thread reads and computes what belongs to the
-// row (ids, weights) once.
+// Splits rows over threads on CUDA: how many neighbouring threads share a row, and how many vectors
+// each has. Few threads with several vectors each, because a thread reads and computes what belongs
+// to the row (ids, weights) once.
 #pragma once
 
 #include <type_traits>

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "common/lanes.h"
-#include "pooling/code_places.h"
+#include "pooling/code_decoder.h"
 #include "pooling/scatter_gather.h"
 
 namespace segkernels::pooling {
@@ -15,12 +15,12 @@ inline namespace SK_NS {
 // f(window, offset in the plane) for the lines [begin, end) of windows of a contiguous plane, in
 // order. Reports invalid positions.
 template <class P, class F>
-SK_HD void each_place(const Windows& w, const CodePlaces& decoder, int32_t begin, int32_t end,
+SK_HD void each_place(const Windows& w, const CodeDecoder& decoder, int32_t begin, int32_t end,
                       const P* __restrict positions, int32_t* status, const F& f) {
   bool bad = false;
   if constexpr (sizeof(P) == 1) {
-    if (CodePlaces::supports(w)) {
-      decoder.each(begin, end, positions, [&](const CodePlaces::Batch& batch) {
+    if (CodeDecoder::supports(w)) {
+      decoder.each(begin, end, positions, [&](const CodeDecoder::Batch& batch) {
         for (int32_t i = 0; i < batch.n && !batch.bad; ++i) f(batch.window + i, batch.place[i]);
         for (int32_t i = 0; i < batch.n && batch.bad; ++i) {
           if (batch.place[i] >= 0) f(batch.window + i, batch.place[i]);
@@ -49,7 +49,7 @@ SK_HD void each_place(const Windows& w, const CodePlaces& decoder, int32_t begin
 template <class T, class P, bool kSum>
 void scatter_planes(const Where& where, const Windows& w, const T* input, const P* positions,
                     T* output, int32_t* status, const char* name) {
-  const CodePlaces decoder(w);
+  const CodeDecoder decoder(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   parallel_for(
@@ -70,7 +70,7 @@ void scatter_planes(const Where& where, const Windows& w, const T* input, const 
 template <class T, class P>
 void scatter_sums(const Where& where, const Windows& w, const T* input, const P* positions,
                   T* output, float* sums, const char* name) {
-  const CodePlaces decoder(w);
+  const CodeDecoder decoder(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   const int64_t threads = cpu_threads(where);

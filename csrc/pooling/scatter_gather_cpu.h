@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "common/lanes.h"
-#include "pooling/code_places.h"
+#include "pooling/code_decoder.h"
 #include "pooling/scatter_cpu.h"
 #include "pooling/scatter_gather.h"
 
@@ -44,7 +44,7 @@ struct Interior {
   bool holds(int32_t window) const { return begin <= window && window < end; }
 };
 
-// What all lines of windows share.
+// Constants that all lines of windows share.
 struct LineTables {
   Windows w;
   Divisor lines;  // of windows
@@ -456,16 +456,16 @@ void gather_cells(const Windows& w, const Place& p, const T* input, const uint8_
 
 // Lines [begin, end) of windows of a contiguous plane, one position at a time.
 template <class T, class P>
-void gather_places(const Windows& w, const CodePlaces& decoder, int64_t plane, int32_t begin,
+void gather_places(const Windows& w, const CodeDecoder& decoder, int64_t plane, int32_t begin,
                    int32_t end, const T* input, const P* positions, T* output, int32_t* status) {
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
   const T* __restrict from = input + plane * w.full[0] * w.full[1];
   const P* __restrict at = positions + plane * sources;
   T* __restrict out = output + plane * sources;
   if constexpr (sizeof(P) == 1) {
-    if (CodePlaces::supports(w)) {
+    if (CodeDecoder::supports(w)) {
       bool bad = false;
-      decoder.each(begin, end, at, [&](const CodePlaces::Batch& batch) {
+      decoder.each(begin, end, at, [&](const CodeDecoder::Batch& batch) {
         T* __restrict to = out + batch.window;
         if (batch.bad) {
           for (int32_t i = 0; i < batch.n; ++i)
@@ -573,7 +573,7 @@ void gather_lines(const Where& where, const Windows& w, const T* input, const P*
       return;
     }
   }
-  const CodePlaces decoder(w);
+  const CodeDecoder decoder(w);
   // Parallel over planes, or over lines if there are fewer planes than threads.
   const int32_t step = w.planes >= where.threads ? w.pooled[0] : 1;
   parallel_for(

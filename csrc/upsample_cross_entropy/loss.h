@@ -113,7 +113,7 @@ struct SoftmaxLoss {
     return loss;
   }
 
-  // What the gradients of all classes of a pixel share, times `scale`.
+  // Factors that the gradients of all classes of a pixel share, times `scale`.
   struct Pixel {
     A lse, softmax, picked, smooth;
     int32_t label;

@@ -159,7 +159,7 @@ size_t scheduler_size = 0;
 
 thread_local int device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
-// What Python announced by emulation_expect.
+// The device and stream that Python announced (emulation_expect).
 cudaStream_t expected_stream = nullptr;
 int expected_device = 0;
 bool expecting = false, capturing = false, can_cooperate = true;

@@ -11,7 +11,7 @@
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
-class CodePlaces {
+class CodeDecoder {
  public:
   static constexpr int kMost = 128;
   static constexpr int kWidth = kVectorBytes / 4;
@@ -25,7 +25,7 @@ class CodePlaces {
     bool bad;
   };
 
-  explicit CodePlaces(const Windows& windows)
+  explicit CodeDecoder(const Windows& windows)
       : w_(windows), inverse_((65535 + uint32_t(w_.kernel[1])) / uint32_t(w_.kernel[1])) {
     lines_ = w_.pooled[1] > 0 && w_.pooled[1] < kMost ? kMost / w_.pooled[1] : 1;
     short_lines_ = w_.pooled[1] <= kMost;
