@@ -244,7 +244,7 @@ def pointed(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tup
     ["tiles", "overlaps", "padded", "far", "anywhere", "one place", "upside down", "one astray"],
 )
 def test_indices_of_many_lines_are_written_in_their_order(kind: str, threads: int) -> None:
-    # Several blocks of lines of a channels_last image, whatever the indices (pooling/scatter_cpu.h).
+    # Several blocks of lines of a channels_last image, whatever the indices (scatter_cpu.h).
     shape = (2, 96, 131, 70)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     x = x.contiguous(memory_format=torch.channels_last)
