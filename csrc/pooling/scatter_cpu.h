@@ -97,7 +97,7 @@ constexpr int64_t kBlockBytes = 1 << 20;
 // indices. The first lines of a block may also write to the range of the block before.
 struct LineBlocks {
   int32_t sources, full, step, lines, blocks;
-  int64_t reach = 0;   // last line that a line of sources reaches, from step times its number
+  int64_t reach = 0;   // end of what a line of sources reaches, minus step times its number
   int32_t shared = 0;  // lines of a block that may write to the range before
 
   LineBlocks(const Windows& w, int64_t line_bytes, const int64_t* indices)
