@@ -53,7 +53,7 @@ SOURCES = {
 LEFT_OUT = re.compile(
     r"reference\.py|plan\.py|_summary\.py|dilated_conv2d/native\.py|_flops\.py"
     r"|csrc/bindings\.cpp|cuda|hopper|schedule|weight_gradient\.h|dilated_conv2d\.h"
-    r"|ring\.h|tensor_map\.h|atomics\.h|simd\.h|global_build\.h|splat_tile\.h|unpool2d/unpool2d\.h"
+    r"|atomics\.h|simd\.h|splat_cpu\.h|/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
 )
 
@@ -125,7 +125,8 @@ CONV = (
 MODELS = "tests/models"
 TESTS = [
     (r"csrc/(interpolate)/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),
-    (r"csrc/window/", WINDOWS),
+    (r"csrc/pooling/(max_pool2d|max_unpool2d|unpool2d)", r"tests/ops/test_\1.py"),
+    (r"csrc/pooling/", WINDOWS),
     (r"csrc/(permutohedral|dense_crf)/", CRF),
     (r"csrc/common/", f"{WINDOWS} {INTERPOLATE} {CRF}"),
     (r"csrc/(\w+)/", r"tests/ops/test_\1.py"),
@@ -150,11 +151,11 @@ TESTS = [
 NO_CODE = "does not compile"
 CUDA_ONLY = "only runs in the CUDA build"
 REJECTED = {
-    ("permutohedral/rows.simd.cpp", "buffer[i] = x[i <= n"): "the lane is not stored",
+    ("permutohedral/filter.simd.cpp", "buffer[i] = x[i <= n"): "the lane is not stored",
     ("interpolate/kernels.h", ": out_row;"): "the lane is not stored",
     ("interpolate/launch.h", "if (n < 0) return;"): "the loop has no iterations",
     ("interpolate/kernels.h", "base = i <= last"): "the sum is empty in both cases",
-    ("window/runs.h", "w_.pooled[1] < kMost"): "chooses between two correct code paths",
+    ("pooling/code_decoder.h", "w_.pooled[1] < kMost"): "chooses between two correct code paths",
     ("max_unpool2d.h", "> INT32_MAX"): "needs 2^31 elements: tests marked huge",
     ("dense_crf/native.py", "_BATCH * width * 2"): "allocates more workspace than is used",
     ("dilated_conv2d/torch_path.py", "!= torch.float32"): CUDA_ONLY,
@@ -170,8 +171,8 @@ REJECTED = {
         "interpolate/_resampling.py",
         "out_size[1] + out_size[1]",
     ): "chooses between two correct code paths",
-    ("window/scatter.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
-    ("window/scatter.h", "values = i * sources;"): NO_CODE,
+    ("pooling/scatter_cpu.h", "x = int16_t(i % w.pooled[1])"): "needs a plane of 2^30 elements",
+    ("pooling/scatter_cpu.h", "values = i * sources;"): NO_CODE,
     ("upsample_cross_entropy/__init__.py", "inputs = r.in_size[0]"): CUDA_ONLY,
     ("permutohedral/native.py", "// 2 > width:"): "changes only how points are split into tiles",
     (

@@ -1,7 +1,7 @@
-// segkernels._C: every native function on one page. The only file that includes pybind11.
+// segkernels._C: all native functions. The only file that includes pybind11.
 //
-// Functions take tensors, sizes and a stream, which Python has checked. They release the GIL while
-// they compute.
+// The arguments are tensors, sizes and a stream, which Python has checked. Functions release the
+// GIL while they compute.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -19,10 +19,10 @@
 #include "dilated_conv2d/weight_gradient.h"
 #include "gaussian_filter/gaussian_filter.h"
 #include "interpolate/interpolate.h"
-#include "max_pool2d/max_pool2d.h"
-#include "max_unpool2d/max_unpool2d.h"
 #include "permutohedral/permutohedral.h"
-#include "unpool2d/unpool2d.h"
+#include "pooling/max_pool2d.h"
+#include "pooling/max_unpool2d.h"
+#include "pooling/unpool2d.h"
 #include "upsample_argmax/upsample_argmax.h"
 #include "upsample_cross_entropy/upsample_cross_entropy.h"
 
@@ -41,8 +41,8 @@ using segkernels::ScalarType;
 using segkernels::Strided;
 using segkernels::Where;
 
-// The address of a tensor's data; null for None. pybind holds a call's arguments until it returns,
-// so the data live as long as the kernel reads them. It converts to any pointer.
+// The address of a tensor's data, null for None; converts to any pointer. pybind holds the
+// arguments until a call returns, so the data outlive the kernel's launch.
 struct Address {
   void* data = nullptr;
 
@@ -77,13 +77,13 @@ struct py::detail::type_caster<Address> {
 
 namespace {
 
-using WhereTuple = std::tuple<int, uintptr_t, int>;  // as _native.where() gives it
+using WhereTuple = std::tuple<int, uintptr_t, int>;  // from _native.where()
 
 Where where_of(const WhereTuple& w) {
   return {std::get<0>(w), reinterpret_cast<void*>(std::get<1>(w)), std::get<2>(w)};
 }
 
-// A struct's pointer: an integer to read, a tensor to set, which lives as long as the struct.
+// A struct's pointer as a property: reads as an integer, takes a tensor, which it keeps alive.
 template <class S, class P>
 void pointer(py::class_<S>& c, const char* name, P* S::* member) {
   c.def_property(
@@ -91,29 +91,40 @@ void pointer(py::class_<S>& c, const char* name, P* S::* member) {
       py::cpp_function([member](S& s, Address p) { s.*member = p; }, py::keep_alive<1, 2>()));
 }
 
-[[noreturn]] [[maybe_unused]] void without_cuda() {
-  throw std::runtime_error("segkernels was built without CUDA");
+// A CUDA function, or null in builds without CUDA.
+#if defined(SK_WITH_CUDA)
+#define SK_CUDA(function) (&segkernels::function)
+#else
+#define SK_CUDA(function) nullptr
+#endif
+
+template <class F>
+struct Identity {
+  using type = F;
+};
+
+// The function for a device, which is negative for the CPU.
+template <class F>
+F* on_device(int device, F* cpu, typename Identity<F>::type* cuda) {
+  F* const function = device < 0 ? cpu : cuda;
+  if (function == nullptr) throw std::runtime_error("segkernels was built without CUDA");
+  return function;
+}
+
+template <class F>
+F* on_device(const WhereTuple& w, F* cpu, typename Identity<F>::type* cuda) {
+  return on_device(std::get<0>(w), cpu, cuda);
 }
 
 const segkernels::PermutohedralApi& permutohedral(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return segkernels::permutohedral_cpu();
-#if defined(SK_WITH_CUDA)
-  return segkernels::permutohedral_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &segkernels::permutohedral_cpu, SK_CUDA(permutohedral_cuda))();
 }
 
 void run_mean_field(const WhereTuple& w, const MeanField& m, bool is_double) {
-  if (std::get<0>(w) < 0) return segkernels::mean_field_cpu(where_of(w), m, is_double);
-#if defined(SK_WITH_CUDA)
-  segkernels::mean_field_cuda(where_of(w), m, is_double);
-#else
-  without_cuda();
-#endif
+  on_device(w, &segkernels::mean_field_cpu, SK_CUDA(mean_field_cuda))(where_of(w), m, is_double);
 }
 
-// (features, low, high, points) of the queries and of the keys; `a` is None for the filter itself.
+// (features, low, high, points) of the queries and of the keys. `a` is None for the filter itself.
 using PointsTuple = std::tuple<Address, Address, Address, int64_t>;
 
 segkernels::GaussianPoints points_of(const PointsTuple& p) {
@@ -129,21 +140,14 @@ void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const 
 }
 
 uintptr_t status_words(int device) {
-#if defined(SK_WITH_CUDA)
-  return reinterpret_cast<uintptr_t>(segkernels::status_words(device));
-#else
-  (void)device;
-  without_cuda();
-#endif
+  const auto words = on_device<int32_t*(int)>(device, nullptr, SK_CUDA(status_words));
+  return reinterpret_cast<uintptr_t>(words(device));
 }
 
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs) {
-#if defined(SK_WITH_CUDA)
-  return segkernels::permutohedral_workspace(device, entries, tiles, pairs);
-#else
-  (void)device, (void)entries, (void)tiles, (void)pairs;
-  without_cuda();
-#endif
+  const auto bytes = on_device<int64_t(int, int64_t, int64_t, int64_t)>(
+      device, nullptr, SK_CUDA(permutohedral_workspace));
+  return bytes(device, entries, tiles, pairs);
 }
 
 void bind_permutohedral(py::module_& m) {
@@ -346,7 +350,7 @@ py::dict build_info() {
   return info;
 }
 
-// Pairs: height, width.
+// Arrays hold (height, width).
 Resampling make_resampling(int64_t planes, int64_t inner, std::array<int64_t, 2> in,
                            std::array<int64_t, 2> out, std::array<double, 2> factors, int mode,
                            bool align_corners, int rule) {
@@ -363,19 +367,13 @@ Resampling make_resampling(int64_t planes, int64_t inner, std::array<int64_t, 2>
           segkernels::Rule(rule)};
 }
 
-void interpolate(const WhereTuple& args, const Resampling& r, int type, Address from, Address to,
+void interpolate(const WhereTuple& w, const Resampling& r, int type, Address from, Address to,
                  bool backward) {
-  const Where where = where_of(args);
-  if (where.device < 0) {
-    const auto run = backward ? segkernels::interpolate_backward_cpu : segkernels::interpolate_cpu;
-    return run(where, r, ScalarType(type), from, to);
-  }
-#if defined(SK_WITH_CUDA)
-  const auto run = backward ? segkernels::interpolate_backward_cuda : segkernels::interpolate_cuda;
-  run(where, r, ScalarType(type), from, to);
-#else
-  without_cuda();
-#endif
+  const auto function =
+      backward
+          ? on_device(w, &segkernels::interpolate_backward_cpu, SK_CUDA(interpolate_backward_cuda))
+          : on_device(w, &segkernels::interpolate_cpu, SK_CUDA(interpolate_cuda));
+  function(where_of(w), r, ScalarType(type), from, to);
 }
 
 using StridesArgs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
@@ -395,15 +393,9 @@ int64_t upsample_argmax_workspace(const WhereTuple& where, const segkernels::Arg
   return segkernels::upsample_argmax_workspace(where_of(where), call);
 }
 
-void upsample_argmax(const WhereTuple& args, const segkernels::ArgmaxCall& call,
-                     Address workspace) {
-  const Where where = where_of(args);
-  if (where.device < 0) return segkernels::upsample_argmax_cpu(where, call, workspace);
-#if defined(SK_WITH_CUDA)
-  segkernels::upsample_argmax_cuda(where, call);
-#else
-  without_cuda();
-#endif
+void upsample_argmax(const WhereTuple& w, const segkernels::ArgmaxCall& call, Address workspace) {
+  on_device(w, &segkernels::upsample_argmax_cpu, SK_CUDA(upsample_argmax_cuda))(where_of(w), call,
+                                                                                workspace);
 }
 
 segkernels::LossCall loss_call(const Resampling& r, int classes, const StridesArgs& strides,
@@ -432,29 +424,17 @@ int64_t upsample_loss_workspace(const WhereTuple& where, const segkernels::LossC
   return segkernels::upsample_loss_workspace(where_of(where), call, backward);
 }
 
-void upsample_loss(const WhereTuple& args, const segkernels::LossCall& call, Address kept,
+void upsample_loss(const WhereTuple& w, const segkernels::LossCall& call, Address kept,
                    Address losses, Address totals, Address workspace) {
-  const Where where = where_of(args);
-  const segkernels::LossOutputs to{kept, losses, totals, workspace};
-  if (where.device < 0) return segkernels::upsample_loss_cpu(where, call, to, workspace);
-#if defined(SK_WITH_CUDA)
-  segkernels::upsample_loss_cuda(where, call, to);
-#else
-  without_cuda();
-#endif
+  on_device(w, &segkernels::upsample_loss_cpu, SK_CUDA(upsample_loss_cuda))(
+      where_of(w), call, {kept, losses, totals, workspace});
 }
 
-void upsample_loss_backward(const WhereTuple& args, const segkernels::LossCall& call, Address grad,
+void upsample_loss_backward(const WhereTuple& w, const segkernels::LossCall& call, Address grad,
                             Address kept, Address totals, Address grad_logits,
                             const StridesArgs& strides, Address workspace) {
-  const Where where = where_of(args);
-  const segkernels::LossGradient g{grad, kept, totals, grad_logits, strides_of(strides)};
-  if (where.device < 0) return segkernels::upsample_loss_backward_cpu(where, call, g, workspace);
-#if defined(SK_WITH_CUDA)
-  segkernels::upsample_loss_backward_cuda(where, call, g);
-#else
-  without_cuda();
-#endif
+  on_device(w, &segkernels::upsample_loss_backward_cpu, SK_CUDA(upsample_loss_backward_cuda))(
+      where_of(w), call, {grad, kept, totals, grad_logits, strides_of(strides), workspace});
 }
 
 void bind_interpolate(py::module_& m) {
@@ -489,37 +469,22 @@ void bind_upsample_cross_entropy(py::module_& m) {
 namespace pooling = segkernels::pooling;
 
 pooling::MaxPool2dApi max_pool2d(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return pooling::max_pool2d_cpu();
-#if defined(SK_WITH_CUDA)
-  return pooling::max_pool2d_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &pooling::max_pool2d_cpu, SK_CUDA(pooling::max_pool2d_cuda))();
 }
 
 pooling::MaxUnpool2dApi max_unpool2d(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return pooling::max_unpool2d_cpu();
-#if defined(SK_WITH_CUDA)
-  return pooling::max_unpool2d_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &pooling::max_unpool2d_cpu, SK_CUDA(pooling::max_unpool2d_cuda))();
 }
 
 pooling::Unpool2dApi unpool2d(const WhereTuple& w) {
-  if (std::get<0>(w) < 0) return pooling::unpool2d_cpu();
-#if defined(SK_WITH_CUDA)
-  return pooling::unpool2d_cuda();
-#else
-  without_cuda();
-#endif
+  return on_device(w, &pooling::unpool2d_cpu, SK_CUDA(pooling::unpool2d_cuda))();
 }
 
-// Rows, columns.
-using Pair = std::array<int32_t, 2>;
+using HeightWidth = std::array<int32_t, 2>;
 
-pooling::Windows make_windows(int64_t planes, int64_t channels, Pair full, Pair pooled, Pair kernel,
-                              Pair stride, Pair padding, Pair dilation) {
+pooling::Windows make_windows(int64_t planes, int64_t channels, HeightWidth full,
+                              HeightWidth pooled, HeightWidth kernel, HeightWidth stride,
+                              HeightWidth padding, HeightWidth dilation) {
   return {planes,
           channels,
           {full[0], full[1]},
@@ -535,7 +500,7 @@ pooling::UnpoolBuffers unpool_buffers(int type, Address input, Address positions
   return {input, positions, output, winners, status, wide, segkernels::ScalarType(type)};
 }
 
-// The status words if one is set, on the CPU; on CUDA they stay where `status` points.
+// Returns the status words on the CPU if one is set; on CUDA they are written to `status`.
 std::vector<int32_t> unpool(const WhereTuple& w, const pooling::Windows& windows, int type,
                             Address input, Address positions, bool wide, Address output,
                             Address winners, Address status) {
@@ -606,7 +571,7 @@ void bind_pooling(py::module_& m) {
 // (kernel, dilation, padding, output channels)
 using BranchTuple = std::tuple<std::array<int, 2>, std::array<int, 2>, std::array<int, 2>, int64_t>;
 
-// Everything of a schedule; the kernel reads "table": starts, segments and fix-ups, int32 words.
+// The fields of a schedule. The kernel reads "table": starts, segments and fix-ups, as int32 words.
 py::dict found_schedule(const segkernels::dilated::Schedule& s) {
   std::string table;
   const auto append = [&table](const auto& items) {
@@ -652,7 +617,7 @@ py::dict dilated_conv2d_weight_schedule(int64_t batch, std::array<int64_t, 2> in
   return found_schedule(dilated::make_weight_schedule(shape, channels, multiprocessors));
 }
 
-// Named numbers, addresses and sizes of a call.
+// Reads numbers, addresses and sizes of a call by name.
 struct Arguments {
   const py::dict& all;
 
@@ -677,7 +642,7 @@ struct Arguments {
   }
 };
 
-// Branch: (weight, kernel, dilation, padding, out_channels, offset).
+// (weight, kernel, dilation, padding, output channels, offset)
 using ConvBranchTuple = std::tuple<Address, std::array<int, 2>, std::array<int, 2>,
                                    std::array<int, 2>, int64_t, int64_t>;
 
@@ -698,7 +663,7 @@ void dilated_conv2d([[maybe_unused]] const WhereTuple& w, const py::dict& argume
   c.scale = a.address("scale");
   c.shift = a.address("shift");
   c.relu = a.number("relu") != 0;
-  c.pairs = a.number("pairs") != 0;
+  c.aligned = a.number("pairs") != 0;
   a.schedule(c);
   a.sizes("boxes", c.boxes);
   c.cluster = int32_t(a.number("cluster"));

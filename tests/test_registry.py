@@ -36,8 +36,9 @@ def lacks(op: Op) -> list[str]:
         if not (ROOT / needed).is_file():
             found.append(needed)
     for device, how in op.backends:
-        if how.startswith("c++") and not (ROOT / "csrc" / op.name).is_dir():
-            found.append(f"csrc/{op.name} (for {device})")
+        sources = (ROOT / "csrc" / op.name, *(ROOT / "csrc").glob(f"*/{op.name}*.[ch]*"))
+        if how.startswith("c++") and not any(path.exists() for path in sources):
+            found.append(f"csrc/{op.name} or csrc/*/{op.name}* (for {device})")
         triton = f"segkernels.ops.{op.name}.triton_kernels"
         if how.startswith("triton") and importlib.util.find_spec(triton) is None:
             found.append(f"segkernels/ops/{op.name}/triton_kernels.py")

@@ -1,5 +1,5 @@
-// The two 64-bit atomics that the hash table needs, for both compilers. Relaxed order is enough:
-// what a slot refers to was written by an earlier launch (CUDA) or an earlier parallel loop (CPU).
+// 64-bit atomics of the hash table, for both compilers. Relaxed order is enough: an earlier launch
+// (CUDA) or parallel loop (CPU) wrote the data that a slot refers to.
 #pragma once
 
 #include "common/hd.h"
@@ -17,7 +17,7 @@ SK_HD Word atomic_read(const Word* p) {
 #endif
 }
 
-// Stores `value` if *p is `expected`; returns what was there before.
+// Stores `value` if *p equals `expected`; returns the old value.
 SK_HD Word atomic_cas(Word* p, Word expected, Word value) {
 #if defined(__CUDA_ARCH__)
   return atomicCAS(p, expected, value);

@@ -1,5 +1,4 @@
-// CUDA launch hygiene: the tensor's device is current while a native function runs, and every
-// launch is checked and named.
+// Error checks of CUDA calls and launches, and a guard that makes a tensor's device current.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +13,7 @@ inline namespace cuda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch would be blamed for it
+    cudaGetLastError();  // clears it, or the next launch would report it
     throw std::runtime_error(std::string("segkernels: ") + what + ": " + cudaGetErrorString(error));
   }
 }

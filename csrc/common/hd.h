@@ -1,6 +1,6 @@
-// SK_HD marks arithmetic that the CPU loops and the CUDA kernels share. SK_NS names a namespace of
-// the compiler (and instruction set) at work, so that one template compiled twice is two symbols,
-// not one that the linker picks.
+// SK_HD marks functions that the CPU loops and the CUDA kernels share. SK_NS is a namespace per
+// compiler and instruction set: a template that several of them compile is several symbols, so that
+// the linker cannot mix them.
 #pragma once
 
 #include <math.h>
@@ -17,8 +17,8 @@
 #define SK_NS cpu
 #endif
 
-// A limit of launches that real sizes reach, and a smaller one for the emulation of CUDA on the CPU
-// (tests/emulation), so that small inputs reach it too.
+// A limit of launches that large sizes reach, and a smaller one for the emulation of CUDA on the
+// CPU (tests/emulation), so that its small inputs reach it too.
 #if defined(SK_EMULATED)
 #define SK_LIMIT(real, emulated) (emulated)
 #else

@@ -1,5 +1,5 @@
-// Vectors of neighbouring channels or columns for the *.simd.cpp files. The compiler halves what an
-// instruction set lacks.
+// SIMD vectors for the *.simd.cpp files: load, store, and conversion of 16-bit types. The compiler
+// splits vectors that are wider than the instruction set's.
 #pragma once
 
 #include <string.h>
@@ -18,7 +18,7 @@ inline namespace SK_NS {
 
 #if defined(__AVX512BW__)
 constexpr int kVectorBytes = 64;
-// Conversions without a mask make GCC warn of what it leaves undefined.
+// The maskless conversions make GCC warn about uninitialised lanes.
 constexpr uint16_t kAllLanes = 0xFFFF;
 #else
 constexpr int kVectorBytes = 32;
@@ -37,8 +37,8 @@ SK_HD void store_lanes(T* to, const V& lanes) {
   memcpy(static_cast<void*>(to), &lanes, sizeof(V));
 }
 
-// f(number of vectors of W lanes, first lane) for blocks that cover n >= W lanes; the last may
-// overlap the one before, so that none is cut.
+// f(number of vectors of W lanes, first lane) for blocks that cover n >= W lanes. The last block
+// may overlap the one before, so that every vector is full.
 template <int W, class F>
 SK_HD void each_block(int64_t n, const F& f) {
   int64_t i = 0;
@@ -47,7 +47,7 @@ SK_HD void each_block(int64_t n, const F& f) {
   for (; i < n; i += W) f(std::integral_constant<int, 1>{}, i + W <= n ? i : n - W);
 }
 
-// In steps: GCC 12 takes a conversion by more than two lane by lane.
+// Converts in two steps: GCC 12 does a conversion to more than twice the size lane by lane.
 template <int W>
 SK_HD Vec<uint32_t, W> widen_bytes(Vec<uint8_t, W> bytes) {
   return __builtin_convertvector(__builtin_convertvector(bytes, Vec<uint16_t, W>),
@@ -65,7 +65,7 @@ SK_HD Vec<uint8_t, W> bytes_of(V lanes) {
   }
 }
 
-// W values, given by their bits, widened.
+// Widens W values, given as bits.
 template <int W>
 SK_HD Vec<float, W> widen_lanes(Vec<uint32_t, W> bits, float) {
   return bits_of<Vec<float, W>>(bits);
@@ -99,7 +99,7 @@ SK_HD Vec<float, W> widen_lanes(Vec<uint16_t, W> lanes, Half) {
   return out;
 }
 
-// W values, rounded to 16 bits.
+// Rounds W values to 16 bits and stores them.
 template <int W>
 SK_HD void store_narrow(BFloat16* to, Vec<float, W> lanes) {
   const auto bits = bits_of<Vec<uint32_t, W>>(lanes);
@@ -120,14 +120,14 @@ SK_HD void store_narrow(Half* to, Vec<float, W> lanes) {
   const __m128i halves = _mm256_cvtps_ph(bits_of<__m256>(lanes), kRound);
 #endif
   const auto bits = bits_of<Vec<int16_t, W>>(halves);
-  // NaN as `narrow` has it.
+  // The same NaN as `narrow` stores.
   store_lanes(to, (bits & 0x7FFF) > 0x7C00 ? (bits & int16_t(0x8000)) | 0x7E00 : bits);
 #else
   for (int i = 0; i < W; ++i) to[i] = narrow_to<Half>(lanes[i]);
 #endif
 }
 
-// One value, widened with the instruction for it.
+// Widens one value with the hardware's instruction.
 template <class T>
 SK_HD Acc<T> widen_one(T value) {
 #if defined(__F16C__)
@@ -146,7 +146,7 @@ SK_HD void store_narrow(double* to, Vec<double, W> lanes) {
   store_lanes(to, lanes);
 }
 
-// W values, widened.
+// Loads and widens W values.
 template <int W, class T>
 SK_HD Vec<Acc<T>, W> load_wide(const T* from) {
   using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,

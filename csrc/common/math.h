@@ -1,6 +1,6 @@
-// exp and log for the CPU's SIMD loops: for float, on scalars and vectors of them, about 1 ulp from
-// exact (range reduction and minimax polynomials after Cody and Waite, as in Moshier's Cephes); for
-// double, the library's, lane by lane.
+// exp and log for the CPU's SIMD loops. For float, on scalars and vectors, with an error of about 1
+// ulp (range reduction and minimax polynomials after Cody and Waite, as in Moshier's Cephes); for
+// double, the library's functions lane by lane.
 #pragma once
 
 #include <string.h>
@@ -21,12 +21,12 @@ SK_HD To bits_of(const From& from) {
 // V and I: float and int32_t, or vectors of as many lanes.
 template <class V, class I>
 struct FloatMath {
-  // For x <= 0, as softmax needs it: 0 below -87. NaN stays NaN.
+  // For x <= 0, as softmax needs it: 0 below -87, and NaN for NaN.
   static SK_HD V exp_of(V x) {
     const V zero{};
     const V least = zero - 87.0f;
     const V clamped = x < least ? least : x;
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    // Adding 1.5 * 2^23 rounds to an integer, which the low bits then hold.
     const V shifted = clamped * 1.44269504f + 12582912.0f;
     const V n = shifted - 12582912.0f;
     V r = clamped - n * 0.693359375f;
@@ -46,7 +46,7 @@ struct FloatMath {
     const int32_t root_half = 0x3F3504F3;
     const I bits = bits_of<I>(x) - root_half;
     const I exponent = bits >> 23;
-    // Small integers to float by the same trick.
+    // The same trick converts small integers to float.
     const V e = bits_of<V>(exponent + 0x4B400000) - 12582912.0f;
     const V m = bits_of<V>((bits & 0x007FFFFF) + root_half) - 1.0f;
     V p = m * 7.0376836292e-2f - 1.1514610310e-1f;
@@ -63,7 +63,7 @@ struct FloatMath {
 };
 
 template <class V>
-struct MathOf {  // lanes of double
+struct MathOf {  // vectors of double
   static SK_HD V exp_of(V x) {
     for (int i = 0; i < int(sizeof(V) / sizeof(double)); ++i) x[i] = exp(x[i]);
     return x;

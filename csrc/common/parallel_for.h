@@ -1,7 +1,7 @@
-// parallel_for(where, n, functor): functor(i) for i in [0, n) -- a grid-stride launch under nvcc,
-// an OpenMP loop under g++. parallel_rows(where, bound, limit, blocks, functor): functor(row,
-// block) for every row below min(bound, *limit) and every block of channels; `limit` lies in the
-// memory of the device, so that no host need know how many rows there are.
+// parallel_for(where, n, functor) calls functor(i) for i in [0, n): a grid-stride loop under nvcc,
+// an OpenMP loop under g++. parallel_rows(where, bound, limit, blocks, functor) calls functor(row,
+// block) for the rows below min(bound, *limit) and the blocks of channels of each. `limit` is in
+// device memory, so that the host need not know the number of rows.
 #pragma once
 
 #include "common/hd.h"
@@ -9,6 +9,8 @@
 
 #if defined(__CUDACC__)
 #include "common/cuda_check.h"
+#elif defined(_OPENMP)
+#include <omp.h>
 #endif
 
 namespace segkernels {
@@ -21,7 +23,7 @@ SK_HD int64_t row_count(int64_t bound, const int32_t* limit) {
 #if defined(__CUDACC__)
 
 constexpr int kThreads = 256;
-// Enough blocks to fill any device several times over; a grid-stride loop takes the rest.
+// Enough blocks to fill any device several times over; the grid-stride loop does the rest.
 constexpr int64_t kMaxBlocks = SK_LIMIT(1 << 16, 5);
 constexpr int64_t kMaxBlocksOfRows = SK_LIMIT(4096, 3);
 
@@ -44,7 +46,7 @@ void parallel_for(const Where& where, int64_t n, const F& f, const char* name) {
   check_launch(name);
 }
 
-// `lanes` neighbouring threads share a row, so that their loads and stores are neighbours too.
+// `lanes` neighbouring threads share a row, so that their accesses coalesce.
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1)
     for_rows_kernel(int64_t bound, const int32_t* limit, int blocks, int lanes, F f) {
@@ -68,7 +70,7 @@ void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int 
                    const char* name) {
   if (bound <= 0 || blocks <= 0) return;
   const int lanes = lanes_for(blocks);
-  // With the count on the device the bound is loose: no more blocks than keep the device busy.
+  // With the count on the device the bound is loose: launch no more blocks than keep it busy.
   int64_t grid = grid_for(bound, kThreads / lanes);
   if (limit != nullptr && grid > kMaxBlocksOfRows) grid = kMaxBlocksOfRows;
   for_rows_kernel<<<unsigned(grid), kThreads, 0, stream_of(where)>>>(bound, limit, blocks, lanes,
@@ -78,9 +80,19 @@ void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int 
 
 #else
 
+SK_HD int cpu_threads(const Where& where) { return where.threads > 1 ? where.threads : 1; }
+
+inline int thread_index() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
 template <class F>
 void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
-  // One thread takes a plain loop: in a forked child the OpenMP runtime must not be touched.
+  // A plain loop for one thread: a forked child must not use the OpenMP runtime.
   if (where.threads <= 1 || n < 2) {
     for (int64_t i = 0; i < n; ++i) f(i);
     return;
@@ -89,7 +101,7 @@ void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// As parallel_for, for few and uneven items (tiles): handed out one at a time.
+// As parallel_for with a dynamic schedule, for few and uneven items (tiles).
 template <class F>
 void parallel_tiles(const Where& where, int64_t n, const F& f) {
   if (where.threads <= 1 || n < 2) {
@@ -98,6 +110,14 @@ void parallel_tiles(const Where& where, int64_t n, const F& f) {
   }
 #pragma omp parallel for schedule(dynamic) num_threads(where.threads)
   for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// f(thread, begin, end) for one equal chunk of [0, n) a thread.
+template <class F>
+void parallel_chunks(const Where& where, int64_t n, const F& f) {
+  const int64_t chunks = where.threads < n ? cpu_threads(where) : n;
+  const auto chunk = [&](int64_t i) { f(i, n * i / chunks, n * (i + 1) / chunks); };
+  parallel_for(where, chunks, chunk, "parallel_chunks");
 }
 
 template <int N, class F>
@@ -109,7 +129,7 @@ void parallel_rows_of(const Where& where, int64_t rows, int blocks, const F& f, 
   parallel_for(where, rows, row_of, name);
 }
 
-// The common short rows are unrolled, so that what they share is computed once.
+// Unrolls the common short rows, so that their blocks share what the row computes.
 template <class F>
 void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f,
                    const char* name) {

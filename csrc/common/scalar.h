@@ -1,6 +1,6 @@
-// The element types of tensors: float16 and bfloat16 as storage, widened to float for arithmetic
-// and rounded to the nearest, ties to even, on the way back; float and double as they are. The
-// host's conversions are branch-free integer arithmetic that compilers vectorise.
+// The element types of tensors. float16 and bfloat16 are storage types: values are widened to float
+// for arithmetic and rounded to nearest even on the way back. The host's conversions are
+// branch-free integer arithmetic, which compilers vectorise.
 #pragma once
 
 #include <stdexcept>
@@ -22,7 +22,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// As segkernels/ops/_dtypes.py numbers them.
+// Numbered as in segkernels/ops/_dtypes.py.
 enum class ScalarType : int { kHalf = 0, kBFloat16 = 1, kFloat = 2, kDouble = 3 };
 
 template <class T>
@@ -34,7 +34,7 @@ struct AccOf<double> {
   using type = double;
 };
 
-// What values of T are computed and accumulated in.
+// The type in which values of T are computed and accumulated.
 template <class T>
 using Acc = typename AccOf<T>::type;
 
@@ -63,7 +63,7 @@ SK_HD float widen(Half h) {
   const int32_t sign = int32_t(h.bits & 0x8000u) << 16;
   const int32_t magnitude = h.bits & 0x7FFF;
   const int32_t normal = (magnitude << 13) + (112 << 23);
-  const int32_t infinite = (magnitude << 13) + (224 << 23);  // and NaN
+  const int32_t infinite = (magnitude << 13) + (224 << 23);  // or NaN
   const int32_t tiny = bits_of<int32_t>(float(magnitude) * 0x1p-24f);
   const int32_t bits = magnitude < 0x0400 ? tiny : magnitude < 0x7C00 ? normal : infinite;
   return bits_of<float>(bits | sign);
@@ -82,7 +82,7 @@ SK_HD void narrow(float f, Half& out) {
   const int32_t magnitude = bits_of<int32_t>(f) & 0x7FFFFFFF;
   const int32_t rounded = (magnitude - (112 << 23) + 0x0FFF + ((magnitude >> 13) & 1)) >> 13;
   const int32_t normal = rounded < 0x7C00 ? rounded : 0x7C00;
-  // The last bit of 0.5 is the smallest float16, so this sum rounds as float16 does.
+  // The last bit of 0.5f is the smallest float16, so this sum rounds as float16 does.
   const int32_t tiny = bits_of<int32_t>(bits_of<float>(magnitude) + 0.5f) - bits_of<int32_t>(0.5f);
   const int32_t finite = magnitude < 0x38800000 ? tiny : normal;
   out.bits = uint16_t(sign | (magnitude > 0x7F800000 ? 0x7E00 : finite));

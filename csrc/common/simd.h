@@ -1,5 +1,5 @@
-// Which copy of the *.simd.cpp files to run: the best instruction set that this machine has, or the
-// one that SEGKERNELS_SIMD names (base, avx2, avx512), read once.
+// Run-time dispatch to the copy of the *.simd.cpp files for the best instruction set of this
+// machine, or for the one that SEGKERNELS_SIMD names (base, avx2, avx512; read once).
 #pragma once
 
 #include <stdlib.h>
@@ -9,15 +9,8 @@
 
 namespace segkernels {
 
-// Each has a second name, that of the namespace: Isa::SK_ISA is a *.simd.cpp file's own.
-enum class Isa {
-  kBase,
-  kAvx2,
-  kAvx512,
-  isa_base = kBase,
-  isa_avx2 = kAvx2,
-  isa_avx512 = kAvx512,
-};
+// Named like the namespaces: a *.simd.cpp file's own is Isa::SK_ISA.
+enum class Isa { isa_base, isa_avx2, isa_avx512 };
 
 inline Isa best_isa() {
 #if defined(SK_HAVE_X86_ISAS)
@@ -28,23 +21,22 @@ inline Isa best_isa() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw");
   const char* wanted = getenv("SEGKERNELS_SIMD");
-  if (wanted != nullptr && strcmp(wanted, "base") == 0) return Isa::kBase;
-  if (wanted != nullptr && strcmp(wanted, "avx2") == 0) return avx2 ? Isa::kAvx2 : Isa::kBase;
-  return avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBase;
-#else
-  return Isa::kBase;
+  if (wanted != nullptr && strcmp(wanted, "base") == 0) return Isa::isa_base;
+  if (avx512 && (wanted == nullptr || strcmp(wanted, "avx2") != 0)) return Isa::isa_avx512;
+  if (avx2) return Isa::isa_avx2;
 #endif
+  return Isa::isa_base;
 }
 
-// f(integral_constant<Isa>) with the best.
+// f(integral_constant<Isa>) for the best instruction set; returns what f returns.
 template <class F>
-void with_best_isa(const F& f) {
+auto with_best_isa(const F& f) {
 #if defined(SK_HAVE_X86_ISAS)
   static const Isa isa = best_isa();
-  if (isa == Isa::kAvx512) return f(std::integral_constant<Isa, Isa::kAvx512>{});
-  if (isa == Isa::kAvx2) return f(std::integral_constant<Isa, Isa::kAvx2>{});
+  if (isa == Isa::isa_avx512) return f(std::integral_constant<Isa, Isa::isa_avx512>{});
+  if (isa == Isa::isa_avx2) return f(std::integral_constant<Isa, Isa::isa_avx2>{});
 #endif
-  f(std::integral_constant<Isa, Isa::kBase>{});
+  return f(std::integral_constant<Isa, Isa::isa_base>{});
 }
 
 }  // namespace segkernels

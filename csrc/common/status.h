@@ -1,7 +1,7 @@
-// What only the values show (NaN, an index out of range) is told by status words: an int32 per
-// code, in host memory for the CPU and in device memory for CUDA, set to 1 by whoever sees the
-// fault. Plain stores of the same value need no atomics and no synchronisation.
-// segkernels/_status.py turns codes into errors.
+// Reports invalid values found inside kernels (NaN, an index out of range). There is one int32
+// status word a code, in host memory for the CPU and in device memory for CUDA; a kernel sets it to
+// 1. All stores write the same value, so they need no atomics. segkernels/_status.py turns codes
+// into errors.
 #pragma once
 
 #include "common/hd.h"
@@ -20,7 +20,7 @@ enum StatusCode : int {
   kStatusCodes = 8,
 };
 
-// kStatusCodes words in the memory of a CUDA device; in builds with CUDA.
+// The kStatusCodes words of a CUDA device. Only in builds with CUDA.
 int32_t* status_words(int device);
 
 inline namespace SK_NS {

@@ -1,5 +1,5 @@
-// The status words of each CUDA device: in the module's own memory, zero when it is loaded, so that
-// they belong to no stream, graph or pool of an allocator.
+// The status words of each CUDA device. They are a global variable of the module, zero when it is
+// loaded, and so belong to no stream, graph or allocator.
 #include "common/cuda_check.h"
 #include "common/status.h"
 
@@ -13,7 +13,7 @@ __device__ int32_t words[kStatusCodes];
 int32_t* status_words(int device) {
   const DeviceGuard guard(device);
   void* address = nullptr;
-  // The first call loads the module, which a capture of another mode on this thread may refuse.
+  // The first call loads the module, which would fail while this thread captures a graph.
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
   check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), "status words");
   const cudaError_t error = cudaGetSymbolAddress(&address, words);

@@ -1,6 +1,6 @@
-// Vec<T, W>: W neighbouring channels of a row, loaded and stored at once. Compiler vectors on the
-// CPU, a 16-byte struct of scalars on the GPU. Both have +, *, and scalar * vector. The GPU's are
-// passed by value: through a reference a row in memory is read lane by lane.
+// Vec<T, W>: W neighbouring channels of a row, loaded and stored at once, with +, * and scalar *
+// vector. It is a compiler vector on the CPU and an aligned struct on the GPU. The GPU's is passed
+// by value: a reference to a row in memory would be read lane by lane.
 #pragma once
 
 #include "common/hd.h"
@@ -63,7 +63,7 @@ struct VecOf {
 
 #endif
 
-// One lane is the scalar itself.
+// A vector of one lane is the scalar itself.
 template <class T>
 struct VecOf<T, 1> {
   using type = T;
@@ -72,8 +72,8 @@ struct VecOf<T, 1> {
 template <class T, int W>
 using Vec = typename VecOf<T, W>::type;
 
-// acc + s * a, fused on the GPU (the build forbids contraction, so it is written out); on the CPU
-// the files that use it are compiled with contraction allowed.
+// acc + s * a. The GPU's is an explicit fma, because the build disables contraction; the CPU files
+// that use it are compiled with contraction enabled.
 template <class T>
 SK_HD T mul_add(T s, T a, T acc) {
 #if defined(__CUDA_ARCH__)

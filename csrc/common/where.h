@@ -1,4 +1,4 @@
-// Where a native function runs: the CPU with a number of threads, or a CUDA device and stream.
+// Device index, stream and thread count of a native call.
 #pragma once
 
 namespace segkernels {
@@ -6,7 +6,7 @@ namespace segkernels {
 struct Where {
   int device;    // -1: CPU
   void* stream;  // cudaStream_t
-  int threads;   // CPU threads
+  int threads;   // of the CPU
 };
 
 }  // namespace segkernels

@@ -1,24 +1,12 @@
-// The compatibility transform on the vertices of a lattice: one row of channels each.
+// From the pairs of a term to its blurred vertices, with the compatibility transform applied.
 #pragma once
 
-#include "common/vec.h"
+#include "dense_crf/mean_field.h"
 
 namespace segkernels {
 inline namespace SK_NS {
 
-// rows[vertex] *= compat, channel by channel.
-template <class V>
-struct ScaleChannels {
-  V* rows;
-  const V* compat;
-  int blocks;
-
-  SK_HD void operator()(int64_t vertex, int block) const {
-    rows[vertex * blocks + block] = rows[vertex * blocks + block] * compat[block];
-  }
-};
-
-// out[vertex] = compat in[vertex]; `transposed` holds compat by columns, [width of in][blocks of
+// out[vertex] = compat * in[vertex]. `transposed` is compat by columns: [width of in][blocks of
 // out].
 template <class T, class V>
 struct MixChannels {
@@ -34,6 +22,26 @@ struct MixChannels {
     out[vertex * blocks + block] = sum;
   }
 };
+
+// Merges and blurs a term's pairs and applies its compatibility; the result is in term.vertices.
+template <class T, class V>
+void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
+  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
+  const Lattice& l = term.lattice;
+  V* vertices = static_cast<V*>(term.vertices);
+  V* scratch = static_cast<V*>(term.scratch);
+  const V* compat = static_cast<const V*>(term.compat);
+  const V* pairs = static_cast<const V*>(term.pairs);
+  if (term.compat_is_matrix) {
+    merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
+    parallel_rows(
+        where, l.vertex_bound, l.counts, blocks,
+        MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
+        "dense_crf compatibility");
+  } else {
+    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false, compat);
+  }
+}
 
 }  // namespace SK_NS
 }  // namespace segkernels

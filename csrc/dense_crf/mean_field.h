@@ -1,9 +1,10 @@
 // Mean-field inference in a fully connected CRF (Kraehenbuehl and Koltun 2011, algorithm 1):
 //   Q <- softmax(-U - sum_k mu_k K_k Q),   K_k the normalised lattice filter of term k.
-// The compatibility mu acts on channels and the filter on points, so mu is applied to the few
-// vertices, not the many points.
+// mu acts on channels and K on points, so the compatibility mu is applied to vertices, which are
+// fewer than points.
 #pragma once
 
+#include "common/simd.h"
 #include "common/where.h"
 #include "permutohedral/permutohedral.h"
 
@@ -16,7 +17,7 @@ struct MeanFieldTerm {
   const void*
       compat;  // -mu * alpha: [width] (diagonal) or [width, width] (row: the channel that receives)
   bool compat_is_matrix;
-  void* splat_weights;  // CUDA: [positions, dims + 1], room for order_weights times scale_in
+  void* splat_weights;  // CUDA: [positions, dims + 1], for order_weights * scale_in
   void* pairs;          // [pair_bound, width]
   void* vertices;       // [vertex_bound, width]
   void* scratch;        // [vertex_bound, width]
@@ -30,12 +31,16 @@ struct MeanField {
   int32_t term_count;
   int32_t channels, width;
   int32_t iterations;
-  bool log;       // the last pass gives log-probabilities
+  bool log;       // return log-probabilities
   void* energy;   // [positions, width]: minus the energy; padding holds -3e38
   void* rows;     // [positions, width]: the result; may be `energy` on the CPU
   void* scratch;  // CPU: [threads, 16, width]
   int32_t* status;
 };
+
+// Defined in mean_field.simd.cpp.
+template <Isa kIsa>
+void mean_field(const Where&, const MeanField&, bool is_double);
 
 void mean_field_cpu(const Where&, const MeanField&, bool is_double);
 void mean_field_cuda(const Where&, const MeanField&, bool is_double);

@@ -1,7 +1,7 @@
-// Mean field on the CPU; compiled once per instruction set. A thread takes a tile of points through
-// a whole step: slice every term, softmax, and splat the result into the tile's own pairs, so that
-// Q never goes to memory. Then pairs are merged and blurred, parallel over vertices. Sums are in a
-// fixed order that does not depend on the number of threads.
+// Mean field on the CPU, compiled once per instruction set (SK_ISA). A thread takes a tile of
+// points through one iteration: slice all terms, softmax, and splat into the tile's own pairs, so
+// that Q is never stored. Then pairs are merged and blurred, parallel over vertices. Sums have a
+// fixed order, which does not depend on the number of threads.
 #include <math.h>
 #include <string.h>
 
@@ -9,29 +9,17 @@
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
-#include "permutohedral/splat_tile.h"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "permutohedral/dispatch.h"
+#include "permutohedral/splat_cpu.h"
 
 namespace segkernels {
 inline namespace SK_ISA {
 
-inline int current_thread() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// Points go through a step in batches, one stage of the arithmetic for all of them before the next:
-// a point alone would wait for its own long chain of sums, exponentials and a division.
+// Points a batch. Each stage of the arithmetic runs over the batch, to hide the latency of a
+// point's chain of sums, exponentials and division.
 constexpr int kBatch = 16;
 
-// Probabilities (or their logs) of the scores z of `count` points, in place; whether each point's
-// are finite.
+// In-place softmax (or log-softmax) of `count` points. `finite`: whether each point's scores are.
 template <class T, class V>
 SK_HD void softmax(V* z, int count, int blocks, bool log, bool* finite) {
   T top[kBatch], shift[kBatch];
@@ -64,8 +52,7 @@ SK_HD void softmax(V* z, int count, int blocks, bool log, bool* finite) {
   }
 }
 
-// Asks for memory ahead of its use. (The asm keeps g++ from taking the function for one without
-// effects and dropping it.)
+// The asm keeps g++ from dropping the function as one without side effects.
 SK_HD void prefetch_bytes(const void* begin, int64_t bytes) {
   const char* p = static_cast<const char*>(begin);
   for (int64_t i = 0; i < bytes; i += 64) {
@@ -90,7 +77,7 @@ class Step {
     }
     V local[NB > 0 ? NB * kBatch : 1];
     V* z =
-        NB > 0 ? local : static_cast<V*>(m_.scratch) + int64_t(current_thread()) * kBatch * blocks_;
+        NB > 0 ? local : static_cast<V*>(m_.scratch) + int64_t(thread_index()) * kBatch * blocks_;
     const int64_t end = (tile + 1) * points;
     for (int64_t p = tile * points; p < end; p += kBatch) {
       batch(p, int(end - p < kBatch ? end - p : kBatch), int32_t(tile), z);
@@ -104,7 +91,7 @@ class Step {
     return TilePairs<T, V>(m_.terms[k].lattice, static_cast<V*>(m_.terms[k].pairs), tile, blocks());
   }
 
-  // What the next batch streams from memory, asked for while this one computes.
+  // Prefetches what the next batch streams from memory.
   void prefetch(int64_t p) const {
     prefetch_bytes(static_cast<const V*>(m_.energy) + p * blocks(), sizeof(V) * blocks() * kBatch);
     for (int k = 0; k < m_.term_count; ++k) {
@@ -129,7 +116,7 @@ class Step {
       const T* scale = static_cast<const T*>(m_.terms[k].scale_in);
       const TilePairs<T, V> pairs = pairs_of(k, tile);
       for (int i = 0; i < count; ++i) {
-        // A point whose scores are not finite gives nothing to the others.
+        // A point with scores that are not finite contributes nothing.
         if (finite[i])
           pairs.template add<NB>(p + i, z + i * blocks(), scale != nullptr ? scale[p + i] : T(1));
       }
@@ -148,7 +135,7 @@ class Step {
       if (ids[0] == kSkipped) continue;
       const T s = scale != nullptr ? scale[p + i] : T(1);
       V local[NB > 0 ? NB : 1];
-      V* sum = NB > 0 ? local : z;  // a local array of known size stays in registers
+      V* sum = NB > 0 ? local : z;  // an array of known size stays in registers
       for (int b = 0; b < NB; ++b) local[b] = z[b];
       for (int j = 0; j < n; ++j) {
         const V* row = rows + int64_t(vertices[ids[j]]) * blocks();
@@ -179,30 +166,8 @@ class Step {
   int blocks_;
 };
 
-// Blurred sums of a term, with its compatibility applied, in term.vertices.
-template <class T, class V>
-void finish_term(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
-  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  V* vertices = static_cast<V*>(term.vertices);
-  V* scratch = static_cast<V*>(term.scratch);
-  const V* compat = static_cast<const V*>(term.compat);
-  const Lattice& l = term.lattice;
-  const V* pairs = static_cast<const V*>(term.pairs);
-  if (term.compat_is_matrix) {
-    merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
-    parallel_rows(
-        where, l.vertex_bound, l.counts, blocks,
-        MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
-        "mix");
-  } else {
-    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false);
-    parallel_rows(where, l.vertex_bound, l.counts, blocks,
-                  ScaleChannels<V>{vertices, compat, blocks}, "scale");
-  }
-}
-
 template <class T, class V, int NB>
-void run(const Where& where, const MeanField& m) {
+void iterate(const Where& where, const MeanField& m) {
   const int32_t tiles = tile_count(m.grid);
   for (int i = 0; i <= m.iterations; ++i) {
     parallel_tiles(where, tiles, Step<T, V, NB>(m, i == 0, i == m.iterations));
@@ -212,32 +177,31 @@ void run(const Where& where, const MeanField& m) {
 }
 
 template <class T>
-void run_width(const Where& where, const MeanField& m) {
+void iterate_width(const Where& where, const MeanField& m) {
   switch (m.width) {
     case 1:
-      return run<T, T, 1>(where, m);
+      return iterate<T, T, 1>(where, m);
     case 4:
-      return run<T, Vec<T, 4>, 1>(where, m);
+      return iterate<T, Vec<T, 4>, 1>(where, m);
     case 8:
-      return run<T, Vec<T, 8>, 1>(where, m);
+      return iterate<T, Vec<T, 8>, 1>(where, m);
     case 16:
-      return run<T, Vec<T, 8>, 2>(where, m);
+      return iterate<T, Vec<T, 8>, 2>(where, m);
     case 24:
-      return run<T, Vec<T, 8>, 3>(where, m);
+      return iterate<T, Vec<T, 8>, 3>(where, m);
     case 32:
-      return run<T, Vec<T, 8>, 4>(where, m);
+      return iterate<T, Vec<T, 8>, 4>(where, m);
     default:
-      return run<T, Vec<T, 8>, 0>(where, m);
-  }
-}
-
-void mean_field(const Where& where, const MeanField& m, bool is_double) {
-  if (is_double) {
-    run_width<double>(where, m);
-  } else {
-    run_width<float>(where, m);
+      return iterate<T, Vec<T, 8>, 0>(where, m);
   }
 }
 
 }  // namespace SK_ISA
+
+template <Isa kIsa>
+void mean_field(const Where& where, const MeanField& m, bool is_double) {
+  with_scalar(is_double, [&](auto scalar) { iterate_width<decltype(scalar)>(where, m); });
+}
+
+template void mean_field<Isa::SK_ISA>(const Where&, const MeanField&, bool);
 }  // namespace segkernels

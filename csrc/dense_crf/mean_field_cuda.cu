@@ -1,19 +1,19 @@
-// Mean field on CUDA. An iteration is two kernels. One takes a tile a block: a group of G
-// neighbouring threads owns a point, each with up to B vectors of its channels in registers; it
-// slices all terms, adds the unary energy, takes the softmax into shared memory, and from there
-// splats Q into the tile's pairs. The other is a cooperative launch over all terms: pairs are
-// merged into vertices and these blurred axis by axis, with a barrier of the grid between, and the
-// compatibility applied to the vertices. Rows that are too long for shared memory, and devices
-// without cooperative launches, take a kernel for every such step. Nothing is atomic, so that the
-// bits are the same in every run; nothing allocates or synchronises, so that it can be captured in
-// a graph.
+// Mean field on CUDA, two kernels an iteration. The first has a tile a block and G neighbouring
+// threads a point, each with up to B vectors of channels in registers: it slices all terms, adds
+// the unary energy, stores the softmax Q in shared memory, and splats it into the tile's pairs. The
+// second is a cooperative launch over all terms: it merges pairs into vertices, blurs along every
+// axis with a grid barrier between axes, and applies the compatibility to the vertices. Rows that
+// are too long for shared memory, and devices without cooperative launches, take a kernel a step
+// instead. No atomics: every run gives the same bits. No allocation and no synchronisation: it can
+// be captured in a graph.
 #include <cooperative_groups.h>
 
 #include "common/parallel_for.h"
 #include "dense_crf/compat.h"
 #include "dense_crf/mean_field.h"
-#include "permutohedral/lanes.h"
-#include "permutohedral/splat.h"
+#include "permutohedral/dispatch.h"
+#include "permutohedral/row_threads.h"
+#include "permutohedral/splat_cuda.h"
 
 namespace segkernels {
 namespace {
@@ -35,8 +35,8 @@ __device__ T group_sum(T v) {
   return v;
 }
 
-// The channels of one thread: B vectors in registers, or (B = 0, very many classes) in the point's
-// row of the result.
+// A thread's channels: B vectors in registers, or (B = 0, very many classes) in the point's row in
+// memory.
 template <class V, int B>
 struct Channels {
   V kept[B];
@@ -69,7 +69,7 @@ __device__ void set_lane(V& v, int i, T value) {
   }
 }
 
-// Adds a term's message to the channels; false for a point that the term's lattice skips.
+// Adds a term's message to the channels. False if the term's lattice skips the point.
 template <class T, class V, int G, int B>
 __device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t tile, int lane,
                          int blocks, Channels<V, B>& z) {
@@ -94,8 +94,8 @@ __device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t ti
   return true;
 }
 
-// Q of point p into `row`, by the G threads of a group: softmax of minus the energy and of the
-// terms' messages; the first time of minus the energy alone.
+// Writes Q of point p to `row`, with G threads: softmax of minus the energy plus the terms'
+// messages; `first`: of minus the energy alone.
 template <class T, class V, int G, int B>
 __device__ void update_point(const MeanField& m, bool first, bool last, int64_t p, int32_t tile,
                              V* row) {
@@ -143,7 +143,7 @@ __device__ void update_point(const MeanField& m, bool first, bool last, int64_t 
     }
   }
   sum = group_sum<T, G>(sum);
-  // A point whose scores are not finite gives NaN, and nothing to the others.
+  // A point with scores that are not finite is NaN, and contributes nothing.
   const bool good = taken && sum - sum == T(0);
   const T faulty = last ? T(NAN) : T(0);
   const T change = log_scores ? log(sum) : T(1) / sum;
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int64_t positions = position_count(m.grid);
   V* rows = static_cast<V*>(m.rows);
-  // A block's threads hold whole groups, and positions come in whole tiles of 256, so that no
-  // thread of a warp leaves the loop before the others.
+  // A block has whole groups of threads, and positions come in tiles of 256, so all threads of a
+  // warp leave the loop together.
   const int64_t step = int64_t(gridDim.x) * (kThreads / G);
   for (int64_t p = int64_t(blockIdx.x) * (kThreads / G) + threadIdx.x / G; p < positions;
        p += step) {
@@ -172,9 +172,9 @@ __global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool firs
   }
 }
 
-constexpr int kSharedBytes = 48 * 1024;  // that a block has without asking for more
+constexpr int kSharedBytes = 48 * 1024;  // the default limit a block
 
-// One tile a block: Q of its points in shared memory only, and its sums into the pairs of all
+// One tile a block: Q of its points stays in shared memory, and is splatted into the pairs of all
 // terms.
 template <class T, class V, int G, int B>
 __global__ void __launch_bounds__(kThreads) update_and_splat_kernel(MeanField m, bool first) {
@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kThreads) update_and_splat_kernel(MeanField m,
   }
 }
 
-// The weight of each entry, in the order of the splat, times the factor of its point.
+// One entry in sorted order: its weight times scale_in of its point.
 template <class T>
 struct ScaleWeights {
   Lattice lattice;
@@ -211,8 +211,8 @@ struct ScaleWeights {
   }
 };
 
-// Where the merged rows go, so that the last axis leaves its result in `vertices` (in `scratch`
-// where a matrix still has to be applied).
+// The first of the blur's two buffers, chosen so that the last axis ends in `vertices`, or in
+// `scratch` if a compatibility matrix is still to be applied.
 template <class V>
 __device__ V* merged_rows(const MeanFieldTerm& term) {
   const bool even = (term.lattice.dims + 1) % 2 == 0;
@@ -225,8 +225,8 @@ __device__ V* other_rows(const MeanFieldTerm& term) {
   return static_cast<V*>(even != term.compat_is_matrix ? term.scratch : term.vertices);
 }
 
-// A vertex's row from its pairs: `groups` times `lanes` neighbouring threads (a warp, if groups is
-// not 1) take every groups-th pair each, in order; their sums are added as a tree.
+// Merges pairs into vertices: `lanes` * `groups` neighbouring threads (a warp if groups > 1) share
+// a row. A group sums every groups-th pair in order, and the groups' sums are added as a tree.
 template <class T, class V>
 __device__ void merge_rows(const MeanFieldTerm& term, int blocks, int lanes, int groups) {
   const Lattice& l = term.lattice;
@@ -240,7 +240,7 @@ __device__ void merge_rows(const MeanFieldTerm& term, int blocks, int lanes, int
        row += teams) {
     const int32_t begin = l.vertex_start[row] + group, end = l.vertex_start[row + 1];
     for (int b = lane; b < blocks || (b == lane && groups > 1); b += lanes) {
-      const int block = b < blocks ? b : blocks - 1;  // of a thread that only takes part
+      const int block = b < blocks ? b : blocks - 1;  // of a thread that only joins the shuffles
       V sum{};
 #pragma unroll 4
       for (int32_t i = begin; i < end; i += groups) {
@@ -260,11 +260,12 @@ __device__ void merge_rows(const MeanFieldTerm& term, int blocks, int lanes, int
   }
 }
 
-constexpr int kTogether = 512;  // threads of a block, of which two fit a multiprocessor
+constexpr int kCooperativeThreads = 512;  // threads a block; two blocks fit a multiprocessor
 
-// All terms' pairs into vertices, along every axis, times the compatibility.
+// Merges and blurs the pairs of all terms, and applies the compatibility.
 template <class T, class V>
-__global__ void __launch_bounds__(kTogether, 2) merge_and_blur_kernel(MeanField m, int lanes) {
+__global__ void __launch_bounds__(kCooperativeThreads, 2)
+    merge_and_blur_kernel(MeanField m, int lanes) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(kTogether, 2) merge_and_blur_kernel(MeanField 
                             blocks};
       const int64_t items = row_count(l.vertex_bound, l.counts) * blocks;
       for (int64_t i = thread; i < items; i += threads) {
-        // Rows are below 2^31, and so are items of short rows; then division is quicker.
+        // Rows are below 2^31; 32-bit division is faster, if the number of items allows it.
         const int64_t row = items >> 32 == 0 ? int64_t(uint32_t(i) / uint32_t(blocks)) : i / blocks;
         blur(row, int(i - row * blocks));
       }
@@ -325,65 +326,45 @@ void launch_update(const Where& where, const MeanField& m, bool first, bool last
 template <class T, class V>
 void update(const Where& where, const MeanField& m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
     constexpr int G = decltype(lanes)::value;
-    // Rows that are too long for the registers stay in memory.
+    // Rows that are too long for registers stay in memory.
     constexpr int B = G == 32 ? 0 : decltype(vectors)::value;
     launch_update<T, V, G, B>(where, m, first, last);
   });
 }
 
-// A term's pairs merged and blurred, with its compatibility applied, in term.vertices.
+// Blocks of merge_and_blur_kernel that the device can run at once; 0: no cooperative launches.
 template <class T, class V>
-void from_pairs(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
-  const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  const Lattice& l = term.lattice;
-  V* vertices = static_cast<V*>(term.vertices);
-  V* scratch = static_cast<V*>(term.scratch);
-  const V* compat = static_cast<const V*>(term.compat);
-  const V* pairs = static_cast<const V*>(term.pairs);
-  if (term.compat_is_matrix) {
-    merge_and_blur<T, V>(where, l, pairs, scratch, vertices, blocks, false);
-    parallel_rows(
-        where, l.vertex_bound, l.counts, blocks,
-        MixChannels<T, V>{reinterpret_cast<const T*>(scratch), vertices, compat, m.width, blocks},
-        "dense_crf compatibility");
-  } else {
-    merge_and_blur<T, V>(where, l, pairs, vertices, scratch, blocks, false, compat);
-  }
-}
-
-// Blocks of merge_and_blur_kernel that are on the device at once; 0 where it cannot be launched.
-template <class T, class V>
-int blocks_together(int device) {
+int cooperative_blocks(int device) {
   int can = 0, processors = 0, each = 0;
   check_cuda(cudaDeviceGetAttribute(&can, cudaDevAttrCooperativeLaunch, device), "device");
   check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "device");
   if (can == 0) return 0;
   check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, merge_and_blur_kernel<T, V>,
-                                                           kTogether, 0),
+                                                           kCooperativeThreads, 0),
              "device");
   return processors * each;
 }
 
 template <class T, class V>
-void merge_and_blur_together(const Where& where, MeanField& m, int grid) {
+void merge_and_blur_cooperative(const Where& where, MeanField& m, int grid) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   int lanes = lanes_for(blocks);
   int64_t items = 0;
   for (int k = 0; k < m.term_count; ++k) items += m.terms[k].lattice.vertex_bound * blocks;
-  const int64_t most = (items + kTogether - 1) / kTogether;
+  const int64_t most = (items + kCooperativeThreads - 1) / kCooperativeThreads;
   if (most < grid) grid = most > 0 ? int(most) : 1;
   void* arguments[] = {&m, &lanes};
   check_cuda(cudaLaunchCooperativeKernel(merge_and_blur_kernel<T, V>, dim3(unsigned(grid)),
-                                         dim3(kTogether), arguments, 0, stream_of(where)),
+                                         dim3(kCooperativeThreads), arguments, 0, stream_of(where)),
              "dense_crf merge and blur");
 }
 
 template <class T, class V>
 void update_and_splat(const Where& where, const MeanField& m, bool first) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
     constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
     if constexpr (G * B * int(sizeof(V)) * kThreads <= kSharedBytes) {
       update_and_splat_kernel<T, V, G, B>
@@ -396,7 +377,7 @@ void update_and_splat(const Where& where, const MeanField& m, bool first) {
 
 // Two kernels an iteration.
 template <class T, class V>
-void run_together(const Where& where, MeanField m, int grid) {
+void iterate_fused(const Where& where, MeanField m, int grid) {
   for (int k = 0; k < m.term_count; ++k) {
     MeanFieldTerm& term = m.terms[k];
     const Lattice& l = term.lattice;
@@ -412,18 +393,18 @@ void run_together(const Where& where, MeanField m, int grid) {
   for (int i = 0; i < m.iterations; ++i) {
     update_and_splat<T, V>(where, m, i == 0);
     if (grid > 0) {
-      merge_and_blur_together<T, V>(where, m, grid);
+      merge_and_blur_cooperative<T, V>(where, m, grid);
     } else {
-      for (int k = 0; k < m.term_count; ++k) from_pairs<T, V>(where, m, m.terms[k]);
+      for (int k = 0; k < m.term_count; ++k) finish_term<T, V>(where, m, m.terms[k]);
     }
   }
   update<T, V>(where, m, false, true);
 }
 
 template <class T, class V>
-void run(const Where& where, const MeanField& m) {
+void iterate(const Where& where, const MeanField& m) {
   if (m.iterations > 0 && m.width * sizeof(T) * kThreads <= kSharedBytes) {
-    return run_together<T, V>(where, m, blocks_together<T, V>(where.device));
+    return iterate_fused<T, V>(where, m, cooperative_blocks<T, V>(where.device));
   }
   update<T, V>(where, m, true, m.iterations == 0);
   for (int i = 1; i <= m.iterations; ++i) {
@@ -431,27 +412,23 @@ void run(const Where& where, const MeanField& m) {
       const MeanFieldTerm& term = m.terms[k];
       splat_pairs(where, term.lattice, m.rows, term.scale_in, term.pairs, m.width,
                   sizeof(T) == sizeof(double));
-      from_pairs<T, V>(where, m, term);
+      finish_term<T, V>(where, m, term);
     }
     update<T, V>(where, m, false, i == m.iterations);
   }
 }
 
 template <class T>
-void run_width(const Where& where, const MeanField& m) {
-  if (m.width % 4 == 0) return run<T, Vec<T, 16 / sizeof(T)>>(where, m);
-  run<T, T>(where, m);
+void iterate_width(const Where& where, const MeanField& m) {
+  if (m.width % 4 == 0) return iterate<T, Vec<T, 16 / sizeof(T)>>(where, m);
+  iterate<T, T>(where, m);
 }
 
 }  // namespace
 
 void mean_field_cuda(const Where& where, const MeanField& m, bool is_double) {
   const DeviceGuard guard(where.device);
-  if (is_double) {
-    run_width<double>(where, m);
-  } else {
-    run_width<float>(where, m);
-  }
+  with_scalar(is_double, [&](auto scalar) { iterate_width<decltype(scalar)>(where, m); });
 }
 
 }  // namespace segkernels

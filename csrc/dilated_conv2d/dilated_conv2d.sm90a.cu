@@ -1,66 +1,72 @@
-// The convolution's kernel for Hopper, and the fix-up of cut tiles.
+// The convolution's persistent, warp-specialised Hopper kernel, and the fix-up of split tiles.
 //
-// A multiprocessor runs one block of 384 threads for the whole launch: a producer warpgroup, of
-// which one thread asks the copy engine for the next stages of a ring (the input's box, with zeros
-// around the image, and the weights), and two consumer warpgroups that multiply 64 pixels each. In
-// a cluster of two both blocks run the same loop on tiles of their own; each loads half of the
-// weights for both, so a stage is empty when the consumers of both blocks say so.
+// A multiprocessor runs one block of 384 threads for the whole launch. One thread of the producer
+// warpgroup issues TMA loads into the stages of a pipeline (the input's box, with zeros around the
+// image, and the weights); two consumer warpgroups run wgmma for 64 pixels each. In a cluster of
+// two, the blocks run the same loop on different tiles, and each loads half of the weights for both
+// by multicast, so a stage is empty when the consumers of both blocks have released it.
 #include "common/cuda_check.h"
-#include "common/tensor_map.h"
-#include "dilated_conv2d/ring.h"
+#include "dilated_conv2d/dilated_conv2d.h"
+#include "hopper/pipeline.h"
+#include "hopper/tensor_map.h"
 
 namespace segkernels::dilated {
 namespace {
 
 constexpr int kFixupThreads = 256, kFixupRows = 16;
 
+template <int kChannels>
+using Pipeline = hopper::Pipeline<kStageBytes<kChannels>, kStages<kChannels>>;
+
 struct TensorMaps {
   CUtensorMap input;
   CUtensorMap weight[kMaxBranches];
 };
 
-// One thread: every step of every segment of its worker.
+// The producer thread: loads for every step of every segment of its worker.
 template <class T, int kChannels, int kCluster>
-__device__ void produce(const TensorMaps& maps, const ConvCall& c, Ring<kChannels> ring, int worker,
-                        int rank) {
+__device__ void produce(const TensorMaps& maps, const ConvCall& c, Pipeline<kChannels> pipeline,
+                        int worker, int rank) {
   constexpr int kStepChannels = kStepBytes / sizeof(T);
-  constexpr int kRows = kChannels / kCluster;  // of the weights that this block loads
+  constexpr int kRows = kChannels / kCluster;  // of the weights, loaded by this block
   const int32_t channel_steps = int32_t((c.channels + kStepChannels - 1) / kStepChannels);
   for (int s = c.start[worker]; s < c.start[worker + 1]; ++s) {
     const Segment& segment = c.segments[s];
     const int steps = segment.end - segment.begin;
     const ConvBranch& branch = c.branch[segment.branch];
     const CUtensorMap& weight = maps.weight[segment.branch];
-    const BoxOrigin origin = box_origin(c, segment.place[rank]);
+    const BoxOrigin origin = box_origin(c, segment.tile_row[rank]);
     const int first_channel = segment.column * kChannels + rank * kRows;
     StepWalk walk(segment, channel_steps);
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i, walk.next(), ring.next()) {
+    for (int i = 0; i < steps; ++i, walk.next(), pipeline.next()) {
       const int channel = walk.channel_step * kStepChannels;
-      const uint32_t to = ring.stage(), full = ring.full_barrier();
+      const uint32_t to = pipeline.stage(), full = pipeline.full_barrier();
       const uint32_t to_weights = to + kPixelBytes + rank * kRows * kStepBytes;
       const int tap = walk.y * branch.kernel[1] + walk.x;
-      hopper::barrier_wait(ring.empty_barrier(), ring.parity ^ 1);
-      hopper::barrier_expect(full, (c.box[0] * c.box[1] * c.box[2] + kChannels) * kStepBytes);
-      hopper::copy_box(to, maps.input, full, channel,
+      hopper::mbarrier_wait(pipeline.empty_barrier(), pipeline.parity ^ 1);
+      hopper::mbarrier_arrive_expect_tx(full,
+                                        (c.box[0] * c.box[1] * c.box[2] + kChannels) * kStepBytes);
+      hopper::tma_load(to, maps.input, full, channel,
                        origin.x + walk.x * branch.dilation[1] - branch.padding[1],
                        origin.y + walk.y * branch.dilation[0] - branch.padding[0], origin.n);
       if constexpr (kCluster == 2) {
-        hopper::copy_box_to_both(to_weights, weight, full, channel, tap, first_channel);
+        hopper::tma_load_multicast(to_weights, weight, full, channel, tap, first_channel);
       } else {
-        hopper::copy_box(to_weights, weight, full, channel, tap, first_channel);
+        hopper::tma_load(to_weights, weight, full, channel, tap, first_channel);
       }
     }
   }
 }
 
-// A warpgroup: its 64 pixels of every tile. One group of products is always in flight; when the
-// next has been asked for and the one before is done, that one's stage is empty.
+// A consumer warpgroup: 64 pixels of every tile. One wgmma group is always in flight: after the
+// next is committed and the previous is done, the previous stage is released.
 template <class T, int kChannels, int kCluster>
-__device__ void consume(const ConvCall& c, Ring<kChannels> ring, int worker, int rank, int group) {
+__device__ void consume(const ConvCall& c, Pipeline<kChannels> pipeline, int worker, int rank,
+                        int group) {
   const int thread = threadIdx.x % kGroupThreads;
   const auto release = [thread](uint32_t empty) {
-    if (thread < kCluster) hopper::barrier_arrive(empty, thread);
+    if (thread < kCluster) hopper::mbarrier_arrive(empty, thread);
   };
   float sums[kChannels / 2] = {};
   for (int s = c.start[worker]; s < c.start[worker + 1]; ++s) {
@@ -68,26 +74,26 @@ __device__ void consume(const ConvCall& c, Ring<kChannels> ring, int worker, int
     const int steps = segment.end - segment.begin;
     uint32_t before = 0;
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i, ring.next()) {
-      const uint32_t pixels = ring.stage() + group * kGroupPixels * kStepBytes;
-      const uint32_t weights = ring.stage() + kPixelBytes;
-      hopper::barrier_wait(ring.full_barrier(), ring.parity);
-      hopper::products_fence();
+    for (int i = 0; i < steps; ++i, pipeline.next()) {
+      const uint32_t pixels = pipeline.stage() + group * kGroupPixels * kStepBytes;
+      const uint32_t weights = pipeline.stage() + kPixelBytes;
+      hopper::mbarrier_wait(pipeline.full_barrier(), pipeline.parity);
+      hopper::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kStepBytes; k += 32) {
-        hopper::multiply<T, kChannels>(sums, hopper::row_descriptor(pixels + k),
-                                       hopper::row_descriptor(weights + k), i > 0 || k > 0);
+        hopper::wgmma<T, kChannels>(sums, hopper::k_major_descriptor(pixels + k),
+                                    hopper::k_major_descriptor(weights + k), i > 0 || k > 0);
       }
-      hopper::products_commit();
-      hopper::products_wait<1>();
+      hopper::wgmma_commit();
+      hopper::wgmma_wait<1>();
       if (i > 0) release(before);
-      before = ring.empty_barrier();
+      before = pipeline.empty_barrier();
     }
-    hopper::products_wait<0>();
-    hopper::sums_ready(sums);
+    hopper::wgmma_wait<0>();
+    hopper::fence_operands(sums);
     release(before);
     store_sums<T, kChannels>(c, segment, rank, group, thread, sums);
-    __syncwarp();  // what follows is for whole warps
+    __syncwarp();  // reconverges the warp
   }
 }
 
@@ -95,42 +101,41 @@ template <class T, int kChannels, int kCluster>
 __global__ void __cluster_dims__(kCluster, 1, 1) __launch_bounds__(kBlockThreads, 1)
     conv_kernel(const __grid_constant__ TensorMaps maps, const __grid_constant__ ConvCall call) {
   extern __shared__ uint8_t shared[];
-  const Ring<kChannels> ring(shared);
+  const Pipeline<kChannels> pipeline(shared);
   const int rank = kCluster == 1 ? 0 : hopper::cluster_rank();
   const int worker = blockIdx.x / kCluster;
-  if (threadIdx.x == 0) ring.init(kGroups * kCluster);
+  if (threadIdx.x == 0) pipeline.init(kGroups * kCluster);
   hopper::cluster_sync();
   if (threadIdx.x < kGroupThreads) {
-    hopper::fewer_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T, kChannels, kCluster>(maps, call, ring, worker, rank);
+    hopper::setmaxnreg_dec<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<T, kChannels, kCluster>(maps, call, pipeline, worker, rank);
     __syncwarp();
   } else {
-    hopper::more_registers<kConsumerRegisters>();
-    consume<T, kChannels, kCluster>(call, ring, worker, rank, threadIdx.x / kGroupThreads - 1);
+    hopper::setmaxnreg_inc<kConsumerRegisters>();
+    consume<T, kChannels, kCluster>(call, pipeline, worker, rank, threadIdx.x / kGroupThreads - 1);
   }
-  // Neither block of a cluster may leave while the other still writes into its shared memory.
+  // A block must not exit while the other of its cluster may write to its shared memory.
   hopper::cluster_sync();
 }
 
-// A block: kFixupRows pixels of a cut tile; a thread: two channels of some of them.
+// A block: kFixupRows pixels of a split tile. A thread: two channels of some of them.
 template <class T>
 __global__ void __launch_bounds__(kFixupThreads, 1)
     fixup_kernel(const __grid_constant__ ConvCall call) {
-  const int pairs = call.tile_channels / 2;
-  const int pair = threadIdx.x % pairs;
+  const int vectors = call.tile_channels / 2;
   const Fixup fixup = call.fixups[blockIdx.x];
   const int first = blockIdx.y * kFixupRows;
-  for (int row = threadIdx.x / pairs; row < kFixupRows; row += kFixupThreads / pairs) {
-    add_slots<T>(call, fixup, first + row, pair);
+  for (int row = threadIdx.x / vectors; row < kFixupRows; row += kFixupThreads / vectors) {
+    add_slots<T>(call, fixup, first + row, 2 * (threadIdx.x % vectors));
   }
 }
 
 template <class T, int kChannels, int kCluster>
 void launch(const Where& where, const ConvCall& c) {
   constexpr int kStepChannels = kStepBytes / sizeof(T);
-  constexpr int kBytes = Ring<kChannels>::kBytes;
+  constexpr int kBytes = Pipeline<kChannels>::kBytes;
   if (c.segment_count > 0) {
-    // Also binds the device's context to this thread, which making the maps needs.
+    // Also binds the device's context to this thread, which encoding tensor maps needs.
     const auto kernel = conv_kernel<T, kChannels, kCluster>;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes),
                "dilated_conv2d: shared memory");

@@ -1,3 +1,4 @@
+// See schedule.h.
 #include "dilated_conv2d/schedule.h"
 
 #include <algorithm>
@@ -14,25 +15,23 @@
 namespace segkernels::dilated {
 namespace {
 
-// Pieces of a loop shorter than this cost more in their epilogue than they even out.
-constexpr int64_t kShortestPiece = 8;
-// Without a cluster that shares weights a step takes longer: 1 to 6% with tiles of 256 channels.
+// A shorter segment of a loop costs more in its epilogue than it balances.
+constexpr int64_t kShortestSegment = 8;
+// Slowdown of a step without a cluster that shares weights; 1 to 6% with tiles of 256 channels.
 constexpr double kClusterGain = 1.03;
-// An estimate, not measured: writing and adding up a slot of the workspace takes as long as
-// kSlotCost * tile_channels / (128 + tile_channels) steps.
+// An estimate, not measured: writing and summing a slot of the workspace costs kSlotCost *
+// tile_channels / (128 + tile_channels) steps.
 constexpr double kSlotCost = 12;
 constexpr size_t kBoxesTried = 3;
 constexpr double kMostTiles = 1 << 24;
 
-// Two tiles (or one) with the same loop: what a worker does at a time.
+// One or two tiles with the same loop: a worker's unit of work.
 struct Unit {
   Segment whole;
   int64_t steps;
 };
 
-int64_t count_of(int64_t size, int64_t part) { return ceil_div(size, part); }
-
-// The tap ranges of one axis, box by box.
+// The tap range of each box along one axis.
 std::vector<TapRange> ranges(const Shape& s, const Branch& b, int axis, int extent) {
   std::vector<TapRange> found;
   for (int64_t start = 0; start < s.out[axis]; start += extent) {
@@ -50,8 +49,8 @@ int64_t taps_in(const std::vector<TapRange>& ranges) {
   return sum;
 }
 
-// Units of every class of tiles that share branch, channels and tap rectangle; tiles without taps
-// go to the fix-ups, as sums of nothing.
+// Groups tiles by branch, channels and tap rectangle, and makes units of them. Tiles without taps
+// become fix-ups without slots.
 std::vector<Unit> make_units(const Shape& s, Schedule& out) {
   std::vector<Unit> units;
   const int64_t rows = out.boxes[1], columns = out.boxes[2];
@@ -60,11 +59,11 @@ std::vector<Unit> make_units(const Shape& s, Schedule& out) {
     const std::vector<TapRange> down = ranges(s, b, 0, out.box[1]);
     const std::vector<TapRange> across = ranges(s, b, 1, out.box[2]);
     std::map<std::array<int, 4>, std::vector<int32_t>> classes;
-    for (int64_t place = 0; place < out.boxes[0] * rows * columns; ++place) {
-      const TapRange y = down[place / columns % rows], x = across[place % columns];
-      classes[{y.first, y.last, x.first, x.last}].push_back(int32_t(place));
+    for (int64_t tile_row = 0; tile_row < out.boxes[0] * rows * columns; ++tile_row) {
+      const TapRange y = down[tile_row / columns % rows], x = across[tile_row % columns];
+      classes[{y.first, y.last, x.first, x.last}].push_back(int32_t(tile_row));
     }
-    const int32_t tile_columns = int32_t(count_of(b.out_channels, out.tile_channels));
+    const int32_t tile_columns = int32_t(ceil_div(b.out_channels, out.tile_channels));
     for (const auto& [taps, places] : classes) {
       const int64_t across_taps = taps_in({taps[2], taps[3]});
       const int64_t steps = taps_in({taps[0], taps[1]}) * across_taps * s.channel_steps;
@@ -98,12 +97,12 @@ std::vector<Unit> make_units(const Shape& s, Schedule& out) {
   return units;
 }
 
-// The length of the next piece of a loop with `left` steps to go, in a gap; 0: the gap is too
-// small. No piece is shorter than kShortestPiece, unless the loop is.
-int64_t piece(int64_t left, int64_t gap) {
+// The length of the next segment of a loop with `left` steps to go, in a gap; 0 if the gap is too
+// small. No segment is shorter than kShortestSegment, unless the loop is.
+int64_t segment_length(int64_t left, int64_t gap) {
   if (left <= gap) return left;
-  const int64_t length = std::min(gap, left - kShortestPiece);
-  return length < kShortestPiece ? 0 : length;
+  const int64_t length = std::min(gap, left - kShortestSegment);
+  return length < kShortestSegment ? 0 : length;
 }
 
 struct Assigned {
@@ -112,8 +111,8 @@ struct Assigned {
   int64_t slots = 0, max_load = 0;
 };
 
-// Whole units longest first to the least busy worker while they fit under `limit`, then pieces of
-// the rest into the gaps, largest gap first. False: it does not fit.
+// Assigns whole units, longest first, to the least busy worker while they fit under `limit`, then
+// cuts the rest into segments that fill the gaps, largest gap first. False if they do not fit.
 bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t limit,
             Assigned& out) {
   using Load = std::pair<int64_t, int>;
@@ -143,7 +142,7 @@ bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t li
     for (int64_t done = 0; done < unit->steps;) {
       int64_t length = 0;
       while (next < by_gap.size() &&
-             (length = piece(unit->steps - done, limit - load[by_gap[next]])) == 0) {
+             (length = segment_length(unit->steps - done, limit - load[by_gap[next]])) == 0) {
         ++next;
       }
       if (next == by_gap.size()) return false;
@@ -155,15 +154,15 @@ bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t li
       load[by_gap[next]] += length;
       done += length;
     }
-    const int32_t pieces = int32_t(out.slots - first_slot);
-    if (pieces == 1) {  // it fitted into one gap after all
+    const int32_t count = int32_t(out.slots - first_slot);
+    if (count == 1) {  // it fitted into one gap
       out.of_worker[by_gap[next]].back().slot = -1;
       out.slots = first_slot;
       continue;
     }
-    for (int rank = 0; rank < cluster && unit->whole.place[rank] >= 0; ++rank) {
-      out.fixups.push_back({unit->whole.place[rank], unit->whole.branch, unit->whole.column,
-                            int32_t(first_slot * cluster + rank), cluster, pieces});
+    for (int rank = 0; rank < cluster && unit->whole.tile_row[rank] >= 0; ++rank) {
+      out.fixups.push_back({unit->whole.tile_row[rank], unit->whole.branch, unit->whole.column,
+                            int32_t(first_slot * cluster + rank), cluster, count});
     }
   }
   out.max_load = *std::max_element(load.begin(), load.end());
@@ -190,25 +189,25 @@ void check(const Shape& s, int multiprocessors) {
 
 void check_tiles(const Shape& s, const Schedule& out) {
   double tiles = 0;
-  for (const Branch& b : s.branches) tiles += double(count_of(b.out_channels, out.tile_channels));
+  for (const Branch& b : s.branches) tiles += double(ceil_div(b.out_channels, out.tile_channels));
   for (const int64_t boxes : out.boxes) tiles *= double(boxes);
   if (tiles > kMostTiles) {
     throw std::invalid_argument("dilated_conv2d: more than 2^24 tiles; split the batch");
   }
 }
 
-// Loop steps a worker would do in the time that the schedule is expected to take.
+// The estimated time, in loop steps of a worker.
 double cost_of(const Schedule& s, int64_t max_load, int64_t slots) {
   const double slot_steps = kSlotCost * s.tile_channels / (kTilePixels + s.tile_channels);
   return double(max_load) * (s.cluster == 2 ? 1 : kClusterGain) +
          slot_steps * double(slots) / s.workers;
 }
 
-// Gives the units to the workers and fills in what `out` lacks.
+// Assigns the units to workers and fills in the rest of `out`.
 void distribute(const std::vector<Unit>& units, Schedule& out) {
   int64_t total = 0;
   for (const Unit& unit : units) total += unit.steps;
-  // A looser limit leaves fewer tiles to cut.
+  // A looser limit splits fewer tiles.
   Assigned best, tried;
   out.cost = std::numeric_limits<double>::infinity();
   for (int64_t limit = std::max<int64_t>(1, ceil_div(total, out.workers));
@@ -235,7 +234,7 @@ Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, in
                       std::array<int, 3> box) {
   Schedule out{};
   out.box = box;
-  out.boxes = {count_of(s.batch, box[0]), count_of(s.out[0], box[1]), count_of(s.out[1], box[2])};
+  out.boxes = {ceil_div(s.batch, box[0]), ceil_div(s.out[0], box[1]), ceil_div(s.out[1], box[2])};
   out.tile_channels = tile_channels;
   out.cluster = cluster;
   out.workers = std::max(1, multiprocessors / cluster);
@@ -244,7 +243,7 @@ Schedule schedule_for(const Shape& s, int multiprocessors, int tile_channels, in
   return out;
 }
 
-// For every tap of an axis the boxes (first, last) that it reads inside the image.
+// For every tap of an axis, the boxes (first, last) that it reads inside the image.
 std::vector<TapRange> boxes_of_taps(const Shape& s, int axis, int extent) {
   const Branch& b = s.branches[0];
   std::vector<TapRange> found(b.kernel[axis], {0, -1});
@@ -258,14 +257,14 @@ std::vector<TapRange> boxes_of_taps(const Shape& s, int axis, int extent) {
   return found;
 }
 
-// Tiles of the weight's gradient: for each tap every block of output and of input channels.
+// Tiles of the weight gradient: for each tap, every block of output and of input channels.
 std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& out) {
   std::vector<Unit> units;
   const Branch& b = s.branches[0];
   const std::vector<TapRange> down = boxes_of_taps(s, 0, out.box[1]);
   const std::vector<TapRange> across = boxes_of_taps(s, 1, out.box[2]);
-  const int32_t rows = int32_t(count_of(b.out_channels, kTileRows));
-  const int32_t columns = int32_t(count_of(channels, out.tile_channels));
+  const int32_t rows = int32_t(ceil_div(b.out_channels, kTileRows));
+  const int32_t columns = int32_t(ceil_div(channels, out.tile_channels));
   for (int32_t tap = 0; tap < b.kernel[0] * b.kernel[1]; ++tap) {
     const TapRange y = down[tap / b.kernel[1]], x = across[tap % b.kernel[1]];
     const int64_t steps = taps_in(y) * taps_in(x) * out.boxes[0];
@@ -299,14 +298,14 @@ std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& 
 }  // namespace
 
 int choose_tile_channels(const Shape& shape) {
-  // Bytes loaded to shared memory for a product grow as tiles narrow; relative to 256 channels.
+  // Relative cost of a product: narrower tiles load more bytes to shared memory.
   constexpr std::pair<int, double> kCosts[] = {{256, 1.0}, {128, 1.15}, {64, 1.5}, {32, 2.2}};
   int best = 0;
   double least = std::numeric_limits<double>::infinity();
   for (const auto& [channels, factor] : kCosts) {
     double cost = 0;
     for (const Branch& b : shape.branches) {
-      cost += factor * double(count_of(b.out_channels, channels) * channels) * b.kernel[0] *
+      cost += factor * double(ceil_div(b.out_channels, channels) * channels) * b.kernel[0] *
               b.kernel[1];
     }
     if (cost < least) std::tie(best, least) = std::make_pair(channels, cost);
@@ -331,16 +330,16 @@ std::vector<std::array<int, 3>> best_boxes(const Shape& shape, size_t count, int
   using Ranked = std::pair<std::array<int64_t, 4>, std::array<int, 3>>;
   std::vector<Ranked> ranked;
   const auto rank = [&](int images, int rows, int columns) {
-    const int64_t layers = count_of(shape.batch, images);
+    const int64_t layers = ceil_div(shape.batch, images);
     int64_t steps = 0;
     for (size_t i = 0; i < taps.size(); ++i) {
       steps += layers * taps[i][0][rows] * taps[i][1][columns] * shape.branches[i].out_channels;
     }
-    const int64_t boxes = layers * count_of(shape.out[0], rows) * count_of(shape.out[1], columns);
-    // Among equals the fewest boxes, then the longest runs of memory.
+    const int64_t boxes = layers * ceil_div(shape.out[0], rows) * ceil_div(shape.out[1], columns);
+    // Ties: fewest boxes, then the longest contiguous rows.
     ranked.push_back({{steps, boxes, -columns, -rows}, {images, rows, columns}});
   };
-  // Where boxes must be full more images than there are may be needed to fill them.
+  // A full box may need more images than there are.
   const int64_t most = multiple > 1 ? pixels : std::min<int64_t>(pixels, shape.batch);
   for (int images = 1; images <= most; ++images) {
     for (int rows = 1; images * rows <= pixels; ++rows) {
@@ -386,12 +385,12 @@ Schedule make_schedule(const Shape& shape, int multiprocessors, int tile_channel
 Schedule make_weight_schedule(const Shape& shape, int64_t channels, int multiprocessors) {
   check(shape, multiprocessors);
   if (shape.branches.size() != 1 || channels < 1) {
-    throw std::invalid_argument("dilated_conv2d: the weight's gradient is of one branch");
+    throw std::invalid_argument("dilated_conv2d: the weight gradient needs one branch");
   }
   Schedule out{};
   out.box = best_boxes(shape, 1, kStepPixels, kStepPixels)[0];
-  out.boxes = {count_of(shape.batch, out.box[0]), count_of(shape.out[0], out.box[1]),
-               count_of(shape.out[1], out.box[2])};
+  out.boxes = {ceil_div(shape.batch, out.box[0]), ceil_div(shape.out[0], out.box[1]),
+               ceil_div(shape.out[1], out.box[2])};
   out.tile_channels = channels <= 64 ? 64 : channels <= 128 ? 128 : 256;
   out.cluster = 1;
   out.workers = multiprocessors;

@@ -1,4 +1,4 @@
-// Which taps of a kernel a box of outputs needs, one axis at a time.
+// The taps of a kernel that a box of outputs needs, along one axis.
 #pragma once
 
 #include <stdint.h>
@@ -6,7 +6,7 @@
 namespace segkernels::dilated {
 
 struct TapRange {
-  int first, last;  // none: last < first
+  int first, last;  // empty: last < first
 };
 
 inline int64_t floor_div(int64_t a, int64_t b) {
@@ -14,9 +14,9 @@ inline int64_t floor_div(int64_t a, int64_t b) {
 }
 inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
-// Outputs start .. start + extent - 1 read through tap k the `extent` inputs from
-// start + k * dilation - padding on. The taps for which one of these is in 0 .. size - 1 have no
-// gap between them. segkernels/ops/dilated_conv2d/geometry.py says the same in Python.
+// Through tap k, outputs start .. start + extent - 1 read `extent` inputs from start + k * dilation
+// - padding on. The taps that read an input in 0 .. size - 1 are a contiguous range.
+// segkernels/ops/dilated_conv2d/geometry.py has the same in Python.
 inline TapRange tap_range(int64_t start, int64_t extent, int64_t size, int kernel, int dilation,
                           int padding) {
   const int64_t first = ceil_div(padding - start - extent + 1, dilation);

@@ -1,9 +1,9 @@
-// The weight's gradient of the Hopper convolution:
-//   dw[o][tap][c] = sum over pixels of grad[pixel][o] * x[what the tap reads for pixel][c]
-// in the frame of dilated_conv2d.h: a ring, a schedule, slots and fix-ups. A loop step takes a box
-// of 64 pixels: 128 channels of the gradient and `tile_channels` of the input there, shifted by the
-// tap, with zeros outside the image. Both lie in shared memory as they lie in the tensors, channels
-// innermost, and the sum runs across them.
+// The weight gradient of the Hopper convolution:
+//   dw[o][tap][c] = sum over pixels of grad[pixel][o] * x[input of the tap at pixel][c]
+// with the pipeline, schedule, slots and fix-ups of dilated_conv2d.h. A loop step takes a box of 64
+// pixels: 128 channels of the gradient, and `tile_channels` of the input, shifted by the tap, with
+// zeros outside the image. Operands keep the layout of the tensors, channels innermost, and the sum
+// runs across rows (MN-major).
 #pragma once
 
 #include "dilated_conv2d/dilated_conv2d.h"
@@ -30,12 +30,12 @@ struct WeightCall {
   float* workspace;  // [tile][output channel][input channel]
 };
 
-// Needs *.sm90a.cu to be compiled: SK_HAVE_SM90A.
+// Only where *.sm90a.cu is compiled: SK_HAVE_SM90A.
 void weight_gradient_sm90(const Where& where, const WeightCall& call);
 
 inline namespace SK_NS {
 
-// Where the boxes of a step start: in the gradient, and how much further in the input.
+// The origin of a step's box in the gradient, and its shift in the input.
 struct StepBoxes {
   BoxOrigin grad;
   int32_t shift_y, shift_x;
@@ -52,50 +52,50 @@ SK_HD float* workspace_row(const WeightCall& c, int64_t tile, int row) {
   return c.workspace + (tile * kTileRows + row) * c.tile_channels;
 }
 
-// Two neighbours of the gradient, channels even: rows of the tensors are multiples of 16 bytes.
+// Two neighbouring channels, the first even: rows of the tensors are multiples of 16 bytes.
 template <class T>
 SK_HD void store_weights(const WeightCall& c, int64_t row, int32_t tap, int64_t channel,
                          float first, float second) {
   if (row >= c.out_channels || channel >= c.channels) return;
   const int64_t taps = int64_t(c.kernel[0]) * c.kernel[1];
   T* output = static_cast<T*>(c.output) + (row * taps + tap) * c.channels + channel;
-  store_pair<true, T>(output, {narrow_to<T>(first), narrow_to<T>(second)}, true);
+  store_vec2<true, T>(output, {narrow_to<T>(first), narrow_to<T>(second)}, true);
 }
 
-// What one thread holds of a tile: two rows of every column of eight channels.
+// A thread's accumulators: two rows of every eight-channel column.
 template <class T, int kChannels>
 SK_HD void store_weight_sums(const WeightCall& c, const Segment& s, int group, int thread,
                              const float (&sums)[kChannels / 2]) {
-  const int column = hopper::sum_column(thread, 0);
+  const int column = hopper::accumulator_column(thread, 0);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = group * kTileRows / kGroups + hopper::sum_row(thread, 2 * half);
+    const int row = group * kTileRows / kGroups + hopper::accumulator_row(thread, 2 * half);
     float* slot = s.slot < 0 ? nullptr : workspace_row(c, s.slot, row) + column;
 #pragma unroll
     for (int j = 0; j < kChannels / 8; ++j) {
       const float first = sums[4 * j + 2 * half], second = sums[4 * j + 2 * half + 1];
       if (slot != nullptr) {
-        store_pair<true, float>(slot + kPairStride * j, {first, second}, true);
+        store_vec2<true, float>(slot + kVec2Stride * j, {first, second}, true);
       } else {
-        store_weights<T>(c, int64_t(s.place[0]) * kTileRows + row, s.branch,
-                         int64_t(s.column) * kChannels + column + kPairStride * j, first, second);
+        store_weights<T>(c, int64_t(s.tile_row[0]) * kTileRows + row, s.branch,
+                         int64_t(s.column) * kChannels + column + kVec2Stride * j, first, second);
       }
     }
   }
 }
 
-// Channels 2 * pair and 2 * pair + 1 of a cut tile's row: its slots in their order.
+// Sums the slots of a split tile in order: one row, channels `channel` and `channel` + 1.
 template <class T>
-SK_HD void add_weight_slots(const WeightCall& c, const Fixup& f, int row, int pair) {
+SK_HD void add_weight_slots(const WeightCall& c, const Fixup& f, int row, int channel) {
   float first = 0, second = 0;
   for (int32_t i = 0; i < f.count; ++i) {
-    const float* slot = workspace_row(c, f.first + int64_t(i) * f.stride, row) + 2 * pair;
-    const Pair<float> add = load_pair<true>(slot, true);
+    const float* slot = workspace_row(c, f.first + int64_t(i) * f.stride, row) + channel;
+    const Vec2<float> add = load_vec2<true>(slot, true);
     first += add.first;
     second += add.second;
   }
-  store_weights<T>(c, int64_t(f.place) * kTileRows + row, f.branch,
-                   int64_t(f.column) * c.tile_channels + 2 * pair, first, second);
+  store_weights<T>(c, int64_t(f.tile_row) * kTileRows + row, f.branch,
+                   int64_t(f.column) * c.tile_channels + channel, first, second);
 }
 
 }  // namespace SK_NS

@@ -1,10 +1,11 @@
-// The exact Gaussian filter, compiled once per instruction set (SK_ISA). A vector holds
-// neighbouring queries; keys come one after the other, their features and values as scalars, so
-// that nothing is summed across lanes. Parallel over tiles of queries, each summed in one order:
-// within a tile of keys, then over tiles, which also keeps rounding small.
+// The exact Gaussian filter on the CPU, compiled once per instruction set (SK_ISA). SIMD lanes are
+// neighbouring queries, and keys are scalars in a loop, so nothing is summed across lanes. Parallel
+// over tiles of queries. The order of summation is fixed: within a tile of keys, then over tiles,
+// which also keeps rounding errors small.
 #include <math.h>
 #include <string.h>
 
+#include "common/lanes.h"
 #include "common/math.h"
 #include "common/parallel_for.h"
 #include "gaussian_filter/gaussian_filter.h"
@@ -13,31 +14,13 @@ namespace segkernels {
 inline namespace SK_ISA {
 
 #if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#else
-constexpr int kBytes = 32;
-#endif
-
-#if defined(__AVX512F__)
 template <>
 struct MathOf<Vec<float, 16>> : FloatMath<Vec<float, 16>, Vec<int32_t, 16>> {};
 #endif
 
-template <class V, class T>
-inline V load(const T* from) {
-  V v;
-  memcpy(&v, from, sizeof v);
-  return v;
-}
-
-template <class V, class T>
-inline void store(T* to, const V& v) {
-  memcpy(to, &v, sizeof v);
-}
-
 template <class T>
 struct FilterTile {
-  static constexpr int kLanes = kBytes / int(sizeof(T));
+  static constexpr int kLanes = kVectorBytes / int(sizeof(T));
   static constexpr int kTile = kGaussianTile;
   using V = Vec<T, kLanes>;
 
@@ -47,7 +30,7 @@ struct FilterTile {
     return static_cast<const T*>(data) + offset;
   }
 
-  // One tile of queries of one image, against all keys.
+  // One tile of queries of one image, with all keys.
   void operator()(int64_t item) const {
     const int64_t tiles = f.queries.points / kTile, key_tiles = f.keys.points / kTile;
     const int64_t image = item / tiles, tile = item % tiles;
@@ -72,7 +55,7 @@ struct FilterTile {
     }
   }
 
-  // The squared distance between the boxes of two tiles.
+  // Squared distance between the bounding boxes of two tiles.
   T apart(int64_t image, int64_t tile, int64_t key_tile) const {
     const int64_t tiles = f.queries.points / kTile, key_tiles = f.keys.points / kTile;
     const int64_t q = image * f.dims * tiles + tile, k = image * f.dims * key_tiles + key_tile;
@@ -105,12 +88,13 @@ struct FilterTile {
     }
   }
 
-  // Of some queries and a tile of keys; D is the number of features, or 0.
+  // The weights of some queries and a tile of keys. D: number of features, or 0 if not known at
+  // compile time.
   template <int D>
   void weigh(const T* x, const T* y, V* weights) const {
     const int dims = D > 0 ? D : f.dims;
     V place[D > 0 ? D : 16];
-    for (int d = 0; d < dims; ++d) place[d] = load<V>(x + d * f.queries.points);
+    for (int d = 0; d < dims; ++d) place[d] = load_lanes<kLanes>(x + d * f.queries.points);
     for (int j = 0; j < kTile; ++j) {
       V total{};
       for (int d = 0; d < dims; ++d) {
@@ -128,7 +112,7 @@ struct FilterTile {
     if (c < f.channels) add<1>(weights, b + c, out + c * f.queries.points);
   }
 
-  // N channels.
+  // Sums N channels.
   template <int N>
   void add(const V* weights, const T* b, T* out) const {
     V sum[N]{};
@@ -137,7 +121,7 @@ struct FilterTile {
     }
     for (int n = 0; n < N; ++n) {
       T* to = out + n * f.queries.points;
-      store(to, load<V>(to) + sum[n]);
+      store_lanes(to, load_lanes<kLanes>(to) + sum[n]);
     }
   }
 
@@ -145,28 +129,28 @@ struct FilterTile {
     for (int j = 0; j < kTile; ++j) {
       V product{};
       for (int c = 0; c < f.channels; ++c) {
-        product += load<V>(a + c * f.queries.points) * b[j * f.channels + c];
+        product += load_lanes<kLanes>(a + c * f.queries.points) * b[j * f.channels + c];
       }
       weights[j] = weights[j] * product;
     }
     for (int d = 0; d < f.dims; ++d) {
-      const V place = load<V>(x + d * f.queries.points);
+      const V place = load_lanes<kLanes>(x + d * f.queries.points);
       V sum{};
       for (int j = 0; j < kTile; ++j) sum += weights[j] * (y[d * f.keys.points + j] - place);
       T* to = out + d * f.queries.points;
-      store(to, load<V>(to) + sum);
+      store_lanes(to, load_lanes<kLanes>(to) + sum);
     }
   }
 };
 
+}  // namespace SK_ISA
+
+template <Isa kIsa>
 void gaussian_filter(const Where& where, const GaussianFilter& f, bool is_double) {
   const int64_t items = f.batch * (f.queries.points / kGaussianTile);
-  if (is_double) {
-    parallel_tiles(where, items, FilterTile<double>{f});
-  } else {
-    parallel_tiles(where, items, FilterTile<float>{f});
-  }
+  is_double ? parallel_tiles(where, items, FilterTile<double>{f})
+            : parallel_tiles(where, items, FilterTile<float>{f});
 }
 
-}  // namespace SK_ISA
+template void gaussian_filter<Isa::SK_ISA>(const Where&, const GaussianFilter&, bool);
 }  // namespace segkernels

@@ -1,6 +1,6 @@
-// One axis of a resampling: which inputs an output reads, with which weights, and which outputs
-// read an input. The arithmetic is that of torch's F.interpolate on the device at hand, down to the
-// rounding of source coordinates: those decide.
+// One axis of a resampling: the taps of an output (inputs and weights), and the outputs that read
+// an input. The arithmetic is that of torch's F.interpolate on the same device, including the
+// rounding of source coordinates, which decides what an output reads.
 #pragma once
 
 #include <math.h>
@@ -12,17 +12,17 @@ namespace segkernels {
 
 enum class Mode : int { kNearest = 0, kNearestExact = 1, kBilinear = 2, kBicubic = 3 };
 
-// Whose arithmetic: torch has two for the nearest modes on the CPU (the general one, and one for
-// small outputs and for channels_last), and its own on CUDA.
+// The arithmetic to follow. For the nearest modes torch has two on the CPU (the general one, and
+// one for small outputs and channels_last), and another on CUDA.
 enum class Rule : int { kCpu = 0, kCpuSmall = 1, kCuda = 2 };
 
 enum AxisKind : int {
   kIdentity,
   kHalved,       // i >> 1
-  kFloor,        // floor(scale i) in the computing type
+  kFloor,        // floor(scale * i) in the computing type
   kFloorSingle,  // the same in float
-  kExact,        // floor(source + 0.5), from a source coordinate that is not below zero
-  kExactDouble,  // floor(scale (i + 0.5)) in double, then rounded to float
+  kExact,        // floor(source + 0.5), for a source coordinate clamped to 0
+  kExactDouble,  // floor(scale * (i + 0.5)) in double, rounded to float first
   kExactSingle,  // the same in float
   kLinear,
   kLinearAligned,
@@ -34,13 +34,13 @@ enum AxisKind : int {
 template <class A>
 struct Axis {
   int32_t in, out;
-  A scale;    // input steps an output step
+  A scale;    // input steps per output step
   A inverse;  // 1 / scale, or 0: only for estimates
   AxisKind kind;
   bool cuda;
 };
 
-// Reads inputs start .. start + K - 1, clamped to the axis.
+// Weights of the inputs start .. start + K - 1, clamped to the axis.
 template <class A, int K>
 struct Taps {
   int32_t start;
@@ -51,7 +51,7 @@ constexpr int taps_of(Mode mode) {
   return mode == Mode::kBilinear ? 2 : mode == Mode::kBicubic ? 4 : 1;
 }
 
-// factor: the scale factor that the source coordinates are computed with, or 0 for out / in.
+// factor: the scale factor of the source coordinates, or 0 for out / in.
 template <class A>
 Axis<A> make_axis(int64_t in, int64_t out, Mode mode, bool align_corners, double factor, Rule rule,
                   bool same_size) {
@@ -101,7 +101,7 @@ SK_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 
 SK_HD int32_t clamp_index(int32_t i, int32_t size) { return i < 0 ? 0 : i >= size ? size - 1 : i; }
 
-// The source coordinate of output i; torch's compilers fuse the multiplication and the addition.
+// The source coordinate of output i. torch's compilers fuse the multiply and the add.
 template <class A>
 SK_HD A source_of(const Axis<A>& axis, int32_t i) {
   if (axis.kind == kLinearAligned || axis.kind == kCubicAligned) return axis.scale * A(i);
@@ -149,7 +149,7 @@ SK_HD A cubic_far(A x) {
 
 template <class A>
 SK_HD int32_t floor_of(const Axis<A>& axis, A source) {
-  // torch's floorf rounds a double to float first, except in the bilinear kernels of CUDA.
+  // torch's floorf first rounds a double to float, except in the bilinear kernels on CUDA.
   const bool linear = axis.kind == kLinear || axis.kind == kLinearAligned;
   const int32_t index = axis.cuda && linear ? int32_t(source) : int32_t(floorf(float(source)));
   return index < axis.in ? index : axis.in - 1;
@@ -168,7 +168,7 @@ SK_HD Taps<A, K> taps_at(const Axis<A>& axis, int32_t i) {
     const A source = source_of(axis, i);
     const int32_t index = floor_of(axis, source);
     A t = source - A(index);
-    // floorf may round a double up; torch's bicubic kernel on CUDA lets the difference be.
+    // floorf may round a double up; torch's bicubic kernel on CUDA keeps the negative difference.
     if (t < A(0) && !(axis.cuda && K == 4)) t = A(0);
     if (t > A(1)) t = A(1);
     if constexpr (K == 2) {
@@ -186,7 +186,7 @@ SK_HD Taps<A, K> taps_at(const Axis<A>& axis, int32_t i) {
   return taps;
 }
 
-// The input that tap k reads. An identity reads one input alone: a NaN beside it must not reach the
+// The input that tap k reads. An identity reads one input only: a NaN next to it must not reach the
 // output through a zero weight.
 template <class A>
 SK_HD int32_t tap_position(const Axis<A>& axis, int32_t start, int k) {
@@ -200,9 +200,8 @@ SK_HD int32_t start_at(const Axis<A>& axis, int32_t i) {
   return floor_of(axis, source_of(axis, i)) - (K == 4);
 }
 
-// The first output whose taps start at `start` or later; `out` when there is none. Starts never
-// fall from one output to the next, so an estimate is made exact by stepping with the very function
-// that the forward pass uses.
+// The first output whose taps start at `start` or later; `out` if none does. Starts are monotonic,
+// so a guess is corrected by steps with the function of the forward pass.
 template <int K, class A>
 SK_HD int32_t first_output(const Axis<A>& axis, int32_t start) {
   if (start_at<K>(axis, 0) >= start) return 0;
@@ -212,13 +211,13 @@ SK_HD int32_t first_output(const Axis<A>& axis, int32_t start) {
   const A shift = axis.kind == kLinear || axis.kind == kCubic ? A(0.5) : A(0);
   const A guess = (A(start + (K == 4)) + shift) * axis.inverse - (centred ? A(0.5) : A(0));
   int32_t i = guess < A(0) ? 0 : guess > A(axis.out) ? axis.out : int32_t(guess);
-  if (i > axis.out) i = axis.out;  // float(out) may be above out
+  if (i > axis.out) i = axis.out;  // float(out) may exceed out
   while (i > 0 && start_at<K>(axis, i - 1) >= start) --i;
   while (i < axis.out && start_at<K>(axis, i) < start) ++i;
   return i;
 }
 
-// Outputs [first, last) are those that read input j.
+// Outputs [first, last) read input j.
 template <int K, class A>
 SK_HD int32_t first_reader(const Axis<A>& axis, int32_t j) {
   if (j <= 0) return 0;
@@ -230,7 +229,7 @@ SK_HD int32_t last_reader(const Axis<A>& axis, int32_t j) {
   return j >= axis.in - 1 ? axis.out : first_output<K>(axis, j + 1);
 }
 
-// The weight with which output i reads input j.
+// The weight of input j in output i.
 template <int K, class A>
 SK_HD A weight_of(const Axis<A>& axis, int32_t i, int32_t j) {
   const Taps<A, K> taps = taps_at<K>(axis, i);

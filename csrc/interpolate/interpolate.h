@@ -1,4 +1,4 @@
-// The native interface of interpolate: forward and backward of one 2-D resampling.
+// The native interface of interpolate: forward and backward of a 2-D resampling.
 #pragma once
 
 #include "common/where.h"
@@ -7,26 +7,26 @@
 
 namespace segkernels {
 
-// A resampling as Python describes it; planes and inner as in kernels.h.
+// Arguments of a resampling; planes and inner as in kernels.h.
 struct Resampling {
   int64_t planes, inner;
   int64_t in_height, in_width, out_height, out_width;
-  double factor_y, factor_x;  // 0: from the sizes
+  double factor_y, factor_x;  // 0: computed from the sizes
   Mode mode;
   bool align_corners;
   Rule rule;
 
   bool same_size() const { return in_height == out_height && in_width == out_width; }
 
-  // Inputs along an axis that an output reads. On CUDA torch copies a map that keeps its size: a
-  // second tap, with the weight 0, would make NaN of its neighbour's infinity.
+  // Taps of an output along an axis. On CUDA torch copies a map whose size stays the same: a second
+  // tap of weight 0 would turn a neighbour's infinity into NaN.
   int taps() const { return rule == Rule::kCuda && same_size() ? 1 : taps_of(mode); }
 
   template <class A>
   Geometry<A> geometry() const {
     if (in_width * inner > INT32_MAX || out_width * inner > INT32_MAX || in_height > INT32_MAX ||
         out_height > INT32_MAX) {
-      throw std::runtime_error("segkernels: rows and columns of 2^31 values or more");
+      throw std::runtime_error("segkernels: interpolate: a row or column has 2^31 values or more");
     }
     const bool same = same_size();
     return {planes, int32_t(inner),

@@ -1,12 +1,12 @@
-// interpolate on the CPU, row by row, compiled once per instruction set (SK_ISA). Forward: every
-// input row is interpolated along the width once and kept while outputs need it; outputs are then
-// sums of whole rows. Backward: the other way round. Parallel over rows in chunks, one a thread; no
-// value depends on the cut.
+// interpolate on the CPU, compiled once per instruction set (SK_ISA). Forward: interpolates every
+// input row along the width once and keeps it while outputs need it; an output row is a weighted
+// sum of such rows. Backward: the transpose. Parallel over chunks of rows; no value depends on the
+// number of threads.
 #include <string.h>
 
 #include "common/lanes.h"
-#include "interpolate/chunks.h"
-#include "interpolate/rows.h"
+#include "common/parallel_for.h"
+#include "interpolate/interpolate_cpu.h"
 
 namespace segkernels {
 inline namespace SK_ISA {
@@ -25,10 +25,10 @@ const Acc<T>* widen_row(const T* row, int64_t n, Acc<T>* buffer) {
 }
 
 template <class A, int K>
-void along_width(const ForwardRows<A>& p, const A* row, A* out) {
-  const int64_t width = p.g.x.out, inner = p.g.inner;
-  const int32_t* position = p.x.position;
-  const A* weight = p.x.weight;
+void along_width(const ForwardTables<A>& t, const A* row, A* out) {
+  const int64_t width = t.g.x.out, inner = t.g.inner;
+  const int32_t* position = t.x.position;
+  const A* weight = t.x.weight;
   if (inner == 1) {
 #pragma GCC ivdep
     for (int64_t x = 0; x < width; ++x) {
@@ -79,16 +79,16 @@ void blend(const Acc<T>* const* rows, const Acc<T>* weight, T* out, int64_t n) {
   }
 }
 
-// Channels of a pixel between two rows: four pixels are read, and nothing is kept.
+// The channels of a bilinear output pixel from its four input pixels, without keeping rows.
 template <class T>
-void blend_pixels(const ForwardRows<Acc<T>>& p, const T* upper, const T* lower, Acc<T> above,
+void blend_pixels(const ForwardTables<Acc<T>>& t, const T* upper, const T* lower, Acc<T> above,
                   Acc<T> below, T* out) {
   using A = Acc<T>;
   constexpr int W = kWidth<T>;
-  const int64_t width = p.g.x.out, inner = p.g.inner;
+  const int64_t width = t.g.x.out, inner = t.g.inner;
   for (int64_t x = 0; x < width; ++x, out += inner) {
-    const int64_t left = p.x.position[x] * inner, right = p.x.position[width + x] * inner;
-    const A w0 = p.x.weight[x], w1 = p.x.weight[width + x];
+    const int64_t left = t.x.position[x] * inner, right = t.x.position[width + x] * inner;
+    const A w0 = t.x.weight[x], w1 = t.x.weight[width + x];
     each_block<W>(inner, [&](auto count, int64_t first) {
       for (int64_t c = first; c < first + count * W; c += W) {
         auto top = w0 * load_wide<W>(upper + left + c);
@@ -104,36 +104,36 @@ void blend_pixels(const ForwardRows<Acc<T>>& p, const T* upper, const T* lower, 
 }
 
 template <class T>
-void forward_pixels(const Where& where, const ForwardRows<Acc<T>>& p, const T* input, T* output) {
-  const int64_t in_row = int64_t(p.g.x.in) * p.g.inner, out_row = int64_t(p.g.x.out) * p.g.inner;
-  const int64_t height = p.g.y.out;
-  parallel_chunks(where, p.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
+void forward_pixels(const Where& where, const ForwardTables<Acc<T>>& t, const T* input, T* output) {
+  const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, out_row = int64_t(t.g.x.out) * t.g.inner;
+  const int64_t height = t.g.y.out;
+  parallel_chunks(where, t.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = i % height;
-      const T* plane = input + i / height * p.g.y.in * in_row;
-      blend_pixels<T>(p, plane + p.y.position[y] * in_row,
-                      plane + p.y.position[height + y] * in_row, p.y.weight[y],
-                      p.y.weight[height + y], output + i * out_row);
+      const T* plane = input + i / height * t.g.y.in * in_row;
+      blend_pixels<T>(t, plane + t.y.position[y] * in_row,
+                      plane + t.y.position[height + y] * in_row, t.y.weight[y],
+                      t.y.weight[height + y], output + i * out_row);
     }
   });
 }
 
-// Rows interpolated along the width are worth keeping where outputs share them and they stay in the
+// Whether to keep rows that are interpolated along the width: outputs share them, and they fit the
 // cache.
 template <class T>
-bool rows_are_shared(const ForwardRows<Acc<T>>& p) {
+bool rows_are_shared(const ForwardTables<Acc<T>>& t) {
   constexpr int64_t kMost = 128 * 1024;
-  return p.g.y.out > p.g.y.in && 2 * p.row_stride() * int64_t(sizeof(Acc<T>)) <= kMost;
+  return t.g.y.out > t.g.y.in && 2 * t.row_stride() * int64_t(sizeof(Acc<T>)) <= kMost;
 }
 
 template <class T, int K>
-void forward_rows(const Where& where, const ForwardRows<Acc<T>>& p, const T* input, T* output) {
+void forward_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* input, T* output) {
   using A = Acc<T>;
-  const int64_t in_row = int64_t(p.g.x.in) * p.g.inner, out_row = int64_t(p.g.x.out) * p.g.inner;
-  const int64_t height = p.g.y.out;
-  parallel_chunks(where, p.g.planes * height, [&](int64_t thread, int64_t begin, int64_t end) {
-    A* rows = p.rows + thread * K * p.row_stride();
-    A* widened = p.widened + thread * p.widened_stride();
+  const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, out_row = int64_t(t.g.x.out) * t.g.inner;
+  const int64_t height = t.g.y.out;
+  parallel_chunks(where, t.g.planes * height, [&](int64_t thread, int64_t begin, int64_t end) {
+    A* rows = t.rows + thread * K * t.row_stride();
+    A* widened = t.widened + thread * t.widened_stride();
     int64_t held[K];
     for (int k = 0; k < K; ++k) held[k] = -1;
     for (int64_t i = begin; i < end; ++i) {
@@ -141,52 +141,51 @@ void forward_rows(const Where& where, const ForwardRows<Acc<T>>& p, const T* inp
       const A* tap_row[K];
       A weight[K];
       for (int k = 0; k < K; ++k) {
-        const int64_t source = plane * p.g.y.in + p.y.position[k * height + y];
-        // The taps are at most K neighbouring rows: no two of them share a slot.
-        const int slot = int(p.y.position[k * height + y] % K);
-        A* row = rows + slot * p.row_stride();
+        const int64_t source = plane * t.g.y.in + t.y.position[k * height + y];
+        // The taps are at most K neighbouring rows, so no two share a slot.
+        const int slot = int(t.y.position[k * height + y] % K);
+        A* row = rows + slot * t.row_stride();
         if (held[slot] != source) {
-          along_width<A, K>(p, widen_row(input + source * in_row, in_row, widened), row);
+          along_width<A, K>(t, widen_row(input + source * in_row, in_row, widened), row);
           held[slot] = source;
         }
         tap_row[k] = row;
-        weight[k] = p.y.weight[k * height + y];
+        weight[k] = t.y.weight[k * height + y];
       }
       blend<T, K>(tap_row, weight, output + i * out_row, out_row);
     }
   });
 }
 
-// One tap: values are copied, and equal rows after the first as a whole.
+// One tap: copies values, and repeated rows as a whole.
 template <class T>
-void copy_rows(const Where& where, const ForwardRows<Acc<T>>& p, const T* input, T* output) {
-  const int64_t in_row = int64_t(p.g.x.in) * p.g.inner, width = p.g.x.out, inner = p.g.inner;
-  const int64_t out_row = width * inner, height = p.g.y.out;
-  parallel_chunks(where, p.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
+void copy_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* input, T* output) {
+  const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, width = t.g.x.out, inner = t.g.inner;
+  const int64_t out_row = width * inner, height = t.g.y.out;
+  parallel_chunks(where, t.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t plane = i / height, y = i % height;
       T* out = output + i * out_row;
-      if (i > begin && y > 0 && p.y.position[y] == p.y.position[y - 1]) {
+      if (i > begin && y > 0 && t.y.position[y] == t.y.position[y - 1]) {
         memcpy(out, out - out_row, size_t(out_row) * sizeof(T));
         continue;
       }
-      const T* row = input + (plane * p.g.y.in + p.y.position[y]) * in_row;
-      if (p.g.x.kind == kIdentity) {
+      const T* row = input + (plane * t.g.y.in + t.y.position[y]) * in_row;
+      if (t.g.x.kind == kIdentity) {
         memcpy(out, row, size_t(out_row) * sizeof(T));
       } else if (inner == 1) {
 #pragma GCC ivdep
-        for (int64_t x = 0; x < width; ++x) out[x] = row[p.x.position[x]];
+        for (int64_t x = 0; x < width; ++x) out[x] = row[t.x.position[x]];
       } else {
         for (int64_t x = 0; x < width; ++x) {
-          memcpy(out + x * inner, row + p.x.position[x] * inner, size_t(inner) * sizeof(T));
+          memcpy(out + x * inner, row + t.x.position[x] * inner, size_t(inner) * sizeof(T));
         }
       }
     }
   });
 }
 
-// sum += the weighted rows, four at a time so that the sum is read and written less often; `first`
-// sets it instead.
+// sum += weighted rows, N at a time to save loads and stores of the sum. `first`: sum = instead.
 template <class T, int N>
 void add_rows(const T* const* rows, const Acc<T>* weight, Acc<T>* sum, int64_t n, bool first) {
   const T* r[N];
@@ -214,11 +213,11 @@ void add_rows(const T* const* rows, const Acc<T>* weight, Acc<T>* sum, int64_t n
 }
 
 template <class T>
-void along_height(const BackwardRows<Acc<T>>& p, const T* grad, int64_t j, Acc<T>* sum) {
-  const int64_t out_row = int64_t(p.g.x.out) * p.g.inner;
-  const int64_t count = p.y.offset[j + 1] - p.y.offset[j];
-  const Acc<T>* weight = p.y.weight + p.y.offset[j];
-  const T* from = grad + p.y.begin[j] * out_row;
+void along_height(const BackwardTables<Acc<T>>& t, const T* grad, int64_t j, Acc<T>* sum) {
+  const int64_t out_row = int64_t(t.g.x.out) * t.g.inner;
+  const int64_t count = t.y.offset[j + 1] - t.y.offset[j];
+  const Acc<T>* weight = t.y.weight + t.y.offset[j];
+  const T* from = grad + t.y.begin[j] * out_row;
   for (int64_t q = 0; q < count;) {
     const T* rows[4] = {from + q * out_row, from + (q + 1) * out_row, from + (q + 2) * out_row,
                         from + (q + 3) * out_row};
@@ -239,7 +238,7 @@ void along_height(const BackwardRows<Acc<T>>& p, const T* grad, int64_t j, Acc<T
   }
 }
 
-// Eight sums side by side, which vectorise, then one.
+// Eight partial sums, so that the loop vectorises.
 template <class A>
 A dot(const A* a, const A* b, int64_t n) {
   if (n < 16) {
@@ -247,17 +246,18 @@ A dot(const A* a, const A* b, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum += a[i] * b[i];
     return sum;
   }
-  A part[8] = {};
+  A partial[8] = {};
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) part[k] += a[i + k] * b[i + k];
+    for (int k = 0; k < 8; ++k) partial[k] += a[i + k] * b[i + k];
   }
-  A sum = ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+  A sum = ((partial[0] + partial[1]) + (partial[2] + partial[3])) +
+          ((partial[4] + partial[5]) + (partial[6] + partial[7]));
   for (; i < n; ++i) sum += a[i] * b[i];
   return sum;
 }
 
-// A pixel's channels over its neighbouring readers.
+// The channels of an input pixel: a weighted sum over its readers, which are neighbours.
 template <class T>
 void gather_channels(const Acc<T>* weight, const Acc<T>* from, int64_t count, int64_t inner,
                      T* out) {
@@ -300,15 +300,15 @@ void write_row(T* out, int64_t n, const F& value) {
 }
 
 template <class T>
-void gather_width(const BackwardRows<Acc<T>>& p, const Acc<T>* sums, T* out) {
+void gather_width(const BackwardTables<Acc<T>>& t, const Acc<T>* sums, T* out) {
   using A = Acc<T>;
-  const int64_t inner = p.g.inner, width = p.g.x.in;
-  if (p.most > 0) {
+  const int64_t inner = t.g.inner, width = t.g.x.in;
+  if (t.most > 0) {
     write_row(out, width, [&](int64_t j) {
       A sum = A(0);
-      for (int q = 0; q < p.most; ++q) {
-        // The place of a reader that is not there may hold a NaN.
-        const A w = p.weight[q * width + j], v = sums[p.reader[q * width + j]];
+      for (int q = 0; q < t.most; ++q) {
+        // A padding reader has weight 0, but its value may be NaN.
+        const A w = t.weight[q * width + j], v = sums[t.reader[q * width + j]];
         sum += w == A(0) ? A(0) : w * v;
       }
       return sum;
@@ -316,9 +316,9 @@ void gather_width(const BackwardRows<Acc<T>>& p, const Acc<T>* sums, T* out) {
     return;
   }
   for (int64_t j = 0; j < width; ++j) {
-    const int64_t count = p.x.offset[j + 1] - p.x.offset[j];
-    const A* weight = p.x.weight + p.x.offset[j];
-    const A* from = sums + p.x.begin[j] * inner;
+    const int64_t count = t.x.offset[j + 1] - t.x.offset[j];
+    const A* weight = t.x.weight + t.x.offset[j];
+    const A* from = sums + t.x.begin[j] * inner;
     if (inner == 1) {
       narrow(dot(weight, from, count), out[j]);
     } else {
@@ -327,9 +327,9 @@ void gather_width(const BackwardRows<Acc<T>>& p, const Acc<T>* sums, T* out) {
   }
 }
 
-// One tap and a whole ratio: neighbouring runs of N.
+// One tap and an integer ratio: sums of N adjacent values.
 template <class T, int N>
-void sum_runs(const Acc<T>* sums, T* out, int64_t n) {
+void sum_adjacent(const Acc<T>* sums, T* out, int64_t n) {
   write_row(out, n, [&](int64_t j) {
     Acc<T> sum = sums[j * N];
     for (int q = 1; q < N; ++q) sum += sums[j * N + q];
@@ -337,7 +337,7 @@ void sum_runs(const Acc<T>* sums, T* out, int64_t n) {
   });
 }
 
-// One tap: a pixel's channels summed over its readers where they lie.
+// One tap: sums a pixel's channels over its readers in memory.
 template <class T>
 void sum_pixels(const T* from, int64_t rows, int64_t row, int64_t columns, int64_t inner, T* out) {
   constexpr int W = kWidth<T>;
@@ -364,73 +364,73 @@ void sum_pixels(const T* from, int64_t rows, int64_t row, int64_t columns, int64
 }
 
 template <class T>
-void gather_pixels(const BackwardRows<Acc<T>>& p, const T* grad, int64_t row, T* out) {
-  const int64_t inner = p.g.inner, out_row = int64_t(p.g.x.out) * inner;
-  const int64_t rows = p.y.offset[row + 1] - p.y.offset[row];
-  const T* from = grad + p.y.begin[row] * out_row;
-  for (int64_t j = 0; j < p.g.x.in; ++j) {
-    const int64_t columns = p.x.offset[j + 1] - p.x.offset[j];
-    sum_pixels<T>(from + p.x.begin[j] * inner, rows, out_row, columns, inner, out + j * inner);
+void gather_pixels(const BackwardTables<Acc<T>>& t, const T* grad, int64_t row, T* out) {
+  const int64_t inner = t.g.inner, out_row = int64_t(t.g.x.out) * inner;
+  const int64_t rows = t.y.offset[row + 1] - t.y.offset[row];
+  const T* from = grad + t.y.begin[row] * out_row;
+  for (int64_t j = 0; j < t.g.x.in; ++j) {
+    const int64_t columns = t.x.offset[j + 1] - t.x.offset[j];
+    sum_pixels<T>(from + t.x.begin[j] * inner, rows, out_row, columns, inner, out + j * inner);
   }
 }
 
-// One tap, and no input has two readers: the outputs' values are put where they were read.
+// One tap, and no input has two readers: scatters the outputs' values to their inputs.
 template <class T>
-void put_back(const BackwardRows<Acc<T>>& p, const T* from, T* out) {
-  memset(static_cast<void*>(out), 0, size_t(p.g.x.in) * sizeof(T));
-  for (int32_t x = 0; x < p.g.x.out; ++x) {
+void scatter_row(const BackwardTables<Acc<T>>& t, const T* from, T* out) {
+  memset(static_cast<void*>(out), 0, size_t(t.g.x.in) * sizeof(T));
+  for (int32_t x = 0; x < t.g.x.out; ++x) {
     if constexpr (sizeof(T) == 2) {
       const uint16_t bits = from[x].bits;
-      out[p.source[x]].bits = bits == 0x8000 ? uint16_t(0) : bits;  // as 0 + -0
+      out[t.source[x]].bits = bits == 0x8000 ? uint16_t(0) : bits;  // as 0 + -0
     } else {
-      out[p.source[x]] = T(0) + from[x];
+      out[t.source[x]] = T(0) + from[x];
     }
   }
 }
 
 template <class T>
-void gather_steps(const BackwardRows<Acc<T>>& p, int step, const Acc<T>* sums, T* out) {
+void gather_ratio(const BackwardTables<Acc<T>>& t, int step, const Acc<T>* sums, T* out) {
   switch (step) {
     case 1:
-      return sum_runs<T, 1>(sums, out, p.g.x.in);
+      return sum_adjacent<T, 1>(sums, out, t.g.x.in);
     case 2:
-      return sum_runs<T, 2>(sums, out, p.g.x.in);
+      return sum_adjacent<T, 2>(sums, out, t.g.x.in);
     case 3:
-      return sum_runs<T, 3>(sums, out, p.g.x.in);
+      return sum_adjacent<T, 3>(sums, out, t.g.x.in);
     case 4:
-      return sum_runs<T, 4>(sums, out, p.g.x.in);
+      return sum_adjacent<T, 4>(sums, out, t.g.x.in);
     case 8:
-      return sum_runs<T, 8>(sums, out, p.g.x.in);
+      return sum_adjacent<T, 8>(sums, out, t.g.x.in);
     default:
-      return gather_width<T>(p, sums, out);
+      return gather_width<T>(t, sums, out);
   }
 }
 
 template <class T>
-void backward_rows(const Where& where, const BackwardRows<Acc<T>>& p, const T* grad_output,
+void backward_rows(const Where& where, const BackwardTables<Acc<T>>& t, const T* grad_output,
                    T* grad_input) {
-  const int64_t in_row = int64_t(p.g.x.in) * p.g.inner, out_row = int64_t(p.g.x.out) * p.g.inner;
-  const int64_t height = p.g.y.in;
-  const int step = p.g.inner == 1 ? p.step() : 0;
-  parallel_chunks(where, p.g.planes * height, [&](int64_t thread, int64_t begin, int64_t end) {
-    Acc<T>* sums = p.sums + thread * p.row_stride();
+  const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, out_row = int64_t(t.g.x.out) * t.g.inner;
+  const int64_t height = t.g.y.in;
+  const int step = t.g.inner == 1 ? t.step() : 0;
+  parallel_chunks(where, t.g.planes * height, [&](int64_t thread, int64_t begin, int64_t end) {
+    Acc<T>* sums = t.sums + thread * t.row_stride();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t j = i % height;
-      if (p.y.offset[j + 1] == p.y.offset[j]) {  // nobody reads it
+      if (t.y.offset[j + 1] == t.y.offset[j]) {  // no output reads it
         memset(grad_input + i * in_row, 0, size_t(in_row) * sizeof(T));
         continue;
       }
-      const T* grad = grad_output + i / height * p.g.y.out * out_row;
-      if (p.taps == 1 && p.g.inner > 1) {
-        gather_pixels<T>(p, grad, j, grad_input + i * in_row);
+      const T* grad = grad_output + i / height * t.g.y.out * out_row;
+      if (t.taps == 1 && t.g.inner > 1) {
+        gather_pixels<T>(t, grad, j, grad_input + i * in_row);
         continue;
       }
-      if (p.sparse && p.y.offset[j + 1] - p.y.offset[j] == 1) {
-        put_back<T>(p, grad + p.y.begin[j] * out_row, grad_input + i * in_row);
+      if (t.sparse && t.y.offset[j + 1] - t.y.offset[j] == 1) {
+        scatter_row<T>(t, grad + t.y.begin[j] * out_row, grad_input + i * in_row);
         continue;
       }
-      along_height<T>(p, grad, j, sums);
-      gather_steps<T>(p, step, sums, grad_input + i * in_row);
+      along_height<T>(t, grad, j, sums);
+      gather_ratio<T>(t, step, sums, grad_input + i * in_row);
     }
   });
 }
@@ -438,28 +438,28 @@ void backward_rows(const Where& where, const BackwardRows<Acc<T>>& p, const T* g
 }  // namespace SK_ISA
 
 template <Isa kIsa, class T>
-void InterpolateRows<kIsa, T>::forward(const Where& where, const ForwardRows<Acc<T>>& p,
-                                       const T* input, T* output) {
-  if (p.taps == 1) {
-    copy_rows<T>(where, p, input, output);
-  } else if (p.taps == 2 && p.g.inner >= kWidth<T> && !rows_are_shared<T>(p)) {
-    forward_pixels<T>(where, p, input, output);
-  } else if (p.taps == 2) {
-    forward_rows<T, 2>(where, p, input, output);
+void InterpolateLoops<kIsa, T>::forward(const Where& where, const ForwardTables<Acc<T>>& t,
+                                        const T* input, T* output) {
+  if (t.taps == 1) {
+    copy_rows<T>(where, t, input, output);
+  } else if (t.taps == 2 && t.g.inner >= kWidth<T> && !rows_are_shared<T>(t)) {
+    forward_pixels<T>(where, t, input, output);
+  } else if (t.taps == 2) {
+    forward_rows<T, 2>(where, t, input, output);
   } else {
-    forward_rows<T, 4>(where, p, input, output);
+    forward_rows<T, 4>(where, t, input, output);
   }
 }
 
 template <Isa kIsa, class T>
-void InterpolateRows<kIsa, T>::backward(const Where& where, const BackwardRows<Acc<T>>& p,
-                                        const T* grad_output, T* grad_input) {
-  backward_rows<T>(where, p, grad_output, grad_input);
+void InterpolateLoops<kIsa, T>::backward(const Where& where, const BackwardTables<Acc<T>>& t,
+                                         const T* grad_output, T* grad_input) {
+  backward_rows<T>(where, t, grad_output, grad_input);
 }
 
-template struct InterpolateRows<Isa::SK_ISA, Half>;
-template struct InterpolateRows<Isa::SK_ISA, BFloat16>;
-template struct InterpolateRows<Isa::SK_ISA, float>;
-template struct InterpolateRows<Isa::SK_ISA, double>;
+template struct InterpolateLoops<Isa::SK_ISA, Half>;
+template struct InterpolateLoops<Isa::SK_ISA, BFloat16>;
+template struct InterpolateLoops<Isa::SK_ISA, float>;
+template struct InterpolateLoops<Isa::SK_ISA, double>;
 
 }  // namespace segkernels

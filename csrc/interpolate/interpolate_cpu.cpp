@@ -1,32 +1,30 @@
-// interpolate on the CPU: tables of taps, and the choice of instruction set.
+// interpolate on the CPU: builds the tables of taps and calls the loops of interpolate.simd.cpp.
 #include "interpolate/interpolate.h"
 
 #include <memory>
 #include <new>
 
 #include "common/parallel_for.h"
-#include "interpolate/rows.h"
+#include "interpolate/interpolate_cpu.h"
 
 namespace segkernels {
 namespace {
 
-constexpr std::align_val_t kAlignment{64};  // the pieces of an Arena's
-
-int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
+constexpr std::align_val_t kAlignment{64};  // of an Arena's allocations
 
 struct Freed {
   void operator()(void* data) const { ::operator delete(data, kAlignment); }
 };
 using Memory = std::unique_ptr<void, Freed>;
 
-// What the plan's tables and rows lie in.
-template <class Plan>
-Memory memory_of(Plan& plan, int threads) {
+// Allocates the memory of the tables.
+template <class Tables>
+Memory memory_of(Tables& tables, int threads) {
   Arena counting(nullptr);
-  plan.take(counting, threads);
+  tables.allocate(counting, threads);
   Memory memory(::operator new(size_t(counting.used()), kAlignment));
   Arena arena(memory.get());
-  plan.take(arena, threads);
+  tables.allocate(arena, threads);
   return memory;
 }
 
@@ -37,15 +35,15 @@ void interpolate_cpu(const Where& where, const Resampling& r, ScalarType type, c
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
     using A = Acc<T>;
-    ForwardRows<A> plan{r.geometry<A>(), {}, {}, nullptr, nullptr, r.taps()};
-    const Memory memory = memory_of(plan, threads_of(where));
+    ForwardTables<A> tables{r.geometry<A>(), {}, {}, nullptr, nullptr, r.taps()};
+    const Memory memory = memory_of(tables, cpu_threads(where));
     with_taps(r, [&](auto taps) {
-      cpu::fill<taps.value>(plan.g.y, plan.y);
-      cpu::fill<taps.value>(plan.g.x, plan.x);
+      cpu::fill<taps.value>(tables.g.y, tables.y);
+      cpu::fill<taps.value>(tables.g.x, tables.x);
     });
     with_best_isa([&](auto isa) {
-      InterpolateRows<isa.value, T>::forward(where, plan, static_cast<const T*>(input),
-                                             static_cast<T*>(output));
+      InterpolateLoops<isa.value, T>::forward(where, tables, static_cast<const T*>(input),
+                                              static_cast<T*>(output));
     });
   });
 }
@@ -55,18 +53,18 @@ void interpolate_backward_cpu(const Where& where, const Resampling& r, ScalarTyp
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
     using A = Acc<T>;
-    BackwardRows<A> plan{};
-    plan.g = r.geometry<A>();
-    plan.taps = r.taps();
-    const Memory memory = memory_of(plan, threads_of(where));
+    BackwardTables<A> tables{};
+    tables.g = r.geometry<A>();
+    tables.taps = r.taps();
+    const Memory memory = memory_of(tables, cpu_threads(where));
     with_taps(r, [&](auto taps) {
-      cpu::fill<taps.value>(plan.g.y, plan.y);
-      cpu::fill<taps.value>(plan.g.x, plan.x);
+      cpu::fill<taps.value>(tables.g.y, tables.y);
+      cpu::fill<taps.value>(tables.g.x, tables.x);
     });
-    plan.pad();
+    tables.pad();
     with_best_isa([&](auto isa) {
-      InterpolateRows<isa.value, T>::backward(where, plan, static_cast<const T*>(grad_output),
-                                              static_cast<T*>(grad_input));
+      InterpolateLoops<isa.value, T>::backward(where, tables, static_cast<const T*>(grad_output),
+                                               static_cast<T*>(grad_input));
     });
   });
 }

@@ -1,5 +1,5 @@
-// interpolate on CUDA: launches the functors of kernels.h. Forward: threads over planes x blocks of
-// rows x a quarter of a row's elements. Backward: a block a tile, its partial sums in shared
+// interpolate on CUDA: launches the functors of kernels.h. Forward: parallel over planes, blocks of
+// rows, and elements of a row, V of them a thread. Backward: a block a tile, partial sums in shared
 // memory.
 #include <type_traits>
 
@@ -9,10 +9,10 @@
 namespace segkernels {
 namespace {
 
-// Threads that fill the largest devices a few times over; below that, a thread walks fewer rows.
+// Enough to fill the largest devices a few times over; with fewer, a thread gets fewer rows.
 constexpr int64_t kEnoughThreads = SK_LIMIT(1 << 19, 64);
 
-int rows_a_thread(int64_t threads_at_one, int64_t height) {
+int rows_per_thread(int64_t threads_at_one, int64_t height) {
   int rows = 1;
   while (rows < 16 && rows < height && threads_at_one / (2 * rows) >= kEnoughThreads) rows *= 2;
   return rows;
@@ -27,11 +27,11 @@ void interpolate_cuda(const Where& where, const Resampling& r, ScalarType type, 
     using T = decltype(scalar);
     with_taps(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
-      const int32_t lanes = lanes_of<T, taps.value>(g);
-      const int rows = rows_a_thread(g.planes * g.y.out * lanes, g.y.out);
+      const int32_t threads = threads_per_row<T, taps.value>(g);
+      const int rows = rows_per_thread(g.planes * g.y.out * threads, g.y.out);
       const Forward<T, taps.value> f{g,    static_cast<const T*>(input), static_cast<T*>(output),
-                                     rows, (g.y.out + rows - 1) / rows,  lanes};
-      walk(where, f.count(), f, "interpolate");
+                                     rows, (g.y.out + rows - 1) / rows,  threads};
+      parallel_for_many_registers(where, f.count(), f, "interpolate");
     });
   });
 }
@@ -49,9 +49,9 @@ void interpolate_backward_cuda(const Where& where, const Resampling& r, ScalarTy
       const int64_t bytes = f.tiling.rows * f.tiling.pitch() * int64_t(sizeof(Acc<T>));
       if (bytes > kTileBytes) {
         const BackwardDirect<T, taps.value> direct{g, f.grad_output, f.grad_input};
-        return walk(where, direct.count(), direct, "interpolate_backward");
+        return parallel_for_many_registers(where, direct.count(), direct, "interpolate_backward");
       }
-      run_tiles(where, f, bytes, "interpolate_backward");
+      launch_tiles(where, f, bytes, "interpolate_backward");
     });
   });
 }

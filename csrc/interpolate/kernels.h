@@ -1,10 +1,12 @@
-// Resampling of [planes, height, width, inner] (NCHW: a plane a channel, inner = 1; channels_last:
-// a plane an image, inner = C), forward and backward, as functors. Forward: a thread owns V
-// elements of a row, a stride apart so that neighbouring threads touch neighbouring elements, and
-// walks down a few output rows; each input row it meets is interpolated along the width once.
-// Backward: a tile of input elements is one block's; its threads first own a column of the gradient
-// each, which they sum down the height (every element is read once), then a cell each, which they
-// sum along the width. No atomics, and a fixed order of summation.
+// Functors that resample [planes, height, width, inner] (contiguous: a plane a channel, inner = 1;
+// channels_last: a plane an image, inner = C), forward and backward.
+//
+// Forward: a thread has V elements of a row, strided so that accesses coalesce, and loops over a
+// few output rows. It interpolates each input row along the width once.
+//
+// Backward: a block has a tile of the input. Its threads first sum a column of the gradient down
+// the height each, loading every element once, then a cell of the tile along the width. No atomics;
+// the order of summation is fixed.
 #pragma once
 
 #include "interpolate/axis.h"
@@ -20,7 +22,7 @@ struct Geometry {
 
 inline namespace SK_NS {
 
-// i = quotient * n + remainder. 64-bit division is a function call on the GPU, and rarely needed.
+// i = quotient * n + remainder. 64-bit division is a function call on the GPU, and seldom needed.
 SK_HD int64_t divide(int64_t i, int32_t n, int32_t& remainder) {
   if (i <= int64_t(UINT32_MAX)) {
     const uint32_t quotient = uint32_t(i) / uint32_t(n);
@@ -31,14 +33,14 @@ SK_HD int64_t divide(int64_t i, int32_t n, int32_t& remainder) {
   return i / n;
 }
 
-// Keeps the K values of the rows that the last output read.
+// The K values of the rows that the last output read.
 template <class A, int K, int V>
 struct RowWindow {
   A value[V][K] = {};
   int32_t start = 0;
   bool filled = false;
 
-  // load(k) fills value[.][k]. slides: the next start's taps are these ones, shifted by one.
+  // load(k) fills value[.][k]. `slides`: a start that is one larger shifts the taps by one.
   template <class Load>
   SK_HD void move_to(int32_t wanted, bool slides, const Load& load) {
     if (filled && wanted == start) return;
@@ -58,25 +60,25 @@ struct RowWindow {
   }
 };
 
-// Elements a thread owns: fewer where their taps would take too many registers.
+// Elements a thread: fewer where their taps would take too many registers.
 template <class T, int K>
-constexpr int kLanes = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
+constexpr int kElements = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
 
-template <class T, int K, int V = kLanes<T, K>>
+template <class T, int K, int V = kElements<T, K>>
 struct Forward {
   using A = Acc<T>;
   Geometry<A> g;
   const T* input;
   T* output;
-  int32_t rows;        // output rows a thread walks
+  int32_t rows;        // output rows a thread
   int32_t row_blocks;  // ceil(out height / rows)
-  int32_t lanes;       // ceil(out width * inner / V)
+  int32_t threads;     // a row: ceil(out width * inner / V)
 
-  SK_HD int64_t count() const { return g.planes * row_blocks * lanes; }
+  SK_HD int64_t count() const { return g.planes * row_blocks * threads; }
 
   SK_HD void operator()(int64_t i) const {
-    int32_t lane, row_block;
-    const int64_t plane = divide(divide(i, lanes, lane), row_blocks, row_block);
+    int32_t thread, row_block;
+    const int64_t plane = divide(divide(i, threads, thread), row_blocks, row_block);
     const int32_t first = row_block * rows;
     const int32_t last = first + rows < g.y.out ? first + rows : g.y.out;
     const int64_t in_row = int64_t(g.x.in) * g.inner, out_row = int64_t(g.x.out) * g.inner;
@@ -85,13 +87,13 @@ struct Forward {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const int64_t e =
-          lane + int64_t(v) * lanes < out_row ? lane + int64_t(v) * lanes : out_row - 1;
+          thread + int64_t(v) * threads < out_row ? thread + int64_t(v) * threads : out_row - 1;
       const int32_t x = g.inner == 1 ? int32_t(e) : int32_t(e / g.inner);
       channel[v] = int32_t(e - int64_t(x) * g.inner);
       tx[v] = taps_at<K>(g.x, x);
     }
     const T* in = input + plane * g.y.in * in_row;
-    T* out = output + (plane * g.y.out + first) * out_row + lane;
+    T* out = output + (plane * g.y.out + first) * out_row + thread;
     RowWindow<A, K, V> window;
     for (int32_t y = first; y < last; ++y) {
       const Taps<A, K> ty = taps_at<K>(g.y, y);
@@ -102,11 +104,11 @@ struct Forward {
       });
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        if (lane + int64_t(v) * lanes < out_row) {
+        if (thread + int64_t(v) * threads < out_row) {
           A sum = K == 1 ? window.value[v][0] : ty.weight[0] * window.value[v][0];
 #pragma unroll
           for (int k = 1; k < K; ++k) sum = mul_add(ty.weight[k], window.value[v][k], sum);
-          narrow(sum, out[int64_t(v) * lanes]);
+          narrow(sum, out[int64_t(v) * threads]);
         }
       }
       out += out_row;
@@ -125,15 +127,15 @@ struct Forward {
   }
 };
 
-// Sums over outputs in ascending order for inputs [begin, end): load(i) gives V values of output i,
-// store(j, sums) takes the sums of input j. Each output is loaded once.
+// Sums over the readers of inputs [begin, end), in ascending order: load(i) gives V values of
+// output i, store(j, sums) takes the sums of input j. Loads each output once.
 template <class A, int K, int V, class Load, class Store>
 SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Load& load,
                        const Store& store) {
   const int32_t last = last_reader<K>(axis, end - 1);
   int32_t i = first_reader<K>(axis, begin);
-  // sum[.][k] belongs to input `base + k`; inputs before 0 count for 0, those beyond the axis for
-  // its last.
+  // sum[.][k] belongs to input base + k. Inputs before 0 are clamped to 0, those behind the axis to
+  // the last.
   A sum[V][K] = {};
   int32_t base = i < last ? start_at<K>(axis, i) : begin;
   if (base > begin) base = begin;
@@ -177,8 +179,8 @@ SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Lo
   advance(end);
 }
 
-// How the input is cut into tiles: `rows` x `columns` elements times `channels` of `inner`, whose
-// readers are at most `span` columns.
+// Tiles of the input: `rows` x `columns` elements times `channels` of `inner`, which at most `span`
+// columns of the output read.
 struct Tiling {
   int32_t rows, columns, channels, span;
   int32_t row_tiles, column_tiles, channel_tiles;
@@ -205,7 +207,7 @@ SK_HD Tile tile_at(const Geometry<A>& g, const Tiling& t, int64_t i) {
   return tile;
 }
 
-// Input rows whose sums a thread keeps while it walks along the width.
+// Rows of a tile, at most: a thread keeps their sums in registers.
 constexpr int kTileRows = 8;
 
 template <class T, int K>
@@ -223,7 +225,7 @@ struct Backward {
   SK_HD int columns() const { return int(tiling.pitch()); }
   SK_HD int cells() const { return tiling.columns * tiling.channels; }
 
-  // First: column i of the tile's readers, summed down the height into `sums` [rows, pitch].
+  // First step: sums column i of the tile's readers down the height into `sums` [rows, pitch].
   SK_HD void column(const Tile& tile, int i, A* sums) const {
     const int32_t c = tile.channel + i % tiling.channels;
     const int32_t x = first_reader<K>(g.x, tile.column) + i / tiling.channels;
@@ -236,7 +238,7 @@ struct Backward {
         [&](int32_t j, const A* sum) { sums[(j - tile.row) * tiling.pitch() + i] = *sum; });
   }
 
-  // Then: cell i of every row of the tile, summed along the width.
+  // Second step: sums cell i of every row of the tile along the width.
   SK_HD void cell(const Tile& tile, int i, const A* sums) const {
     const int32_t offset = i % tiling.channels, c = tile.channel + offset;
     const int32_t j = tile.column + i / tiling.channels;
@@ -260,8 +262,8 @@ struct Backward {
   }
 };
 
-// For what no tile can hold (one input read by more than ten thousand columns): an input element a
-// thread.
+// Fallback where a tile does not fit (more than ten thousand columns read one input): an input
+// element a thread.
 template <class T, int K>
 struct BackwardDirect {
   using A = Acc<T>;
@@ -294,27 +296,27 @@ struct BackwardDirect {
 }  // namespace SK_NS
 
 template <class T, int K>
-int32_t lanes_of(const Geometry<Acc<T>>& g) {
-  return int32_t((int64_t(g.x.out) * g.inner + kLanes<T, K> - 1) / kLanes<T, K>);
+int32_t threads_per_row(const Geometry<Acc<T>>& g) {
+  return int32_t((int64_t(g.x.out) * g.inner + kElements<T, K> - 1) / kElements<T, K>);
 }
 
-// Sums that a tile may hold, in bytes: what CUDA gives a block without asking.
+// Shared memory a tile may use: the default limit of a block.
 constexpr int64_t kTileBytes = 48 * 1024;
 
-// The widest tiles of which `bytes` hold the sums of `values` a column.
+// The widest tiles whose sums, `values` a column, fit in `bytes`.
 template <class A>
 Tiling tiling_of(const Geometry<A>& g, int taps, int values = 1, int max_rows = kTileRows,
                  int64_t bytes = kTileBytes) {
   Tiling t{};
   t.channels = g.inner < 32 ? g.inner : 32;
   const auto span_of = [&](int64_t columns) {
-    // One more on either side: where a range starts is not rounded.
+    // Margins of one: the start of a range is rounded.
     const double ratio = g.x.scale > A(0) ? double(g.x.inverse) : double(g.x.out);
     const double span = (double(columns) + taps - 1) * ratio + 4;
     return span < double(g.x.out) && columns < g.x.in ? int64_t(span) : int64_t(g.x.out);
   };
-  // Half of the memory, so that several blocks share a multiprocessor; all of it when one column
-  // needs it.
+  // Half of the memory, so that several blocks fit a multiprocessor; all of it if one column needs
+  // it.
   for (t.rows = max_rows < g.y.in ? max_rows : g.y.in;;) {
     const int64_t fit = bytes / 2 / int64_t(sizeof(A)) / values / t.rows;
     int64_t columns = g.x.in < 512 ? g.x.in : 512;

@@ -1,6 +1,5 @@
-// Launches of the functors that keep a window of rows in registers. They need more registers than
-// most: the bound of one block a multiprocessor stops ptxas from spilling a few of them to reach
-// the next step of occupancy.
+// Launches of functors that keep a window of rows in registers. __launch_bounds__ with one block a
+// multiprocessor stops ptxas from spilling registers for a higher occupancy.
 #pragma once
 
 #include "common/parallel_for.h"
@@ -10,21 +9,21 @@ namespace segkernels {
 inline namespace cuda {
 
 template <class F>
-__global__ void __launch_bounds__(kThreads, 1) walk_kernel(int64_t n, F f) {
+__global__ void __launch_bounds__(kThreads, 1) many_registers_kernel(int64_t n, F f) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += step) f(i);
 }
 
 // As parallel_for.
 template <class F>
-void walk(const Where& where, int64_t n, const F& f, const char* name) {
+void parallel_for_many_registers(const Where& where, int64_t n, const F& f, const char* name) {
   if (n <= 0) return;
-  walk_kernel<<<grid_for(n, kThreads), kThreads, 0, stream_of(where)>>>(n, f);
+  many_registers_kernel<<<grid_for(n, kThreads), kThreads, 0, stream_of(where)>>>(n, f);
   check_launch(name);
 }
 
-// A tile a block: f.column of its columns, then f.cell of its cells, with `bytes` of shared memory
-// between.
+// A tile a block: f.column for its columns, a barrier, then f.cell for its cells, with shared
+// memory for the sums.
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) tiles_kernel(F f) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(kThreads, 1) tiles_kernel(F f) {
 }
 
 template <class F>
-void run_tiles(const Where& where, const F& f, int64_t bytes, const char* name) {
+void launch_tiles(const Where& where, const F& f, int64_t bytes, const char* name) {
   if (f.tiles() == 0) return;
   tiles_kernel<<<grid_for(f.tiles(), 1), kThreads, size_t(bytes), stream_of(where)>>>(f);
   check_launch(name);

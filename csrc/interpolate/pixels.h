@@ -1,5 +1,5 @@
-// Interpolated logits of single pixels, all classes of a pixel by one thread, nothing of them
-// stored: what argmax and the losses of upsampled logits read. Logits may have any strides.
+// Interpolated logits of single pixels, for argmax and the losses of upsampled logits: a thread has
+// all classes of its pixels, and stores none of the logits. Logits may have any strides.
 #pragma once
 
 #include "interpolate/kernels.h"
@@ -10,7 +10,7 @@ struct Strides {
   int64_t batch, channel, row, column;  // in elements
 };
 
-// [batch, classes, in height, in width] logits and the grid of pixels over them.
+// Logits [batch, classes, in height, in width] and the axes of the output pixels.
 template <class T>
 struct Logits {
   using A = Acc<T>;
@@ -23,7 +23,7 @@ struct Logits {
 
 inline namespace SK_NS {
 
-// For x <= 0, also minus infinity.
+// exp for x <= 0, also for minus infinity.
 SK_HD float exp_fast(float x) {
 #if defined(__CUDA_ARCH__)
   return __expf(x);
@@ -33,11 +33,11 @@ SK_HD float exp_fast(float x) {
 }
 SK_HD double exp_fast(double x) { return exp(x); }
 
-// Pixels a thread owns: fewer where their taps would take too many registers.
+// Pixels a thread: fewer where their taps would take too many registers.
 template <class T, int K>
 constexpr int kPixelRows = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
 
-// R pixels below each other, read class by class: neighbouring rows share most of what they read.
+// R pixels in a column, read class by class: neighbouring rows share most of their taps.
 template <class T, int K, int R>
 struct PixelColumn {
   using A = Acc<T>;
@@ -50,7 +50,7 @@ struct PixelColumn {
       ty[r] = taps_at<K>(l.y, first + r < l.y.out ? first + r : l.y.out - 1);
   }
 
-  // The logits of one class, from its plane.
+  // The logits of one class, whose plane is `plane`.
   SK_HD void read(const Logits<T>& l, const T* plane, A* value) const {
     RowWindow<A, K, 1> window;
 #pragma unroll
@@ -83,7 +83,7 @@ struct PixelColumn {
   }
 };
 
-// Which R pixels thread i owns.
+// The R pixels of thread i.
 template <int R>
 struct PixelIndex {
   int64_t image;
@@ -103,4 +103,13 @@ struct PixelIndex {
 };
 
 }  // namespace SK_NS
+
+// The logits of an ArgmaxCall or a LossCall.
+template <class T, class Call>
+Logits<T> logits_of(const Call& call) {
+  const auto g = call.resampling.template geometry<Acc<T>>();
+  return {g.y,          g.x,          call.resampling.planes,
+          call.classes, call.strides, static_cast<const T*>(call.logits)};
+}
+
 }  // namespace segkernels

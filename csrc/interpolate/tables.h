@@ -1,22 +1,22 @@
-// The taps of an axis, computed once a call for the CPU's loops, in memory that the caller gives.
-// They are built in a file that is compiled without contraction: the rounding of source coordinates
-// must not depend on the instruction set.
+// Tables of taps for the CPU's loops, filled once a call, in memory of the caller. The file that
+// fills them is compiled without contraction: the rounding of source coordinates must not depend on
+// the instruction set.
 #pragma once
 
 #include "interpolate/axis.h"
 
 namespace segkernels {
 
-// Takes aligned pieces from a block of memory; with no block it only counts them.
+// A bump allocator of aligned memory. Without memory it only counts.
 class Arena {
  public:
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   template <class T>
-  T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(base_ + used_);
+  T* allocate(int64_t count) {
+    T* address = reinterpret_cast<T*>(base_ + used_);
     used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return base_ == nullptr ? nullptr : piece;
+    return base_ == nullptr ? nullptr : address;
   }
 
   int64_t used() const { return used_; }
@@ -28,35 +28,34 @@ class Arena {
 
 // Tap k of output i reads input position[k * out + i] with weight[k * out + i].
 template <class A>
-struct ReadTable {
+struct TapTable {
   int32_t* position;
   A* weight;
 
-  void take(Arena& arena, const Axis<A>& axis, int taps) {
-    position = arena.take<int32_t>(int64_t(axis.out) * taps);
-    weight = arena.take<A>(int64_t(axis.out) * taps);
+  void allocate(Arena& arena, const Axis<A>& axis, int taps) {
+    position = arena.allocate<int32_t>(int64_t(axis.out) * taps);
+    weight = arena.allocate<A>(int64_t(axis.out) * taps);
   }
 };
 
-// Input j is read by outputs begin[j] + q with weight[offset[j] + q], for q < offset[j + 1] -
-// offset[j].
+// Outputs begin[j] + q read input j with weight[offset[j] + q], for q < offset[j + 1] - offset[j].
 template <class A>
 struct ReaderTable {
   int32_t* begin;
   int64_t* offset;
   A* weight;
 
-  void take(Arena& arena, const Axis<A>& axis, int taps) {
-    begin = arena.take<int32_t>(axis.in);
-    offset = arena.take<int64_t>(int64_t(axis.in) + 1);
-    weight = arena.take<A>(int64_t(axis.out) * taps);
+  void allocate(Arena& arena, const Axis<A>& axis, int taps) {
+    begin = arena.allocate<int32_t>(axis.in);
+    offset = arena.allocate<int64_t>(int64_t(axis.in) + 1);
+    weight = arena.allocate<A>(int64_t(axis.out) * taps);
   }
 };
 
 namespace cpu {
 
 template <int K, class A>
-void fill(const Axis<A>& axis, const ReadTable<A>& table) {
+void fill(const Axis<A>& axis, const TapTable<A>& table) {
   for (int32_t i = 0; i < axis.out; ++i) {
     const Taps<A, K> taps = taps_at<K>(axis, i);
     for (int k = 0; k < K; ++k) {

@@ -1,12 +1,15 @@
-// The steps that build a lattice, as functors for parallel_for: one point, entry or vertex each.
+// The steps that build a lattice, as functors for parallel_for: one position, entry or vertex a
+// call.
 #pragma once
 
+#include "common/parallel_for.h"
+#include "permutohedral/dispatch.h"
 #include "permutohedral/keys.h"
 #include "permutohedral/simplex.h"
 
 namespace segkernels {
 
-// What the build needs beside the lattice; all in memory that Python owns.
+// Inputs and workspaces of the build, all in memory that Python owns.
 struct BuildBuffers {
   const void* features;       // [batch, dims, points] T
   int32_t* records;           // [positions, record_size]
@@ -14,7 +17,7 @@ struct BuildBuffers {
   uint32_t capacity;
   uint32_t* slot_of;        // CUDA: [entries]; CPU: [pairs]
   int32_t* vertex_of_slot;  // [capacity]
-  int32_t* rank_of;         // CUDA: [entries] vertices before each entry
+  int32_t* rank_of;         // CUDA: [entries]: vertices before each entry
   uint32_t* first_entry;    // [vertex_bound]
   uint32_t* tile_slots;     // CPU: [threads, tile_capacity], all zero
   uint32_t tile_capacity;   // a power of two, at least twice a tile's entries
@@ -44,13 +47,13 @@ KeyTable key_table(const Lattice& l, const BuildBuffers& b) {
 }
 
 template <class T, int D>
-SK_HD void load_features(const T* features, int64_t points, const Place& p, T (&out)[D]) {
+SK_HD void load_features(const T* features, int64_t points, const ImagePoint& p, T (&out)[D]) {
   const T* f = features + p.image * points * D + p.point;
 #pragma unroll
   for (int i = 0; i < D; ++i) out[i] = f[i * points];
 }
 
-// One position: its simplex into a record, its weights.
+// One position: computes its simplex, stores it as a record, and its barycentric weights.
 template <class T, int D>
 struct Embed {
   Grid grid;
@@ -60,18 +63,18 @@ struct Embed {
   T* weights;
   int32_t* status;
 
-  SK_HD void operator()(int64_t position) const { at(position, place_of(grid, position)); }
+  SK_HD void operator()(int64_t position) const { at(position, point_of(grid, position)); }
 
-  SK_HD void at(int64_t position, const Place& place) const {
+  SK_HD void at(int64_t position, const ImagePoint& p) const {
     constexpr int words = record_size(D) - D;
     int32_t* record = records + position * record_size(D);
     T* w = weights + position * (D + 1);
     Simplex<T, D> s;
     bool finite = true;
     bool valid = false;
-    if (place.point >= 0) {
+    if (p.point >= 0) {
       T f[D];
-      load_features<T, D>(features, int64_t(grid.height) * grid.width, place, f);
+      load_features<T, D>(features, int64_t(grid.height) * grid.width, p, f);
       valid = find_simplex<T, D>(f, scale, s, finite);
       if (!valid) report(status, finite ? kFeaturesTooLarge : kFeaturesNotFinite);
     }
@@ -102,7 +105,7 @@ struct Embed {
   }
 };
 
-// One position: its d+1 keys into the table.
+// One position: inserts its d+1 keys into the table.
 template <int D>
 struct Insert {
   Grid grid;
@@ -121,7 +124,7 @@ struct Insert {
   }
 };
 
-// Whether an entry is the first with its key: vertices are numbered by their first entry.
+// 1 if an entry is the first with its key. Vertices are numbered in the order of first entries.
 struct IsFirst {
   const unsigned long long* slots;
   const uint32_t* slot_of;
@@ -132,7 +135,7 @@ struct IsFirst {
   }
 };
 
-// One vertex: its neighbours along every axis. A vertex is the lower neighbour of its upper one.
+// One vertex and axis: looks up the upper neighbour, whose lower neighbour the vertex is.
 template <int D>
 struct Link {
   Lattice lattice;
@@ -156,8 +159,7 @@ struct Link {
   }
 };
 
-// One position: the gradient of its features from the gradient of its weights, the simplex held
-// fixed.
+// One position: the gradient of its features from the gradient of its weights, for a fixed simplex.
 template <class T, int D>
 struct EmbedGrad {
   Grid grid;
@@ -167,11 +169,11 @@ struct EmbedGrad {
   T* grad_features;
 
   SK_HD void operator()(int64_t position) const {
-    const Place place = place_of(grid, position);
-    if (place.point < 0) return;
+    const ImagePoint at = point_of(grid, position);
+    if (at.point < 0) return;
     const int64_t points = int64_t(grid.height) * grid.width;
     T f[D], gw[D + 1], gf[D];
-    load_features<T, D>(features, points, place, f);
+    load_features<T, D>(features, points, at, f);
     Simplex<T, D> s;
     bool finite;
     const bool valid = find_simplex<T, D>(f, scale, s, finite);
@@ -180,11 +182,24 @@ struct EmbedGrad {
       for (int k = 0; k <= D; ++k) gw[k] = grad_weights[position * (D + 1) + k];
       simplex_grad<T, D>(s, scale, gw, gf);
     }
-    T* out = grad_features + place.image * points * D + place.point;
+    T* out = grad_features + at.image * points * D + at.point;
 #pragma unroll
     for (int i = 0; i < D; ++i) out[i * points] = valid ? gf[i] : T(0);
   }
 };
+
+inline void embed_grad_points(const Where& where, const Lattice& l, const void* features,
+                              const void* grad_weights, void* grad_features, bool is_double) {
+  with_dims(l.dims, [&](auto dims) {
+    constexpr int D = decltype(dims)::value;
+    with_scalar(is_double, [&](auto scalar) {
+      using T = decltype(scalar);
+      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
+                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
+      parallel_for(where, position_count(l.grid), f, "permutohedral embed_grad");
+    });
+  });
+}
 
 }  // namespace SK_NS
 }  // namespace segkernels

@@ -1,4 +1,4 @@
-// Run-time dimension and scalar type to compile-time ones.
+// Run-time dimension and scalar type as template arguments.
 #pragma once
 
 #include <stdexcept>

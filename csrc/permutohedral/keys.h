@@ -1,7 +1,7 @@
-// Exact keys in an open-addressing table. A point's record holds the coordinates of its remainder-0
-// vertex and its ranks, from which the key of each of its d+1 vertices follows. A slot holds a
-// 32-bit fingerprint and the entry (point, vertex) that has the key; fingerprints that agree are
-// followed to the records, so that two keys are never taken for one, whatever their range.
+// Open-addressing hash table with exact keys. A point's record holds the coordinates of its
+// remainder-0 vertex and its ranks, from which the keys of its d+1 vertices are computed. A slot
+// holds a 32-bit fingerprint and an entry (point, vertex) with the key. When fingerprints match,
+// the keys are compared, so keys of any range are never confused.
 #pragma once
 
 #include "common/atomics.h"
@@ -24,7 +24,7 @@ constexpr int kRanksPerWord = 6;  // 5 bits each
 
 constexpr int record_size(int dims) { return dims + (dims + kRanksPerWord - 1) / kRanksPerWord; }
 
-// The last word of a record is negative where the position has no point that takes part.
+// The last word of a record is negative if the position has no valid point.
 template <int D>
 SK_HD bool record_valid(const int32_t* record) {
   return record[record_size(D) - 1] >= 0;
@@ -32,7 +32,7 @@ SK_HD bool record_valid(const int32_t* record) {
 
 template <int D>
 struct Key {
-  int32_t coordinate[D];  // the last one follows: they sum to zero
+  int32_t coordinate[D];  // the last coordinate is minus their sum
 };
 
 template <int D>
@@ -87,8 +87,8 @@ SK_HD uint32_t find_key(const KeyTable& t, const Key<D>& key, int32_t image) {
   }
 }
 
-// Puts an entry's key into the table, which is never full; returns its slot. In the end each slot
-// names the least entry with its key, whatever the order of arrival.
+// Inserts an entry's key into the table, which is never full; returns its slot. In the end each
+// slot holds the least entry with its key, in any order of insertion.
 template <int D>
 SK_HD uint32_t insert_key(const KeyTable& t, uint32_t entry, const Key<D>& key, int32_t image) {
   const Word hash = hash_of<D>(key, image);

@@ -1,11 +1,11 @@
-// The permutohedral lattice (Adams, Baek, Davis 2010) as plain data: pointers into memory that
-// Python owns.
+// The permutohedral lattice (Adams, Baek, Davis 2010): a struct of pointers into memory that Python
+// owns.
 //
-// Points are visited tile by tile. A tile is a rectangle of the grid the points lie on; a position
-// is a place in that order (the last tiles of a row or column may hold positions without a point).
-// Within a tile every distinct vertex is one "pair" (tile, vertex), or on CUDA several: values are
-// summed into pairs first, pairs into vertices next, both in a fixed order, so that a splat needs
-// no atomics and gives the same bits in every run.
+// Points are ordered by tiles, which are rectangles of the grid of points. A position is an index
+// in that order; the last tiles of a row or column may have positions without a point. A point has
+// d+1 entries, one a vertex of its simplex. A "pair" (tile, vertex) is a distinct vertex of a tile;
+// on CUDA a vertex of many entries has several. A splat first sums values into pairs, then pairs
+// into vertices, both in a fixed order: no atomics, and the same bits in every run.
 #pragma once
 
 #include "common/hd.h"
@@ -13,9 +13,9 @@
 namespace segkernels {
 
 constexpr int kMaxDims = 16;
-constexpr uint16_t kSkipped = 0xFFFF;  // local id of a point that takes no part
+constexpr uint16_t kSkipped = 0xFFFF;  // local id of a skipped point
 constexpr uint32_t kNoSlot = 0xFFFFFFFFu;
-constexpr int kLongestPair = 32;  // entries of a pair on CUDA
+constexpr int kLongestPair = 32;  // entries of a pair, at most, on CUDA
 
 struct Grid {
   int32_t batch, height, width;  // points of an image: height * width
@@ -28,18 +28,17 @@ struct Lattice {
   int64_t vertex_bound;   // rows allocated for vertices
   int64_t pair_bound;     // rows allocated for pairs
   void* weights;          // [positions, dims + 1] T: barycentric weights
-  uint16_t* local_ids;    // [positions, dims + 1]: pair of the entry, counted within its tile
-  int32_t* pair_vertex;   // [tiles, tile_entries]: vertex of each pair of the tile
+  uint16_t* local_ids;    // [positions, dims + 1]: pair of each entry, numbered in its tile
+  int32_t* pair_vertex;   // [tiles, tile_entries]: vertex of each pair
   int32_t* tile_start;    // [tiles + 1]: pairs before each tile
-  int32_t* vertex_start;  // [vertex_bound + 1]: pairs before each vertex, in vertex_pairs
+  int32_t* vertex_start;  // [vertex_bound + 1]: start of each vertex in vertex_pairs
   int32_t* vertex_pairs;  // [pair_bound]: pairs by vertex, tiles ascending
-  int32_t* neighbours;    // [dims + 1, 2, vertex_bound]: vertex one step along an axis, or -1
+  int32_t* neighbours;    // [dims + 1, 2, vertex_bound]: upper and lower neighbour, or -1
   int32_t* counts;        // [2]: vertices, pairs
-  // CUDA only: the entries of each tile by vertex, in order: the point of each within the tile, its
-  // weight; and which of them are each pair's.
-  uint16_t* order;       // [tiles, tile_entries]
+  // CUDA only: the entries of each tile sorted by vertex.
+  uint16_t* order;       // [tiles, tile_entries]: point in the tile
   void* order_weights;   // [tiles, tile_entries] T
-  uint32_t* pair_range;  // [tiles, tile_entries]: the first entry, and 65536 times their number
+  uint32_t* pair_range;  // [tiles, tile_entries]: of each pair: first entry | count << 16
 };
 
 inline namespace SK_NS {
@@ -53,12 +52,12 @@ SK_HD int32_t tiles_per_image(const Grid& g) {
 SK_HD int32_t tile_count(const Grid& g) { return g.batch * tiles_per_image(g); }
 SK_HD int64_t position_count(const Grid& g) { return int64_t(tile_count(g)) * tile_points(g); }
 
-struct Place {
+struct ImagePoint {
   int32_t image;
-  int64_t point;  // within the image; -1: no point at this position
+  int64_t point;  // in the image; -1: no point at this position
 };
 
-SK_HD Place place_of(const Grid& g, int64_t position) {
+SK_HD ImagePoint point_of(const Grid& g, int64_t position) {
   const int32_t tile = int32_t(position / tile_points(g));
   const int32_t inside = int32_t(position - int64_t(tile) * tile_points(g));
   const int32_t image = tile / tiles_per_image(g);
@@ -69,17 +68,17 @@ SK_HD Place place_of(const Grid& g, int64_t position) {
   return {image, y < g.height && x < g.width ? int64_t(y) * g.width + x : -1};
 }
 
-// Positions stay below 2^31: 32-bit division is several times quicker on the GPU.
+// Positions are below 2^31; 32-bit division is several times faster on the GPU.
 SK_HD int32_t tile_of(const Grid& g, int64_t position) {
   return int32_t(uint32_t(position) / uint32_t(tile_points(g)));
 }
 
-// Whether some of a tile's positions have no point.
+// Whether some positions of a tile have no point.
 SK_HD bool tile_has_gaps(const Grid& g, int64_t tile) {
-  return place_of(g, (tile + 1) * tile_points(g) - 1).point < 0;
+  return point_of(g, (tile + 1) * tile_points(g) - 1).point < 0;
 }
 
-// The first pair of a tile among the vertices of the whole lattice.
+// The vertices of a tile's pairs.
 SK_HD const int32_t* tile_vertices(const Lattice& l, int32_t tile) {
   return l.pair_vertex + int64_t(tile) * tile_points(l.grid) * (l.dims + 1);
 }

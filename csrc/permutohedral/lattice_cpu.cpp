@@ -1,46 +1,20 @@
-// Builds the lattice on the CPU, in parallel over tiles and vertices: keys are told apart within a
-// tile first, and only a tile's distinct keys meet the others' in the global table. Numbering by
-// first appearance makes the result independent of the number of threads.
+// Builds the lattice on the CPU, parallel over tiles and vertices. Keys are deduplicated within a
+// tile first, and only distinct keys go into the global table. Vertices are numbered by first
+// appearance, so the result does not depend on the number of threads.
 #include <math.h>
 #include <string.h>
 
 #include <stdexcept>
 
 #include "common/parallel_for.h"
-#include "common/simd.h"
 #include "permutohedral/dispatch.h"
 #include "permutohedral/permutohedral.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace segkernels {
-
-// rows.simd.cpp, once per instruction set.
-namespace isa_base {
-void fill_row_functions(PermutohedralApi&);
-}
-#if defined(SK_HAVE_X86_ISAS)
-namespace isa_avx2 {
-void fill_row_functions(PermutohedralApi&);
-}
-namespace isa_avx512 {
-void fill_row_functions(PermutohedralApi&);
-}
-#endif
 
 namespace {
 
-int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-// The distinct keys of one tile, by first appearance, in a table small enough for the cache.
+// The distinct keys of one tile, in order of first appearance, in a hash table that fits the cache.
 template <int D>
 class TileKeys {
  public:
@@ -53,7 +27,7 @@ class TileKeys {
   TileKeys(uint32_t* slots, uint32_t capacity, int32_t* known)
       : slots_(slots), mask_(capacity - 1), known_(reinterpret_cast<Known*>(known)) {}
 
-  // The number of a key: count() as it was, where the key is new.
+  // The number of a key, which is the old count() if the key is new.
   int32_t number(const Key<D>& key) {
     for (uint32_t slot = uint32_t(hash_of<D>(key, 0)) & mask_;; slot = (slot + 1) & mask_) {
       const uint32_t seen = slots_[slot];
@@ -79,8 +53,7 @@ class TileKeys {
   int32_t count_ = 0;
 };
 
-// One tile: records and weights of its points, and its pairs; an entry that has the key stands for
-// each pair for now.
+// One tile: records and weights of its points, and its pairs, each as an entry that has its key.
 template <class T, int D>
 void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embed, int32_t tile) {
   constexpr int words = record_size(D);
@@ -90,7 +63,7 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
   const int thread = thread_index();
   TileKeys<D> keys(b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
                    b.tile_keys + thread * points * (D + 1) * (D + 1));
-  const Place corner = place_of(l.grid, begin);
+  const ImagePoint corner = point_of(l.grid, begin);
   const int64_t left = l.grid.width - corner.point % l.grid.width;
   const int64_t below = l.grid.height - corner.point / l.grid.width;
   int64_t x = -1, y = 0;
@@ -136,7 +109,7 @@ void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_
   l.counts[1] = l.tile_start[tiles];
 }
 
-// Vertices numbered by first pair, which is by first entry. A pair beyond the bound has vertex -1.
+// Numbers the vertices by first pair, which is by first entry. A pair beyond the bound gets -1.
 void number_vertices(const Lattice& l, const BuildBuffers& b) {
   int32_t id = 0;
   for (int32_t tile = 0; tile < tile_count(l.grid); ++tile) {
@@ -182,24 +155,24 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
   });
 }
 
-// A counting sort of the pairs by vertex, tiles ascending.
+// Counting sort of the pairs by vertex, tiles ascending.
 void sort_pairs(const Lattice& l) {
   const int64_t vertices = l.counts[0];
   int32_t* start = l.vertex_start;
   memset(start, 0, sizeof(int32_t) * (vertices + 1));
   const int32_t tiles = tile_count(l.grid);
   for (int32_t t = 0; t < tiles; ++t) {
-    const int32_t* of = tile_vertices(l, t);
-    for (int32_t i = 0; i < l.tile_start[t + 1] - l.tile_start[t]; ++i) ++start[of[i] + 1];
+    const int32_t* vertex_of = tile_vertices(l, t);
+    for (int32_t i = 0; i < l.tile_start[t + 1] - l.tile_start[t]; ++i) ++start[vertex_of[i] + 1];
   }
   for (int64_t v = 0; v < vertices; ++v) start[v + 1] += start[v];
   for (int32_t t = 0; t < tiles; ++t) {
-    const int32_t* of = tile_vertices(l, t);
+    const int32_t* vertex_of = tile_vertices(l, t);
     for (int32_t i = l.tile_start[t]; i < l.tile_start[t + 1]; ++i) {
-      l.vertex_pairs[start[of[i - l.tile_start[t]]]++] = i;
+      l.vertex_pairs[start[vertex_of[i - l.tile_start[t]]]++] = i;
     }
   }
-  // Each start has run on to the next vertex's: step back.
+  // Each start has advanced to the start of the next vertex: shift back.
   for (int64_t v = vertices; v > 0; --v) start[v] = start[v - 1];
   start[0] = 0;
 }
@@ -214,38 +187,13 @@ void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
   sort_pairs(l);
 }
 
-void embed_grad(const Where& where, const Lattice& l, const void* features,
-                const void* grad_weights, void* grad_features, bool is_double) {
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    with_scalar(is_double, [&](auto scalar) {
-      using T = decltype(scalar);
-      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
-                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
-      parallel_for(where, position_count(l.grid), f, "embed_grad");
-    });
-  });
-}
-
 PermutohedralApi make_api() {
   PermutohedralApi api{};
   api.embed = embed;
   api.tiles = tiles;
   api.link = link;
-  api.embed_grad = embed_grad;
-#if defined(SK_HAVE_X86_ISAS)
-  switch (best_isa()) {
-    case Isa::kAvx512:
-      isa_avx512::fill_row_functions(api);
-      return api;
-    case Isa::kAvx2:
-      isa_avx2::fill_row_functions(api);
-      return api;
-    case Isa::kBase:
-      break;
-  }
-#endif
-  isa_base::fill_row_functions(api);
+  api.embed_grad = embed_grad_points;
+  with_best_isa([&](auto isa) { set_cpu_loops<isa.value>(api); });
   return api;
 }
 

@@ -1,7 +1,7 @@
-// The lattice on CUDA. Every step is a grid-stride launch of a functor that the CPU shares, but for
-// two: telling a tile's pairs apart (a block of threads sorts the tile's entries by vertex) and the
-// splat (a block sums its tile's entries, each pair in the fixed order of that sort). Scans and the
-// sort of the pairs are CUB's. Nothing allocates or synchronises.
+// The lattice on CUDA. Most steps are grid-stride launches of functors that the CPU shares. Two are
+// kernels with a block a tile: one sorts the tile's entries by vertex and numbers its pairs, the
+// other is the splat, which sums entries into pairs in that fixed order. CUB does the scans and the
+// sort of the pairs. No allocation, no synchronisation.
 #include <thrust/iterator/counting_iterator.h>
 #include <thrust/iterator/transform_iterator.h>
 
@@ -12,11 +12,11 @@
 #include <cub/device/device_scan.cuh>
 
 #include "common/parallel_for.h"
+#include "permutohedral/build_cuda.h"
 #include "permutohedral/dispatch.h"
-#include "permutohedral/global_build.h"
-#include "permutohedral/lanes.h"
 #include "permutohedral/permutohedral.h"
-#include "permutohedral/splat.h"
+#include "permutohedral/row_threads.h"
+#include "permutohedral/splat_cuda.h"
 
 namespace segkernels {
 namespace {
@@ -31,9 +31,9 @@ struct Larger {
   SK_HD int operator()(int a, int b) const { return a < b ? b : a; }
 };
 
-// One tile a block: entries sorted by vertex, stably, so that a pair's entries stand in the order
-// of the points. A run of entries with one vertex is cut into pairs of at most kLongestPair, and
-// pairs are numbered by length, longest first, so that the threads of a warp sum equally many.
+// One tile a block: a stable sort of the entries by vertex, so that a pair's entries are in the
+// order of the points. A run of one vertex is cut into pairs of at most kLongestPair entries, and
+// pairs are numbered by length, longest first, so that the threads of a warp sum about as many.
 template <int I>
 __global__ void __launch_bounds__(kTile)
     number_pairs_kernel(Lattice l, const uint32_t* vertex_of_entry, int bits) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kTile)
     typename Heads::TempStorage heads;
     typename Scan::TempStorage scan;
   } shared;
-  __shared__ uint16_t of_pair[kTile * I + 1];  // where each begins; then its number
+  __shared__ uint16_t of_pair[kTile * I + 1];  // start of each pair; later its number
   __shared__ int rest;
 
   const int32_t tile = blockIdx.x;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kTile)
   int head[I];
   Heads(shared.heads).FlagHeads(head, vertex, Differs{});
   __syncthreads();
-  int run[I];  // where the entry's run begins
+  int run[I];  // start of the entry's run
 #pragma unroll
   for (int k = 0; k < I; ++k) run[k] = head[k] ? threadIdx.x * I + k : 0;
   Scan(shared.scan).InclusiveScan(run, run, Larger{});
@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(kTile)
 #pragma unroll
   for (int k = 0; k < I; ++k) {
     const int i = threadIdx.x * I + k;
-    // Where the run of entries without a vertex begins, the last pair ends.
+    // The last pair ends where the run of entries without a vertex starts.
     if (head[k]) of_pair[rank[k] - 1] = uint16_t(i);
     if (head[k] && vertex[k] != none) pair_vertex[rank[k] - 1] = int32_t(vertex[k]);
     if (i < entries) l.order[base + i] = entry[k];
   }
   if (threadIdx.x == kTile - 1) {
-    // Entries without a vertex are one run, which is no pair.
+    // Entries without a vertex are one run, and no pair.
     rest = vertex[I - 1] == none ? 1 : 0;
     if (!rest) of_pair[pairs] = uint16_t(entries);
   }
@@ -188,7 +188,7 @@ void number_pairs(const Where& where, const Lattice& l, const BuildBuffers& b, i
 void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
   const DeviceGuard guard(where.device);
   number_vertices(where, l, b);
-  // A vertex is below the bound, and one more value sorts after all.
+  // Vertices are below the bound; one value more sorts last.
   const int bits = bits_for(l.vertex_bound + 2);
   const int n = l.dims + 1;
   if (n <= 3) {
@@ -241,18 +241,10 @@ void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
 void embed_grad(const Where& where, const Lattice& l, const void* features,
                 const void* grad_weights, void* grad_features, bool is_double) {
   const DeviceGuard guard(where.device);
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    with_scalar(is_double, [&](auto scalar) {
-      using T = decltype(scalar);
-      const EmbedGrad<T, D> f{l.grid, static_cast<const T*>(features), make_scale<T, D>(),
-                              static_cast<const T*>(grad_weights), static_cast<T*>(grad_features)};
-      parallel_for(where, position_count(l.grid), f, "permutohedral embed_grad");
-    });
-  });
+  embed_grad_points(where, l, features, grad_weights, grad_features, is_double);
 }
 
-// f(T{}, V{}): the scalar, and the 16 bytes of them (or the one) that rows are read in.
+// f(T{}, V{}): the scalar type, and the vector type of rows: 16 bytes, or one scalar.
 template <class F>
 void with_vector(int width, bool is_double, const F& f) {
   with_scalar(is_double, [&](auto scalar) {
@@ -271,7 +263,7 @@ void pack(const Where& where, const Grid& grid, const Strided& source, void* row
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
     constexpr int W = sizeof(vector) / sizeof(T);
-    const Pack<T, W> f{grid, source, static_cast<T*>(rows), channels, width, kind, status};
+    const PackBlock<T, W> f{grid, source, static_cast<T*>(rows), channels, width, kind, status};
     parallel_for(where, position_count(grid), PackRow<T, W>{f}, "rows pack");
   });
 }
@@ -282,7 +274,7 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
   with_vector(width, is_double, [&](auto scalar, auto vector) {
     using T = decltype(scalar);
     constexpr int W = sizeof(vector) / sizeof(T);
-    const Unpack<T, W> f{grid, static_cast<const T*>(rows), target, channels, width};
+    const UnpackRow<T, W> f{grid, static_cast<const T*>(rows), target, channels, width};
     parallel_for(where, position_count(grid), f, "rows unpack");
   });
 }
@@ -314,17 +306,7 @@ void slice(const Where& where, const Lattice& l, const void* vertices, const voi
            double skipped, void* rows, int width, bool is_double) {
   const DeviceGuard guard(where.device);
   with_vector(width, is_double, [&](auto scalar, auto vector) {
-    using T = decltype(scalar);
-    using V = decltype(vector);
-    const int blocks = int(width * sizeof(T) / sizeof(V));
-    const Slice<T, V> f{l,
-                        static_cast<const V*>(vertices),
-                        static_cast<V*>(rows),
-                        static_cast<const T*>(scale),
-                        T(slice_alpha(l.dims)),
-                        T(skipped),
-                        blocks};
-    parallel_rows(where, position_count(l.grid), nullptr, blocks, f, "permutohedral slice");
+    slice_rows<decltype(scalar), decltype(vector)>(where, l, vertices, scale, skipped, rows, width);
   });
 }
 
@@ -333,16 +315,8 @@ void weights_grad(const Where& where, const Lattice& l, const void* x, const voi
                   bool is_double) {
   const DeviceGuard guard(where.device);
   with_scalar(is_double, [&](auto scalar) {
-    using T = decltype(scalar);
-    const WeightsGrad<T> f{l,
-                           static_cast<const T*>(x),
-                           static_cast<const T*>(g),
-                           static_cast<const T*>(vertices),
-                           static_cast<const T*>(grad_vertices),
-                           static_cast<T*>(grad_weights),
-                           T(slice_alpha(l.dims)),
-                           width};
-    parallel_for(where, position_count(l.grid), f, "permutohedral weights_grad");
+    weights_grad_rows<decltype(scalar)>(where, l, x, g, vertices, grad_vertices, grad_weights,
+                                        width);
   });
 }
 
@@ -350,10 +324,7 @@ void invert_norm(const Where& where, int64_t positions, const void* norm, void* 
                  bool is_double) {
   const DeviceGuard guard(where.device);
   with_scalar(is_double, [&](auto scalar) {
-    using T = decltype(scalar);
-    parallel_for(where, positions,
-                 InvertNorm<T>{static_cast<const T*>(norm), static_cast<T*>(out), root},
-                 "permutohedral norm");
+    invert_norm_rows<decltype(scalar)>(where, positions, norm, out, root);
   });
 }
 
@@ -365,7 +336,7 @@ void splat_pairs(const Where& where, const Lattice& l, const void* rows, const v
     using T = decltype(scalar);
     using V = decltype(vector);
     const int blocks = int(width * sizeof(T) / sizeof(V));
-    with_lanes<T, V>(blocks, [&](auto lanes, auto vectors) {
+    with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
       constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
       splat_kernel<T, V, G, B><<<tile_count(l.grid), kTile, 0, stream_of(where)>>>(
           l, static_cast<const V*>(rows), static_cast<const T*>(scale), static_cast<V*>(pairs),
@@ -376,7 +347,7 @@ void splat_pairs(const Where& where, const Lattice& l, const void* rows, const v
 }
 
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs) {
-  const DeviceGuard guard(device);  // whose architecture CUB asks for
+  const DeviceGuard guard(device);  // CUB asks for the current device's architecture
   size_t scan = 0, scan_tiles = 0, sort = 0;
   const auto flags =
       thrust::make_transform_iterator(thrust::counting_iterator<int64_t>(0), FirstBefore{});

@@ -1,11 +1,12 @@
-// The native interface of the lattice. Every function runs on where.device and touches only memory
-// it is given.
+// The native interface of the lattice. Functions run on where.device and use only the memory that
+// they are given.
 #pragma once
 
+#include "common/simd.h"
 #include "common/where.h"
 #include "permutohedral/build.h"
+#include "permutohedral/filter.h"
 #include "permutohedral/lattice.h"
-#include "permutohedral/rows.h"
 
 namespace segkernels {
 
@@ -13,20 +14,20 @@ struct FilterBuffers {
   const void* rows;      // [positions, width] values
   const void* scale_in;  // [positions] or null
   void* pairs;           // [pair_bound, width]
-  void* vertices;        // [vertex_bound, width]: the result
+  void* vertices;        // [vertex_bound, width]: output
   void* scratch;         // [vertex_bound, width]
   int32_t width;
   bool reverse;  // blur axes in reverse order: the transpose
 };
 
-// The interface once per compiler: cpu, and cuda where it is built.
+// One table of functions for the CPU, and one for CUDA.
 struct PermutohedralApi {
-  // Records and weights. The CPU also finds the pairs of every tile and sets counts[1], by which
-  // the table is sized.
+  // Computes records and weights. The CPU also finds the pairs of every tile and sets counts[1],
+  // from which Python sizes the table.
   void (*embed)(const Where&, const Lattice&, const BuildBuffers&, bool is_double);
-  // Keys into the table, vertices and pairs numbered; sets counts and image_start.
+  // Inserts the keys and numbers vertices and pairs; sets counts and image_start.
   void (*tiles)(const Where&, const Lattice&, const BuildBuffers&, bool is_double);
-  // Neighbours and the pairs of every vertex, once the bounds are known.
+  // Finds neighbours and the pairs of every vertex, once Python knows the bounds.
   void (*link)(const Where&, const Lattice&, const BuildBuffers&);
   void (*embed_grad)(const Where&, const Lattice&, const void* features, const void* grad_weights,
                      void* grad_features, bool is_double);
@@ -36,7 +37,7 @@ struct PermutohedralApi {
                  int width, bool is_double);
   // Splat and blur.
   void (*splat)(const Where&, const Lattice&, const FilterBuffers&, bool is_double);
-  // `skipped` is what a skipped point gets.
+  // `skipped` is the value of skipped points.
   void (*slice)(const Where&, const Lattice&, const void* vertices, const void* scale,
                 double skipped, void* rows, int width, bool is_double);
   void (*weights_grad)(const Where&, const Lattice&, const void* x, const void* g,
@@ -46,19 +47,16 @@ struct PermutohedralApi {
                       bool is_double);
 };
 
+// Sets the functions that filter.simd.cpp defines.
+template <Isa kIsa>
+void set_cpu_loops(PermutohedralApi&);
+
 const PermutohedralApi& permutohedral_cpu();
 const PermutohedralApi& permutohedral_cuda();
-// The splat's first step, rows into pairs, for the mean field.
+// The first step of the CUDA splat, from rows to pairs, which the mean field uses too.
 void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs,
                  int width, bool is_double);
-// CUB's workspace in bytes for a build with so many entries, tiles and pairs.
+// Bytes of CUB's workspace for a build of this size.
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs);
-
-// Splat and slice interpolate linearly; the blur's kernel 1/2, 1, 1/2 has this gain to undo.
-inline double slice_alpha(int dims) {
-  double p = 1;
-  for (int i = 0; i < dims; ++i) p *= 0.5;
-  return 1.0 / (1.0 + p);
-}
 
 }  // namespace segkernels

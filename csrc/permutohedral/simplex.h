@@ -1,7 +1,6 @@
-// Which simplex of the lattice a point lies in, and its barycentric weights there (Adams et al.
-// 2010, section 3; the rounding and the ties are those of Kraehenbuehl and Koltun's code, so that
-// results agree with it). Every comparison here decides a vertex: the build forbids fused
-// multiply-adds so that all compilers decide alike.
+// The simplex that contains a point, and the point's barycentric weights (Adams et al. 2010,
+// section 3). Rounding and ties are those of Kraehenbuehl and Koltun's code, to agree with its
+// results. Comparisons here decide vertices, so the build disables fused multiply-adds.
 #pragma once
 
 #include "common/hd.h"
@@ -12,7 +11,7 @@ inline namespace SK_NS {
 SK_HD float round_half_even(float x) { return rintf(x); }
 SK_HD double round_half_even(double x) { return rint(x); }
 
-// Coordinates are exact integers in T and fit int32, with room for a step of the neighbour search.
+// Bound of coordinates: exact integers in T that fit int32 after a step of the neighbour search.
 template <class T>
 struct Limit;
 template <>
@@ -32,11 +31,11 @@ struct Scale {
 template <class T, int D>
 struct Simplex {
   int32_t rem[D + 1];   // the nearest remainder-0 vertex
-  int32_t rank[D + 1];  // of each coordinate, by descending distance from it
-  T sorted[D + 1];      // that distance over d+1, by rank
+  int32_t rank[D + 1];  // of each coordinate, by descending distance from that vertex
+  T sorted[D + 1];      // distance / (d+1), by rank
 };
 
-// False when the features are not finite (`finite` tells) or beyond the exact range.
+// False for features that are not finite (sets `finite`) or beyond the exact range.
 template <class T, int D>
 SK_HD bool find_simplex(const T (&feature)[D], const Scale<T, D>& scale, Simplex<T, D>& s,
                         bool& finite) {
@@ -78,8 +77,8 @@ SK_HD bool find_simplex(const T (&feature)[D], const Scale<T, D>& scale, Simplex
       s.rank[j] += 1 - less;
     }
   }
-  // The rounded point may lie off the plane of sum 0: bring it back along the axes that are
-  // furthest out.
+  // The rounded point may be off the plane of sum 0: move it back along the axes with the largest
+  // error.
 #pragma unroll
   for (int i = 0; i <= D; ++i) {
     s.rank[i] += plane;
@@ -89,7 +88,7 @@ SK_HD bool find_simplex(const T (&feature)[D], const Scale<T, D>& scale, Simplex
     rest[i] = (elevated[i] - T(s.rem[i])) * (T(1) / T(D + 1));
   }
 #if defined(__CUDA_ARCH__)
-  // A scatter by rank, as selects: a run-time index would leave the registers.
+  // Scatter by rank, as selects: registers cannot be indexed at run time.
 #pragma unroll
   for (int r = 0; r <= D; ++r) {
     s.sorted[r] = 0;
@@ -102,7 +101,7 @@ SK_HD bool find_simplex(const T (&feature)[D], const Scale<T, D>& scale, Simplex
   return true;
 }
 
-// Weight of the simplex's vertex k.
+// The weights of the d+1 vertices.
 template <class T, int D>
 SK_HD void barycentric(const Simplex<T, D>& s, T (&weight)[D + 1]) {
 #pragma unroll
@@ -110,7 +109,7 @@ SK_HD void barycentric(const Simplex<T, D>& s, T (&weight)[D + 1]) {
   weight[0] = s.sorted[D] + (T(1) - s.sorted[0]);
 }
 
-// The transpose of features -> weights with ranks held fixed.
+// The transpose of features -> weights, for fixed ranks.
 template <class T, int D>
 SK_HD void simplex_grad(const Simplex<T, D>& s, const Scale<T, D>& scale,
                         const T (&grad_weight)[D + 1], T (&grad_feature)[D]) {

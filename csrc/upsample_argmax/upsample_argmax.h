@@ -1,8 +1,9 @@
 // argmax over the classes of upsampled logits, and optionally the softmax probability of the
-// winner: interface and the functor that CUDA runs. A thread owns a few pixels below each other and
-// walks over the classes once.
+// maximum: interface and CUDA functor. A thread has a few pixels of a column and loops over the
+// classes once.
 #pragma once
 
+#include "common/simd.h"
 #include "common/where.h"
 #include "interpolate/interpolate.h"
 #include "interpolate/pixels.h"
@@ -19,7 +20,7 @@ struct ArgmaxCall {
   LabelType label_type;
   const void* logits;
   void* labels;      // [batch, out height, out width]
-  void* confidence;  // the same, in the type that `type` is computed in; or null
+  void* confidence;  // the same, in the computing type; or null
 };
 
 inline namespace SK_NS {
@@ -41,7 +42,7 @@ SK_HD void store_label(void* labels, LabelType type, int64_t i, int32_t label) {
   }
 }
 
-// torch.argmax's order: the first of equal values, and NaN before all.
+// The order of torch.argmax: NaN is the largest, and the first of equal values wins.
 template <class A>
 SK_HD bool beats(A value, A best) {
   return value > best || (value != value && best == best);
@@ -92,7 +93,7 @@ struct Argmax {
       if (at.row + r >= logits.y.out) continue;
       const int64_t pixel = (at.image * logits.y.out + at.row + r) * logits.x.out + at.column;
       store_label(labels, label_type, pixel, label[r]);
-      // softmax of NaN and of infinities is NaN, also of one class.
+      // The softmax of NaN or infinity is NaN, also for one class.
       if constexpr (kConfidence) confidence[pixel] = is_finite(best[r]) ? A(1) / sum[r] : A(NAN);
     }
   }
@@ -100,20 +101,13 @@ struct Argmax {
 
 }  // namespace SK_NS
 
-template <class T>
-Logits<T> logits_of(const Resampling& r, int32_t classes, const Strides& strides,
-                    const void* data) {
-  const auto g = r.geometry<Acc<T>>();
-  return {g.y, g.x, r.planes, classes, strides, static_cast<const T*>(data)};
-}
-
 // f(functor) with the call's types.
 template <class F>
 void with_argmax(const ArgmaxCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
     with_taps(call.resampling, [&](auto taps) {
-      const auto logits = logits_of<T>(call.resampling, call.classes, call.strides, call.logits);
+      const auto logits = logits_of<T>(call);
       Acc<T>* confidence = static_cast<Acc<T>*>(call.confidence);
       if (confidence != nullptr) {
         f(Argmax<T, taps.value, true>{logits, call.labels, call.label_type, confidence});
@@ -124,8 +118,14 @@ void with_argmax(const ArgmaxCall& call, const F& f) {
   });
 }
 
+// Defined in upsample_argmax.simd.cpp; the tables are in interpolate/logit_blocks.h.
+template <class T>
+struct LogitTables;
+template <Isa kIsa, class T>
+void upsample_argmax(const Where&, const ArgmaxCall&, const LogitTables<T>&);
+
 int64_t upsample_argmax_workspace(const Where&, const ArgmaxCall&);
 void upsample_argmax_cpu(const Where&, const ArgmaxCall&, void* workspace);
-void upsample_argmax_cuda(const Where&, const ArgmaxCall&);
+void upsample_argmax_cuda(const Where&, const ArgmaxCall&, void* unused);
 
 }  // namespace segkernels

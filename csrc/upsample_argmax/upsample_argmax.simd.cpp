@@ -1,15 +1,16 @@
-// argmax of upsampled logits on the CPU, compiled once per instruction set: rows of pixels in
-// parallel, a block of pixels at a time, its classes in cache.
+// argmax of upsampled logits on the CPU, compiled once per instruction set (SK_ISA). Parallel over
+// rows of pixels, in blocks of pixels whose classes stay in cache.
 #include <math.h>
 
-#include "upsample_argmax/rows.h"
+#include "interpolate/logit_blocks.h"
+#include "upsample_argmax/upsample_argmax.h"
 
 namespace segkernels {
 inline namespace SK_ISA {
 
 template <class A>
 void best_of(const A* block, int32_t classes, A* best, int32_t* label) {
-  constexpr int64_t kBlock = LogitPlan<A>::kPixelBlock;
+  constexpr int64_t kBlock = LogitTables<A>::kPixelBlock;
   for (int64_t i = 0; i < kBlock; ++i) {
     best[i] = block[i];
     label[i] = 0;
@@ -27,7 +28,7 @@ void best_of(const A* block, int32_t classes, A* best, int32_t* label) {
 
 template <class A>
 void confidence_of(const A* block, int32_t classes, const A* best, A* out) {
-  constexpr int64_t kBlock = LogitPlan<A>::kPixelBlock;
+  constexpr int64_t kBlock = LogitTables<A>::kPixelBlock;
   A sum[kBlock] = {};
   for (int32_t c = 0; c < classes; ++c) {
     const A* value = block + c * kBlock;
@@ -38,12 +39,12 @@ void confidence_of(const A* block, int32_t classes, const A* best, A* out) {
 }
 
 template <class T, int K>
-void rows(const Where& where, const LogitPlan<T>& plan, const ArgmaxCall& call) {
+void argmax_rows(const Where& where, const LogitTables<T>& tables, const ArgmaxCall& call) {
   using A = Acc<T>;
-  constexpr int64_t kBlock = LogitPlan<T>::kPixelBlock;
-  const Logits<T>& l = plan.logits;
+  constexpr int64_t kBlock = LogitTables<T>::kPixelBlock;
+  const Logits<T>& l = tables.logits;
   parallel_chunks(where, l.batch * l.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
-    LogitRows<T, K> source(plan, thread);
+    LogitBlocks<T, K> source(tables, thread);
     A best[kBlock], confidence[kBlock];
     int32_t label[kBlock];
     for (int64_t row = begin; row < end; ++row) {
@@ -66,14 +67,17 @@ void rows(const Where& where, const LogitPlan<T>& plan, const ArgmaxCall& call) 
 }  // namespace SK_ISA
 
 template <Isa kIsa, class T>
-void ArgmaxRows<kIsa, T>::run(const Where& where, const ArgmaxCall& call,
-                              const LogitPlan<T>& plan) {
-  with_taps(call.resampling, [&](auto taps) { rows<T, taps.value>(where, plan, call); });
+void upsample_argmax(const Where& where, const ArgmaxCall& call, const LogitTables<T>& tables) {
+  with_taps(call.resampling, [&](auto taps) { argmax_rows<T, taps.value>(where, tables, call); });
 }
 
-template struct ArgmaxRows<Isa::SK_ISA, Half>;
-template struct ArgmaxRows<Isa::SK_ISA, BFloat16>;
-template struct ArgmaxRows<Isa::SK_ISA, float>;
-template struct ArgmaxRows<Isa::SK_ISA, double>;
+template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
+                                           const LogitTables<Half>&);
+template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
+                                           const LogitTables<BFloat16>&);
+template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
+                                           const LogitTables<float>&);
+template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
+                                           const LogitTables<double>&);
 
 }  // namespace segkernels

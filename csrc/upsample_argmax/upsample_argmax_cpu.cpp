@@ -1,30 +1,24 @@
-// argmax of upsampled logits on the CPU: tables of taps, and the choice of instruction set.
+// argmax of upsampled logits on the CPU: builds the tables of taps and calls the loops of
+// upsample_argmax.simd.cpp.
 #include "common/parallel_for.h"
-#include "upsample_argmax/rows.h"
+#include "interpolate/logit_blocks.h"
+#include "upsample_argmax/upsample_argmax.h"
 
 namespace segkernels {
 namespace {
 
 template <class T>
-LogitPlan<T> plan_of(const ArgmaxCall& call) {
-  return {logits_of<T>(call.resampling, call.classes, call.strides, call.logits),
-          {},
-          {},
-          nullptr,
-          nullptr,
-          nullptr,
-          call.resampling.taps()};
+LogitTables<T> tables_of(const ArgmaxCall& call) {
+  return {logits_of<T>(call), {}, {}, nullptr, nullptr, nullptr, call.resampling.taps()};
 }
-
-int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
 
 }  // namespace
 
 int64_t upsample_argmax_workspace(const Where& where, const ArgmaxCall& call) {
   Arena arena(nullptr);
   with_scalar_type(call.type, [&](auto scalar) {
-    auto plan = plan_of<decltype(scalar)>(call);
-    plan.take(arena, threads_of(where));
+    auto tables = tables_of<decltype(scalar)>(call);
+    tables.allocate(arena, cpu_threads(where));
   });
   return arena.used();
 }
@@ -32,14 +26,14 @@ int64_t upsample_argmax_workspace(const Where& where, const ArgmaxCall& call) {
 void upsample_argmax_cpu(const Where& where, const ArgmaxCall& call, void* workspace) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
-    auto plan = plan_of<T>(call);
+    auto tables = tables_of<T>(call);
     Arena arena(workspace);
-    plan.take(arena, threads_of(where));
+    tables.allocate(arena, cpu_threads(where));
     with_taps(call.resampling, [&](auto taps) {
-      cpu::fill<taps.value>(plan.logits.y, plan.y);
-      cpu::fill<taps.value>(plan.logits.x, plan.x);
+      cpu::fill<taps.value>(tables.logits.y, tables.y);
+      cpu::fill<taps.value>(tables.logits.x, tables.x);
     });
-    with_best_isa([&](auto isa) { ArgmaxRows<isa.value, T>::run(where, call, plan); });
+    with_best_isa([&](auto isa) { upsample_argmax<isa.value>(where, call, tables); });
   });
 }
 

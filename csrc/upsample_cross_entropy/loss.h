@@ -1,7 +1,7 @@
-// The two losses of one pixel: softmax cross entropy over classes, and binary cross entropy of one
-// logit. Each reads a pixel's logits class by class and leaves the value and the weight that a mean
-// divides by; for the backward pass it gives the gradient of a pixel's logits from what the forward
-// pass kept (a log of a sum of exponentials a pixel, or nothing).
+// The losses of one pixel: softmax cross entropy, and binary cross entropy of one logit. Each reads
+// the pixel's logits class by class and returns the loss and the weight by which a mean divides.
+// Backward: the gradient of the pixel's logits, from what forward kept (softmax: the log of the sum
+// of exponentials).
 #pragma once
 
 #include "common/status.h"
@@ -28,7 +28,7 @@ SK_HD float log1p_fast(float x) {
 #if defined(__CUDA_ARCH__)
   return log1pf(x);
 #else
-  // The rounding of 1 + x, undone by the ratio (Kahan).
+  // Corrects the rounding of 1 + x (Kahan).
   const float u = 1.0f + x;
   const float d = u - 1.0f;
   const float l = log_of(u) * (x / (d == 0.0f ? 1.0f : d));
@@ -54,8 +54,7 @@ SK_HD int64_t label_at(const void* target, TargetType type, int64_t i) {
 //   (1 - s) w_t (lse - v_t) + s / C sum_c w_c (lse - v_c)
 template <class A>
 struct SoftmaxLoss {
-  static constexpr int kChannels =
-      sizeof(A) == 8 ? 2 : 4;  // classes a thread of the backward pass may hold
+  static constexpr int kChannels = sizeof(A) == 8 ? 2 : 4;  // classes a thread of the backward pass
   const void* target;
   TargetType target_type;
   int64_t ignore_index;
@@ -64,7 +63,7 @@ struct SoftmaxLoss {
   int32_t classes;
   int32_t* status;
 
-  // The pixel's label; -1 when it is ignored.
+  // The pixel's label; -1 if ignored.
   SK_HD int32_t label(int64_t pixel) const {
     const int64_t label = label_at(target, target_type, pixel);
     if (label == ignore_index) return -1;
@@ -75,7 +74,7 @@ struct SoftmaxLoss {
 
   SK_HD A weight_of_class(int32_t c) const { return weight != nullptr ? weight[c] : A(1); }
 
-  // Sums over a pixel's classes, met in order.
+  // Sums over a pixel's classes, in order.
   struct Sums {
     A best, sum, weighted, weights, picked;
   };
@@ -95,9 +94,9 @@ struct SoftmaxLoss {
     }
   }
 
-  // The loss and the weight of pixel i; kept[i] is for the backward pass.
+  // The loss and the weight of pixel i. Stores kept[i] for the backward pass.
   SK_HD A finish(const Sums& s, int64_t i, int32_t label, A* kept, A& pixel_weight) const {
-    // softmax of an infinite maximum is NaN.
+    // The softmax of an infinite maximum is NaN.
     const A lse = s.best - s.best == A(0) ? s.best + log_fast(s.sum) : A(NAN);
     kept[i] = lse;
     return value(lse, s.picked, s.weighted, s.weights, label, pixel_weight);
@@ -114,7 +113,7 @@ struct SoftmaxLoss {
     return loss;
   }
 
-  // What the gradient of each of the pixel's classes needs, times `scale`.
+  // Factors that the gradients of all classes of a pixel share, times `scale`.
   struct Pixel {
     A lse, softmax, picked, smooth;
     int32_t label;
@@ -145,12 +144,12 @@ struct BinaryLoss {
   static constexpr int kChannels = 1;
   const void* target;
   TargetType target_type;
-  int64_t ignore_index;  // of integer targets
-  const A* weight;       // a pixel each, or null
-  const A* pos_weight;   // one, or null
+  int64_t ignore_index;  // for integer targets
+  const A* weight;       // per pixel, or null
+  const A* pos_weight;   // one value, or null
   int32_t* status;
 
-  // 0, or -1 for a pixel that is ignored.
+  // 0, or -1 for an ignored pixel.
   SK_HD int32_t label(int64_t i) const {
     if (target_type == TargetType::kFloat || target_type == TargetType::kDouble) return 0;
     const int64_t label = label_at(target, target_type, i);
@@ -167,7 +166,7 @@ struct BinaryLoss {
   }
 
   struct Pixel {
-    A falls, rises;  // loss = falls v + rises log(1 + exp(-v)); both 0 for an ignored pixel
+    A falls, rises;  // loss = falls * v + rises * log(1 + exp(-v)); both 0 for an ignored pixel
   };
 
   SK_HD Pixel pixel(const A*, int64_t i, A scale, A) const {
@@ -193,7 +192,7 @@ struct BinaryLoss {
   }
 
   SK_HD static A value(const Pixel& p, A v) {
-    // log(1 + exp(-v)), exact for large and small v.
+    // log(1 + exp(-v)) without overflow or cancellation.
     const A softplus = log1p_fast(exp_fast(v < A(0) ? v : -v)) + (v < A(0) ? -v : A(0));
     return p.falls * v + p.rises * softplus;
   }

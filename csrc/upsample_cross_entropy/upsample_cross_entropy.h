@@ -1,8 +1,10 @@
-// Losses of upsampled logits: interface, and the functors that CUDA runs. Forward: a thread owns
-// a few pixels below each other and walks over the classes once; sums are taken in double, in a
-// fixed order. Backward: the tiles of interpolate's backward pass (interpolate/kernels.h), with the
-// gradient of each pixel's logits computed where that reads it: a thread owns a column of pixels
-// and a few classes.
+// Losses of upsampled logits: interface and CUDA functors.
+//
+// Forward: a thread has a few pixels of a column and loops over the classes once. Sums are in
+// double, in a fixed order.
+//
+// Backward: the tiles of interpolate's backward pass (interpolate/kernels.h), with the gradient of
+// each pixel's logits computed on the fly. A thread has a column of pixels and a few classes.
 #pragma once
 
 #include "common/where.h"
@@ -23,28 +25,29 @@ struct LossCall {
   const void* target;  // [batch, out height, out width]
   TargetType target_type;
   int64_t ignore_index;
-  const void* weight;  // [classes], or binary: like target; or null. Like pos_weight and losses, of
-                       // the computing type
-  const void* pos_weight;  // binary: one, or null
+  const void* weight;      // [classes], or for binary as target, or null; of the computing type, as
+                           // pos_weight and losses
+  const void* pos_weight;  // binary: one value, or null
   double smoothing;
   Reduction reduction;
   int32_t* status;
 };
 
-// Where the results go, all of the computing type.
+// Outputs, of the computing type.
 struct LossOutputs {
-  void* kept;     // a value a pixel for the backward pass
-  void* losses;   // a value a pixel, or null unless the reduction is kNone
-  void* totals;   // [3]: loss, weight of the pixels, sum of the class weights
-  void* partial;  // CUDA: 2 * kMaxPartials doubles
+  void* kept;       // per pixel, for the backward pass
+  void* losses;     // per pixel, or null unless the reduction is kNone
+  void* totals;     // [3]: loss, weight of the pixels, sum of the class weights
+  void* workspace;  // CUDA: 2 * kMaxPartials doubles; CPU: as upsample_loss_workspace says
 };
 
 struct LossGradient {
-  const void* grad;  // a value a pixel for kNone, else one
+  const void* grad;  // per pixel for kNone, else one value
   const void* kept;
   const void* totals;
   void* grad_logits;
   Strides strides;  // of grad_logits
+  void* workspace;  // CPU
 };
 
 constexpr int kMaxPartials = SK_LIMIT(2048, 3);
@@ -62,7 +65,7 @@ struct LossForward {
 
   SK_HD int64_t count() const { return PixelIndex<kRows>::count(logits); }
 
-  // Adds to the sums of the pixels' losses and weights.
+  // Adds the losses and weights of its pixels to `total` and `weight`.
   SK_HD void operator()(int64_t i, double& total, double& weight) const {
     const PixelIndex<kRows> at(logits, i);
     const PixelColumn<T, K, kRows> column(logits, at.row, at.column);
@@ -94,7 +97,7 @@ struct LossForward {
   }
 };
 
-// Classes a thread of the backward pass holds.
+// Classes a thread of the backward pass.
 template <class P, int K>
 constexpr int kLossChannels = K == 4 && P::kChannels > 1 ? P::kChannels / 2 : P::kChannels;
 
@@ -104,7 +107,7 @@ struct LossBackward {
   static constexpr int kChannels = kLossChannels<P, K>;
   Logits<T> logits;
   P loss;
-  Tiling tiling;  // channels are the classes
+  Tiling tiling;  // its channels are classes
   Reduction reduction;
   const A* grad;
   const A* kept;
@@ -126,7 +129,7 @@ struct LossBackward {
     return reduction == Reduction::kMean ? grad[0] / totals[1] : grad[0];
   }
 
-  // First: column i of the tile's readers, summed down the height into `sums` [kChannels, rows,
+  // First step: sums column i of the tile's readers down the height into `sums` [kChannels, rows,
   // span].
   SK_HD void column(const Tile& tile, int i, A* sums) const {
     const int32_t x = first_reader<K>(logits.x, tile.column) + i;
@@ -163,7 +166,7 @@ struct LossBackward {
         });
   }
 
-  // Then: cell i of every row of the tile, summed along the width.
+  // Second step: sums cell i of every row of the tile along the width.
   SK_HD void cell(const Tile& tile, int i, const A* sums) const {
     const int v = i / tiling.columns;
     const int32_t j = tile.column + i % tiling.columns, c = tile.channel + v;
@@ -189,7 +192,7 @@ struct LossBackward {
 
 }  // namespace SK_NS
 
-// The tiles of a backward pass; false when none fits kTileBytes.
+// The tiles of the backward pass. False if none fits kTileBytes.
 template <int K, class P, class T>
 bool tile_losses(const Logits<T>& l, Tiling& t) {
   constexpr int kChannels = kLossChannels<P, K>;
@@ -200,14 +203,7 @@ bool tile_losses(const Logits<T>& l, Tiling& t) {
   return int64_t(t.rows) * t.span * kChannels * int64_t(sizeof(Acc<T>)) <= kTileBytes;
 }
 
-template <class T>
-Logits<T> logits_of(const LossCall& call) {
-  const auto g = call.resampling.geometry<Acc<T>>();
-  return {g.y,          g.x,          call.resampling.planes,
-          call.classes, call.strides, static_cast<const T*>(call.logits)};
-}
-
-// f(integral_constant<K>, loss) of a call on logits of type T.
+// f(integral_constant<K>, loss) for logits of type T.
 template <class T, class F>
 void with_loss(const LossCall& call, const F& f) {
   using A = Acc<T>;
@@ -223,7 +219,7 @@ void with_loss(const LossCall& call, const F& f) {
   });
 }
 
-// f(T{}, integral_constant<K>, loss) with the call's types.
+// f(T{}, integral_constant<K>, loss).
 template <class F>
 void with_typed_loss(const LossCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
@@ -232,9 +228,8 @@ void with_typed_loss(const LossCall& call, const F& f) {
 }
 
 int64_t upsample_loss_workspace(const Where&, const LossCall&, bool backward);
-void upsample_loss_cpu(const Where&, const LossCall&, const LossOutputs&, void* workspace);
-void upsample_loss_backward_cpu(const Where&, const LossCall&, const LossGradient&,
-                                void* workspace);
+void upsample_loss_cpu(const Where&, const LossCall&, const LossOutputs&);
+void upsample_loss_backward_cpu(const Where&, const LossCall&, const LossGradient&);
 void upsample_loss_cuda(const Where&, const LossCall&, const LossOutputs&);
 void upsample_loss_backward_cuda(const Where&, const LossCall&, const LossGradient&);
 

@@ -1,17 +1,17 @@
-// Losses of upsampled logits on the CPU, compiled once per instruction set: rows of pixels in
-// parallel, a block of pixels at a time, its classes in cache. Sums are a row's, then the rows', in
-// double: no value depends on the number of threads.
+// Losses of upsampled logits on the CPU, compiled once per instruction set (SK_ISA). Parallel over
+// rows of pixels, in blocks of pixels whose classes stay in cache. Sums are in double, first over
+// each row, then over rows: no value depends on the number of threads.
 #include <math.h>
 #include <string.h>
 
-#include "upsample_cross_entropy/rows.h"
+#include "upsample_cross_entropy/loss_tables.h"
 
 namespace segkernels {
 inline namespace SK_ISA {
 
-constexpr int64_t kBlock = LogitPlan<float>::kPixelBlock;
+constexpr int64_t kBlock = LogitTables<float>::kPixelBlock;
 
-// The losses and weights of n pixels from `pixel` on, whose logits are `block`.
+// Losses and weights of the n pixels from `pixel` on, whose logits are `block`.
 template <class A>
 void losses_of(const SoftmaxLoss<A>& loss, const A* block, int64_t pixel, int64_t n, A* kept,
                A* out, A* weight) {
@@ -41,7 +41,7 @@ void losses_of(const SoftmaxLoss<A>& loss, const A* block, int64_t pixel, int64_
   }
 }
 
-// The pixels' states, apart, so that the loops over them vectorise; zeros beyond the n-th.
+// BinaryLoss::Pixel as a struct of arrays, so that loops vectorise. Zeros behind the n-th.
 template <class A>
 struct BinaryBlock {
   A falls[kBlock] = {}, rises[kBlock] = {};
@@ -70,14 +70,14 @@ void losses_of(const BinaryLoss<A>& loss, const A* block, int64_t pixel, int64_t
 }
 
 template <class T, int K, class P>
-void forward_rows(const Where& where, const LossPlan<T>& plan, const P& loss,
+void forward_rows(const Where& where, const LossTables<T>& tables, const P& loss,
                   const LossOutputs& to) {
   using A = Acc<T>;
-  const Logits<T>& l = plan.logits.logits;
+  const Logits<T>& l = tables.logits.logits;
   A* kept = static_cast<A*>(to.kept);
   A* losses = static_cast<A*>(to.losses);
   parallel_chunks(where, l.batch * l.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
-    LogitRows<T, K> source(plan.logits, thread);
+    LogitBlocks<T, K> source(tables.logits, thread);
     A out[kBlock], weight[kBlock];
     for (int64_t row = begin; row < end; ++row) {
       source.move_to(row / l.y.out, int32_t(row % l.y.out));
@@ -91,13 +91,13 @@ void forward_rows(const Where& where, const LossPlan<T>& plan, const P& loss,
         }
         if (losses != nullptr) memcpy(losses + row * l.x.out + x, out, size_t(n) * sizeof(A));
       }
-      plan.partial[2 * row] = total;
-      plan.partial[2 * row + 1] = weights;
+      tables.partial[2 * row] = total;
+      tables.partial[2 * row + 1] = weights;
     }
   });
 }
 
-// Turns a block of logits into the gradients of them.
+// Replaces a block of logits by their gradients.
 template <class A, class Scale>
 void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n, const A* kept,
                   A weights, const Scale& scale_of) {
@@ -112,7 +112,7 @@ void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n
   for (int32_t c = 0; c < loss.classes; ++c) {
     A* value = block + c * kBlock;
     const A w = loss.weight_of_class(c);
-    // An ignored pixel's logits must not matter, not even a NaN.
+    // The logits of an ignored pixel have no effect, not even a NaN.
     if (loss.smoothing == A(0)) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < kBlock; ++i) {
@@ -142,55 +142,55 @@ void gradients_of(const BinaryLoss<A>& loss, A* block, int64_t pixel, int64_t n,
   }
 }
 
-// The gradient of one row of logits from its sums over output rows.
+// The gradient of one row of logits, from its sums over output rows, which it clears.
 template <class T>
-void flush_row(const LossPlan<T>& plan, Acc<T>* sums, T* out, const Strides& strides) {
+void flush_row(const LossTables<T>& tables, Acc<T>* sums, T* out, const Strides& strides) {
   using A = Acc<T>;
-  const Logits<T>& l = plan.logits.logits;
+  const Logits<T>& l = tables.logits.logits;
   for (int32_t c = 0; c < l.classes; ++c) {
-    A* row = sums + c * plan.logits.row_stride();
+    A* row = sums + c * tables.logits.row_stride();
     for (int32_t j = 0; j < l.x.in; ++j) {
-      const int64_t count = plan.x_readers.offset[j + 1] - plan.x_readers.offset[j];
-      const A* weight = plan.x_readers.weight + plan.x_readers.offset[j];
-      const A* from = row + plan.x_readers.begin[j];
+      const int64_t count = tables.x_readers.offset[j + 1] - tables.x_readers.offset[j];
+      const A* weight = tables.x_readers.weight + tables.x_readers.offset[j];
+      const A* from = row + tables.x_readers.begin[j];
       A sum = A(0);
       for (int64_t q = 0; q < count; ++q) sum += weight[q] * from[q];
       narrow(sum, out[c * strides.channel + j * strides.column]);
     }
-    memset(row, 0, size_t(plan.logits.row_stride()) * sizeof(A));
+    memset(row, 0, size_t(tables.logits.row_stride()) * sizeof(A));
   }
 }
 
 template <class T, int K, class P>
-class BackwardRows {
+class GradientRows {
  public:
   using A = Acc<T>;
 
-  BackwardRows(const LossPlan<T>& plan, const P& loss, Reduction reduction, const LossGradient& g,
-               int64_t thread)
-      : plan_(plan),
+  GradientRows(const LossTables<T>& tables, const P& loss, Reduction reduction,
+               const LossGradient& g, int64_t thread)
+      : tables_(tables),
         loss_(loss),
         reduction_(reduction),
         g_(g),
         grad_(static_cast<const A*>(g.grad)),
         kept_(static_cast<const A*>(g.kept)),
         totals_(static_cast<const A*>(g.totals)),
-        source_(plan.logits, thread),
-        sums_(plan.sums + thread * plan.logits.rows_stride()) {
-    memset(sums_, 0, size_t(plan.logits.rows_stride()) * sizeof(A));
+        source_(tables.logits, thread),
+        sums_(tables.sums + thread * tables.logits.rows_stride()) {
+    memset(sums_, 0, size_t(tables.logits.rows_stride()) * sizeof(A));
   }
 
   // Rows [first, last) of one image's gradient.
   void rows(int64_t image, int32_t first, int32_t last) {
-    const Logits<T>& l = plan_.logits.logits;
+    const Logits<T>& l = tables_.logits.logits;
     T* out = static_cast<T*>(g_.grad_logits) + image * g_.strides.batch;
     int32_t next = first;
     const auto flush_before = [&](int32_t y) {
-      for (; next < last && plan_.y_end[next] <= y; ++next) {
-        flush_row(plan_, sums_of(next), out + next * g_.strides.row, g_.strides);
+      for (; next < last && tables_.y_end[next] <= y; ++next) {
+        flush_row(tables_, sums_of(next), out + next * g_.strides.row, g_.strides);
       }
     };
-    for (int32_t y = plan_.y_begin[first]; y < plan_.y_end[last - 1]; ++y) {
+    for (int32_t y = tables_.y_begin[first]; y < tables_.y_end[last - 1]; ++y) {
       flush_before(y);
       source_.move_to(image, y);
       for (int64_t x = 0; x < l.x.out; x += kBlock) add_block(image, y, x, first, last);
@@ -199,13 +199,13 @@ class BackwardRows {
   }
 
  private:
-  // At most K neighbouring rows are open at once.
+  // At most K neighbouring rows are being summed at a time.
   A* sums_of(int32_t row) const {
-    return sums_ + (row % K) * plan_.logits.logits.classes * plan_.logits.row_stride();
+    return sums_ + (row % K) * tables_.logits.logits.classes * tables_.logits.row_stride();
   }
 
   void add_block(int64_t image, int32_t y, int64_t x, int32_t first, int32_t last) {
-    const Logits<T>& l = plan_.logits.logits;
+    const Logits<T>& l = tables_.logits.logits;
     const int64_t n = l.x.out - x < kBlock ? l.x.out - x : kBlock;
     const int64_t pixel = (image * l.y.out + y) * l.x.out + x;
     A* block = const_cast<A*>(source_.block(x));
@@ -215,11 +215,11 @@ class BackwardRows {
     });
     const int taps = l.y.kind == kIdentity ? 1 : K;
     for (int k = 0; k < taps; ++k) {
-      const int32_t row = plan_.logits.y.position[int64_t(k) * l.y.out + y];
+      const int32_t row = tables_.logits.y.position[int64_t(k) * l.y.out + y];
       if (row < first || row >= last) continue;
-      const A weight = plan_.logits.y.weight[int64_t(k) * l.y.out + y];
+      const A weight = tables_.logits.y.weight[int64_t(k) * l.y.out + y];
       A* sums = sums_of(row) + x;
-      for (int32_t c = 0; c < l.classes; ++c, sums += plan_.logits.row_stride()) {
+      for (int32_t c = 0; c < l.classes; ++c, sums += tables_.logits.row_stride()) {
         const A* from = block + c * kBlock;
 #pragma GCC ivdep
         for (int64_t i = 0; i < n; ++i) sums[i] += weight * from[i];
@@ -227,24 +227,24 @@ class BackwardRows {
     }
   }
 
-  const LossPlan<T>& plan_;
+  const LossTables<T>& tables_;
   const P& loss_;
   Reduction reduction_;
   const LossGradient& g_;
   const A* grad_;
   const A* kept_;
   const A* totals_;
-  LogitRows<T, K> source_;
+  LogitBlocks<T, K> source_;
   A* sums_;
 };
 
 template <class T, int K, class P>
-void backward_rows(const Where& where, const LossPlan<T>& plan, const P& loss, const LossCall& call,
-                   const LossGradient& g) {
-  const int64_t height = plan.logits.logits.y.in;
+void backward_rows(const Where& where, const LossTables<T>& tables, const P& loss,
+                   const LossCall& call, const LossGradient& g) {
+  const int64_t height = tables.logits.logits.y.in;
   parallel_chunks(
-      where, plan.logits.logits.batch * height, [&](int64_t thread, int64_t begin, int64_t end) {
-        BackwardRows<T, K, P> work(plan, loss, call.reduction, g, thread);
+      where, tables.logits.logits.batch * height, [&](int64_t thread, int64_t begin, int64_t end) {
+        GradientRows<T, K, P> work(tables, loss, call.reduction, g, thread);
         for (int64_t row = begin; row < end;) {
           const int64_t image = row / height;
           const int64_t stop = (image + 1) * height < end ? (image + 1) * height : end;
@@ -257,24 +257,24 @@ void backward_rows(const Where& where, const LossPlan<T>& plan, const P& loss, c
 }  // namespace SK_ISA
 
 template <Isa kIsa, class T>
-void LossRows<kIsa, T>::forward(const Where& where, const LossCall& call, const LossOutputs& to,
-                                const LossPlan<T>& plan) {
+void LossLoops<kIsa, T>::forward(const Where& where, const LossCall& call, const LossOutputs& to,
+                                 const LossTables<T>& tables) {
   with_loss<T>(call, [&](auto taps, const auto& loss) {
-    forward_rows<T, taps.value>(where, plan, loss, to);
+    forward_rows<T, taps.value>(where, tables, loss, to);
   });
 }
 
 template <Isa kIsa, class T>
-void LossRows<kIsa, T>::backward(const Where& where, const LossCall& call, const LossGradient& g,
-                                 const LossPlan<T>& plan) {
+void LossLoops<kIsa, T>::backward(const Where& where, const LossCall& call, const LossGradient& g,
+                                  const LossTables<T>& tables) {
   with_loss<T>(call, [&](auto taps, const auto& loss) {
-    backward_rows<T, taps.value>(where, plan, loss, call, g);
+    backward_rows<T, taps.value>(where, tables, loss, call, g);
   });
 }
 
-template struct LossRows<Isa::SK_ISA, Half>;
-template struct LossRows<Isa::SK_ISA, BFloat16>;
-template struct LossRows<Isa::SK_ISA, float>;
-template struct LossRows<Isa::SK_ISA, double>;
+template struct LossLoops<Isa::SK_ISA, Half>;
+template struct LossLoops<Isa::SK_ISA, BFloat16>;
+template struct LossLoops<Isa::SK_ISA, float>;
+template struct LossLoops<Isa::SK_ISA, double>;
 
 }  // namespace segkernels

@@ -1,30 +1,29 @@
-// Losses of upsampled logits on the CPU: tables of taps, and the choice of instruction set.
+// Losses of upsampled logits on the CPU: builds the tables of taps and calls the loops of
+// upsample_cross_entropy.simd.cpp.
 #include "common/parallel_for.h"
-#include "upsample_cross_entropy/rows.h"
+#include "upsample_cross_entropy/loss_tables.h"
 
 namespace segkernels {
 namespace {
 
-int threads_of(const Where& where) { return where.threads > 1 ? where.threads : 1; }
-
 template <class T>
-LossPlan<T> plan_of(const LossCall& call) {
-  LossPlan<T> plan{};
-  plan.logits.logits = logits_of<T>(call);
-  plan.logits.taps = call.resampling.taps();
-  return plan;
+LossTables<T> tables_of(const LossCall& call) {
+  LossTables<T> tables{};
+  tables.logits.logits = logits_of<T>(call);
+  tables.logits.taps = call.resampling.taps();
+  return tables;
 }
 
 template <int K, class T>
-void fill_tables(const LossPlan<T>& plan, bool backward) {
-  const Logits<T>& l = plan.logits.logits;
-  cpu::fill<K>(l.y, plan.logits.y);
-  cpu::fill<K>(l.x, plan.logits.x);
+void fill_tables(const LossTables<T>& tables, bool backward) {
+  const Logits<T>& l = tables.logits.logits;
+  cpu::fill<K>(l.y, tables.logits.y);
+  cpu::fill<K>(l.x, tables.logits.x);
   if (!backward) return;
-  cpu::fill<K>(l.x, plan.x_readers);
+  cpu::fill<K>(l.x, tables.x_readers);
   for (int32_t j = 0; j < l.y.in; ++j) {
-    plan.y_begin[j] = first_reader<K>(l.y, j);
-    plan.y_end[j] = last_reader<K>(l.y, j);
+    tables.y_begin[j] = first_reader<K>(l.y, j);
+    tables.y_end[j] = last_reader<K>(l.y, j);
   }
 }
 
@@ -47,39 +46,37 @@ void set_totals(const LossCall& call, double loss, double weight, void* totals) 
 int64_t upsample_loss_workspace(const Where& where, const LossCall& call, bool backward) {
   Arena arena(nullptr);
   with_scalar_type(call.type, [&](auto scalar) {
-    auto plan = plan_of<decltype(scalar)>(call);
-    plan.take(arena, threads_of(where), backward);
+    auto tables = tables_of<decltype(scalar)>(call);
+    tables.allocate(arena, cpu_threads(where), backward);
   });
   return arena.used();
 }
 
-void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutputs& to,
-                       void* workspace) {
+void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutputs& to) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
-    auto plan = plan_of<T>(call);
-    Arena arena(workspace);
-    plan.take(arena, threads_of(where), false);
-    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, false); });
-    with_best_isa([&](auto isa) { LossRows<isa.value, T>::forward(where, call, to, plan); });
+    auto tables = tables_of<T>(call);
+    Arena arena(to.workspace);
+    tables.allocate(arena, cpu_threads(where), false);
+    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(tables, false); });
+    with_best_isa([&](auto isa) { LossLoops<isa.value, T>::forward(where, call, to, tables); });
     double loss = 0, weight = 0;
     for (int64_t row = 0; row < call.resampling.planes * call.resampling.out_height; ++row) {
-      loss += plan.partial[2 * row];
-      weight += plan.partial[2 * row + 1];
+      loss += tables.partial[2 * row];
+      weight += tables.partial[2 * row + 1];
     }
     set_totals<Acc<T>>(call, loss, weight, to.totals);
   });
 }
 
-void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g,
-                                void* workspace) {
+void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g) {
   with_scalar_type(call.type, [&](auto scalar) {
     using T = decltype(scalar);
-    auto plan = plan_of<T>(call);
-    Arena arena(workspace);
-    plan.take(arena, threads_of(where), true);
-    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(plan, true); });
-    with_best_isa([&](auto isa) { LossRows<isa.value, T>::backward(where, call, g, plan); });
+    auto tables = tables_of<T>(call);
+    Arena arena(g.workspace);
+    tables.allocate(arena, cpu_threads(where), true);
+    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(tables, true); });
+    with_best_isa([&](auto isa) { LossLoops<isa.value, T>::backward(where, call, g, tables); });
   });
 }
 

@@ -1,6 +1,6 @@
-// Losses of upsampled logits on CUDA: the functors of upsample_cross_entropy.h. Forward: a block
-// owns runs of pixels, which CUB adds up, then one block adds the blocks. Backward: a block owns a
-// tile, its partial sums in shared memory.
+// Losses of upsampled logits on CUDA, with the functors of upsample_cross_entropy.h. Forward: a
+// block reduces pixels with CUB, then one block reduces the blocks' sums. Backward: a block a tile,
+// partial sums in shared memory.
 #include <cub/block/block_reduce.cuh>
 #include <type_traits>
 
@@ -12,7 +12,7 @@ namespace {
 
 using BlockSum = cub::BlockReduce<double, kThreads>;
 
-// Both sums in the first thread.
+// Leaves both sums in the first thread.
 __device__ void sum_block(double& a, double& b) {
   __shared__ typename BlockSum::TempStorage memory;
   a = BlockSum(memory).Sum(a);
@@ -65,8 +65,8 @@ void upsample_loss_cuda(const Where& where, const LossCall& call, const LossOutp
     using A = Acc<T>;
     const LossForward<T, taps.value, std::decay_t<decltype(loss)>> f{
         logits_of<T>(call), loss, static_cast<A*>(to.kept), static_cast<A*>(to.losses)};
-    double* partial = static_cast<double*>(to.partial);
-    // The number of blocks depends on the sizes alone, and with it the order of the sum.
+    double* partial = static_cast<double*>(to.workspace);
+    // The number of blocks, and so the order of summation, depends on the sizes alone.
     const int64_t wanted = (f.count() + kThreads - 1) / kThreads;
     const int blocks = int(wanted < kMaxPartials ? wanted : kMaxPartials);
     if (blocks > 0) {
@@ -98,10 +98,10 @@ void upsample_loss_backward_cuda(const Where& where, const LossCall& call, const
                                      g.strides};
     if (!tile_losses<taps.value, P>(f.logits, f.tiling)) {
       throw std::runtime_error(
-          "segkernels: upsample_cross_entropy: the output is too wide for so narrow logits");
+          "segkernels: upsample_cross_entropy: the output is too wide for logits this narrow");
     }
     const int64_t bytes = int64_t(f.tiling.rows) * f.tiling.span * f.kChannels * int64_t(sizeof(A));
-    run_tiles(where, f, bytes, "upsample_cross_entropy_backward");
+    launch_tiles(where, f, bytes, "upsample_cross_entropy_backward");
   });
 }
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 NEVER = {
-    r"(NoWinner|Claim|ReadWinner)<.*\blong\b": "planes of more than 2^31 sources",
+    r"(NoWinner|Claim|GatherWinner)<.*\blong\b": "planes of more than 2^31 sources",
 }
 
 

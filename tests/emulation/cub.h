@@ -1,8 +1,8 @@
-// CUB's collectives and thrust's iterators as this project calls them. The block's keep CUB's
-// contract: shared memory is written on the way in, and read behind a barrier on the way out with
-// no barrier after, so that a caller who reuses it without __syncthreads() races; sums in CUB's
-// order (warps, then the warps' sums). The device's workspace is as large as CUB's is at least, and
-// is filled with rubbish, so that one that is too small or serves something else shows.
+// CUB's collectives and thrust's iterators, as far as this project uses them. Block collectives
+// keep CUB's contract: they write shared memory, then read it behind a barrier, with no barrier at
+// the end, so that a caller who reuses the memory without __syncthreads() has a race. Sums are in
+// CUB's order (in warps, then over warps). The device-wide workspace has at least CUB's size and is
+// filled with garbage, so that one that is too small or shared shows.
 #pragma once
 
 namespace cub {
@@ -139,7 +139,7 @@ class BlockReduce {
   };
   explicit BlockReduce(TempStorage& s) : s_(s) {}
 
-  // Valid in thread 0 alone; the others get what they happen to hold.
+  // Valid in thread 0 only; the others get arbitrary values.
   T Sum(T value) {
     emulated::check_block<kThreads>("BlockReduce");
     const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;

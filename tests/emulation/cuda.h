@@ -1,7 +1,6 @@
-// What nvcc and the CUDA runtime give a .cu file, for g++: the language, the runtime's calls,
-// float16 and bfloat16, cooperative groups. Included before everything else of a .cu that
-// translate.py has turned into C++; scheduler.cpp is behind it. README.md says what is modelled and
-// what is not.
+// The CUDA language and runtime for g++: qualifiers, the runtime's calls, float16 and bfloat16,
+// cooperative groups. Force-included into every .cu that translate.py has turned into C++;
+// scheduler.cpp implements it. README.md lists what is modelled.
 #pragma once
 
 #include <math.h>
@@ -26,7 +25,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// The runtime.
+// The runtime API.
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -45,7 +44,7 @@ cudaError_t cudaSetDevice(int);
 cudaError_t cudaDeviceGetAttribute(int*, cudaDeviceAttr, int device);
 cudaError_t cudaMemsetAsync(void*, int value, size_t bytes, cudaStream_t = nullptr);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*);
-// What waits for the device, or allocates on it, is refused while a graph is captured.
+// Calls that synchronise or allocate fail while a graph is captured.
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaStreamSynchronize(cudaStream_t);
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int kind);
@@ -58,7 +57,7 @@ cudaError_t cudaGetSymbolAddress(void** address, const T& symbol) {
 
 namespace emulation {
 
-// Where the thread at work stands.
+// Indices of the current thread.
 extern uint3 thread_idx, block_idx;
 extern dim3 block_dim, grid_dim;
 
@@ -73,12 +72,12 @@ struct Launch {
 
 void run(const Launch&, const char* name, const char* type, size_t parameter_bytes,
          const std::function<void()>&);
-// Notes that the module has this kernel instance, launched or not.
+// Registers a kernel instance of the module, launched or not.
 bool known(const char* type);
-// Fails where it is not the stream, or the current device not the one, that Python passed.
+// Fails unless stream and current device are the ones that Python passed.
 void check_stream(cudaStream_t, const char* what);
 void* dynamic_shared();
-// The block's variable of that key: the first thread that comes by makes it.
+// The block's variable of that key; the first thread to arrive creates it.
 void* static_shared(const char* key, size_t bytes, size_t alignment);
 template <class T>
 T& static_shared(const char* key) {
@@ -86,7 +85,7 @@ T& static_shared(const char* key) {
 }
 void sync_threads();
 void sync_grid();
-// Every thread of `mask` leaves its value and takes that of lane `source`.
+// Every thread of `mask` gives its value and gets that of lane `source`.
 void shuffle(unsigned mask, void* value, int bytes, int source, const char* what);
 [[noreturn]] void fail(const std::string& what);  // in host code or in a kernel
 void atomic_begin(const void*, int bytes);
@@ -97,7 +96,7 @@ struct Instance {
   static inline const bool noted = known(typeid(Kernel).name());
 };
 
-// Arguments are evaluated once, when the launch is; every thread gets its copies.
+// Evaluates the arguments once, at the launch; every thread gets copies.
 template <class... A, class Kernel>
 void launch(const Launch& l, const char* name, std::tuple<A...> arguments, const Kernel& kernel) {
   (void)Instance<Kernel>::noted;
@@ -111,7 +110,7 @@ void launch_together(const Launch& l, const char* name, void** arguments, const 
                      void (*)(P...), std::index_sequence<I...>) {
   launch(l, name, std::make_tuple(*static_cast<std::decay_t<P>*>(arguments[I])...), kernel);
 }
-// cudaLaunchCooperativeKernel; `function` tells the kernel's parameters.
+// cudaLaunchCooperativeKernel. `function` gives the kernel's parameter types.
 template <class Kernel, class... P>
 cudaError_t launch_cooperative(const char* name, const Kernel& kernel, void (*function)(P...),
                                dim3 grid, dim3 block, void** arguments, size_t shared,
@@ -146,7 +145,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
 #define blockDim (::emulation::block_dim)
 #define gridDim (::emulation::grid_dim)
 
-// The language; translate.py has replaced __shared__.
+// Qualifiers. translate.py has replaced __shared__.
 #define __host__
 #define __device__
 #define __global__ [[maybe_unused]]
@@ -204,9 +203,9 @@ struct grid_group {
 inline grid_group this_grid() { return {}; }
 }  // namespace cooperative_groups
 
-// float16 and bfloat16: a NaN becomes the one that the device's conversions give.
+// float16 and bfloat16. NaN is converted to the same bits as on the device.
 #if defined(__aarch64__)
-using EmulatedHalf = __fp16;  // g++ 12 has no _Float16 there
+using EmulatedHalf = __fp16;  // g++ 12 lacks _Float16 there
 #else
 using EmulatedHalf = _Float16;
 #endif

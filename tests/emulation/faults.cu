@@ -1,5 +1,5 @@
-// Kernels with one fault each, and without: what the emulation says of them. test_faults.py
-// compiles this file by itself and reads what main() prints.
+// Kernels with one fault each, and some without. test_faults.py compiles this file and checks what
+// the emulation prints.
 #include <cuda_runtime.h>
 #include <stdio.h>
 

@@ -1,7 +1,6 @@
-// The Hopper convolution, step by step, on the CPU: the schedule's segments with the kernel's own
-// arithmetic for boxes, taps, descriptors, registers, epilogue and fix-up, and plain models of what
-// the hardware does: the copy engine, shared memory, a warpgroup's product. Not a way to compute
-// anything, only to test on a machine without a GPU what the GPU runs.
+// Emulates the Hopper convolution on the CPU: runs the schedule's segments with the kernel's own
+// arithmetic (boxes, taps, descriptors, registers, epilogue, fix-up) on the models of
+// hopper_model.h. Only for tests without a GPU.
 #include <vector>
 
 #include "hopper_model.h"
@@ -24,14 +23,14 @@ void run_segment(const ConvCall& c, const Segment& segment) {
   for (int i = segment.begin; i < segment.end; ++i, walk.next()) {
     const int channel = walk.channel_step * step_channels;
     for (int rank = 0; rank < c.cluster; ++rank) {
-      const BoxOrigin origin = box_origin(c, segment.place[rank]);
-      stages[rank].copy_box(kShared, static_cast<const T*>(c.input),
+      const BoxOrigin origin = box_origin(c, segment.tile_row[rank]);
+      stages[rank].tma_load(kShared, static_cast<const T*>(c.input),
                             {c.channels, c.in[1], c.in[0], c.batch},
                             {channel, origin.x + walk.x * branch.dilation[1] - branch.padding[1],
                              origin.y + walk.y * branch.dilation[0] - branch.padding[0], origin.n},
                             {step_channels, c.box[2], c.box[1], c.box[0]});
       for (Stage<T>& stage : stages) {
-        stage.copy_box(kShared + kPixelBytes + rank * rows * kStepBytes,
+        stage.tma_load(kShared + kPixelBytes + rank * rows * kStepBytes,
                        static_cast<const T*>(branch.weight),
                        {c.channels, taps, branch.out_channels},
                        {channel, walk.y * branch.kernel[1] + walk.x,
@@ -43,9 +42,9 @@ void run_segment(const ConvCall& c, const Segment& segment) {
       for (int group = 0; group < kGroups; ++group) {
         for (int k = 0; k < kStepBytes; k += 32) {
           const uint32_t pixels = kShared + group * kGroupPixels * kStepBytes;
-          multiply<T, false>(stages[rank], hopper::row_descriptor(pixels + k),
-                             hopper::row_descriptor(kShared + kPixelBytes + k), kChannels,
-                             &sums[size_t(rank * kGroups + group) * kGroupPixels * kChannels]);
+          wgmma<T, false>(stages[rank], hopper::k_major_descriptor(pixels + k),
+                          hopper::k_major_descriptor(kShared + kPixelBytes + k), kChannels,
+                          &sums[size_t(rank * kGroups + group) * kGroupPixels * kChannels]);
         }
       }
     }
@@ -83,8 +82,8 @@ void run(const ConvCall& c) {
   }
   for (int64_t i = 0; i < c.fixup_count; ++i) {
     for (int row = 0; row < kTilePixels; ++row) {
-      for (int pair = 0; pair < c.tile_channels / 2; ++pair) {
-        add_slots<T>(c, c.fixups[i], row, pair);
+      for (int channel = 0; channel < c.tile_channels; channel += 2) {
+        add_slots<T>(c, c.fixups[i], row, channel);
       }
     }
   }

@@ -1,5 +1,5 @@
-// Plain models of what Hopper's hardware does, for the emulations on the CPU: the copy engine,
-// shared memory with its swizzle, a warpgroup's product and its registers.
+// Models of Hopper's hardware for the emulation on the CPU: TMA, swizzled shared memory, and wgmma
+// with its accumulators.
 #pragma once
 
 #include <string.h>
@@ -11,11 +11,10 @@
 
 namespace segkernels::dilated::model {
 
-constexpr uint32_t kShared = 1024;  // where shared memory starts
-constexpr int kGroupThreads = 128;
+constexpr uint32_t kShared = 1024;  // base address of shared memory
 
-// What PTX says of wgmma's operands in shared memory, with the 128-byte swizzle: a descriptor's
-// fields, and where the value of (row of the tile, summed index) lies.
+// A wgmma operand in shared memory with the 128-byte swizzle, as PTX defines it: the descriptor's
+// fields, and the address of (row of the tile, summed index).
 struct Operand {
   uint32_t start, block_stride, group_stride;
 
@@ -26,14 +25,14 @@ struct Operand {
     if (descriptor >> 62 != 1) throw std::runtime_error("not the 128-byte swizzle");
   }
 
-  // K-major: lines of 128 bytes run along the sum, groups of 8 lines are 8 rows of the tile.
-  uint32_t along(int row, int summed, int size) const {
+  // K-major: lines of 128 bytes run along the sum, and 8 lines are 8 rows of the tile.
+  uint32_t k_major(int row, int summed, int size) const {
     return swizzled(start + uint32_t(row / 8) * group_stride + uint32_t(row % 8) * 128 +
                     uint32_t(summed * size));
   }
 
-  // MN-major: lines of 128 bytes run along the tile, groups of 8 lines are 8 summed values.
-  uint32_t across(int row, int summed, int size) const {
+  // MN-major: lines of 128 bytes run along the tile, and 8 lines are 8 summed values.
+  uint32_t mn_major(int row, int summed, int size) const {
     const int line = 128 / size;
     return swizzled(start + uint32_t(row / line) * block_stride +
                     uint32_t(summed / 8) * group_stride + uint32_t(summed % 8) * 128 +
@@ -41,12 +40,12 @@ struct Operand {
   }
 
   static uint32_t swizzled(uint32_t plain) {
-    const uint32_t piece = plain / 16 % 8, line = plain / 128 % 8;
-    return plain - 16 * piece + 16 * (piece ^ line);
+    const uint32_t chunk = plain / 16 % 8, line = plain / 128 % 8;
+    return plain - 16 * chunk + 16 * (chunk ^ line);
   }
 };
 
-// Shared memory of one multiprocessor: one stage. Rows that no copy writes hold NaN.
+// One pipeline stage of one block. Bytes that no load has written are NaN.
 template <class T>
 struct Stage {
   std::vector<uint8_t> bytes;
@@ -61,10 +60,10 @@ struct Stage {
     return value;
   }
 
-  // The copy engine's box of `sizes` (last axis first), from `from` on: zeros outside the tensor.
-  void copy_box(uint32_t to, const T* tensor, const std::vector<int64_t>& sizes,
+  // TMA load of a box at `from`; `sizes` has the last axis first. Zeros outside the tensor.
+  void tma_load(uint32_t to, const T* tensor, const std::vector<int64_t>& sizes,
                 const std::vector<int64_t>& from, const std::vector<int>& box) {
-    // There is a tensor map for rows of a multiple of 16 bytes from such an address alone.
+    // Tensor maps need addresses and strides that are multiples of 16 bytes.
     if (uintptr_t(tensor) % 16 != 0 || sizes[0] * int64_t(sizeof(T)) % 16 != 0) {
       throw std::runtime_error("a tensor that the copy engine cannot read");
     }
@@ -97,16 +96,16 @@ inline float multiplied(float value) { return as_tf32(value); }
 inline float multiplied(Half value) { return widen(value); }
 inline float multiplied(BFloat16 value) { return widen(value); }
 
-// One warpgroup's product of a stage, added to sums[row][column].
-template <class T, bool kAcross>
-void multiply(const Stage<T>& stage, uint64_t a, uint64_t b, int columns, float* sums) {
+// One warpgroup's wgmma on a stage, added to sums[row][column].
+template <class T, bool kMnMajor>
+void wgmma(const Stage<T>& stage, uint64_t a, uint64_t b, int columns, float* sums) {
   constexpr int kSize = int(sizeof(T)), kDepth = 32 / kSize;
   const auto values = [&stage](const Operand& operand, int rows) {
     std::vector<float> found(size_t(rows) * kDepth);
     for (int i = 0; i < rows * kDepth; ++i) {
       const int row = i / kDepth, k = i % kDepth;
       found[i] = multiplied(
-          stage.at(kAcross ? operand.across(row, k, kSize) : operand.along(row, k, kSize)));
+          stage.at(kMnMajor ? operand.mn_major(row, k, kSize) : operand.k_major(row, k, kSize)));
     }
     return found;
   };
@@ -121,7 +120,7 @@ void multiply(const Stage<T>& stage, uint64_t a, uint64_t b, int columns, float*
   }
 }
 
-// Which thread and register of a warpgroup holds a sum: PTX's figure of wgmma's accumulator.
+// The thread and register of each accumulator (PTX's figure of wgmma's D fragment).
 template <int kChannels>
 void to_registers(const float* sums, float (*registers)[kChannels / 2]) {
   for (int row = 0; row < kGroupPixels; ++row) {

@@ -1,5 +1,5 @@
-// The weight's gradient of the Hopper convolution, step by step, on the CPU: as
-// hopper_forward.cpp for the convolution.
+// Emulates the Hopper convolution's weight gradient on the CPU, as hopper_forward.cpp does the
+// convolution.
 #include "dilated_conv2d/weight_gradient.h"
 
 #include <vector>
@@ -21,12 +21,12 @@ void run_segment(const WeightCall& c, const Segment& segment) {
     const StepBoxes at = step_boxes(c, segment, walk);
     uint32_t to = kShared;
     for (int block = 0; block < kTileRows; block += kBlockChannels, to += kBlockBytes) {
-      stage.copy_box(
+      stage.tma_load(
           to, static_cast<const T*>(c.grad), {c.out_channels, c.out[1], c.out[0], c.batch},
-          {int64_t(segment.place[0]) * kTileRows + block, at.grad.x, at.grad.y, at.grad.n}, box);
+          {int64_t(segment.tile_row[0]) * kTileRows + block, at.grad.x, at.grad.y, at.grad.n}, box);
     }
     for (int block = 0; block < kChannels; block += kBlockChannels, to += kBlockBytes) {
-      stage.copy_box(to, static_cast<const T*>(c.input), {c.channels, c.in[1], c.in[0], c.batch},
+      stage.tma_load(to, static_cast<const T*>(c.input), {c.channels, c.in[1], c.in[0], c.batch},
                      {int64_t(segment.column) * kChannels + block, at.grad.x + at.shift_x,
                       at.grad.y + at.shift_y, at.grad.n},
                      box);
@@ -34,9 +34,9 @@ void run_segment(const WeightCall& c, const Segment& segment) {
     for (int group = 0; group < kGroups; ++group) {
       for (int k = 0; k < kBlockBytes; k += 16 * kStepBytes) {
         const uint32_t grads = kShared + group * kBlockBytes, inputs = kShared + kPixelBytes;
-        multiply<T, true>(stage, hopper::column_descriptor(grads + k, kBlockBytes),
-                          hopper::column_descriptor(inputs + k, kBlockBytes), kChannels,
-                          &sums[size_t(group) * kGroupPixels * kChannels]);
+        wgmma<T, true>(stage, hopper::mn_major_descriptor(grads + k, kBlockBytes),
+                       hopper::mn_major_descriptor(inputs + k, kBlockBytes), kChannels,
+                       &sums[size_t(group) * kGroupPixels * kChannels]);
       }
     }
   }
@@ -63,8 +63,8 @@ void run(const WeightCall& c) {
   }
   for (int64_t i = 0; i < c.fixup_count; ++i) {
     for (int row = 0; row < kTileRows; ++row) {
-      for (int pair = 0; pair < c.tile_channels / 2; ++pair) {
-        add_weight_slots<T>(c, c.fixups[i], row, pair);
+      for (int channel = 0; channel < c.tile_channels; channel += 2) {
+        add_weight_slots<T>(c, c.fixups[i], row, channel);
       }
     }
   }
@@ -75,7 +75,7 @@ void run(const WeightCall& c) {
 void weight_gradient_sm90(const Where&, const WeightCall& call) {
   if (call.type == ScalarType::kHalf) return run<Half>(call);
   if (call.type == ScalarType::kBFloat16) return run<BFloat16>(call);
-  throw std::runtime_error("segkernels: dilated_conv2d_weight: float16 and bfloat16 alone");
+  throw std::runtime_error("segkernels: dilated_conv2d_weight: only float16 and bfloat16");
 }
 
 }  // namespace segkernels::dilated

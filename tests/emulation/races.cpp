@@ -1,4 +1,4 @@
-// See races.h. A table from 8-byte words to the last accesses of each of their bytes.
+// The race detector of races.h: a hash table from 8-byte words to the last accesses of each byte.
 #include "races.h"
 
 #if defined(SK_RACES)
@@ -37,10 +37,10 @@ size_t used = 0;
 uint64_t launch = 0;
 const char* name = "";
 Range stacks_, shared_;
-// The linker may keep instrumented copies of what std:: this file uses.
+// The linker may keep instrumented copies of std:: functions that this file uses.
 bool inside = false;
 
-// Two writes: a race once the second has changed the value.
+// Two writes are a race only if the second changes the value.
 struct {
   bool set = false;
   const void* at;
@@ -168,7 +168,7 @@ void access(const void* p, int bytes, bool write, bool atomic, const void* from)
 
 }  // namespace emulation::races
 
-// The hooks, by the names that the compiler calls.
+// The hooks that the compiler calls.
 #define SK_HOOK(name, bytes, write, atomic)                                         \
   void __tsan_##name(void* p) {                                                     \
     emulation::races::access(p, bytes, write, atomic, __builtin_return_address(0)); \
@@ -197,7 +197,7 @@ void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
 void __tsan_vptr_update(void*, void*) {}
 void __tsan_vptr_read(void*) {}
-// What the shim itself does atomically; cuda.h tells of kernels' atomics.
+// Atomics of the emulation itself; cuda.h reports those of kernels.
 unsigned __tsan_atomic32_load(const unsigned* p, int) { return *p; }
 void __tsan_atomic32_store(unsigned* p, unsigned v, int) { *p = v; }
 unsigned long long __tsan_atomic64_load(const unsigned long long* p, int) { return *p; }

@@ -1,8 +1,8 @@
-// Races between the threads of a launch, found from the compiler's own hooks: .cu files compiled
-// with -fsanitize=thread call __tsan_read4(p) and the like, and races.cpp answers them in place of
-// libtsan. Two accesses conflict when one writes, they are by different threads, no barrier stands
-// between them (between blocks there is none but a grid's), and they are not both atomic or
-// volatile. Writes of the value that is there already pass.
+// Detects races between the threads of a launch. .cu files are compiled with -fsanitize=thread, and
+// races.cpp implements the hooks (__tsan_read4(p) ...) in place of libtsan. Two accesses race if
+// they are by different threads, at least one writes, no barrier is between them (between blocks:
+// no grid barrier), and they are not both atomic or volatile. A write of the value that memory
+// already holds is no race.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -10,7 +10,7 @@
 namespace emulation::races {
 
 struct Me {
-  uint32_t thread;  // of the launch, from 1; 1024 numbers a block
+  uint32_t thread;  // in the launch, from 1; 1024 numbers a block
   uint64_t epoch;   // grid barriers << 32 | barriers << 16 | __syncwarps
 };
 
@@ -20,11 +20,11 @@ struct Range {
 };
 
 #if defined(SK_RACES)
-// `shared`: memory that only one block sees at a time.
+// `shared`: memory that one block sees at a time.
 void begin_launch(const char* kernel, Range stacks, Range shared);
 void access(const void* p, int bytes, bool write, bool atomic, const void* from);
 void flush();
-void pause(bool);  // the shim's own work in a kernel
+void pause(bool);  // for the emulation's own accesses in a kernel
 #else
 inline void begin_launch(const char*, Range, Range) {}
 inline void access(const void*, int, bool, bool, const void*) {}

@@ -1,6 +1,6 @@
-// Runs launches: one fiber a CUDA thread, blocks one after another (those of a cooperative launch
-// together), in an order that is drawn from SK_EMULATION_SEED (0: ascending). Barriers, shuffles,
-// shared memory, and the checks of a launch.
+// Runs kernel launches: a fiber a CUDA thread, one block after another (all blocks of a cooperative
+// launch together), in an order drawn from SK_EMULATION_SEED (0: ascending). Implements barriers,
+// shuffles, shared memory, and the checks of a launch.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -19,7 +19,7 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// Leaving one stack for another. SK_UCONTEXT: as on other processors, for a test.
+// Switches stacks. SK_UCONTEXT: the other processors' way, for a test.
 #if defined(__x86_64__) && !defined(SK_UCONTEXT)
 asm(R"(
 .text
@@ -83,7 +83,7 @@ constexpr int kFibers = 4096;
 constexpr size_t kDefaultShared = 48 << 10;
 constexpr size_t kCanary = 64;
 constexpr size_t kShared = 16 << 20;     // of all blocks that run together
-constexpr unsigned char kSpoilt = 0xFF;  // what shared memory holds at first: as floats, NaN
+constexpr unsigned char kSpoilt = 0xFF;  // initial bytes of shared memory: NaN as floats
 constexpr unsigned char kGap = 0xC5;
 
 enum class State { kNew, kReady, kBarrier, kGrid, kShuffle, kDone };
@@ -105,21 +105,21 @@ struct Thread {
   int index = 0;
   uint3 place{};
   State state = State::kNew;
-  unsigned mask = 0;  // of the shuffle that it waits in, and what that is
+  unsigned mask = 0;  // of the shuffle in which it waits
   const char* what = "";
   int source = 0, bytes = 0;
   unsigned char given[16], taken[16];
   int warp_syncs = 0;
 };
 
-// A __shared__ variable, or the dynamic array, with a gap before and behind.
+// A __shared__ variable or the dynamic array, with a guard gap on either side.
 struct Variable {
   const char* key;
   unsigned char* at;
   size_t bytes;
 };
 
-// Which lanes wait in a shuffle, and which are gone or were never there.
+// Lanes that wait in a shuffle, and lanes that have exited or never existed.
 struct Warp {
   unsigned waiting = 0, done = 0;
 };
@@ -159,7 +159,7 @@ size_t scheduler_size = 0;
 
 thread_local int device = 0;
 thread_local cudaError_t last_error = cudaSuccess;
-// Of the calls of Python, which says so before: see emulation_expect.
+// The device and stream that Python announced (emulation_expect).
 cudaStream_t expected_stream = nullptr;
 int expected_device = 0;
 bool expecting = false, capturing = false, can_cooperate = true;
@@ -225,13 +225,14 @@ std::string place_of(const Thread& t) {
          std::to_string(t.index);
 }
 
-// Those of `ready` from `first` on, which waited.
+// Marks the threads of `ready` from `first` on, which waited, as ready.
 void make_ready(size_t first) {
   mix(ready.begin() + long(first), ready.end());
   for (size_t i = first; i < ready.size(); ++i) ready[i]->state = State::kReady;
 }
 
-// The shuffle that `t` waits in, if every lane of its mask that is not gone waits there.
+// Releases the shuffle in which `t` waits, if all lanes of its mask that have not exited wait
+// there.
 void release_shuffle(Thread& t) {
   Warp& warp = t.block->warps[t.index / 32];
   unsigned taking = t.mask & ~warp.done;
@@ -257,8 +258,8 @@ void release_shuffle(Thread& t) {
   make_ready(first);
 }
 
-// The barrier of a block once all its threads wait in it or are gone, as Volta counts; the grid's
-// once all threads wait in it.
+// Releases the block's barrier if all its threads wait there or have exited (Volta's rule), and the
+// grid's if all threads wait there.
 void release_barriers(Block& block) {
   const auto release = [](Block& b, State state) {
     const size_t first = ready.size();
@@ -279,7 +280,7 @@ void release_barriers(Block& block) {
   }
 }
 
-// Runs new threads one after another, as long as none of them waits.
+// Runs new threads on one fiber, until one waits.
 void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size);
@@ -294,7 +295,7 @@ void fiber_main() {
     ++me.block->done;
     Warp& warp = me.block->warps[me.index / 32];
     warp.done |= 1u << me.index % 32;
-    // Those that wait may have waited for this one.
+    // The other lanes may have waited for this thread.
     for (unsigned rest = warp.waiting; rest != 0; rest &= rest - 1) {
       Thread& t = me.block->threads[me.index / 32 * 32 + __builtin_ctz(rest)];
       if (t.state == State::kShuffle) release_shuffle(t);
@@ -334,7 +335,7 @@ void resume(Thread& t) {
   current = nullptr;
 }
 
-// After a failure no fiber is where it may go on.
+// After a failure no fiber can be resumed.
 [[noreturn]] void give_up(const std::string& what) {
   idle.clear();
   for (int i = kFibers - 1; i >= 0; --i) {
@@ -362,9 +363,9 @@ void run_until_idle() {
     if (b->done == int(b->threads.size())) continue;
     what += ", block " + std::to_string(b->place.x) + ": " + std::to_string(b->done) +
             " threads are done, " + std::to_string(b->waiting) + " wait in __syncthreads";
-    int told = 0;
+    int shown = 0;
     for (const Thread& t : b->threads) {
-      if (t.state != State::kShuffle || told++ > 3) continue;
+      if (t.state != State::kShuffle || shown++ > 3) continue;
       char text[96];
       snprintf(text, sizeof text, "; thread %d waits in %s with mask %08X", t.index, t.what,
                t.mask);
@@ -385,7 +386,7 @@ void run_until_idle() {
   }
 }
 
-// `bytes` of the block's shared memory, aligned to `alignment` and no more.
+// `bytes` of the block's shared memory, aligned to `alignment` and to no more.
 void* add_variable(Block& block, const char* key, size_t bytes, size_t alignment) {
   const size_t twice = 2 * alignment;
   const auto base = reinterpret_cast<uintptr_t>(shared.get());
@@ -635,10 +636,10 @@ cudaError_t cudaMalloc(void** to, size_t bytes) {
   return cudaSuccess;
 }
 
-// What tests ask for, through ctypes (__init__.py).
+// Called by tests through ctypes (__init__.py).
 #define SK_EXPORT extern "C" __attribute__((visibility("default")))
 
-// From now on every launch must be on this device and stream.
+// From now on every launch must use this device and stream.
 SK_EXPORT void emulation_expect(int index, void* stream) {
   expecting = true;
   expected_device = index;
@@ -646,7 +647,7 @@ SK_EXPORT void emulation_expect(int index, void* stream) {
 }
 SK_EXPORT void emulation_capture(int on) { capturing = on != 0; }
 SK_EXPORT void emulation_cooperative(int on) { can_cooperate = on != 0; }
-// Appends "launches, most blocks, type" of every kernel instance in the module.
+// Appends "launches, most blocks, type" for every kernel instance of the module.
 SK_EXPORT int emulation_count(const char* path) {
   FILE* to = fopen(path, "a");
   if (to == nullptr) return 1;

@@ -23,7 +23,7 @@ from segkernels import _native, _status
 Normalization = Literal["symmetric", "before", "after", "none"]
 NORMALIZATIONS = ("symmetric", "before", "after", "none")
 MAX_DIMS = 16
-# What the values passed to `pack` are (enum RowKind in csrc/permutohedral/rows.h).
+# What the values passed to `pack` are (enum RowKind in csrc/permutohedral/filter.h).
 ROW_KINDS = {"values": 0, "unary": 1, "logits": 2, "probs": 3}
 
 _TILE = 256  # points per tile on CUDA: one block of threads

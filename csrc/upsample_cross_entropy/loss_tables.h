@@ -1,0 +1,41 @@
+// Tables of taps and scratch memory of the losses' CPU loops, and the loops' declarations.
+#pragma once
+
+#include "common/simd.h"
+#include "interpolate/logit_blocks.h"
+#include "upsample_cross_entropy/upsample_cross_entropy.h"
+
+namespace segkernels {
+
+template <class T>
+struct LossTables {
+  using A = Acc<T>;
+  LogitTables<T> logits;
+  ReaderTable<A> x_readers;
+  int32_t* y_end;    // [in height]: one past the last output row that reads a row
+  int32_t* y_begin;  // [in height]: the first output row that does
+  A* sums;           // [threads, taps, classes, row_stride]
+  double* partial;   // [batch * out height, 2]
+
+  void allocate(Arena& arena, int threads, bool backward) {
+    logits.allocate(arena, threads);
+    const Logits<T>& l = logits.logits;
+    if (backward) {
+      x_readers.allocate(arena, l.x, logits.taps);
+      y_end = arena.allocate<int32_t>(l.y.in);
+      y_begin = arena.allocate<int32_t>(l.y.in);
+      sums = arena.allocate<A>(threads * logits.rows_stride());
+    } else {
+      partial = arena.allocate<double>(2 * l.batch * l.y.out);
+    }
+  }
+};
+
+// Defined in upsample_cross_entropy.simd.cpp.
+template <Isa kIsa, class T>
+struct LossLoops {
+  static void forward(const Where&, const LossCall&, const LossOutputs&, const LossTables<T>&);
+  static void backward(const Where&, const LossCall&, const LossGradient&, const LossTables<T>&);
+};
+
+}  // namespace segkernels
