@@ -51,7 +51,7 @@ SOURCES = {
     ],
 }
 LEFT_OUT = re.compile(
-    r"reference\.py|plan\.py|_summary\.py|dilated_conv2d/native\.py|_flops\.py"
+    r"reference\.py|plan\.py|dilated_conv2d/native\.py|_flops\.py"
     r"|csrc/bindings\.cpp|cuda|hopper|schedule|weight_gradient\.h|dilated_conv2d\.h"
     r"|atomics\.h|simd\.h|splat_cpu\.h|/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
@@ -134,7 +134,7 @@ TESTS = [
     (r"ops/gaussian_filter/triton", "tests/test_interpreted.py"),
     (r"ops/dense_crf/labels", "tests/test_labels.py"),
     (r"ops/(permutohedral|dense_crf)/", CRF + " tests/test_crf_exact.py"),
-    (r"ops/_windows", WINDOWS),
+    (r"ops/_(windows|positions)", WINDOWS),
     (r"ops/interpolate/", INTERPOLATE + " tests/ops/test_upsample_cross_entropy.py"),
     (r"ops/(\w+)/", r"tests/ops/test_\1.py"),
     (r"ops/_(operator|arguments)\.py", "tests/test_operator.py tests/ops/test_max_pool2d.py"),
@@ -188,10 +188,6 @@ REJECTED = {
         "max_unpool2d/native.py",
         "2**31 else torch.int32",
     ): "needs 2^31 elements: tests marked huge",
-    (
-        "nn/convolution.py",
-        "step = conv.stride[0] * conv.stride[0]",
-    ): "chooses between two correct code paths",
 }
 
 
