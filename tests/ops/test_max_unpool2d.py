@@ -244,7 +244,7 @@ def unpooling(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
     ["tiles", "overlaps", "padded", "far", "anywhere", "one place", "upside down", "one astray"],
 )
 def test_order_of_writes_in_channels_last(kind: str, threads: int) -> None:
-    # Images of several blocks of lines, for regular and irregular indices (csrc/pooling/scatter_cpu.h).
+    # Several blocks of lines per image, regular and irregular indices (csrc/pooling/scatter_cpu.h).
     shape = (2, 96, 131, 70)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     x = x.contiguous(memory_format=torch.channels_last)
