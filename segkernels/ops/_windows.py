@@ -44,11 +44,6 @@ class Windows(NamedTuple):
     channels_last: bool
 
     @property
-    def too_large_for_codes(self) -> bool:
-        """Whether a window has more than `MAX_CELLS` cells."""
-        return too_large_for_codes(self.kernel_size)
-
-    @property
     def tile_the_plane(self) -> bool:
         """Whether windows do not overlap and none begins in the padding.
 

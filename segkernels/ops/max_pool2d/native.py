@@ -28,7 +28,7 @@ def outputs(x: torch.Tensor, p: Pooling) -> Outputs:
     These are codes, or indices for windows too large for codes. Indices are also included if the
     caller requested them.
     """
-    too_large = p.windows.too_large_for_codes
+    too_large = _windows.too_large_for_codes(p.windows.kernel_size)
     return _empty(x, p.windows, not too_large, too_large or p.return_indices)
 
 

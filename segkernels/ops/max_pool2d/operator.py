@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from segkernels.ops import _positions
+from segkernels.ops import _positions, _windows
 from segkernels.ops._operator import Operator
 from segkernels.ops.max_pool2d import native
 from segkernels.ops.max_pool2d.native import Pooling
@@ -18,7 +18,7 @@ from segkernels.ops.max_pool2d.native import Pooling
 
 def _save(x: torch.Tensor, p: Pooling, *outputs: Any) -> tuple[torch.Tensor]:
     _, codes, indices = outputs
-    return (indices if p.windows.too_large_for_codes else codes,)
+    return (indices if _windows.too_large_for_codes(p.windows.kernel_size) else codes,)
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor]:

@@ -146,7 +146,7 @@ def _make_windows(
     _windows.check_positive(w, "max_unpool2d")
     if padding[0] < 0 or padding[1] < 0:
         raise RuntimeError(f"max_unpool2d: pad must be non-negative, but got pad: {padding}")
-    if w.too_large_for_codes:
+    if _windows.too_large_for_codes(kernel_size):
         raise ValueError(
             f"max_unpool2d: kernel_size must have at most {_windows.MAX_CELLS} cells (16x16) with "
             f"codes, got {kernel_size}"
