@@ -51,7 +51,7 @@ SOURCES = {
     ],
 }
 LEFT_OUT = re.compile(
-    r"reference\.py|plan\.py|dilated_conv2d/native\.py|_flops\.py"
+    r"reference\.py|plan\.py|dilated_conv2d/hopper\.py|_flops\.py"
     r"|csrc/bindings\.cpp|cuda|hopper|schedule|weight_gradient\.h|dilated_conv2d\.h"
     r"|atomics\.h|simd\.h|splat_cpu\.h|/unpool2d\.h"
     r"|upsample_cross_entropy\.h|common/(vec|parallel_for)\.h"
@@ -119,8 +119,8 @@ INTERPOLATE = "tests/ops/test_interpolate.py tests/ops/test_upsample_argmax.py"
 WINDOWS = "tests/ops/test_max_pool2d.py tests/ops/test_max_unpool2d.py tests/ops/test_unpool2d.py"
 CRF = "tests/ops/test_permutohedral.py tests/ops/test_dense_crf.py tests/test_crf.py"
 CONV = (
-    "tests/ops/test_dilated_conv2d.py tests/ops/test_dilated_conv2d_dispatch.py "
-    "tests/test_interpreted.py"
+    "tests/ops/test_dilated_conv2d.py tests/ops/test_dilated_conv2d_cost_model.py "
+    "tests/ops/test_dilated_conv2d_hopper.py tests/test_interpreted.py"
 )
 MODELS = "tests/models"
 TESTS = [
@@ -158,7 +158,7 @@ REJECTED = {
     ("pooling/code_decoder.h", "w_.pooled[1] < kMost"): "chooses between two correct code paths",
     ("max_unpool2d.h", "> INT32_MAX"): "needs 2^31 elements: tests marked huge",
     ("dense_crf/native.py", "_BATCH * width * 2"): "allocates more workspace than is used",
-    ("dilated_conv2d/torch_path.py", "!= torch.float32"): CUDA_ONLY,
+    ("dilated_conv2d/cudnn.py", "!= torch.float32"): CUDA_ONLY,
     ("interpolate/kernels.h", "double(g.y.out)"): CUDA_ONLY,
     ("interpolate/kernels.h", "const float span ="): CUDA_ONLY,
     ("interpolate/kernels.h", "const double span = (float"): CUDA_ONLY,

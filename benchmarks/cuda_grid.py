@@ -4,9 +4,9 @@
     python benchmarks/cuda_grid.py --read OUT.json   print measured times and the choice of "auto"
 
 Prints milliseconds of `backend="torch"` (cuDNN, with algorithm search) and `backend="sm90"` for the
-forward pass and both gradients, their ratio, and the backend that dispatch.py chooses. Each call is
-replayed in a CUDA graph with a cold L2 cache, so host time is not included. The rates in
-dispatch.py were fitted to this grid.
+forward pass and both gradients, their ratio, and the choice of "auto", by a cost model that was
+fitted to this grid. Each call is replayed in a CUDA graph with a cold L2 cache, so host time is not
+included.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from segkernels.ops.dilated_conv2d import backends, dispatch
-from segkernels.ops.dilated_conv2d.call import Call, Epilogue
-from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
+from segkernels.ops.dilated_conv2d import cost_model
+from segkernels.ops.dilated_conv2d.call import Call, Epilogue, Problem
+from segkernels.ops.dilated_conv2d.operator import BackwardArgs, forward, gradients
 
 KINDS = ("forward", "fused", "input_gradient", "weight_gradient")
 _CALLS = 4  # per graph
@@ -92,9 +92,21 @@ def shapes() -> Iterator[tuple[Shape, torch.dtype]]:
 def auto_choice(kind: str, shape: Shape, dtype: torch.dtype) -> str:
     """The backend that "auto" chooses on a Hopper GPU."""
     batch, channels, out, height, width, rate = shape
-    geometry = Geometry(height, width, height, width, (3, 3), (rate, rate), (rate, rate))
-    problem = Problem(batch, channels, out, geometry, (1, 1), 1, dtype, torch.device("cuda"))
-    faster = dispatch.is_faster("forward" if kind == "fused" else kind, problem)
+    problem = Problem(
+        batch,
+        channels,
+        out,
+        in_size=(height, width),
+        out_size=(height, width),
+        kernel=(3, 3),
+        stride=(1, 1),
+        padding=(rate, rate),
+        dilation=(rate, rate),
+        groups=1,
+        dtype=dtype,
+        device=torch.device("cuda"),
+    )
+    faster = cost_model.is_faster("forward" if kind == "fused" else kind, problem)
     return "sm90" if faster and f"{kind} {dtype}" != "weight_gradient torch.float32" else "torch"
 
 
@@ -136,12 +148,10 @@ def measure_shape(shape: Shape, dtype: torch.dtype, cold: torch.Tensor) -> dict[
     for backend in ("torch", "sm90"):
         c = Call((1, 1), (rate, rate), (rate, rate), 1, (height, width), True, backend)
         calls: dict[str, Callable[[], Any]] = {
-            "forward": lambda c=c: backends.forward(x, weight, Epilogue(), c),
-            "fused": lambda c=c: backends.forward(
-                x, weight, Epilogue(None, scale, shift, None, "relu"), c
-            ),
-            "input_gradient": lambda c=c: backends.gradients(grad, x, weight, (True, False), c),
-            "weight_gradient": lambda c=c: backends.gradients(grad, x, weight, (False, True), c),
+            "forward": lambda c=c: forward(x, weight, Epilogue(), c),
+            "fused": lambda c=c: forward(x, weight, Epilogue(None, scale, shift, None, "relu"), c),
+            "input_gradient": lambda c=c: gradients(grad, x, weight, BackwardArgs(True, False, c)),
+            "weight_gradient": lambda c=c: gradients(grad, x, weight, BackwardArgs(False, True, c)),
         }
         for kind, call in calls.items():
             if (kind, backend, dtype) == ("weight_gradient", "sm90", torch.float32):

@@ -149,7 +149,7 @@ def build_tools() -> ModuleType:
 
 
 @pytest.fixture(params=emulation.ON_CUDA)
-def hopper(request: pytest.FixtureRequest) -> str:
+def hopper_device(request: pytest.FixtureRequest) -> str:
     """The device of a Hopper GPU, or of its model on the CPU."""
     if request.param == "cuda":
         if torch.cuda.get_device_capability() != (9, 0):

@@ -473,6 +473,11 @@ def is_contiguous(x: torch.Tensor, memory_format: torch.memory_format) -> bool:
     return not under_functorch() and x.is_contiguous(memory_format=memory_format)
 
 
+def memory_format(channels_last: bool) -> torch.memory_format:
+    """The layout of a new tensor: channels_last or contiguous."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def is_channels_last(x: torch.Tensor) -> bool:
     """Whether results for the 4-D `x` are channels_last: `x` is, or is a view of such a tensor."""
     if x.is_contiguous():

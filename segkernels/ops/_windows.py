@@ -9,6 +9,7 @@ import torch
 
 from segkernels import _native
 from segkernels.ops._arguments import Int2
+from segkernels.ops._operator import memory_format
 
 # A code is one byte: the flat index of a cell in its window.
 MAX_CELLS = 256
@@ -56,7 +57,7 @@ class Windows(NamedTuple):
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory format of the tensors of both sizes."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        return memory_format(self.channels_last)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections import OrderedDict
+import functools
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from segkernels import _native, _status
-from segkernels.ops.dilated_conv2d import native as sm90
-from segkernels.ops.dilated_conv2d import torch_path
+from segkernels.ops.dilated_conv2d import cudnn, hopper
 
 # What every launch must be on: neither is what a launch has that forgets it.
 DEVICE, STREAM = 3, 0x5EC0DE0
@@ -68,13 +67,12 @@ def emulated(on: bool = True, cooperative: bool = True) -> Iterator[None]:
         (_native, "on_cuda"): lambda device: device.type in ("cpu", "cuda"),
         (_native, "capturing"): lambda device: _captures,
         (_status, "_device_words"): _emulated_words,
-        (sm90, "_capability"): lambda index: (9, 0),
-        (sm90, "_multiprocessors"): lambda index: MULTIPROCESSORS,
-        (sm90, "_record_stream"): lambda words: None,
-        (sm90, "_tables"): OrderedDict(),
-        (sm90, "_captured_tables"): [],
+        (hopper, "_capability"): lambda index: (9, 0),
+        (hopper, "_multiprocessors"): lambda index: MULTIPROCESSORS,
+        (hopper, "_table"): functools.lru_cache(hopper._table.__wrapped__),
+        (hopper, "_captured"): {},
         (torch.cuda, "synchronize"): lambda device=None: None,
-        (torch_path, "_fused_epilogue"): lambda: None,  # Triton's: interpreter.py
+        (cudnn, "_fused_epilogue"): lambda: None,  # Triton's: interpreter.py
     }
     with contextlib.ExitStack() as stack:
         for (module, name), value in (emulation if on else _CPU).items():

@@ -14,7 +14,7 @@ from ops.suite import CONVOLUTION_ERROR, Error, Float, Sample, message, relative
 
 import segkernels
 from segkernels.ops.aspp import reference
-from segkernels.ops.dilated_conv2d import native as sm90
+from segkernels.ops.dilated_conv2d import hopper
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -240,20 +240,20 @@ def test_meta_device() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_dilated_branches_share_one_launch_on_hopper(
-    dtype: torch.dtype, hopper: str, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, hopper_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[int] = []
-    run = sm90.forward_branches
+    launch = hopper._launch
 
-    def counted(x: Any, weights: Any, *args: Any) -> Any:
+    def counted(table: Any, x: Any, weights: Any, *args: Any) -> Any:
         launched.append(len(weights))
-        return run(x, weights, *args)
+        return launch(table, x, weights, *args)
 
-    monkeypatch.setattr(sm90, "forward_branches", counted)
-    x = torch.randn(2, 16, 9, 8, device=hopper).to(dtype)
-    weights = [torch.randn(8, 16, k, k, device=hopper).to(dtype) for k in (1, 3, 3, 3)]
-    scale, shift = torch.rand(32, device=hopper) + 0.5, torch.randn(32, device=hopper)
-    pooled = torch.randn(2, 5, 1, 1, device=hopper).to(dtype)
+    monkeypatch.setattr(hopper, "_launch", counted)
+    x = torch.randn(2, 16, 9, 8, device=hopper_device).to(dtype)
+    weights = [torch.randn(8, 16, k, k, device=hopper_device).to(dtype) for k in (1, 3, 3, 3)]
+    scale, shift = torch.rand(32, device=hopper_device) + 0.5, torch.randn(32, device=hopper_device)
+    pooled = torch.randn(2, 5, 1, 1, device=hopper_device).to(dtype)
     rates = (1, 2, 4, 6)
     ours = segkernels.aspp(
         x, weights, rates, scale=scale, shift=shift, pooled=pooled, activation="relu",

@@ -14,7 +14,6 @@ from ops.suite import CONVOLUTION_ERROR, Error, Float, Sample, message, relative
 
 import segkernels
 from segkernels.ops.dilated_conv2d import reference
-from segkernels.ops.dilated_conv2d.geometry import Geometry, out_size, tap_range
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -388,84 +387,3 @@ def test_arguments_are_unchanged_after_an_error() -> None:
             x, torch.ones(3, 2, 3, 3), padding=1, scale=torch.ones(4), residual=residual
         )
     assert bool((residual == 1).all())
-
-
-# --- taps that read inside the image ---
-
-
-@pytest.mark.parametrize("kernel", range(1, 8))
-@pytest.mark.parametrize("dilation", [1, 2, 3, 5, 12, 40])
-def test_taps_skipped_are_those_outside_the_image(kernel: int, dilation: int) -> None:
-    reach = dilation * (kernel - 1)
-    for size in (1, 2, 5, 13):
-        for padding in {0, 1, reach // 2, reach, reach + 3, -2, -reach}:
-            for extent in (1, 2, 4, 8):
-                for start in range(0, max(1, out_size(size, kernel, dilation, padding)), extent):
-                    first, last = tap_range(start, extent, size, kernel, dilation, padding)
-                    needed = [
-                        k
-                        for k in range(kernel)
-                        if any(
-                            0 <= start + i + k * dilation - padding < size for i in range(extent)
-                        )
-                    ]
-                    assert list(range(first, last + 1)) == needed
-
-
-@given(
-    height=st.integers(1, 20),
-    width=st.integers(1, 20),
-    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
-    dilation=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-    padding=st.tuples(st.integers(-3, 30), st.integers(-3, 30)),
-    box=st.tuples(st.integers(1, 8), st.integers(1, 8)),
-)
-def test_tap_rectangle_of_each_box(
-    height: int, width: int, kernel: Any, dilation: Any, padding: Any, box: Any
-) -> None:
-    out = [
-        out_size(size, kernel[i], dilation[i], padding[i]) for i, size in enumerate((height, width))
-    ]
-    if min(out) < 1:
-        return
-    g = Geometry(height, width, out[0], out[1], kernel, padding, dilation)
-    inside = torch.zeros(kernel, dtype=torch.int64)
-    needed: dict[tuple[int, int], set[tuple[int, int]]] = {}
-    for y in range(out[0]):
-        for x in range(out[1]):
-            for i in range(kernel[0]):
-                for j in range(kernel[1]):
-                    row = y + i * dilation[0] - padding[0]
-                    column = x + j * dilation[1] - padding[1]
-                    if 0 <= row < height and 0 <= column < width:
-                        inside[i, j] += 1
-                        needed.setdefault((y // box[0], x // box[1]), set()).add((i, j))
-    for a in range(-(-out[0] // box[0])):
-        for b in range(-(-out[1] // box[1])):
-            rows, columns = g.tap_rectangle(a * box[0], b * box[1], *box)
-            taps = {
-                (i, j)
-                for i in range(rows[0], rows[1] + 1)
-                for j in range(columns[0], columns[1] + 1)
-            }
-            assert taps == needed.get((a, b), set())
-    share = float(inside.sum()) / (out[0] * out[1] * g.taps)
-    assert abs(g.useful_share() - share) < 1e-12
-
-
-def test_transposed_geometry_gives_the_input_gradient() -> None:
-    x, w = torch.randn(2, 3, 6, 7, dtype=torch.float64), torch.randn(4, 3, 3, 2).double()
-    x.requires_grad_()
-    for padding, dilation in (((2, 1), (2, 1)), ((0, 0), (1, 3)), ((7, 4), (2, 2))):
-        out = F.conv2d(x, w, None, 1, padding, dilation)
-        g = Geometry(6, 7, out.size(2), out.size(3), (3, 2), padding, dilation)
-        t = g.transposed()
-        assert t.transposed() == g
-        grad = torch.randn_like(out)
-        expected = torch.autograd.grad(out, x, grad)[0]
-        reach = [dilation[i] * (w.size(2 + i) - 1) for i in (0, 1)]
-        after = [t.out_height + reach[0] - t.height - t.padding[0]]
-        after.append(t.out_width + reach[1] - t.width - t.padding[1])
-        wide = F.pad(grad, (t.padding[1], after[1], t.padding[0], after[0]))
-        ours = F.conv2d(wide, w.flip(2, 3).transpose(0, 1), None, 1, 0, dilation)
-        torch.testing.assert_close(ours, expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from ops import triton_tools
 from ops.triton_tools import compiled, ptxas
 
 import segkernels
-from segkernels.ops.dilated_conv2d import reference, torch_path
+from segkernels.ops.dilated_conv2d import cudnn, reference
 from segkernels.ops.dilated_conv2d.call import Epilogue
 
 LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -126,7 +127,7 @@ def test_after_a_convolution(
 ) -> None:
     launches: list[torch.dtype] = []
     monkeypatch.setattr(
-        torch_path, "_fused_epilogue", lambda: lambda y, e: launches.append(y.dtype) or apply(y, e)
+        cudnn, "_fused_epilogue", lambda: lambda y, e: launches.append(y.dtype) or apply(y, e)
     )
     x = torch.randn(2, 16, 9, 7, device=device, dtype=dtype).contiguous(memory_format=layout)
     w = torch.randn(24, 16, 3, 3, device=device, dtype=dtype) / 12
@@ -155,7 +156,6 @@ def compiles(
 
     types, constants = {"y": f"*{dtype}"}, {**constants, "RELU": True}
     for name in ("bias", "scale", "shift", "residual"):
-        constants[name.upper()] = name in which
         if name not in which:
             constants[name] = None
         else:
@@ -174,7 +174,7 @@ def compiles(
 def test_compiles_without_spills(
     channels_last: bool, dtype: str, arch: int, tmp_path: Path
 ) -> None:
-    constants = {"CHANNELS_LAST": channels_last, "BR": 4, "BI": 1024}
+    constants = {"CHANNELS_LAST": channels_last, "BLOCK_ROWS": 4, "BLOCK_COLUMNS": 1024}
     made = compiles(dtype, {"bias", "scale", "shift", "residual"}, constants, arch)
     report = ptxas(made.asm["ptx"], tmp_path)
     print(f"sm_{arch} {dtype} epilogue: {report}")
@@ -186,7 +186,7 @@ def test_compiles_without_spills(
 def test_compiles_for_sizes_of_one() -> None:
     """Triton turns arguments equal to 1 into constants, which may have another type."""
     for channels_last in (False, True):
-        constants = {"CHANNELS_LAST": channels_last, "BR": 4, "BI": 16}
+        constants = {"CHANNELS_LAST": channels_last, "BLOCK_ROWS": 4, "BLOCK_COLUMNS": 16}
         compiles("bf16", {"bias", "residual"}, constants, 90, ones=True)
 
 
@@ -198,6 +198,17 @@ def test_other_sizes_do_not_recompile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 4
     assert {name for name, _ in seen} == {"epilogue"}
     assert len(set(seen[1:])) == 1  # a single pixel has no distinct layout
+
+
+def test_without_triton_torch_computes_the_epilogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    cudnn._fused_epilogue.cache_clear()
+    try:
+        assert cudnn._fused_epilogue() is None
+        x, w = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3)
+        assert torch.equal(segkernels.dilated_conv2d(x, w), F.conv2d(x, w))
+    finally:
+        cudnn._fused_epilogue.cache_clear()
 
 
 # --- on a GPU ---

@@ -9,8 +9,8 @@ import torch
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry
 from segkernels.ops.aspp import operator
-from segkernels.ops.aspp.spec import Spec
-from segkernels.ops.dilated_conv2d import ACTIVATIONS, backends
+from segkernels.ops.aspp.branches import Branches
+from segkernels.ops.dilated_conv2d import ACTIVATIONS, BACKENDS, hopper
 
 _registry.register(
     _registry.Op(
@@ -91,17 +91,17 @@ def aspp(
     _operator.check_not_traced("aspp")
     _arguments.check_choice(form, "form", ("v2", "v3"), "aspp")
     _arguments.check_choice(activation, "activation", ACTIVATIONS, "aspp")
-    _arguments.check_choice(backend, "backend", backends.BACKENDS, "aspp")
+    _arguments.check_choice(backend, "backend", BACKENDS, "aspp")
     weights, rates = list(weights), [*rates]
     _check_types(input, weights, rates, scale, shift, pooled)
     input, pooled, *weights = _arguments.autocast(input, pooled, *weights)
     _check_input_and_weights(input, weights, rates, form)
     channels_last = any(map(_operator.is_channels_last, (input, *weights)))
-    spec = Spec(tuple(rates), activation, form == "v2", channels_last, backend)
-    _check_vectors(input, spec.channels(weights, None), scale, shift, pooled, form)
-    for weight, call in zip(weights, spec.calls(input, weights), strict=True):
-        backends.check(input, weight, call)
-    out: torch.Tensor = operator.join(input, scale, shift, pooled, weights, spec)
+    branches = Branches(tuple(rates), activation, form == "v2", channels_last, backend)
+    _check_vectors(input, branches.channels(weights, None), scale, shift, pooled, form)
+    for weight, call in zip(weights, branches.calls(input, weights), strict=True):
+        hopper.check(input, weight, call)
+    out: torch.Tensor = operator.join(input, scale, shift, pooled, weights, branches)
     return out
 
 

@@ -13,84 +13,69 @@ from typing import Any
 import torch
 
 from segkernels.ops._dtypes import compute_dtype
-from segkernels.ops._operator import Operator, under_functorch
+from segkernels.ops._operator import Operator, memory_format, under_functorch
 from segkernels.ops.aspp import branches
-from segkernels.ops.aspp.spec import Spec
-from segkernels.ops.dilated_conv2d.call import BackwardArgs
-from segkernels.ops.dilated_conv2d.operator import conv_flops, gradients, sum_of
+from segkernels.ops.aspp.branches import Branches
+from segkernels.ops.dilated_conv2d.operator import conv_flops, scaled_gradients, sum_of
 
 Weights = Sequence[torch.Tensor]
 
 
 def _fake(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    _, _, pooled, weights, spec = args
-    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-    shape = (x.size(0), spec.channels(weights, pooled), x.size(2), x.size(3))
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    _, _, pooled, weights, b = args
+    return b.empty(x, weights, pooled, b.channels_last)
 
 
 def _save(*args: Any) -> Sequence[torch.Tensor | None]:
-    x, scale, _, pooled, weights, spec, out = args
-    return x, scale, pooled, out if spec.activation == "relu" else None, *weights
+    x, scale, _, pooled, weights, b, out = args
+    return x, scale, pooled, out if b.activation == "relu" else None, *weights
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Sequence[torch.Tensor | None]:
-    """Backward, as in dilated_conv2d.
-
-    With W the weight gradient of a branch's plain convolution, d weight = scale * W and
-    d scale = <weight, W> for each output channel; in form v2 d scale is summed over the branches.
-    """
+    """Backward: each branch as in dilated_conv2d; in form v2 d scale is summed over them."""
     x, scale, _, out, *weights = ctx.saved_tensors
-    spec: Spec = ctx.record
+    b: Branches = ctx.record
     of_x, of_scale, of_shift, of_pooled, *of_weights = ctx.needs_input_grad[:-1]
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    slices = spec.channel_slices(weights)
+    slices = b.channel_slices(weights)
     channels = slices[-1].stop  # of the branches
-    d_shift = d_pooled = dx = None
+    d_shift = d_pooled = dx = d_scale = None
     if of_shift:
         d_shift = grad[:, :channels].sum((0, 2, 3), dtype=compute_dtype(grad.dtype))
     if of_pooled:
         d_pooled = grad[:, channels:].sum((2, 3), keepdim=True)
     d_weights: list[torch.Tensor | None] = []
-    d_scales = []
-    calls = spec.calls(x, weights)
-    for weight, call, branch, of_weight in zip(weights, calls, slices, of_weights, strict=True):
-        per_channel = None if scale is None else scale[branch][:, None, None, None]
-        args = BackwardArgs(of_x, of_weight or of_scale, call)
-        d_weight = None
-        if args.of_input or args.of_weight:
-            scaled = weight if per_channel is None else (weight * per_channel).to(weight.dtype)
-            branch_dx, dw = gradients(_laid_out(grad[:, branch], spec), x, scaled, args)
-            if of_x:
-                dx = branch_dx if dx is None else dx + branch_dx
-            if of_weight:
-                d_weight = dw if per_channel is None else (dw * per_channel).to(weight.dtype)
-            if of_scale:
-                wide = compute_dtype(dw.dtype)
-                d_scales.append((weight.to(wide) * dw.to(wide)).sum((1, 2, 3)))
+    d_scales: list[Any] = []
+    for i, call in enumerate(b.calls(x, weights)):
+        needed = (of_x, of_weights[i], of_scale)
+        branch_grad = _laid_out(grad[:, slices[i]], b) if any(needed) else grad
+        factor = None if scale is None else scale[slices[i]]
+        branch_dx, d_weight, branch_d_scale = scaled_gradients(
+            branch_grad, x, weights[i], factor, call, needed
+        )
+        dx = sum_of(dx, branch_dx)
         d_weights.append(d_weight)
-    d_scale = None
-    if of_scale and scale is not None:
-        joined = torch.stack(d_scales).sum(0) if spec.summed else torch.cat(d_scales)
-        d_scale = joined.to(scale.dtype)
+        d_scales.append(branch_d_scale)
+    if of_scale:
+        d_scale = torch.stack(d_scales).sum(0) if b.summed else torch.cat(d_scales)
+        d_scale = d_scale.to(scale.dtype)
     return dx, d_scale, d_shift, d_pooled, *d_weights
 
 
-def _laid_out(grad: torch.Tensor, spec: Spec) -> torch.Tensor:
+def _laid_out(grad: torch.Tensor, b: Branches) -> torch.Tensor:
     if under_functorch():  # tensors have no layout there
         return grad
-    layout = torch.channels_last if spec.channels_last else torch.contiguous_format
-    return grad.contiguous(memory_format=layout)
+    return grad.contiguous(memory_format=memory_format(b.channels_last))
 
 
 def _jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
     x, scale, pooled, out, *weights = ctx.saved_tensors
-    spec: Spec = ctx.record._replace(activation=None)
+    b: Branches = ctx.record._replace(activation=None)
     dx, d_scale, d_shift, d_pooled, *d_weights = tangents
 
     def plain(input: torch.Tensor, weights: Weights) -> torch.Tensor:
-        joined: torch.Tensor = join(input, None, None, None, weights, spec)
+        joined: torch.Tensor = join(input, None, None, None, weights, b)
         return joined
 
     tangent = None if dx is None else plain(dx, weights)
@@ -103,7 +88,7 @@ def _jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
     if d_scale is not None:
         tangent = sum_of(tangent, plain(x, weights) * d_scale[:, None, None])
     tangent = sum_of(tangent, None if d_shift is None else d_shift[:, None, None])
-    shape = (x.size(0), spec.channels(weights, None), x.size(2), x.size(3))
+    shape = (x.size(0), b.channels(weights, None), x.size(2), x.size(3))
     tangent = x.new_zeros(shape) if tangent is None else tangent.to(x.dtype).expand(shape)
     if pooled is not None:
         d_pooled = torch.zeros_like(pooled) if d_pooled is None else d_pooled
@@ -126,7 +111,7 @@ def _flops(x_shape: Any, *args: Any, **_: Any) -> int:
 join: Operator = Operator(
     "aspp",
     "Tensor input, Tensor? scale, Tensor? shift, Tensor? pooled, Tensor[] weights",
-    Spec,
+    Branches,
     kernel=branches.forward,
     fake=_fake,
     save=_save,

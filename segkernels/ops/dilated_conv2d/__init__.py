@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _operator, _registry
 from segkernels.ops._arguments import Int2
-from segkernels.ops.dilated_conv2d import backends, operator, torch_path
-from segkernels.ops.dilated_conv2d.call import Call, Convolution
+from segkernels.ops.dilated_conv2d import cudnn, hopper, operator
+from segkernels.ops.dilated_conv2d.call import Call
 
 _registry.register(
     _registry.Op(
@@ -27,7 +27,7 @@ _registry.register(
 )
 
 ACTIVATIONS = (None, "relu")
-_FORMATS = (torch.contiguous_format, torch.channels_last)
+BACKENDS = ("auto", "sm90", "torch")
 
 
 def dilated_conv2d(
@@ -94,30 +94,29 @@ def dilated_conv2d(
             `torch.nn.functional.conv2d`.
     """
     _arguments.check_choice(activation, "activation", ACTIVATIONS, "dilated_conv2d")
-    _arguments.check_choice(backend, "backend", backends.BACKENDS, "dilated_conv2d")
+    _arguments.check_choice(backend, "backend", BACKENDS, "dilated_conv2d")
     for name, value in (("scale", scale), ("shift", shift), ("residual", residual)):
         if value is not None:
             _arguments.check_tensor(value, name, "dilated_conv2d")
+    options: tuple[Any, ...] = (stride, padding, dilation, groups)
     if scale is shift is residual is None and _torch_suffices(input, weight, bias, stride, backend):
-        options: Any = (stride, padding, dilation, groups)
         out = F.conv2d(input, weight, bias, *options)
         last = _operator.is_channels_last(input) or _operator.is_channels_last(weight)
-        out = out.contiguous(memory_format=_FORMATS[last])
+        out = out.contiguous(memory_format=_operator.memory_format(last))
         # In place is safe: the backward of the convolution does not need its result.
         return out.relu_() if activation == "relu" else out
     input, weight, bias, residual = _arguments.autocast(input, weight, bias, residual)
-    c = _make_call(input, weight, bias, stride, padding, dilation, groups, backend)
+    c = _make_call(input, weight, bias, options, backend)
     if c is None:
         # Either the arguments are invalid, and torch raises, or only torch supports them.
-        args: tuple[Any, ...] = (stride, padding, dilation, groups)
-        out = F.conv2d(input, weight, bias, *args)
+        out = F.conv2d(input, weight, bias, *options)
         _check_epilogue(out, out.shape, out.size(-3), scale, shift, residual)
         return _apply_epilogue(out, scale, shift, residual, activation)
     batch = input.shape[:-3]
     shape = (*batch, weight.size(0), *c.out_size)
     _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
-    backends.check(input, weight, c)
-    record = Convolution(c, activation)
+    hopper.check(input, weight, c)
+    record = operator.Convolution(c, activation)
     if input.dim() == 4:
         y: torch.Tensor = operator.convolve(input, weight, bias, scale, shift, residual, record)
         return y
@@ -129,7 +128,7 @@ def dilated_conv2d(
 def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
     """Whether the call is the same as torch's convolution with torch's own gradients.
 
-    On the CPU it is, except in half precision (see `torch_path`). This check avoids the overhead of
+    On the CPU it is, except in half precision (see `cudnn`). This check avoids the overhead of
     the operator, which matters for small convolutions.
     """
     return (
@@ -143,12 +142,11 @@ def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: st
         and _operator.is_eager(input)
         and not _operator.under_functorch()
         and not torch.is_autocast_enabled("cpu")
-        and not torch_path.may_crash(input, stride)
+        and not cudnn.may_crash(input, stride)
         and (
             input.dtype is torch.float32
             or (
-                torch_path.has_cpu_kernels(input.dtype)
-                and not _operator.wants_grad(input, weight, bias)
+                cudnn.has_cpu_kernels(input.dtype) and not _operator.wants_grad(input, weight, bias)
             )
         )
     )
@@ -158,13 +156,14 @@ def _make_call(
     input: Any,
     weight: Any,
     bias: Any,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: Any,
+    options: tuple[Any, ...],
     backend: str,
 ) -> Call | None:
-    """Check the arguments; return the Call, or None if torch should compute or reject the call."""
+    """Check the arguments; return the Call, or None if torch should compute or reject the call.
+
+    `options` are stride, padding, dilation and groups.
+    """
+    stride, padding, dilation, groups = options
     if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
     if _operator.is_tracing():

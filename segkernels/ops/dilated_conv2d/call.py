@@ -1,4 +1,4 @@
-"""The checked arguments of a convolution, as records for the operator and its backends."""
+"""What describes a convolution besides its tensors: the arguments, the sizes and the epilogue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from segkernels.ops._arguments import Int2
 from segkernels.ops._dtypes import compute_dtype
-from segkernels.ops.dilated_conv2d.geometry import Geometry, Problem
+from segkernels.ops._operator import memory_format
 
 
 class Call(NamedTuple):
@@ -31,47 +31,104 @@ class Call(NamedTuple):
     channels_last: bool
     backend: str
 
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """The memory format of the output."""
-        return torch.channels_last if self.channels_last else torch.contiguous_format
-
-    def geometry(self, x: torch.Tensor, weight: torch.Tensor) -> Geometry:
-        """The geometry of this call on these tensors."""
-        kernel = (weight.size(2), weight.size(3))
-        return Geometry(x.size(2), x.size(3), *self.out_size, kernel, self.padding, self.dilation)
-
     def problem(self, x: torch.Tensor, weight: torch.Tensor) -> Problem:
         """The sizes, dtype and device of this call on these tensors."""
+        batch, channels, height, width = x.shape
+        out_channels, _, kh, kw = weight.shape
         return Problem(
-            x.size(0),
-            x.size(1),
-            weight.size(0),
-            self.geometry(x, weight),
+            batch,
+            channels,
+            out_channels,
+            (height, width),
+            self.out_size,
+            (kh, kw),
             self.stride,
+            self.padding,
+            self.dilation,
             self.groups,
             x.dtype,
             x.device,
         )
 
 
-class Convolution(NamedTuple):
-    """Arguments of the operator other than tensors; `activation` is None or "relu"."""
+class Problem(NamedTuple):
+    """A convolution without its tensors: what the choice of a backend and the schedule depend on.
 
-    call: Call
-    activation: str | None
+    With stride 1, output (y, x) reads through tap (i, j) the input (y + i * dilation[0] -
+    padding[0], x + j * dilation[1] - padding[1]), which is zero outside the image.
 
+    Attributes:
+        batch, channels, out_channels: sizes.
+        in_size, out_size: (rows, columns) of the input and of the output.
+        kernel: taps (kh, kw).
+        stride, dilation, groups: as in `torch.nn.functional.conv2d`.
+        padding: before the first row and column; negative where rows or columns are skipped, which
+            `transposed` can need.
+        dtype, device: of input, weight and output.
+    """
 
-class BackwardArgs(NamedTuple):
-    """Arguments of the backward operator: which gradients to compute, and of which call."""
+    batch: int
+    channels: int
+    out_channels: int
+    in_size: Int2
+    out_size: Int2
+    kernel: Int2
+    stride: Int2
+    padding: Int2
+    dilation: Int2
+    groups: int
+    dtype: torch.dtype
+    device: torch.device
 
-    of_input: bool
-    of_weight: bool
-    call: Call
+    @property
+    def pixels(self) -> int:
+        """Number of pixels of all outputs."""
+        return self.batch * self.out_size[0] * self.out_size[1]
+
+    @property
+    def taps(self) -> int:
+        """Number of taps of the kernel."""
+        return self.kernel[0] * self.kernel[1]
+
+    def transposed(self) -> Problem:
+        """The input gradient, for stride 1 and groups 1.
+
+        It is the convolution of the output's gradient with the flipped kernel, whose input and
+        output channels are exchanged.
+        """
+        kernel, padding, dilation = self.kernel, self.padding, self.dilation
+        return self._replace(
+            channels=self.out_channels,
+            out_channels=self.channels,
+            in_size=self.out_size,
+            out_size=self.in_size,
+            padding=(
+                dilation[0] * (kernel[0] - 1) - padding[0],
+                dilation[1] * (kernel[1] - 1) - padding[1],
+            ),
+        )
+
+    def useful_share(self) -> float:
+        """Fraction of the (output, tap) pairs that read an input inside the image, for stride 1."""
+        share = 1.0
+        for axis in (0, 1):
+            size, out, kernel = self.in_size[axis], self.out_size[axis], self.kernel[axis]
+            inside = 0
+            for k in range(kernel):
+                shift = k * self.dilation[axis] - self.padding[axis]
+                inside += max(0, min(size, out + shift) - max(0, shift))
+            share *= inside / (out * kernel)
+        return share
 
 
 class Epilogue(NamedTuple):
-    """The epilogue of a convolution: activation((conv + bias) * scale + shift + residual)."""
+    """The epilogue of a convolution: activation((conv + bias) * scale + shift + residual).
+
+    Attributes:
+        bias, scale, shift: [C_out], as in `dilated_conv2d`.
+        residual: [N, C_out, H_out, W_out], in the dtype of the output.
+        activation: None or "relu".
+    """
 
     bias: torch.Tensor | None = None
     scale: torch.Tensor | None = None
@@ -94,19 +151,12 @@ class Epilogue(NamedTuple):
         return bias if self.shift is None else bias + self.shift
 
 
-def strides(shape: tuple[int, ...], channels_last: bool) -> tuple[int, int, int, int]:
-    """Strides of a 4-D tensor that torch.empty creates in that layout."""
-    _, c, h, w = (max(size, 1) for size in shape)
-    if channels_last:
-        return h * w * c, 1, w * c, c
-    return c * h * w, h * w, w, 1
-
-
 def laid_out(out: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """Return `out` with exactly the strides of that layout, copied only if they differ."""
-    if out.stride() == strides(tuple(out.shape), channels_last):
+    """Return the 4-D `out` with exactly the strides of that layout, copied only if they differ."""
+    _, c, h, w = (max(size, 1) for size in out.shape)
+    strides = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    if out.stride() == strides:
         return out
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(
-        out.shape, dtype=out.dtype, device=out.device, memory_format=memory_format
-    ).copy_(out)
+    layout = memory_format(channels_last)
+    copy = torch.empty(out.shape, dtype=out.dtype, device=out.device, memory_format=layout)
+    return copy.copy_(out)

@@ -1,4 +1,6 @@
-"""The torch.library operators of dilated_conv2d, and their derivatives.
+"""The torch.library operators of dilated_conv2d, their kernels and derivatives.
+
+The kernels ask the Hopper kernels first, and torch for what those leave to it.
 
 The saved tensors are the inputs and, with ReLU, the output, whose sign is the mask. The next layer
 usually saves the output too, so this costs no memory; a separate mask would be another byte per
@@ -19,17 +21,62 @@ bilinear, so their derivatives are plain convolutions and plain gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from segkernels.ops._dtypes import compute_dtype
-from segkernels.ops._operator import Operator, is_channels_last, split_vmap_axis, vmap_axis_first
-from segkernels.ops.dilated_conv2d import backends
-from segkernels.ops.dilated_conv2d.call import BackwardArgs, Call, Convolution, Epilogue
+from segkernels.ops._operator import (
+    Operator,
+    is_channels_last,
+    memory_format,
+    split_vmap_axis,
+    vmap_axis_first,
+)
+from segkernels.ops.dilated_conv2d import cudnn, hopper
+from segkernels.ops.dilated_conv2d.call import Call, Epilogue, laid_out
 
 Tensors = tuple[torch.Tensor | None, ...]
 _PER_CHANNEL = ("weight", "bias", "scale", "shift")
+
+
+class Convolution(NamedTuple):
+    """Arguments of the operator other than tensors; `activation` is None or "relu"."""
+
+    call: Call
+    activation: str | None
+
+
+class BackwardArgs(NamedTuple):
+    """Arguments of the backward operator: which gradients to compute, and of which call."""
+
+    of_input: bool
+    of_weight: bool
+    call: Call
+
+
+def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
+    """The convolution of a 4-D `x` with its epilogue, in the layout that `c` requests."""
+    out = hopper.forward(x, [weight], e, [c])
+    if out is None:
+        out = cudnn.forward(x, weight, e, c)
+    return laid_out(out, c.channels_last)
+
+
+def _gradients(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, args: BackwardArgs
+) -> Tensors:
+    """Gradients of the plain convolution; None where `args` does not request them."""
+    of_x, of_weight, c = args
+    dx = hopper.input_gradient(grad, x, weight, c) if of_x else None
+    dw = hopper.weight_gradient(grad, x, weight, c) if of_weight else None
+    missing = (of_x and dx is None, of_weight and dw is None)
+    torch_dx, torch_dw = cudnn.gradients(grad, x, weight, c, missing)
+    dx, dw = torch_dx if missing[0] else dx, torch_dw if missing[1] else dw
+    return (
+        None if dx is None else laid_out(dx, is_channels_last(x)),
+        None if dw is None else laid_out(dw, is_channels_last(weight)),
+    )
 
 
 def plain(x: torch.Tensor, weight: torch.Tensor, c: Call) -> torch.Tensor:
@@ -49,13 +96,14 @@ def sum_of(*terms: torch.Tensor | None) -> torch.Tensor | None:
 
 def _forward(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
     bias, scale, shift, residual, c = args
-    return backends.forward(x, weight, Epilogue(bias, scale, shift, residual, c.activation), c.call)
+    return forward(x, weight, Epilogue(bias, scale, shift, residual, c.activation), c.call)
 
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, *args: Any) -> torch.Tensor:
     c = args[-1].call
     shape = (x.size(0), weight.size(0), *c.out_size)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=c.memory_format)
+    layout = memory_format(c.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _save(*args: Any) -> Tensors:
@@ -68,32 +116,53 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Tensors:
     of_x, of_weight, of_bias, of_scale, of_shift, of_residual = ctx.needs_input_grad[:6]
     if out is not None:
         grad = torch.ops.aten.threshold_backward(grad, out, 0)
-    per_channel = None if scale is None else scale[:, None, None, None]
-    d_shift = dx = dw = d_weight = d_bias = d_scale = None
+    d_shift = d_bias = None
     if of_bias or of_shift or (of_scale and bias is not None):
         d_shift = grad.sum((0, 2, 3), dtype=compute_dtype(grad.dtype))
-    if of_x or of_weight or of_scale:
-        scaled = weight if per_channel is None else (weight * per_channel).to(weight.dtype)
-        args = BackwardArgs(of_x, of_weight or of_scale, ctx.record.call)
-        dx, dw = gradients(grad, x, scaled, args)
-    if of_weight and dw is not None:
-        d_weight = dw if per_channel is None else (dw * per_channel).to(weight.dtype)
-    if of_scale and dw is not None:
-        wide = compute_dtype(dw.dtype)
-        d_scale = (weight.to(wide) * dw.to(wide)).sum((1, 2, 3))
+    needed = (of_x, of_weight, of_scale)
+    dx, d_weight, d_scale = scaled_gradients(grad, x, weight, scale, ctx.record.call, needed)
+    if d_scale is not None:
         if bias is not None:
             d_scale = d_scale + bias * d_shift
         d_scale = d_scale.to(scale.dtype)
     if of_bias and d_shift is not None:
         d_bias = (d_shift if scale is None else d_shift * scale).to(bias.dtype)
-    return (
-        dx if of_x else None,
-        d_weight,
-        d_bias,
-        d_scale,
-        d_shift if of_shift else None,
-        grad if of_residual else None,
-    )
+    d_residual = grad if of_residual else None
+    return dx, d_weight, d_bias, d_scale, d_shift if of_shift else None, d_residual
+
+
+def scaled_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    c: Call,
+    needed: tuple[bool, bool, bool],
+) -> Tensors:
+    """Gradients of conv(x, weight) * scale with respect to `x`, `weight` and `scale`.
+
+    Args:
+        grad: [N, C_out, H_out, W_out], the gradient with respect to the product.
+        x: [N, C, H, W].
+        weight: [C_out, C / groups, kh, kw].
+        scale: [C_out]; None: 1.
+        c: the call.
+        needed: which gradients to compute; the others are None. That of `scale` is in the compute
+            dtype.
+    """
+    of_x, of_weight, of_scale = needed
+    if not any(needed):
+        return None, None, None
+    per_channel = None if scale is None else scale[:, None, None, None]
+    scaled = weight if per_channel is None else (weight * per_channel).to(weight.dtype)
+    dx, dw = gradients(grad, x, scaled, BackwardArgs(of_x, of_weight or of_scale, c))
+    d_weight = d_scale = None
+    if of_weight:
+        d_weight = dw if per_channel is None else (dw * per_channel).to(weight.dtype)
+    if of_scale:
+        wide = compute_dtype(dw.dtype)
+        d_scale = (weight.to(wide) * dw.to(wide)).sum((1, 2, 3))
+    return dx if of_x else None, d_weight, d_scale
 
 
 def _jvp(ctx: Any, *tangents: Any) -> torch.Tensor:
@@ -148,12 +217,6 @@ def _grouped(c: Call, size: int) -> Call:
     return c._replace(groups=c.groups * size)
 
 
-def _gradients(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, args: BackwardArgs
-) -> Tensors:
-    return backends.gradients(grad, x, weight, args[:2], args.call)
-
-
 def _gradients_fake(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, args: BackwardArgs
 ) -> Tensors:
@@ -163,7 +226,7 @@ def _gradients_fake(
 def _fake_gradient(like: torch.Tensor, needed: bool) -> torch.Tensor | None:
     if not needed:
         return None
-    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    layout = memory_format(is_channels_last(like))
     return torch.empty(like.shape, dtype=like.dtype, device=like.device, memory_format=layout)
 
 

@@ -1,4 +1,4 @@
-"""The convolution by torch (oneDNN, cuDNN), followed by the epilogue, and its gradients.
+"""torch's convolution (cuDNN, or oneDNN on the CPU) with the epilogue, and its gradients.
 
 The epilogue is one Triton kernel on CUDA where Triton is installed, else torch operators in as few
 passes as possible.
@@ -101,7 +101,7 @@ def _extra_padding(x: torch.Tensor, weight: torch.Tensor, c: Call) -> tuple[int,
 
 
 def epilogue(out: torch.Tensor, e: Epilogue) -> torch.Tensor:
-    """Apply `e` to the result of a convolution, in place where possible."""
+    """Apply `e` to `out`, the result of a convolution, in place where possible."""
     may_fuse = _native.on_cuda(out.device) and out.dtype != torch.float64
     if may_fuse and (fused := _fused_epilogue()):
         return fused(out, e)
@@ -142,14 +142,22 @@ def _bfloat16_gradient_is_correct(x: torch.Tensor, c: Call) -> bool:
 
 def gradients(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, c: Call, mask: tuple[bool, bool]
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Gradients of the plain convolution with respect to its input and weight.
 
-    Returns an empty tensor where `mask` is False.
+    Args:
+        grad: [N, C_out, H_out, W_out], the gradient with respect to the output.
+        x: [N, C, H, W].
+        weight: [C_out, C / groups, kh, kw].
+        c: the call.
+        mask: which gradients to compute; the others are None.
     """
+    if not any(mask):
+        return None, None
     if needs_float32(x):
-        dx, dw = gradients(grad.float(), x.float(), weight.float(), c, mask)
-        return dx.to(x.dtype), dw.to(x.dtype)
+        wide = gradients(grad.float(), x.float(), weight.float(), c, mask)
+        dx, dw = (None if t is None else t.to(x.dtype) for t in wide)
+        return dx, dw
     rows, columns = _extra_padding(x, weight, c)
     padded = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
     if x.device.type == "cpu" and (
@@ -157,20 +165,8 @@ def gradients(
         or (mask[1] and x.dtype == torch.bfloat16 and not _bfloat16_gradient_is_correct(x, c))
     ):
         padded, grad, weight = padded.contiguous(), grad.contiguous(), weight.contiguous()
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        grad,
-        padded,
-        weight,
-        None,
-        c.stride,
-        c.padding,
-        c.dilation,
-        False,
-        (0, 0),
-        c.groups,
-        (*mask, False),
-    )
+    options = (c.stride, c.padding, c.dilation, False, (0, 0), c.groups, (*mask, False))
+    dx, dw, _ = torch.ops.aten.convolution_backward(grad, padded, weight, None, *options)
     if mask[0] and (rows or columns):
         dx = dx[..., : x.size(2), : x.size(3)]
-    empty = grad.new_empty(0)
-    return dx if mask[0] else empty, dw if mask[1] else empty
+    return dx if mask[0] else None, dw if mask[1] else None

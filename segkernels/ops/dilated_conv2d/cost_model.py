@@ -17,8 +17,7 @@ import functools
 
 import torch
 
-from segkernels.ops.dilated_conv2d import native
-from segkernels.ops.dilated_conv2d.geometry import Problem
+from segkernels.ops.dilated_conv2d.call import Problem
 
 _HALVES = (torch.bfloat16, torch.float16)
 # Operations per millisecond in half precision (True) and in tf32 (False): of cuDNN below and from
@@ -35,21 +34,13 @@ _MIN_WORK = 20 * 132  # tiles times loop steps: fewer leave multiprocessors idle
 _MIN_CHANNELS = 64  # that are summed over
 
 
-def choose(kind: str, *problems: Problem) -> str:
-    """Choose "sm90" or "torch".
+def is_faster(kind: str, *problems: Problem) -> bool:
+    """Whether the Hopper kernel is estimated to be faster than cuDNN, supported or not.
 
     Args:
         kind: "forward", "input_gradient" or "weight_gradient".
         problems: one convolution, or the branches of one launch, whose times are added up.
     """
-    if not is_faster(kind, *problems):
-        return "torch"
-    supported = native.weight_gradient_supported if kind == "weight_gradient" else native.supported
-    return "torch" if any(map(supported, problems)) else "sm90"
-
-
-def is_faster(kind: str, *problems: Problem) -> bool:
-    """Whether the Hopper kernel is estimated to be faster, supported or not."""
     cudnn_ms = hopper_ms = 0.0
     for problem in problems:
         times = _estimated_ms(kind, problem)
@@ -61,32 +52,28 @@ def is_faster(kind: str, *problems: Problem) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _estimated_ms(kind: str, problem: Problem) -> tuple[float, float] | None:
+def _estimated_ms(kind: str, p: Problem) -> tuple[float, float] | None:
     """Estimated times of cuDNN and of the Hopper kernel; None where cuDNN is always used."""
-    half = problem.dtype in _HALVES
-    channels, out_channels, g = problem.channels, problem.out_channels, problem.geometry
-    if problem.dtype is not torch.float32 and not half:
+    half = p.dtype in _HALVES
+    if p.dtype is not torch.float32 and not half:
         return None
     # The channels that are summed over must be rows of 16 bytes, which need no padded copy.
-    summed, least = (out_channels, 256) if kind == "input_gradient" else (channels, _MIN_CHANNELS)
-    if summed < least or summed % 8 or (kind == "weight_gradient" and out_channels < 16):
-        return None
-    tiles = problem.batch * g.out_height * g.out_width / 128 * -(-out_channels // 256)
-    if kind == "forward" and tiles * g.taps * channels / 64 < _MIN_WORK:
-        return None
-    slow_from = (_SLOW_FROM if half else _SLOW_FROM_TF32).get(kind, 0)
-    if kind == "input_gradient" and half and channels <= 256:
-        slow_from *= 2
-    slow = _largest_dilation(problem) >= slow_from
-    pixels = problem.batch * g.out_height * g.out_width
-    operations = 2.0 * pixels * g.taps * channels * out_channels
-    hopper_ms = operations * g.useful_share() / _HOPPER[half] + _FIXED_MS
+    summed, least = p.channels, _MIN_CHANNELS
     if kind == "input_gradient":
-        hopper_ms += channels * out_channels * g.taps * _TRANSPOSE_MS
-    return operations / _CUDNN[half][slow], hopper_ms
-
-
-def _largest_dilation(problem: Problem) -> int:
-    """The larger dilation of the axes with more than one tap; 1 if there are none."""
-    g = problem.geometry
-    return max(g.dilation[axis] if g.kernel[axis] > 1 else 1 for axis in (0, 1))
+        summed, least = p.out_channels, 256
+    if summed < least or summed % 8 or (kind == "weight_gradient" and p.out_channels < 16):
+        return None
+    if kind == "forward":
+        tiles = p.pixels / 128 * -(-p.out_channels // 256)
+        if tiles * p.taps * p.channels / 64 < _MIN_WORK:
+            return None
+    slow_from = (_SLOW_FROM if half else _SLOW_FROM_TF32).get(kind, 0)
+    if kind == "input_gradient" and half and p.channels <= 256:
+        slow_from *= 2
+    # The larger dilation of the axes with more than one tap.
+    dilation = max(p.dilation[axis] if p.kernel[axis] > 1 else 1 for axis in (0, 1))
+    operations = 2.0 * p.pixels * p.taps * p.channels * p.out_channels
+    hopper_ms = operations * p.useful_share() / _HOPPER[half] + _FIXED_MS
+    if kind == "input_gradient":
+        hopper_ms += p.channels * p.out_channels * p.taps * _TRANSPOSE_MS
+    return operations / _CUDNN[half][dilation >= slow_from], hopper_ms
