@@ -8,15 +8,11 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 
-from segkernels.nn.convolution import (
-    Backend,
-    backend_repr,
-    check_backend,
-    conv_bn_act,
-    is_plain_conv,
-)
+from segkernels.nn.convolution import backend_repr, conv_bn_act, is_plain_conv
 from segkernels.nn.folding import BatchNorm, fold_batch_norm, foldable
-from segkernels.ops.aspp import aspp
+from segkernels.ops._arguments import check_choice
+from segkernels.ops.aspp import FORMS, aspp
+from segkernels.ops.dilated_conv2d import BACKENDS, Backend
 
 _ConvAndBN = tuple[torch.nn.Conv2d, BatchNorm]
 
@@ -71,9 +67,8 @@ class ASPP(torch.nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_backend(backend, "ASPP")
-        if form not in ("v2", "v3"):
-            raise ValueError(f"ASPP: form must be 'v2' or 'v3', got {form!r}")
+        check_choice(backend, "backend", BACKENDS, "ASPP")
+        check_choice(form, "form", FORMS, "ASPP")
         if not atrous_rates or min(atrous_rates) < 1:
             raise ValueError(
                 f"ASPP: atrous_rates must be ints of at least 1, got {list(atrous_rates)}"

@@ -8,8 +8,10 @@ from typing import ClassVar, Literal, cast
 import torch
 import torch.nn.functional as F
 
-from segkernels.nn.convolution import Backend, backend_repr, check_backend, convolve
+from segkernels.nn.convolution import backend_repr, convolve
 from segkernels.ops import _operator
+from segkernels.ops._arguments import check_choice
+from segkernels.ops.dilated_conv2d import BACKENDS, Backend
 
 
 class ContextModule(torch.nn.Module):
@@ -66,7 +68,7 @@ class ContextModule(torch.nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_backend(backend, "ContextModule")
+        check_choice(backend, "backend", BACKENDS, "ContextModule")
         widths = (*[multiplier] * 7, 1) if isinstance(multiplier, int) else tuple(multiplier)
         if len(widths) != 8 or min(widths) < 1 or widths[-1] != 1:
             raise ValueError(

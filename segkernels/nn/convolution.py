@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from segkernels.nn.folding import BATCH_NORMS, BatchNorm, fold_batch_norm, foldable, is_plain
-from segkernels.ops._arguments import Int2
-from segkernels.ops.dilated_conv2d import dilated_conv2d
+from segkernels.ops._arguments import Int2, check_choice
+from segkernels.ops.dilated_conv2d import ACTIVATIONS, BACKENDS, Backend, dilated_conv2d
 
-Backend = Literal["auto", "sm90", "torch"]
 Activation = Literal["relu"] | None
 Size2 = int | Int2
 
@@ -47,7 +46,7 @@ class DilatedConv2d(torch.nn.Conv2d):
         *,
         backend: Backend = "auto",
     ) -> None:
-        check_backend(backend, "DilatedConv2d")
+        check_choice(backend, "backend", BACKENDS, "DilatedConv2d")
         super().__init__(
             in_channels,
             out_channels,
@@ -149,8 +148,8 @@ def conv_bn_act(
         ValueError: an unknown `activation` or `backend`, a `residual` with another shape or dtype,
             and the errors of the convolution and of `bn`.
     """
-    check_activation(activation, "conv_bn_act")
-    check_backend(backend, "conv_bn_act")
+    check_choice(activation, "activation", ACTIVATIONS, "conv_bn_act")
+    check_choice(backend, "backend", BACKENDS, "conv_bn_act")
     if backend == "torch" or not is_plain_conv(conv):
         out = conv(input)
         return _finish(out if bn is None else bn(out), residual, activation, in_place=False)
@@ -228,8 +227,8 @@ class ConvBNAct(torch.nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        check_activation(activation, "ConvBNAct")
-        check_backend(backend, "ConvBNAct")
+        check_choice(activation, "activation", ACTIVATIONS, "ConvBNAct")
+        check_choice(backend, "backend", BACKENDS, "ConvBNAct")
         self.activation = activation
         self.backend = backend
         self.conv = torch.nn.Conv2d(
@@ -268,18 +267,6 @@ def _same_padding(kernel_size: Size2, stride: Size2, dilation: Size2) -> str | t
     if steps == (1, 1) and any(size % 2 == 0 for size in kernel):
         return "same"
     return gaps[0] * ((kernel[0] - 1) // 2), gaps[1] * ((kernel[1] - 1) // 2)
-
-
-def check_backend(backend: str, function: str) -> None:
-    """Raise ValueError for an unknown backend."""
-    if backend not in ("auto", "sm90", "torch"):
-        raise ValueError(f"{function}: backend must be 'auto', 'sm90' or 'torch', got {backend!r}")
-
-
-def check_activation(activation: str | None, function: str) -> None:
-    """Raise ValueError for an unknown activation."""
-    if activation not in (None, "relu"):
-        raise ValueError(f"{function}: activation must be None or 'relu', got {activation!r}")
 
 
 def backend_repr(backend: str) -> str:

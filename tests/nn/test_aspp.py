@@ -157,7 +157,7 @@ def test_training_on_one_image_raises(backend: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"form": "v4"}, "form must be 'v2' or 'v3', got 'v4'"),
+        ({"form": "v4"}, "form must be one of 'v2', 'v3', got 'v4'"),
         ({"atrous_rates": ()}, r"atrous_rates must be.*got \[\]"),
         ({"atrous_rates": (6, 0)}, r"atrous_rates must be.*got \[6, 0\]"),
         ({"backend": "cudnn"}, "backend must be.*got 'cudnn'"),

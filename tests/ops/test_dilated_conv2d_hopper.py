@@ -666,6 +666,13 @@ def test_auto_leaves_contiguous_inputs_to_torch(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.emulated
+def test_unbatched_input() -> None:
+    x, w, r = torch.randn(16, 9, 9), torch.randn(24, 16, 3, 3), torch.randn(24, 7, 7)
+    y = segkernels.dilated_conv2d(x.half(), w.half(), residual=r.half(), backend="sm90")
+    assert error(y, F.conv2d(x.double(), w.double()) + r) <= 2e-3  # of rounded operands
+
+
+@pytest.mark.emulated
 @pytest.mark.parametrize("backend", ["auto", "sm90"])
 def test_torch_computes_an_empty_batch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost_model, "is_faster", lambda kind, *problems: True)

@@ -26,6 +26,8 @@ _registry.register(
     )
 )
 
+FORMS = ("v2", "v3")
+
 
 def aspp(
     input: torch.Tensor,
@@ -89,7 +91,7 @@ def aspp(
         TypeError: arguments of another type.
     """
     _operator.check_not_traced("aspp")
-    _arguments.check_choice(form, "form", ("v2", "v3"), "aspp")
+    _arguments.check_choice(form, "form", FORMS, "aspp")
     _arguments.check_choice(activation, "activation", ACTIVATIONS, "aspp")
     _arguments.check_choice(backend, "backend", BACKENDS, "aspp")
     weights, rates = list(weights), [*rates]

@@ -109,12 +109,16 @@ def _concatenate(
     b: Branches,
 ) -> torch.Tensor:
     # The Hopper kernel, which writes several branches in one launch, needs a channels_last output.
-    out = b.empty(x, weights, pooled, b.channels_last or b.backend == "sm90")
+    may_share = b.channels_last or b.backend == "sm90"
+    out = b.empty(x, weights, pooled, may_share)
     slices, calls = b.channel_slices(weights), b.calls(x, weights)
     for first, end in _equal_shapes(weights):
-        channels = slice(slices[first].start, slices[end - 1].stop)
-        part, into = _slice(e, channels), out[:, channels]
-        if hopper.forward(x, weights[first:end], part, calls[first:end], into) is None:
+        channels, run = slice(slices[first].start, slices[end - 1].stop), slice(first, end)
+        launched = None
+        if may_share:
+            part, into = _slice(e, channels), out[:, channels]
+            launched = hopper.forward(x, weights[run], part, calls[run], into)
+        if launched is None:
             for i in range(first, end):
                 own = _slice(e, slices[i])
                 out[:, slices[i]] = operator.forward(x, weights[i], own, calls[i])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ _registry.register(
 )
 
 ACTIVATIONS = (None, "relu")
-BACKENDS = ("auto", "sm90", "torch")
+Backend = Literal["auto", "sm90", "torch"]
+BACKENDS = get_args(Backend)
 
 
 def dilated_conv2d(
@@ -112,24 +113,23 @@ def dilated_conv2d(
         out = F.conv2d(input, weight, bias, *options)
         _check_epilogue(out, out.shape, out.size(-3), scale, shift, residual)
         return _apply_epilogue(out, scale, shift, residual, activation)
-    batch = input.shape[:-3]
-    shape = (*batch, weight.size(0), *c.out_size)
+    shape = (*input.shape[:-3], weight.size(0), *c.out_size)
     _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
+    unbatched = input.dim() == 3
+    if unbatched:
+        input = input.unsqueeze(0)
+        residual = None if residual is None else residual.unsqueeze(0)
     hopper.check(input, weight, c)
     record = operator.Convolution(c, activation)
-    if input.dim() == 4:
-        y: torch.Tensor = operator.convolve(input, weight, bias, scale, shift, residual, record)
-        return y
-    residual = None if residual is None else residual.unsqueeze(0)
-    tensors = input.unsqueeze(0), weight, bias, scale, shift, residual
-    return operator.convolve(*tensors, record).squeeze(0)
+    y: torch.Tensor = operator.convolve(input, weight, bias, scale, shift, residual, record)
+    return y.squeeze(0) if unbatched else y
 
 
 def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
     """Whether the call is the same as torch's convolution with torch's own gradients.
 
-    On the CPU it is, except in half precision (see `cudnn`). This check avoids the overhead of
-    the operator, which matters for small convolutions.
+    On the CPU it is, except in half precision (cudnn.py). This check avoids the overhead of the
+    operator, which matters for small convolutions.
     """
     return (
         isinstance(input, torch.Tensor)
@@ -153,11 +153,7 @@ def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: st
 
 
 def _make_call(
-    input: Any,
-    weight: Any,
-    bias: Any,
-    options: tuple[Any, ...],
-    backend: str,
+    input: Any, weight: Any, bias: Any, options: tuple[Any, ...], backend: str
 ) -> Call | None:
     """Check the arguments; return the Call, or None if torch should compute or reject the call.
 

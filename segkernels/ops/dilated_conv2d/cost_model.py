@@ -14,11 +14,13 @@ those for which the choice is wrong. Other devices than Hopper have not been mea
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 
 from segkernels.ops.dilated_conv2d.call import Problem
 
+Kind = Literal["forward", "input_gradient", "weight_gradient"]
 _HALVES = (torch.bfloat16, torch.float16)
 # Operations per millisecond in half precision (True) and in tf32 (False): of cuDNN below and from
 # the dilation at which it becomes slow, and of the Hopper kernel on the products inside the image.
@@ -34,11 +36,11 @@ _MIN_WORK = 20 * 132  # tiles times loop steps: fewer leave multiprocessors idle
 _MIN_CHANNELS = 64  # that are summed over
 
 
-def is_faster(kind: str, *problems: Problem) -> bool:
+def is_faster(kind: Kind, *problems: Problem) -> bool:
     """Whether the Hopper kernel is estimated to be faster than cuDNN, supported or not.
 
     Args:
-        kind: "forward", "input_gradient" or "weight_gradient".
+        kind: the part of a call.
         problems: one convolution, or the branches of one launch, whose times are added up.
     """
     cudnn_ms = hopper_ms = 0.0
@@ -52,7 +54,7 @@ def is_faster(kind: str, *problems: Problem) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _estimated_ms(kind: str, p: Problem) -> tuple[float, float] | None:
+def _estimated_ms(kind: Kind, p: Problem) -> tuple[float, float] | None:
     """Estimated times of cuDNN and of the Hopper kernel; None where cuDNN is always used."""
     half = p.dtype in _HALVES
     if p.dtype is not torch.float32 and not half:

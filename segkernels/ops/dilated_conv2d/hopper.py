@@ -26,12 +26,12 @@ from segkernels import _native
 from segkernels.ops import _dtypes
 from segkernels.ops.dilated_conv2d import cost_model
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue, Problem
+from segkernels.ops.dilated_conv2d.cost_model import Kind
 
 MAX_BRANCHES = 8  # in one launch
 _ROW_BYTES = 128  # bytes of channels per loop step
 _MAX_KERNEL = 7
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_LAYOUT = torch.channels_last
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, c: Call) -> None:
@@ -42,11 +42,11 @@ def check(x: torch.Tensor, weight: torch.Tensor, c: Call) -> None:
         )
 
 
-def chosen(kind: str, backend: str, *problems: Problem) -> bool:
+def chosen(kind: Kind, backend: str, *problems: Problem) -> bool:
     """Whether the Hopper kernel computes a part of a call, or of several calls in one launch.
 
     Args:
-        kind: "forward", "input_gradient" or "weight_gradient".
+        kind: the part.
         backend: "auto" or "sm90".
         problems: of the calls, which differ in kernel, padding, dilation and output channels only.
     """
@@ -55,7 +55,7 @@ def chosen(kind: str, backend: str, *problems: Problem) -> bool:
     return not any(unsupported(kind, problem) for problem in problems)
 
 
-def unsupported(kind: str, p: Problem) -> str:
+def unsupported(kind: Kind, p: Problem) -> str:
     """Return why the kernel does not support this part of a call, or ""."""
     if not _native.on_cuda(p.device):
         return f"input must be on a CUDA device, got {str(p.device)!r}"
@@ -152,45 +152,58 @@ def _launch(
     e: Epilogue,
     into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    first = table.problems[0]
-    counts = [p.out_channels for p in table.problems]
+    p = table.problems[0]
+    counts = [branch.out_channels for branch in table.problems]
     if into is None:
-        into = _empty((first.batch, sum(counts), *first.out_size), x)
+        into = _empty((p.batch, sum(counts), *p.out_size), x)
     aligned = 16 // x.element_size()
     x = _rows(x, aligned)  # [N, H, W, C]
     branches, offset = [], 0
-    for weight, p in zip(weights, table.problems, strict=True):
+    for weight, branch in zip(weights, table.problems, strict=True):
         rows = _rows(weight, aligned)  # [CO_i, kh, kw, C]
-        branches.append((rows, p.kernel, p.dilation, p.padding, p.out_channels, offset))
-        offset += p.out_channels
+        count = branch.out_channels
+        branches.append((rows, branch.kernel, branch.dilation, branch.padding, count, offset))
+        offset += count
+    layout = torch.channels_last
     epilogue = {
-        "output": into,  # [N, H_out, W_out, CO], `pitch` elements from one pixel to the next
-        "residual": None if e.residual is None else e.residual.contiguous(memory_format=_LAYOUT),
-        "scale": _vector(e.scale),
-        "shift": _vector(e.folded_shift()),
+        "residual": None if e.residual is None else e.residual.contiguous(memory_format=layout),
+        "scale": _vector(e.scale),  # [CO]
+        "shift": _vector(e.folded_shift()),  # [CO]
     }
-    pitch = into.stride(3)
-    pairs = not any(count % 2 for count in (pitch, *counts))
+    pitch = into.stride(3)  # elements from one pixel to the next
+    even = not any(count % 2 for count in (pitch, *counts))
     arguments: dict[str, Any] = {
-        **table.schedule,
+        **_common_arguments(table, x, into),
         **epilogue,
-        "type": _dtypes.FLOATING[x.dtype],
-        "input": x,
-        "batch": first.batch,
-        "channels": x.size(1),
-        "in_size": first.in_size,
-        "out_size": first.out_size,
         "out_channels": offset,
         "out_pitch": pitch,
         "relu": e.activation == "relu",
-        # Whether two channels may be accessed as one vector.
-        "pairs": pairs and not any(t.data_ptr() % 8 for t in epilogue.values() if t is not None),
-        "table": table.words,
-        "workspace": _workspace(table),
+        # Whether the kernel may access two channels as one vector.
+        "pairs": even
+        and not any(t.data_ptr() % 8 for t in (into, *epilogue.values()) if t is not None),
         "branches": branches,
     }
     _native.C().dilated_conv2d(_native.where(x), arguments)
     return into
+
+
+def _common_arguments(table: _Table, x: torch.Tensor, output: torch.Tensor) -> dict[str, Any]:
+    """Arguments of both kernels, for `x` of [N, H, W, C]."""
+    p, schedule = table.problems[0], table.schedule
+    # Partial sums: [tile, row, channel].
+    sums = schedule["workspace_tiles"] * 128 * schedule["tile_channels"]
+    return {
+        **schedule,
+        "type": _dtypes.FLOATING[x.dtype],
+        "batch": p.batch,
+        "in_size": p.in_size,
+        "out_size": p.out_size,
+        "channels": x.size(1),
+        "input": x,
+        "output": output,
+        "table": table.words,
+        "workspace": torch.empty(sums, dtype=torch.float32, device=x.device),
+    }
 
 
 def weight_gradient(
@@ -207,29 +220,22 @@ def weight_gradient(
     p = table.problems[0]
     grad, x = _rows(grad, 8), _rows(x, 8)  # [N, H_out, W_out, CO] and [N, H, W, C], both padded
     out = _empty((grad.size(1), x.size(1), *p.kernel), x)  # [CO, kh, kw, C]
-    arguments: dict[str, Any] = {
-        **table.schedule,
-        "type": _dtypes.FLOATING[x.dtype],
+    arguments = {
+        **_common_arguments(table, x, out),
         "grad": grad,
-        "input": x,
-        "batch": p.batch,
-        "in_size": p.in_size,
-        "channels": x.size(1),
-        "out_size": p.out_size,
         "out_channels": grad.size(1),
-        "output": out,
         "kernel": p.kernel,
         "dilation": p.dilation,
         "padding": p.padding,
-        "table": table.words,
-        "workspace": _workspace(table),
     }
     _native.C().dilated_conv2d_weight(_native.where(x), arguments)
-    return out[: p.out_channels, : p.channels].contiguous(memory_format=_LAYOUT)
+    narrow = out[: p.out_channels, : p.channels]
+    return narrow.contiguous(memory_format=torch.channels_last)
 
 
 def _empty(size: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=_LAYOUT)
+    layout = torch.channels_last
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=layout)
 
 
 def _rows(t: torch.Tensor, aligned: int) -> torch.Tensor:
@@ -239,8 +245,8 @@ def _rows(t: torch.Tensor, aligned: int) -> torch.Tensor:
     """
     if missing := -t.size(1) % aligned:
         t = F.pad(t, (0, 0, 0, 0, 0, missing))
-    t = t.contiguous(memory_format=_LAYOUT)
-    return t.clone(memory_format=_LAYOUT) if t.data_ptr() % 16 else t
+    t = t.contiguous(memory_format=torch.channels_last)
+    return t.clone(memory_format=torch.channels_last) if t.data_ptr() % 16 else t
 
 
 def _vector(v: torch.Tensor | None) -> torch.Tensor | None:
@@ -252,7 +258,7 @@ class _Table(NamedTuple):
 
     Attributes:
         problems: of the branches.
-        schedule: sizes by name, and the table as bytes.
+        schedule: sizes by name.
         words: the table on the device, int32.
         stream: the raw stream on which `words` was allocated.
     """
@@ -272,7 +278,7 @@ _captured: dict[int, torch.Tensor] = {}
 
 
 def _choose(
-    kind: str, x: torch.Tensor, weights: Sequence[torch.Tensor], calls: Sequence[Call]
+    kind: Kind, x: torch.Tensor, weights: Sequence[torch.Tensor], calls: Sequence[Call]
 ) -> _Table | None:
     """Return the schedule of a part of the calls, or None if torch should compute it."""
     c = calls[0]
@@ -310,7 +316,7 @@ def _table(of_weight: bool, problems: tuple[Problem, ...]) -> _Table:
         )
     schedule = _schedule(of_weight, problems)
     # Synchronises, so that other streams can read the table.
-    words = torch.frombuffer(bytearray(schedule["table"]), dtype=torch.int32).to(device)
+    words = torch.frombuffer(bytearray(schedule.pop("table")), dtype=torch.int32).to(device)
     return _Table(problems, schedule, words, _native.where(words)[1])
 
 
@@ -327,9 +333,3 @@ def _schedule(of_weight: bool, problems: tuple[Problem, ...]) -> dict[str, Any]:
         steps = -(-p.channels * p.dtype.itemsize // _ROW_BYTES)
         schedule = C.dilated_conv2d_schedule(*sizes, steps, branches, multiprocessors)
     return dict(schedule)
-
-
-def _workspace(table: _Table) -> torch.Tensor:
-    """Allocate the partial sums of one call: [tile, row, channel]."""
-    sums = table.schedule["workspace_tiles"] * 128 * table.schedule["tile_channels"]
-    return torch.empty(sums, dtype=torch.float32, device=table.words.device)

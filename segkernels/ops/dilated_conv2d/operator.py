@@ -1,6 +1,6 @@
 """The torch.library operators of dilated_conv2d, their kernels and derivatives.
 
-The kernels ask the Hopper kernels first, and torch for what those leave to it.
+hopper.py computes the parts of a call that it is chosen for, cudnn.py all others.
 
 The saved tensors are the inputs and, with ReLU, the output, whose sign is the mask. The next layer
 usually saves the output too, so this costs no memory; a separate mask would be another byte per
@@ -72,7 +72,8 @@ def _gradients(
     dw = hopper.weight_gradient(grad, x, weight, c) if of_weight else None
     missing = (of_x and dx is None, of_weight and dw is None)
     torch_dx, torch_dw = cudnn.gradients(grad, x, weight, c, missing)
-    dx, dw = torch_dx if missing[0] else dx, torch_dw if missing[1] else dw
+    dx = torch_dx if dx is None else dx
+    dw = torch_dw if dw is None else dw
     return (
         None if dx is None else laid_out(dx, is_channels_last(x)),
         None if dw is None else laid_out(dw, is_channels_last(weight)),
