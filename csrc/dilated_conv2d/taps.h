@@ -16,7 +16,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
 
 // Through tap k, outputs start .. start + extent - 1 read `extent` inputs from start + k * dilation
 // - padding on. The taps that read an input in 0 .. size - 1 are a contiguous range.
-// segkernels/ops/dilated_conv2d/geometry.py has the same in Python.
 inline TapRange tap_range(int64_t start, int64_t extent, int64_t size, int kernel, int dilation,
                           int padding) {
   const int64_t first = ceil_div(padding - start - extent + 1, dilation);

@@ -14,7 +14,6 @@ from ops.suite import CONVOLUTION_ERROR, Error, Float, Sample, message, relative
 
 import segkernels
 from segkernels.ops.aspp import reference
-from segkernels.ops.dilated_conv2d import hopper
 
 pytestmark = pytest.mark.usefixtures("exact_cudnn")
 
@@ -236,36 +235,6 @@ def test_meta_device() -> None:
     with torch.device("meta"):
         x, weights = torch.zeros(2, 8, 7, 9), [torch.zeros(4, 8, 3, 3) for _ in range(2)]
         assert segkernels.aspp(x, weights, (2, 5)).shape == (2, 8, 7, 9)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_dilated_branches_share_one_launch_on_hopper(
-    dtype: torch.dtype, hopper_device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched: list[int] = []
-    launch = hopper._launch
-
-    def counted(table: Any, x: Any, weights: Any, *args: Any) -> Any:
-        launched.append(len(weights))
-        return launch(table, x, weights, *args)
-
-    monkeypatch.setattr(hopper, "_launch", counted)
-    x = torch.randn(2, 16, 9, 8, device=hopper_device).to(dtype)
-    weights = [torch.randn(8, 16, k, k, device=hopper_device).to(dtype) for k in (1, 3, 3, 3)]
-    scale, shift = torch.rand(32, device=hopper_device) + 0.5, torch.randn(32, device=hopper_device)
-    pooled = torch.randn(2, 5, 1, 1, device=hopper_device).to(dtype)
-    rates = (1, 2, 4, 6)
-    ours = segkernels.aspp(
-        x, weights, rates, scale=scale, shift=shift, pooled=pooled, activation="relu",
-        backend="sm90",
-    )  # fmt: skip
-    assert launched == [1, 3]
-    assert ours.is_contiguous()
-    exact = reference.aspp(
-        x.double(), [w.double() for w in weights], rates, scale=scale.double(),
-        shift=shift.double(), pooled=pooled.double(), activation="relu",
-    )  # fmt: skip
-    assert relative_error(ours, exact) <= CONVOLUTION_ERROR[dtype]
 
 
 @pytest.mark.compiles

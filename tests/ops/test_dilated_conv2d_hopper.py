@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 import segkernels
 from segkernels import _native
+from segkernels.ops.aspp import reference as aspp_reference
 from segkernels.ops.dilated_conv2d import cost_model, cudnn, hopper, operator
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue, Problem
 
@@ -599,6 +600,36 @@ def test_float32_weight_gradient_uses_torch() -> None:
     assert torch.equal(dx, input_gradient(grad, x, w, g))
     assert error(dw, weight_reference(grad, x, g)) <= 1e-6
     assert hopper.weight_gradient(grad, x, w, g.call) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_aspp_computes_equal_branches_in_one_launch(
+    dtype: torch.dtype, hopper_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+    launch = hopper._launch
+
+    def counted(table: Any, x: Any, weights: Any, *args: Any) -> Any:
+        launched.append(len(weights))
+        return launch(table, x, weights, *args)
+
+    monkeypatch.setattr(hopper, "_launch", counted)
+    x = torch.randn(2, 16, 9, 8, device=hopper_device).to(dtype)
+    weights = [torch.randn(8, 16, k, k, device=hopper_device).to(dtype) for k in (1, 3, 3, 3)]
+    scale, shift = torch.rand(32, device=hopper_device) + 0.5, torch.randn(32, device=hopper_device)
+    pooled = torch.randn(2, 5, 1, 1, device=hopper_device).to(dtype)
+    rates = (1, 2, 4, 6)
+    ours = segkernels.aspp(
+        x, weights, rates, scale=scale, shift=shift, pooled=pooled, activation="relu",
+        backend="sm90",
+    )  # fmt: skip
+    assert launched == [1, 3]
+    assert ours.is_contiguous()
+    exact = aspp_reference.aspp(
+        x.double(), [w.double() for w in weights], rates, scale=scale.double(),
+        shift=shift.double(), pooled=pooled.double(), activation="relu",
+    )  # fmt: skip
+    assert error(ours, exact) <= BOUND[dtype]
 
 
 # --- the choice ---
