@@ -10,8 +10,6 @@
 #include <string>
 #include <tuple>
 
-#include "dilated_conv2d/taps.h"
-
 namespace segkernels::dilated {
 namespace {
 
@@ -30,6 +28,24 @@ struct Unit {
   Segment whole;
   int64_t steps;
 };
+
+struct TapRange {
+  int first, last;  // empty: last < first
+};
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+int64_t ceil_div(int64_t a, int64_t b) { return -floor_div(-a, b); }
+
+// The taps of one axis through which outputs start .. start + extent - 1 read the image. Tap k
+// reads `extent` inputs from start + k * dilation - padding on, so those that read an input in 0 ..
+// size - 1 are a contiguous range.
+TapRange tap_range(int64_t start, int64_t extent, int64_t size, int kernel, int dilation,
+                   int padding) {
+  const int64_t first = ceil_div(padding - start - extent + 1, dilation);
+  const int64_t last = floor_div(size - 1 + padding - start, dilation);
+  return {int(std::clamp<int64_t>(first, 0, kernel)),
+          int(std::clamp<int64_t>(last, -1, kernel - 1))};
+}
 
 // The tap range of each box along one axis.
 std::vector<TapRange> ranges(const Shape& s, const Branch& b, int axis, int extent) {
@@ -92,8 +108,6 @@ std::vector<Unit> make_units(const Shape& s, Schedule& out) {
       }
     }
   }
-  std::stable_sort(units.begin(), units.end(),
-                   [](const Unit& a, const Unit& b) { return a.steps > b.steps; });
   return units;
 }
 
@@ -111,8 +125,9 @@ struct Assigned {
   int64_t slots = 0, max_load = 0;
 };
 
-// Assigns whole units, longest first, to the least busy worker while they fit under `limit`, then
-// cuts the rest into segments that fill the gaps, largest gap first. False if they do not fit.
+// Assigns whole units, which come longest first, to the least busy worker while they fit under
+// `limit`, then cuts the rest into segments that fill the gaps, largest gap first. False if they do
+// not fit.
 bool assign(const std::vector<Unit>& units, int workers, int cluster, int64_t limit,
             Assigned& out) {
   using Load = std::pair<int64_t, int>;
@@ -204,7 +219,9 @@ double cost_of(const Schedule& s, int64_t max_load, int64_t slots) {
 }
 
 // Assigns the units to workers and fills in the rest of `out`.
-void distribute(const std::vector<Unit>& units, Schedule& out) {
+void distribute(std::vector<Unit> units, Schedule& out) {
+  std::stable_sort(units.begin(), units.end(),
+                   [](const Unit& a, const Unit& b) { return a.steps > b.steps; });
   int64_t total = 0;
   for (const Unit& unit : units) total += unit.steps;
   // A looser limit splits fewer tiles.
@@ -290,8 +307,6 @@ std::vector<Unit> make_weight_units(const Shape& s, int64_t channels, Schedule& 
       }
     }
   }
-  std::stable_sort(units.begin(), units.end(),
-                   [](const Unit& a, const Unit& b) { return a.steps > b.steps; });
   return units;
 }
 
