@@ -155,37 +155,51 @@ def test_every_tile(
     assert set((fixups[:, 3] % cluster).tolist()) == set(range(cluster))
 
 
+class Draw:
+    """Draws ints, and shapes whose output is not empty."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        torch.manual_seed(0)
+        self.data = data
+
+    def __call__(self, name: str, low: int, high: int) -> int:
+        return self.data.draw(st.integers(low, high), label=name)
+
+    def shape(self, most_taps: tuple[int, int], most_padding: int) -> Shape:
+        kernel = (self("kh", 1, most_taps[0]), self("kw", 1, most_taps[1]))
+        dilation = (self("dh", 1, 5), self("dw", 1, 5))
+        padding = (self("ph", 0, most_padding), self("pw", 0, most_padding))
+        height, width = (
+            max(self(name, 1, 17), d * (k - 1) - 2 * p + 1)
+            for name, d, k, p in zip("HW", dilation, kernel, padding, strict=True)
+        )
+        return Shape((height, width), kernel, dilation, padding)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    bound = BOUND[found.dtype] * expected.norm() + 1e-6
+    assert (found.double() - expected).norm() <= bound
+
+
 @pytest.mark.emulated
 @given(data=st.data())
 def test_any_shape(data: st.DataObject) -> None:
-    def draw(name: str, low: int, high: int) -> int:
-        return data.draw(st.integers(low, high), label=name)
-
-    torch.manual_seed(0)
+    draw = Draw(data)
     dtype = data.draw(st.sampled_from(DTYPES))
-    kernel = (draw("kh", 1, 7), draw("kw", 1, 7))
-    dilation = (draw("dh", 1, 5), draw("dw", 1, 5))
-    padding = (draw("ph", 0, 12), draw("pw", 0, 12))
-    size = [
-        max(draw(name, 1, 17), d * (k - 1) - 2 * p + 1)
-        for name, d, k, p in zip("HW", dilation, kernel, padding, strict=True)
-    ]
-    g = Shape((size[0], size[1]), kernel, dilation, padding)
+    g = draw.shape((7, 7), 12)
     x, w = operands(draw("N", 1, 3), draw("C", 1, 80), draw("CO", 1, 70), g, dtype)
     if dtype == torch.float32:
         # Exact in TF32, else a few cancelling products would show only the operands' rounding.
         x, w = x.half().float(), w.half().float()
     y = forward(x, w, g)
     assert y.is_contiguous(memory_format=torch.channels_last)
-    expected = reference(x, w, g)
-    assert (y.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
+    assert_close(y, reference(x, w, g))
 
     grad = torch.randn_like(y).half().to(dtype)
-    dx = input_gradient(grad, x, w, g)
-    expected = torch.nn.grad.conv2d_input(
-        list(x.shape), w.double(), grad.double(), 1, g.padding, g.dilation
-    )
-    assert (dx.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
+    options = (1, g.padding, g.dilation)
+    wide = w.double(), grad.double()
+    expected = torch.nn.grad.conv2d_input(list(x.shape), *wide, *options)
+    assert_close(input_gradient(grad, x, w, g), expected)
 
 
 def weight_reference(grad: torch.Tensor, x: torch.Tensor, g: Shape) -> torch.Tensor:
@@ -196,25 +210,14 @@ def weight_reference(grad: torch.Tensor, x: torch.Tensor, g: Shape) -> torch.Ten
 @pytest.mark.emulated
 @given(data=st.data())
 def test_weight_gradient(data: st.DataObject) -> None:
-    def draw(name: str, low: int, high: int) -> int:
-        return data.draw(st.integers(low, high), label=name)
-
-    torch.manual_seed(0)
+    draw = Draw(data)
     dtype = data.draw(st.sampled_from(DTYPES[:2]))
-    kernel = (draw("kh", 1, 3), draw("kw", 1, 4))
-    dilation = (draw("dh", 1, 5), draw("dw", 1, 5))
-    padding = (draw("ph", 0, 9), draw("pw", 0, 9))
-    size = [
-        max(draw(name, 1, 17), d * (k - 1) - 2 * p + 1)
-        for name, d, k, p in zip("HW", dilation, kernel, padding, strict=True)
-    ]
-    g = Shape((size[0], size[1]), kernel, dilation, padding)
+    g = draw.shape((3, 4), 9)
     x = torch.randn(draw("N", 1, 3), draw("C", 1, 140), *g.size).to(dtype)
     grad = torch.randn(x.size(0), draw("CO", 1, 140), *g.call.out_size).to(dtype)
     dw = weight_gradient(grad, x, g)
     assert dw.is_contiguous(memory_format=torch.channels_last)
-    expected = weight_reference(grad, x, g)
-    assert (dw.double() - expected).norm() <= BOUND[dtype] * expected.norm() + 1e-6
+    assert_close(dw, weight_reference(grad, x, g))
 
 
 @pytest.mark.parametrize("channels", [64, 128, 264])
