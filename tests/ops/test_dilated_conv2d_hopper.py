@@ -217,6 +217,7 @@ def test_weight_gradient(data: st.DataObject) -> None:
     grad = torch.randn(x.size(0), draw("CO", 1, 140), *g.call.out_size).to(dtype)
     dw = weight_gradient(grad, x, g)
     assert dw.is_contiguous(memory_format=torch.channels_last)
+    assert dw._base is None  # a view could not be modified in place
     assert_close(dw, weight_reference(grad, x, g))
 
 
@@ -346,11 +347,12 @@ def test_other_streams_keep_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     class Words:
         record_stream = staticmethod(recorded.append)
 
-    for stream, count in ((table.stream, 0), (table.stream + 1, 1)):
-        other = table._replace(words=Words(), stream=stream)
-        monkeypatch.setattr(hopper, "_table", lambda *_, made=other: made)
-        monkeypatch.setattr(_native, "where", lambda words: (0, table.stream, 0))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    (own,) = table.streams
+    made = table._replace(words=Words())
+    monkeypatch.setattr(hopper, "_table", lambda *_: made)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    for stream, count in ((own, 0), (own + 1, 1), (own + 1, 1), (own, 1), (own + 2, 2)):
+        monkeypatch.setattr(_native, "where", lambda words, stream=stream: (0, stream, 0))
         hopper._choose("forward", x, [w], [g.call])
         assert recorded == [x.device] * count
 

@@ -128,7 +128,7 @@ def _concatenate(
 
 
 def _equal_shapes(weights: Sequence[torch.Tensor]) -> Iterator[tuple[int, int]]:
-    """Yield runs of neighbouring weights of the same shape for one launch each, as (first, end)."""
+    """Yield (first, end) of each run of neighbouring weights of one shape, for one launch a run."""
     first = 0
     for _, run in groupby(weights, key=lambda weight: weight.shape):
         end = first + len(list(run))

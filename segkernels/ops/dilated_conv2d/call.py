@@ -1,4 +1,4 @@
-"""What describes a convolution besides its tensors: the arguments, the sizes and the epilogue."""
+"""Records that describe a convolution: its arguments, its sizes and its epilogue."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Call(NamedTuple):
 class Problem(NamedTuple):
     """A convolution without its tensors: what the choice of a backend and the schedule depend on.
 
-    With stride 1, output (y, x) reads through tap (i, j) the input (y + i * dilation[0] -
-    padding[0], x + j * dilation[1] - padding[1]), which is zero outside the image.
+    With stride 1, output (y, x) reads input (y + i * dilation[0] - padding[0], x + j * dilation[1]
+    - padding[1]) through tap (i, j). The input is zero outside the image.
 
     Attributes:
         batch, channels, out_channels: sizes.

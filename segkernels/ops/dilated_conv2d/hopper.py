@@ -157,10 +157,10 @@ def _launch(
     if into is None:
         into = _empty((p.batch, sum(counts), *p.out_size), x)
     aligned = 16 // x.element_size()
-    x = _rows(x, aligned)  # [N, H, W, C]
+    x = _rows(x, aligned)  # [N, C, H, W]
     branches, offset = [], 0
     for weight, branch in zip(weights, table.problems, strict=True):
-        rows = _rows(weight, aligned)  # [CO_i, kh, kw, C]
+        rows = _rows(weight, aligned)  # [CO_i, C, kh, kw]
         count = branch.out_channels
         branches.append((rows, branch.kernel, branch.dilation, branch.padding, count, offset))
         offset += count
@@ -188,7 +188,7 @@ def _launch(
 
 
 def _common_arguments(table: _Table, x: torch.Tensor, output: torch.Tensor) -> dict[str, Any]:
-    """Arguments of both kernels, for `x` of [N, H, W, C]."""
+    """Arguments of both kernels, for `x` of [N, C, H, W] in channels_last."""
     p, schedule = table.problems[0], table.schedule
     # Partial sums: [tile, row, channel].
     sums = schedule["workspace_tiles"] * 128 * schedule["tile_channels"]
@@ -218,8 +218,8 @@ def weight_gradient(
     if table is None:
         return None
     p = table.problems[0]
-    grad, x = _rows(grad, 8), _rows(x, 8)  # [N, H_out, W_out, CO] and [N, H, W, C], both padded
-    out = _empty((grad.size(1), x.size(1), *p.kernel), x)  # [CO, kh, kw, C]
+    grad, x = _rows(grad, 8), _rows(x, 8)  # [N, CO, H_out, W_out] and [N, C, H, W], channels padded
+    out = _empty((grad.size(1), x.size(1), *p.kernel), x)  # [CO, C, kh, kw]
     arguments = {
         **_common_arguments(table, x, out),
         "grad": grad,
@@ -229,8 +229,10 @@ def weight_gradient(
         "padding": p.padding,
     }
     _native.C().dilated_conv2d_weight(_native.where(x), arguments)
+    if out.shape[:2] == (p.out_channels, p.channels):
+        return out
     narrow = out[: p.out_channels, : p.channels]
-    return narrow.contiguous(memory_format=torch.channels_last)
+    return narrow.clone(memory_format=torch.channels_last)  # a view could not be changed in place
 
 
 def _empty(size: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -257,16 +259,16 @@ class _Table(NamedTuple):
     """A schedule with its table in device memory.
 
     Attributes:
-        problems: of the branches.
+        problems: of the branches; transposed for an input gradient.
         schedule: sizes by name.
         words: the table on the device, int32.
-        stream: the raw stream on which `words` was allocated.
+        streams: raw streams that may read `words` before the allocator reuses its memory.
     """
 
     problems: tuple[Problem, ...]
     schedule: dict[str, Any]
     words: torch.Tensor
-    stream: int
+    streams: set[int]
 
 
 class _FirstCallInGraphError(RuntimeError):
@@ -298,10 +300,11 @@ def _choose(
         if c.backend == "auto":
             return None
         raise
+    _, stream, _ = _native.where(table.words)
     if _native.capturing(x.device):
         _captured[table.words.data_ptr()] = table.words
-    elif _native.where(table.words)[1] != table.stream:
-        # The allocator must not reuse the memory before the current stream has read it.
+    elif stream not in table.streams:
+        table.streams.add(stream)
         table.words.record_stream(torch.cuda.current_stream(x.device))
     return table
 
@@ -317,11 +320,11 @@ def _table(of_weight: bool, problems: tuple[Problem, ...]) -> _Table:
     schedule = _schedule(of_weight, problems)
     # Synchronises, so that other streams can read the table.
     words = torch.frombuffer(bytearray(schedule.pop("table")), dtype=torch.int32).to(device)
-    return _Table(problems, schedule, words, _native.where(words)[1])
+    return _Table(problems, schedule, words, {_native.where(words)[1]})
 
 
 def _schedule(of_weight: bool, problems: tuple[Problem, ...]) -> dict[str, Any]:
-    """Which multiprocessor computes what: csrc/dilated_conv2d/schedule.h."""
+    """Return which multiprocessor computes what: csrc/dilated_conv2d/schedule.h."""
     p, C = problems[0], _native.C()
     sizes, multiprocessors = (p.batch, p.in_size, p.out_size), _multiprocessors(p.device.index)
     if of_weight:

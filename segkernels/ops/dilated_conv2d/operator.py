@@ -56,7 +56,10 @@ class BackwardArgs(NamedTuple):
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
-    """The convolution of a 4-D `x` with its epilogue, in the layout that `c` requests."""
+    """The convolution of a 4-D `x` with its epilogue, in the layout that `c` requests.
+
+    This is the kernel of `convolve`, which records the gradients.
+    """
     out = hopper.forward(x, [weight], e, [c])
     if out is None:
         out = cudnn.forward(x, weight, e, c)
