@@ -69,11 +69,6 @@ class Arch:
         """The number in the target's name, such as "90" in sm_90."""
         return f"{self.major}{self.minor}"
 
-    def gencode(self) -> list[str]:
-        """nvcc options for this architecture."""
-        kinds = [f"sm_{self.number}"] + ([f"compute_{self.number}"] if self.ptx else [])
-        return [f"-gencode=arch=compute_{self.number},code=[{','.join(kinds)}]"]
-
     def __str__(self) -> str:
         return f"{self.major}.{self.minor}" + ("+PTX" if self.ptx else "")
 
@@ -227,6 +222,24 @@ def parse_arches(text: str) -> list[Arch]:
         known = found.get(key, Arch(*key))
         found[key] = Arch(*key, known.suffix or match[3], known.ptx or bool(match[4]))
     return [found[key] for key in sorted(found)]
+
+
+def gencode(arches: list[Arch], separate: bool) -> list[str]:
+    """nvcc options for `arches`, which are in ascending order.
+
+    nvcc's front end takes most of the time. It runs once for all architectures from 8.0 on, to the
+    PTX of the oldest, from which each one's machine code is made. With `separate` it runs for each.
+    Older architectures are always separate: they have no bfloat16.
+    """
+    old = [arch for arch in arches if separate or arch.major < 8]
+    groups = [[arch] for arch in old] + [[arch for arch in arches if arch not in old]]
+    options = []
+    for group in filter(None, groups):
+        front = f"compute_{group[0].number}"
+        kinds = [f"sm_{arch.number}" for arch in group]
+        kinds += [front] if any(arch.ptx for arch in group) else []
+        options.append(f"-gencode=arch={front},code=[{','.join(kinds)}]")
+    return options
 
 
 def visible_arches() -> list[tuple[int, int]]:

@@ -23,13 +23,16 @@ COMMON_FLAGS = (
     *("-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"),
 )
+# For code that runs once a call: the bindings, and the host code of *.cu files.
+QUICK = "-O1"
 # Files named *.simd.cpp are compiled once per instruction set; one is chosen at run time.
 # -fno-trapping-math: no code reads floating-point exception flags, and preserving them would keep
 # the compiler from vectorising float16.
 SIMD_FLAGS = ("-ffp-contract=fast", "-fno-trapping-math")
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=256"]
-X86_ISAS = {"isa_base": [], "isa_avx2": _AVX2, "isa_avx512": [*_AVX2, *_AVX512]}
+# Base x86-64 is only for processors from before 2013 (and emulators) without AVX2: fast to compile.
+X86_ISAS = {"isa_base": [QUICK], "isa_avx2": _AVX2, "isa_avx512": [*_AVX2, *_AVX512]}
 _OPENMP_PROBE = "#include <omp.h>\nint main(){return omp_get_level();}"
 
 
@@ -117,8 +120,12 @@ def _compiles(cxx: list[str], flags: list[str], source: str = "int main(){return
 
 
 def sources(suffix: str) -> list[Path]:
-    """Files under csrc/ that end in `suffix`, sorted, relative to the root."""
-    return sorted(path.relative_to(ROOT) for path in (ROOT / "csrc").rglob(f"*{suffix}"))
+    """Files under csrc/ that end in `suffix`, relative to the root.
+
+    The largest first: ninja starts edges in this order, and none that takes long may come last.
+    """
+    found = sorted((ROOT / "csrc").rglob(f"*{suffix}"))
+    return [path.relative_to(ROOT) for path in sorted(found, key=lambda p: -p.stat().st_size)]
 
 
 def write(config: Config, output: Path) -> Path:
@@ -129,9 +136,6 @@ def write(config: Config, output: Path) -> Path:
     isas = ["-DSK_HAVE_X86_ISAS=1"] if len(config.isas) > 1 else []
     host = [*COMMON_FLAGS, "-Icsrc", *isas] + (["-fopenmp"] if config.openmp else [])
     lines = _rules(config, host)
-    objects: list[str] = []
-    for source in sources(".cpp"):
-        objects += _cpp_edges(config, source, lines)
     cuda_objects: list[str] = []
     if config.emulation:
         own = str(build.relative_to(ROOT))
@@ -146,6 +150,9 @@ def write(config: Config, output: Path) -> Path:
                 lines += [f"build {_path(target)}: nvcc {_source(source)}"]
                 lines += [f"  flags = {_join([*flags, *gencode])}"]
                 cuda_objects.append(target)
+    objects: list[str] = []
+    for source in sources(".cpp"):
+        objects += _cpp_edges(config, source, lines)
     lines.append(f"build cuda: phony {' '.join(map(_path, cuda_objects))}")
     lines.append(f"build {_path(str(output))}: link {' '.join(map(_path, objects + cuda_objects))}")
     lines.append(f"default {_path(str(output))}")
@@ -213,7 +220,8 @@ def _cpp_edges(config: Config, source: Path, lines: list[str]) -> list[str]:
     if source.name == "bindings.cpp":
         # Only this file includes Python's headers, whose paths change between isolated builds.
         includes = [pybind11_include(), sysconfig.get_paths()["include"], str(config.build_dir)]
-        variants = {"": [*_feature_macros(config), *(f"-isystem{folder}" for folder in includes)]}
+        macros = _feature_macros(config)
+        variants = {"": [QUICK, *macros, *(f"-isystem{folder}" for folder in includes)]}
     elif source.name.endswith(".simd.cpp"):
         variants = {
             isa: [f"-DSK_ISA={isa}", *flags, *SIMD_FLAGS] for isa, flags in config.isas.items()
@@ -230,14 +238,18 @@ def _cpp_edges(config: Config, source: Path, lines: list[str]) -> list[str]:
 
 
 def _nvcc_flags(config: Config, host: list[str]) -> list[str]:
+    assert config.toolkit is not None
     passed = [flag for flag in host if not flag.startswith(("-std", "-O", "-D", "-I"))]
-    own = [flag for flag in host if flag.startswith(("-std", "-O", "-D", "-I"))]
+    own = [flag for flag in host if flag.startswith(("-std", "-D", "-I"))]
     wrappers = ("ccache", "sccache", "distcc")
     compiler = [word for word in config.cxx if Path(word).name not in wrappers][:1]
     return [
         *own,
+        QUICK,  # the device code is always compiled with -O3
         "-fmad=false",
         "--expt-relaxed-constexpr",
+        # Drivers for CUDA 13 can read it. It makes the library a third as large.
+        *(["--compress-mode=size"] if config.toolkit.version >= (13, 0) else []),
         "-Xptxas=-v",
         *(f"-ccbin={word}" for word in compiler if os.environ.get("CXX")),
         *(f"-Xcompiler={flag}" for flag in passed),
@@ -258,7 +270,8 @@ def _gencode(config: Config, source: Path) -> list[str]:
     if name := specific_arch(source):
         arch = name.removeprefix("sm")
         return [f"-gencode=arch=compute_{arch},code=sm_{arch}"] if _wants(config, name) else []
-    return [flag for arch in config.arches for flag in arch.gencode()]
+    # CUB's device-wide algorithms choose their tuning by the architecture of the PTX.
+    return cuda.gencode(config.arches, separate="<cub/device/" in (ROOT / source).read_text())
 
 
 def pybind11_include() -> str:

@@ -4,6 +4,7 @@
 // GIL while they compute.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <string.h>
 
 #include <array>
 #include <optional>
@@ -83,12 +84,29 @@ Where where_of(const WhereTuple& w) {
   return {std::get<0>(w), reinterpret_cast<void*>(std::get<1>(w)), std::get<2>(w)};
 }
 
-// A struct's pointer as a property: reads as an integer, takes a tensor, which it keeps alive.
+// A struct's pointer as a property: reads as an integer, takes a tensor, which it keeps alive. The
+// offset in place of the member's type saves compiling the property once per type.
+template <class S>
+void pointer_at(py::class_<S>& c, const char* name, ptrdiff_t offset) {
+  c.def_property(
+      name,
+      [offset](const S& s) {
+        uintptr_t address;
+        memcpy(&address, reinterpret_cast<const char*>(&s) + offset, sizeof address);
+        return address;
+      },
+      py::cpp_function(
+          [offset](S& s, Address p) {
+            memcpy(reinterpret_cast<char*>(&s) + offset, &p.data, sizeof p.data);
+          },
+          py::keep_alive<1, 2>()));
+}
+
 template <class S, class P>
 void pointer(py::class_<S>& c, const char* name, P* S::* member) {
-  c.def_property(
-      name, [member](const S& s) { return reinterpret_cast<uintptr_t>(s.*member); },
-      py::cpp_function([member](S& s, Address p) { s.*member = p; }, py::keep_alive<1, 2>()));
+  const S s{};
+  pointer_at(c, name,
+             reinterpret_cast<const char*>(&(s.*member)) - reinterpret_cast<const char*>(&s));
 }
 
 // A CUDA function, or null in builds without CUDA.

@@ -236,14 +236,43 @@ def rules_of(build_tools: ModuleType, tree: Path, toolkit: Path, arches: str) ->
 def test_cuda_rules(build_tools: ModuleType, tree: Path, tmp_path: Path) -> None:
     toolkit = make_toolkit(tmp_path / "toolkit")
     text = rules_of(build_tools, tree, toolkit, "8.0;9.0a+PTX")
-    assert "arch=compute_80,code=[sm_80]" in text
-    assert "arch=compute_90,code=[sm_90,compute_90]" in text
+    assert "arch=compute_80,code=[sm_80,sm_90,compute_80]" in text
     assert "-gencode=arch=compute_90a,code=sm_90a" in text
     assert "-DSK_HAVE_SM90A=1" in text
     assert "-fmad=false" in text
     without = rules_of(build_tools, tree, toolkit, "8.0+PTX")
     assert "op.sm90a.cu" not in without
     assert "SK_HAVE_SM90A" not in without
+
+
+@pytest.mark.parametrize(
+    ("arches", "separate", "expected"),
+    [
+        ("8.0 9.0+PTX", False, ["arch=compute_80,code=[sm_80,sm_90,compute_80]"]),
+        (
+            "8.0 9.0+PTX",
+            True,
+            ["arch=compute_80,code=[sm_80]", "arch=compute_90,code=[sm_90,compute_90]"],
+        ),
+        (
+            "7.5 8.6 12.0",
+            False,
+            ["arch=compute_75,code=[sm_75]", "arch=compute_86,code=[sm_86,sm_120]"],
+        ),
+        ("7.5+PTX", False, ["arch=compute_75,code=[sm_75,compute_75]"]),
+    ],
+)
+def test_gencode(build_tools: ModuleType, arches: str, separate: bool, expected: list[str]) -> None:
+    options = build_tools.cuda.gencode(build_tools.cuda.parse_arches(arches), separate)
+    assert options == [f"-gencode={text}" for text in expected]
+
+
+def test_cub_is_compiled_for_each_architecture(
+    build_tools: ModuleType, tree: Path, tmp_path: Path
+) -> None:
+    (tree / "csrc/op/op.cu").write_text("#include <cub/device/device_scan.cuh>\n")
+    text = rules_of(build_tools, tree, make_toolkit(tmp_path / "toolkit"), "8.0;9.0+PTX")
+    assert "arch=compute_90,code=[sm_90,compute_90]" in text
 
 
 def test_configurations_share_cpu_objects(build_tools: ModuleType, tree: Path) -> None:

@@ -174,7 +174,9 @@ def test_info_json() -> None:
     assert set(data) == {"versions", "system", "native", "devices", "ops", "problems"}
     assert data["versions"]["segkernels"] == segkernels.__version__
     assert data["versions"]["torch"] == torch.__version__
-    assert data["native"] == {"problem": None, **_native.C().build_info()}
+    native = data["native"]
+    assert native.pop("left_out") == info._left_out(native)
+    assert native == {"problem": None, **_native.C().build_info()}
     assert data["devices"][0]["device"] == "cpu"
     assert data["devices"][0]["usable"] is True
     for op in data["ops"]:
@@ -197,6 +199,24 @@ def test_info_fits_80_columns() -> None:
         assert line.endswith("yes" if op["deterministic"] else "no")
 
 
+def test_info_says_what_was_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"version": "1", "cuda": "13.0", "openmp": 201511, "simd": ["base", "avx2"]}
+    module = types.SimpleNamespace(has_sm90a=False)
+    monkeypatch.setattr(_native, "_module", module)
+    monkeypatch.setattr(info.platform, "machine", lambda: "x86_64")
+    assert info._left_out(built) == {"Hopper kernels": "9.0 is not among the architectures"}
+    module.has_sm90a = True
+    assert info._left_out(built) == {}
+    missing = "no CUDA toolkit was found. Searched:\n  - CUDA_HOME: not set"
+    built |= {"cuda": None, "cuda_missing": missing, "openmp": None, "simd": ["base"]}
+    assert info._left_out(built) == {
+        "CUDA": "no CUDA toolkit was found",
+        "OpenMP": "the compiler has none",
+        "AVX2 and AVX-512": "the compiler does not accept their options",
+    }
+    assert info._left_out({"version": None}) == {}
+
+
 def test_info_reports_a_gpu_without_code(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = types.SimpleNamespace(name="GPU", major=10, minor=0, total_memory=1 << 30)
     monkeypatch.setattr(torch.version, "hip", None)
@@ -204,7 +224,7 @@ def test_info_reports_a_gpu_without_code(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     built = {**_native.C().build_info(), "cuda": "13.0", "arches": ["8.0", "9.0"]}
-    module = types.SimpleNamespace(build_info=lambda: built)
+    module = types.SimpleNamespace(build_info=lambda: built, has_sm90a=True)
     monkeypatch.setattr(_native, "_module", module)
     data = info.collect()
     assert data["devices"][1]["usable"] is False

@@ -90,26 +90,34 @@ inline int thread_index() {
 #endif
 }
 
+// The loop of one thread. It is not inlined, so that its body is compiled once, not once for one
+// thread and once for several.
+template <class F>
+__attribute__((noinline)) void loop(int64_t begin, int64_t end, const F& f) {
+  for (int64_t i = begin; i < end; ++i) f(i);
+}
+
 template <class F>
 void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
   // A plain loop for one thread: a forked child must not use the OpenMP runtime.
-  if (where.threads <= 1 || n < 2) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
+  if (where.threads <= 1 || n < 2) return loop(0, n, f);
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(where.threads)
+  {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    loop(n * thread / threads, n * (thread + 1) / threads, f);
   }
-#pragma omp parallel for schedule(static) num_threads(where.threads)
-  for (int64_t i = 0; i < n; ++i) f(i);
+#else
+  loop(0, n, f);
+#endif
 }
 
 // As parallel_for with a dynamic schedule, for few and uneven items (tiles).
 template <class F>
 void parallel_tiles(const Where& where, int64_t n, const F& f) {
-  if (where.threads <= 1 || n < 2) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
+  if (where.threads <= 1 || n < 2) return loop(0, n, f);
 #pragma omp parallel for schedule(dynamic) num_threads(where.threads)
-  for (int64_t i = 0; i < n; ++i) f(i);
+  for (int64_t i = 0; i < n; ++i) loop(i, i + 1, f);
 }
 
 // f(thread, begin, end) for one equal chunk of [0, n) a thread.

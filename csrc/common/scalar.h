@@ -4,6 +4,7 @@
 #pragma once
 
 #include <stdexcept>
+#include <type_traits>
 
 #include "common/math.h"
 
@@ -52,6 +53,21 @@ void with_scalar_type(ScalarType type, const F& f) {
       return f(double{});
   }
   throw std::runtime_error("segkernels: unknown scalar type");
+}
+
+// f(A{}) with the type in which values of `type` are computed.
+template <class F>
+void with_computing_type(ScalarType type, const F& f) {
+  if (type == ScalarType::kDouble) return f(double{});
+  f(float{});
+}
+
+// f(T{}) with the type that `type` names, of those that are computed in A.
+template <class A, class F>
+void with_stored_type(ScalarType type, const F& f) {
+  with_scalar_type(type, [&](auto scalar) {
+    if constexpr (std::is_same_v<Acc<decltype(scalar)>, A>) f(scalar);
+  });
 }
 
 inline namespace SK_NS {

@@ -178,22 +178,16 @@ void iterate(const Where& where, const MeanField& m) {
 
 template <class T>
 void iterate_width(const Where& where, const MeanField& m) {
-  switch (m.width) {
-    case 1:
-      return iterate<T, T, 1>(where, m);
-    case 4:
-      return iterate<T, Vec<T, 4>, 1>(where, m);
-    case 8:
-      return iterate<T, Vec<T, 8>, 1>(where, m);
-    case 16:
-      return iterate<T, Vec<T, 8>, 2>(where, m);
-    case 24:
-      return iterate<T, Vec<T, 8>, 3>(where, m);
-    case 32:
-      return iterate<T, Vec<T, 8>, 4>(where, m);
-    default:
-      return iterate<T, Vec<T, 8>, 0>(where, m);
+  if (m.width == 1) return iterate<T, T, 1>(where, m);
+  if (m.width == 4) return iterate<T, Vec<T, 4>, 1>(where, m);
+  // A known number of vectors stays in registers. For float64 that does not pay.
+  if constexpr (std::is_same_v<T, float>) {
+    if (m.width == 8) return iterate<T, Vec<T, 8>, 1>(where, m);
+    if (m.width == 16) return iterate<T, Vec<T, 8>, 2>(where, m);
+    if (m.width == 24) return iterate<T, Vec<T, 8>, 3>(where, m);
+    if (m.width == 32) return iterate<T, Vec<T, 8>, 4>(where, m);
   }
+  iterate<T, Vec<T, 8>, 0>(where, m);
 }
 
 }  // namespace SK_ISA

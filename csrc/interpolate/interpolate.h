@@ -37,8 +37,8 @@ struct Resampling {
 
 // f(integral_constant<K>) with the number of taps.
 template <class F>
-void with_taps(const Resampling& r, const F& f) {
-  switch (r.taps()) {
+void with_taps(int taps, const F& f) {
+  switch (taps) {
     case 1:
       return f(std::integral_constant<int, 1>{});
     case 2:
@@ -46,6 +46,11 @@ void with_taps(const Resampling& r, const F& f) {
     default:
       return f(std::integral_constant<int, 4>{});
   }
+}
+
+template <class F>
+void with_taps(const Resampling& r, const F& f) {
+  with_taps(r.taps(), f);
 }
 
 void interpolate_cpu(const Where&, const Resampling&, ScalarType, const void* input, void* output);

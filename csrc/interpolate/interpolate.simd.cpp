@@ -281,40 +281,27 @@ void gather_channels(const Acc<T>* weight, const Acc<T>* from, int64_t count, in
   });
 }
 
-// out[j] = value(j), narrowed in blocks.
-template <class T, class F>
-void write_row(T* out, int64_t n, const F& value) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr int64_t kBlock = 64;
-    float block[kBlock];
-    for (int64_t first = 0; first < n; first += kBlock) {
-      const int64_t count = n - first < kBlock ? n - first : kBlock;
+// Inputs [first, first + n) of a row without channels, from their padded readers.
+template <class A>
+void gather_padded(const BackwardTables<A>& t, const A* sums, int64_t first, int64_t n, A* out) {
+  const int64_t width = t.g.x.in;
 #pragma GCC ivdep
-      for (int64_t j = 0; j < count; ++j) block[j] = value(first + j);
-      narrow_line(block, out + first, count);
+  for (int64_t j = 0; j < n; ++j) {
+    A sum = A(0);
+    for (int q = 0; q < t.most; ++q) {
+      // A padding reader has weight 0, but its value may be NaN.
+      const A w = t.weight[q * width + first + j], v = sums[t.reader[q * width + first + j]];
+      sum += w == A(0) ? A(0) : w * v;
     }
-  } else {
-#pragma GCC ivdep
-    for (int64_t j = 0; j < n; ++j) out[j] = value(j);
+    out[j] = sum;
   }
 }
 
+// Any number of readers.
 template <class T>
 void gather_width(const BackwardTables<Acc<T>>& t, const Acc<T>* sums, T* out) {
   using A = Acc<T>;
   const int64_t inner = t.g.inner, width = t.g.x.in;
-  if (t.most > 0) {
-    write_row(out, width, [&](int64_t j) {
-      A sum = A(0);
-      for (int q = 0; q < t.most; ++q) {
-        // A padding reader has weight 0, but its value may be NaN.
-        const A w = t.weight[q * width + j], v = sums[t.reader[q * width + j]];
-        sum += w == A(0) ? A(0) : w * v;
-      }
-      return sum;
-    });
-    return;
-  }
   for (int64_t j = 0; j < width; ++j) {
     const int64_t count = t.x.offset[j + 1] - t.x.offset[j];
     const A* weight = t.x.weight + t.x.offset[j];
@@ -328,13 +315,14 @@ void gather_width(const BackwardTables<Acc<T>>& t, const Acc<T>* sums, T* out) {
 }
 
 // One tap and an integer ratio: sums of N adjacent values.
-template <class T, int N>
-void sum_adjacent(const Acc<T>* sums, T* out, int64_t n) {
-  write_row(out, n, [&](int64_t j) {
-    Acc<T> sum = sums[j * N];
+template <int N, class A>
+void sum_adjacent(const A* sums, int64_t n, A* out) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < n; ++j) {
+    A sum = sums[j * N];
     for (int q = 1; q < N; ++q) sum += sums[j * N + q];
-    return sum;
-  });
+    out[j] = sum;
+  }
 }
 
 // One tap: sums a pixel's channels over its readers in memory.
@@ -388,21 +376,41 @@ void scatter_row(const BackwardTables<Acc<T>>& t, const T* from, T* out) {
   }
 }
 
-template <class T>
-void gather_ratio(const BackwardTables<Acc<T>>& t, int step, const Acc<T>* sums, T* out) {
+// Inputs [first, first + n) of a row without channels. `step`: the ratio, or 0.
+template <class A>
+void gather_block(const BackwardTables<A>& t, int step, const A* sums, int64_t first, int64_t n,
+                  A* out) {
   switch (step) {
     case 1:
-      return sum_adjacent<T, 1>(sums, out, t.g.x.in);
+      return sum_adjacent<1>(sums + first, n, out);
     case 2:
-      return sum_adjacent<T, 2>(sums, out, t.g.x.in);
+      return sum_adjacent<2>(sums + 2 * first, n, out);
     case 3:
-      return sum_adjacent<T, 3>(sums, out, t.g.x.in);
+      return sum_adjacent<3>(sums + 3 * first, n, out);
     case 4:
-      return sum_adjacent<T, 4>(sums, out, t.g.x.in);
+      return sum_adjacent<4>(sums + 4 * first, n, out);
     case 8:
-      return sum_adjacent<T, 8>(sums, out, t.g.x.in);
+      return sum_adjacent<8>(sums + 8 * first, n, out);
     default:
-      return gather_width<T>(t, sums, out);
+      return gather_padded(t, sums, first, n, out);
+  }
+}
+
+template <class T>
+void gather_row(const BackwardTables<Acc<T>>& t, int step, const Acc<T>* sums, T* out) {
+  const int64_t n = t.g.x.in;
+  const bool whole = (step >= 1 && step <= 4) || step == 8;
+  if (!whole && t.most == 0) return gather_width<T>(t, sums, out);
+  if constexpr (sizeof(T) == 2) {
+    constexpr int64_t kBlock = 64;
+    float block[kBlock];
+    for (int64_t first = 0; first < n; first += kBlock) {
+      const int64_t count = n - first < kBlock ? n - first : kBlock;
+      gather_block(t, step, sums, first, count, block);
+      narrow_line(block, out + first, count);
+    }
+  } else {
+    gather_block(t, step, sums, 0, n, out);
   }
 }
 
@@ -430,7 +438,7 @@ void backward_rows(const Where& where, const BackwardTables<Acc<T>>& t, const T*
         continue;
       }
       along_height<T>(t, grad, j, sums);
-      gather_ratio<T>(t, step, sums, grad_input + i * in_row);
+      gather_row(t, step, sums, grad_input + i * in_row);
     }
   });
 }

@@ -1,34 +1,64 @@
 // Interpolated logits on the CPU, in blocks of neighbouring pixels of an output row, all classes.
 // Interpolates every row of the logits along the width once and keeps it while output rows need it.
+// Computes in A; the logits' own type matters only where a row is read.
 #pragma once
 
+#include <string.h>
+
 #include "common/parallel_for.h"
+#include "interpolate/interpolate.h"
 #include "interpolate/pixels.h"
-#include "interpolate/tables.h"
+#if defined(SK_ISA)
+#include "common/lanes.h"
+#endif
 
 namespace segkernels {
 
-template <class T>
+template <class A>
 struct LogitTables {
-  using A = Acc<T>;
-  Logits<T> logits;
-  TapTable<A> y, x;
-  A* rows;     // [threads, taps, classes, row_stride]
-  A* widened;  // [threads, in width]
-  A* block;    // [threads, classes, kPixelBlock]
+  Axis<A> y, x;
+  int64_t batch;
+  int32_t classes;
+  Strides strides;
+  const void* data;
+  ScalarType type;  // of the logits
   int taps;
+  TapTable<A> y_taps, x_taps;
+  A* rows;   // [threads, taps, classes, row_stride]
+  A* line;   // [threads, in width]
+  A* block;  // [threads, classes, kPixelBlock]
+
+  // Call: an ArgmaxCall or a LossCall.
+  template <class Call>
+  explicit LogitTables(const Call& call)
+      : batch(call.resampling.planes),
+        classes(call.classes),
+        strides(call.strides),
+        data(call.logits),
+        type(call.type),
+        taps(call.resampling.taps()) {
+    const auto g = call.resampling.template geometry<A>();
+    y = g.y;
+    x = g.x;
+  }
 
   void allocate(Arena& arena, int threads) {
-    y.allocate(arena, logits.y, taps);
-    x.allocate(arena, logits.x, taps);
+    y_taps.allocate(arena, y, taps);
+    x_taps.allocate(arena, x, taps);
     rows = arena.allocate<A>(threads * rows_stride());
-    widened = arena.allocate<A>(threads * widened_stride());
+    line = arena.allocate<A>(threads * line_stride());
     block = arena.allocate<A>(threads * block_stride());
   }
-  int64_t row_stride() const { return (int64_t(logits.x.out) + 15) / 16 * 16; }
-  int64_t rows_stride() const { return taps * logits.classes * row_stride(); }
-  int64_t widened_stride() const { return (int64_t(logits.x.in) + 15) / 16 * 16; }
-  int64_t block_stride() const { return int64_t(logits.classes) * kPixelBlock; }
+  void fill() const {
+    with_taps(taps, [&](auto count) {
+      cpu::fill<count.value>(y, y_taps);
+      cpu::fill<count.value>(x, x_taps);
+    });
+  }
+  int64_t row_stride() const { return (int64_t(x.out) + 15) / 16 * 16; }
+  int64_t rows_stride() const { return taps * classes * row_stride(); }
+  int64_t line_stride() const { return (int64_t(x.in) + 15) / 16 * 16; }
+  int64_t block_stride() const { return int64_t(classes) * kPixelBlock; }
 
   static constexpr int64_t kPixelBlock = 64;
 };
@@ -36,92 +66,134 @@ struct LogitTables {
 #if defined(SK_ISA)
 inline namespace SK_ISA {
 
-template <class T, int K>
+// Widens n values, `stride` apart.
+template <class T, class A>
+void read_line(const T* from, int64_t stride, int64_t n, A* out) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) out[i] = widen_one(from[i * stride]);
+  } else if constexpr (std::is_same_v<T, A>) {
+    memcpy(out, from, size_t(n) * sizeof(A));
+  } else {
+    widen_line(from, out, n);
+  }
+}
+
+// Rounds n values, to places `stride` apart.
+template <class T, class A>
+void write_line(const A* from, T* out, int64_t stride, int64_t n) {
+  if (stride != 1) {
+    for (int64_t i = 0; i < n; ++i) narrow(from[i], out[i * stride]);
+  } else if constexpr (std::is_same_v<T, A>) {
+    memcpy(out, from, size_t(n) * sizeof(A));
+  } else {
+    narrow_line(from, out, n);
+  }
+}
+
+template <class A>
 class LogitBlocks {
  public:
-  using A = Acc<T>;
-  static constexpr int64_t kBlock = LogitTables<T>::kPixelBlock;
+  static constexpr int64_t kBlock = LogitTables<A>::kPixelBlock;
 
-  LogitBlocks(const LogitTables<T>& tables, int64_t thread)
-      : tables_(tables),
-        rows_(tables.rows + thread * tables.rows_stride()),
-        widened_(tables.widened + thread * tables.widened_stride()),
-        block_(tables.block + thread * tables.block_stride()) {
-    for (int k = 0; k < K; ++k) held_[k] = -1;
-  }
+  LogitBlocks(const LogitTables<A>& tables, int64_t thread)
+      : t_(tables),
+        rows_(t_.rows + thread * t_.rows_stride()),
+        line_(t_.line + thread * t_.line_stride()),
+        block_(t_.block + thread * t_.block_stride()) {}
+
+  // A line of the input's width that the caller may use.
+  A* line() const { return line_; }
 
   void move_to(int64_t image, int32_t y) {
-    const Logits<T>& l = tables_.logits;
-    for (int k = 0; k < K; ++k) {
-      const int32_t source = tables_.y.position[int64_t(k) * l.y.out + y];
-      const int slot = source % K;
-      A* rows = rows_ + slot * l.classes * tables_.row_stride();
-      if (held_[slot] != image * l.y.in + source) {
-        fill(l.data + image * l.strides.batch + source * l.strides.row, rows);
-        held_[slot] = image * l.y.in + source;
+    for (int k = 0; k < t_.taps; ++k) {
+      const int32_t source = t_.y_taps.position[int64_t(k) * t_.y.out + y];
+      const int slot = source % t_.taps;
+      A* rows = rows_ + slot * t_.classes * t_.row_stride();
+      if (held_[slot] != image * t_.y.in + source) {
+        with_taps(t_.taps, [&](auto taps) {
+          interpolate<taps.value>(image * t_.strides.batch + source * t_.strides.row, rows);
+        });
+        held_[slot] = image * t_.y.in + source;
       }
       row_[k] = rows;
-      weight_[k] = tables_.y.weight[int64_t(k) * l.y.out + y];
+      weight_[k] = t_.y_taps.weight[int64_t(k) * t_.y.out + y];
     }
   }
 
   // The logits [classes, kBlock] of pixels x .. x + kBlock - 1; rows are padded.
-  const A* block(int64_t x) const {
-    for (int32_t c = 0; c < tables_.logits.classes; ++c) {
-      const int64_t at = c * tables_.row_stride() + x;
-      const int64_t n = tables_.row_stride() - x < kBlock ? tables_.row_stride() - x : kBlock;
-      A* out = block_ + c * kBlock;
-      const A* r[K];
-      for (int k = 0; k < K; ++k) r[k] = row_[k] + at;
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) {
-        A sum = weight_[0] * r[0][i];
-        for (int k = 1; k < K; ++k) sum = sum + weight_[k] * r[k][i];
-        out[i] = sum;
-      }
-    }
+  A* block(int64_t x) const {
+    with_taps(t_.taps, [&](auto taps) { blend<taps.value>(x); });
     return block_;
   }
 
  private:
-  void fill(const T* from, A* rows) const {
-    const Logits<T>& l = tables_.logits;
-    const int64_t width = l.x.out;
-    for (int32_t c = 0; c < l.classes; ++c, rows += tables_.row_stride()) {
-      const T* row = from + c * l.strides.channel;
-      if (K * width <= l.x.in) {  // most inputs are not read
-        for (int64_t x = 0; x < width; ++x) {
-          A sum = A(0);
-          for (int k = 0; k < K; ++k) {
-            const int64_t at = tables_.x.position[k * width + x] * l.strides.column;
-            const A value = widen(row[at]), weight = tables_.x.weight[k * width + x];
-            sum = k == 0 ? weight * value : sum + weight * value;
-          }
-          rows[x] = sum;
-        }
-        for (int64_t x = width; x < tables_.row_stride(); ++x) rows[x] = A(0);
-        continue;
+  template <int K>
+  void blend(int64_t x) const {
+    const int64_t n = t_.row_stride() - x < kBlock ? t_.row_stride() - x : kBlock;
+    for (int32_t c = 0; c < t_.classes; ++c) {
+      A* out = block_ + c * kBlock;
+      const A* r[K];
+      A w[K];
+      for (int k = 0; k < K; ++k) {
+        r[k] = row_[k] + c * t_.row_stride() + x;
+        w[k] = weight_[k];
       }
-      for (int32_t i = 0; i < l.x.in; ++i) widened_[i] = widen(row[i * l.strides.column]);
 #pragma GCC ivdep
-      for (int64_t x = 0; x < width; ++x) {
-        A sum = tables_.x.weight[x] * widened_[tables_.x.position[x]];
-        for (int k = 1; k < K; ++k) {
-          sum = sum + tables_.x.weight[k * width + x] * widened_[tables_.x.position[k * width + x]];
-        }
-        rows[x] = sum;
+      for (int64_t i = 0; i < n; ++i) {
+        A sum = w[0] * r[0][i];
+        for (int k = 1; k < K; ++k) sum = sum + w[k] * r[k][i];
+        out[i] = sum;
       }
-      for (int64_t x = width; x < tables_.row_stride(); ++x) rows[x] = A(0);
     }
   }
 
-  const LogitTables<T>& tables_;
+  // Interpolates row `at` of every class along the width.
+  template <int K>
+  void interpolate(int64_t at, A* rows) const {
+    const int64_t width = t_.x.out;
+    const int32_t* position = t_.x_taps.position;
+    const A* weight = t_.x_taps.weight;
+    // If most inputs are not read, `line_` holds what each tap reads.
+    const bool few = K * width <= t_.x.in;
+    for (int32_t c = 0; c < t_.classes; ++c, rows += t_.row_stride()) {
+      read(at + c * t_.strides.channel, few ? position : nullptr, K * width);
+      if (few) {
+#pragma GCC ivdep
+        for (int64_t x = 0; x < width; ++x) {
+          A sum = weight[x] * line_[x];
+          for (int k = 1; k < K; ++k) sum = sum + weight[k * width + x] * line_[k * width + x];
+          rows[x] = sum;
+        }
+      } else {
+#pragma GCC ivdep
+        for (int64_t x = 0; x < width; ++x) {
+          A sum = weight[x] * line_[position[x]];
+          for (int k = 1; k < K; ++k) {
+            sum = sum + weight[k * width + x] * line_[position[k * width + x]];
+          }
+          rows[x] = sum;
+        }
+      }
+      for (int64_t x = width; x < t_.row_stride(); ++x) rows[x] = A(0);
+    }
+  }
+
+  // Widens a row of logits, or only the n values at `position`, into `line_`.
+  void read(int64_t at, const int32_t* position, int64_t n) const {
+    with_stored_type<A>(t_.type, [&](auto scalar) {
+      const auto* row = static_cast<const decltype(scalar)*>(t_.data) + at;
+      if (position == nullptr) return read_line(row, t_.strides.column, t_.x.in, line_);
+      for (int64_t i = 0; i < n; ++i) line_[i] = widen_one(row[position[i] * t_.strides.column]);
+    });
+  }
+
+  const LogitTables<A>& t_;
   A* rows_;
-  A* widened_;
+  A* line_;
   A* block_;
-  int64_t held_[K];
-  const A* row_[K];
-  A weight_[K];
+  int64_t held_[4] = {-1, -1, -1, -1};
+  const A* row_[4];
+  A weight_[4];
 };
 
 }  // namespace SK_ISA

@@ -133,6 +133,13 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
   });
 }
 
+template MergeAndBlur<float, float> merge_and_blur<float, float>;
+template MergeAndBlur<float, Vec<float, 4>> merge_and_blur<float, Vec<float, 4>>;
+template MergeAndBlur<float, Vec<float, 8>> merge_and_blur<float, Vec<float, 8>>;
+template MergeAndBlur<double, double> merge_and_blur<double, double>;
+template MergeAndBlur<double, Vec<double, 4>> merge_and_blur<double, Vec<double, 4>>;
+template MergeAndBlur<double, Vec<double, 8>> merge_and_blur<double, Vec<double, 8>>;
+
 template <class T, class V>
 void splat_rows(const Where& where, const Lattice& l, const FilterBuffers& b) {
   const int blocks = b.width * int(sizeof(T)) / int(sizeof(V));

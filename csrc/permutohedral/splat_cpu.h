@@ -1,4 +1,5 @@
-// The splat of one tile on the CPU: one thread sums its points into its pairs, in order.
+// The splat of one tile on the CPU: one thread sums its points into its pairs, in order. Then
+// merge_and_blur, which filter.simd.cpp compiles for the mean field too.
 #pragma once
 
 #include <string.h>
@@ -45,6 +46,16 @@ class TilePairs {
   const T* weights_;
   V* rows_;
 };
+
+template <class T, class V>
+using MergeAndBlur = void(const Where&, const Lattice&, const V* pairs, V* vertices, V* scratch,
+                          int blocks, bool reverse, const V* factor);
+extern template MergeAndBlur<float, float> merge_and_blur<float, float>;
+extern template MergeAndBlur<float, Vec<float, 4>> merge_and_blur<float, Vec<float, 4>>;
+extern template MergeAndBlur<float, Vec<float, 8>> merge_and_blur<float, Vec<float, 8>>;
+extern template MergeAndBlur<double, double> merge_and_blur<double, double>;
+extern template MergeAndBlur<double, Vec<double, 4>> merge_and_blur<double, Vec<double, 4>>;
+extern template MergeAndBlur<double, Vec<double, 8>> merge_and_blur<double, Vec<double, 8>>;
 
 }  // namespace SK_NS
 }  // namespace segkernels

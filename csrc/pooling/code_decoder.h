@@ -41,25 +41,9 @@ class CodeDecoder {
   template <class F>
   void each(int32_t begin, int32_t end, const uint8_t* codes, const F& f) const {
     Batch batch;
-    for (int32_t y = begin; y < end;) {
-      const Cells ys = cells_inside(w_, 0, y);
-      const int64_t first = int64_t(y) * w_.pooled[1];
-      if (short_lines_) {
-        int32_t lines = 1;
-        while (lines < lines_ && y + lines < end && alike(ys, y + lines)) ++lines;
-        find(ys, table_, codes, first, lines * w_.pooled[1], batch);
-        f(batch);
-        y += lines;
-        continue;
-      }
-      for (int32_t x = 0; x < w_.pooled[1]; x += kMost) {
-        const int32_t n = w_.pooled[1] - x < kMost ? w_.pooled[1] - x : kMost;
-        Table table;
-        describe(x, n, 1, table);
-        find(ys, table, codes, first + x, n, batch);
-        f(batch);
-      }
-      ++y;
+    for (int32_t y = begin, x = 0; y < end;) {
+      decode(y, x, end, codes, batch);
+      f(batch);
     }
   }
 
@@ -70,6 +54,26 @@ class CodeDecoder {
     uint32_t from[kMost];
     int32_t begin[kMost], end[kMost];
   };
+
+  // Decodes the batch that starts with window (y, x), and moves (y, x) behind it.
+  __attribute__((noinline)) void decode(int32_t& y, int32_t& x, int32_t end, const uint8_t* codes,
+                                        Batch& batch) const {
+    const Cells ys = cells_inside(w_, 0, y);
+    const int64_t first = int64_t(y) * w_.pooled[1] + x;
+    if (short_lines_) {
+      int32_t lines = 1;
+      while (lines < lines_ && y + lines < end && alike(ys, y + lines)) ++lines;
+      find(ys, table_, codes, first, lines * w_.pooled[1], batch);
+      y += lines;
+      return;
+    }
+    const int32_t n = w_.pooled[1] - x < kMost ? w_.pooled[1] - x : kMost;
+    Table table;
+    describe(x, n, 1, table);
+    find(ys, table, codes, first, n, batch);
+    x += n;
+    if (x == w_.pooled[1]) x = 0, ++y;
+  }
 
   void describe(int32_t x, int32_t columns, int32_t lines, Table& table) const {
     for (int32_t i = 0; i < columns; ++i) {

@@ -49,15 +49,14 @@ inline namespace SK_NS {
 
 // Values as they are compared. 16-bit types are compared as integers in the same order, with -0
 // equal to 0 and every NaN the largest.
-template <int kInfinity>
-SK_HD int16_t order_of_bits(uint16_t bits) {
+SK_HD int16_t order_of_bits(uint16_t bits, int16_t infinity) {
   const int16_t magnitude = int16_t(bits & 0x7FFF), sign = int16_t(int16_t(bits) >> 15);
   const int16_t ordered = int16_t((magnitude ^ sign) - sign);
-  return magnitude > kInfinity ? int16_t(0x7FFF) : ordered;
+  return magnitude > infinity ? int16_t(0x7FFF) : ordered;
 }
 
-SK_HD int16_t order_of(Half h) { return order_of_bits<0x7C00>(h.bits); }
-SK_HD int16_t order_of(BFloat16 b) { return order_of_bits<0x7F80>(b.bits); }
+SK_HD int16_t order_of(Half h) { return order_of_bits(h.bits, 0x7C00); }
+SK_HD int16_t order_of(BFloat16 b) { return order_of_bits(b.bits, 0x7F80); }
 SK_HD float order_of(float f) { return f; }
 SK_HD double order_of(double d) { return d; }
 

@@ -7,44 +7,46 @@
 namespace segkernels::pooling {
 inline namespace SK_NS {
 
-// Values as they are loaded, and codes of the same width, so that one mask selects both.
-template <class T>
-struct LaneOf {
-  using Value = uint16_t;
+// How values of a type are compared, and the type of their codes, which has the same width, so that
+// one mask selects both. 16-bit types are compared as max_pool2d.h says; they differ in `infinity`.
+template <class Value>
+struct OrderOf {
+  using Code = std::conditional_t<sizeof(Value) == 4, int32_t, int64_t>;
+  explicit OrderOf(ScalarType) {}
+  template <class V>
+  SK_HD V operator()(V value) const {
+    return value;
+  }
+  Value least() const { return Value(-INFINITY); }
+};
+template <>
+struct OrderOf<uint16_t> {
   using Code = int16_t;
-  static SK_HD int16_t order(uint16_t bits) { return order_of(T{bits}); }
-};
-template <>
-struct LaneOf<float> {
-  using Value = float;
-  using Code = int32_t;
-  static SK_HD float order(float value) { return value; }
-};
-template <>
-struct LaneOf<double> {
-  using Value = double;
-  using Code = int64_t;
-  static SK_HD double order(double value) { return value; }
+  int16_t infinity;
+  explicit OrderOf(ScalarType type) : infinity(type == ScalarType::kHalf ? 0x7C00 : 0x7F80) {}
+  SK_HD int16_t operator()(uint16_t bits) const { return order_of_bits(bits, infinity); }
+  template <class V, class Order = Vec<int16_t, sizeof(V) / 2>>
+  SK_HD Order operator()(V bits) const {
+    const auto magnitude = bits_of<Order>(bits) & 0x7FFF;
+    const auto sign = bits_of<Order>(bits) >> 15;
+    return magnitude > infinity ? Order{} + 0x7FFF : (magnitude ^ sign) - sign;
+  }
+  uint16_t least() const { return uint16_t(0x8000 | infinity); }
 };
 
-template <class T>
-struct BestArray {
-  typename LaneOf<T>::Value value[kLanes];
-  typename LaneOf<T>::Code code[kLanes];
-};
-
-template <class T, class Value, class Code>
-SK_HD void update(Value other, Code other_code, Value& value, Code& code) {
-  const bool better = replaces(LaneOf<T>::order(other), LaneOf<T>::order(value));
+template <class Value, class Code>
+SK_HD void update(const OrderOf<Value>& order, Value other, Code other_code, Value& value,
+                  Code& code) {
+  const bool better = replaces(order(other), order(value));
   value = better ? other : value;
   code = better ? other_code : code;
 }
 
-template <class T, int kStep, class Value, class Code>
-SK_HD void update_lanes(const Value* __restrict from, int64_t step, int n, Code cell,
-                        Value* __restrict value, Code* __restrict code) {
+template <int kStep, class Value, class Code>
+SK_HD void update_lanes(const OrderOf<Value>& order, const Value* __restrict from, int64_t step,
+                        int n, Code cell, Value* __restrict value, Code* __restrict code) {
   for (int i = 0; i < n; ++i) {
-    update<T>(from[i * (kStep > 0 ? kStep : step)], cell, value[i], code[i]);
+    update(order, from[i * (kStep > 0 ? kStep : step)], cell, value[i], code[i]);
   }
 }
 
@@ -58,38 +60,19 @@ SK_HD void start_lanes(const Value* __restrict from, int64_t step, int n, Code c
 }
 
 // All four cells of neighbouring 2x2 windows.
-template <class T, class Value, class Code>
-SK_HD void update_2x2(const Value* __restrict upper, const Value* __restrict lower, int n,
-                      Value* __restrict values, Code* __restrict codes) {
+template <class Value, class Code>
+SK_HD void update_2x2(const OrderOf<Value>& order, const Value* __restrict upper,
+                      const Value* __restrict lower, int n, Value* __restrict values,
+                      Code* __restrict codes) {
   for (int i = 0; i < n; ++i) {
     Value value = upper[2 * i];
     Code code = 0;
-    update<T>(upper[2 * i + 1], Code(1), value, code);
-    update<T>(lower[2 * i], Code(2), value, code);
-    update<T>(lower[2 * i + 1], Code(3), value, code);
+    update(order, upper[2 * i + 1], Code(1), value, code);
+    update(order, lower[2 * i], Code(2), value, code);
+    update(order, lower[2 * i + 1], Code(3), value, code);
     values[i] = value;
     codes[i] = code;
   }
-}
-
-template <int kInfinity, class V, class Order = Vec<int16_t, sizeof(V) / 2>>
-SK_HD Order order_of_lanes(V bits) {
-  const auto magnitude = bits_of<Order>(bits) & 0x7FFF;
-  const auto sign = bits_of<Order>(bits) >> 15;
-  return magnitude > kInfinity ? Order{} + 0x7FFF : (magnitude ^ sign) - sign;
-}
-
-template <class V>
-SK_HD auto order_of_lanes(V bits, Half) {
-  return order_of_lanes<0x7C00>(bits);
-}
-template <class V>
-SK_HD auto order_of_lanes(V bits, BFloat16) {
-  return order_of_lanes<0x7F80>(bits);
-}
-template <class V, class T>
-SK_HD V order_of_lanes(V values, T) {
-  return values;
 }
 
 template <class Order>
@@ -102,38 +85,39 @@ SK_HD auto is_nan(const Order& rank) {
 }
 
 // The maxima so far of kCount vectors of channels, and their codes.
-template <class T, int kCount>
+template <class Value, int kCount>
 struct BestVectors {
-  using Value = typename LaneOf<T>::Value;
-  static constexpr int kWidth = kVectorBytes / sizeof(T), kLanes = kWidth * kCount;
+  using Code = typename OrderOf<Value>::Code;
+  static constexpr int kWidth = kVectorBytes / sizeof(Value), kLanes = kWidth * kCount;
   using Values = Vec<Value, kWidth>;
-  using Codes = Vec<typename LaneOf<T>::Code, kWidth>;
-  using Order = decltype(order_of_lanes(Values{}, T{}));
+  using Codes = Vec<Code, kWidth>;
+  using Ranks = decltype(std::declval<OrderOf<Value>>()(Values{}));
 
+  const OrderOf<Value>& order;
   Values value[kCount];
-  Order order[kCount];
+  Ranks best[kCount];
   Codes code[kCount];
 
-  SK_HD BestVectors(const Value* from, int32_t first) {
+  SK_HD BestVectors(const OrderOf<Value>& order, const Value* from, int32_t first) : order(order) {
     for (int i = 0; i < kCount; ++i) {
       value[i] = load_lanes<kWidth>(from + i * kWidth);
-      order[i] = order_of_lanes(value[i], T{});
-      code[i] = Codes{} + typename LaneOf<T>::Code(first);
+      best[i] = order(value[i]);
+      code[i] = Codes{} + Code(first);
     }
   }
 
   SK_HD void update(const Value* from, int32_t cell) {
     for (int i = 0; i < kCount; ++i) {
       const Values other = load_lanes<kWidth>(from + i * kWidth);
-      const Order rank = order_of_lanes(other, T{});
-      const Codes better = (rank > order[i]) | is_nan(rank);
+      const Ranks rank = order(other);
+      const Codes better = (rank > best[i]) | is_nan(rank);
       value[i] = better ? other : value[i];
-      order[i] = better ? rank : order[i];
-      code[i] = better ? Codes{} + typename LaneOf<T>::Code(cell) : code[i];
+      best[i] = better ? rank : best[i];
+      code[i] = better ? Codes{} + Code(cell) : code[i];
     }
   }
 
-  SK_HD void write(T* values, uint8_t* codes) const {
+  SK_HD void write(Value* values, uint8_t* codes) const {
     for (int i = 0; i < kCount; ++i) {
       store_lanes(values + i * kWidth, value[i]);
       store_lanes(codes + i * kWidth, bytes_of<kWidth>(code[i]));
@@ -141,24 +125,27 @@ struct BestVectors {
   }
 };
 
-template <class T>
+template <class Value>
 struct PoolLines {
-  using Value = typename LaneOf<T>::Value;
-  using Code = typename LaneOf<T>::Code;
+  using Code = typename OrderOf<Value>::Code;
 
   Windows w;
-  Raster raster;
+  OrderOf<Value> order;
   const Value* input;
-  Pooled<T> out;
+  Value* values;
+  uint8_t* codes;
+  int64_t* indices;
   LineTables tables;
   uint32_t inverse;  // 2^16 / kernel width, rounded up
   bool narrow;       // indices fit 32 bits
 
   PoolLines(const Windows& windows, const PoolBuffers& b)
       : w(windows),
-        raster(raster_of(windows.pooled)),
+        order(b.type),
         input(static_cast<const Value*>(b.input)),
-        out{static_cast<T*>(b.values), b.codes, b.indices},
+        values(static_cast<Value*>(b.values)),
+        codes(b.codes),
+        indices(b.indices),
         tables(windows),
         inverse((65535 + uint32_t(w.kernel[1])) / w.kernel[1]),
         narrow(last_index() <= INT32_MAX) {}
@@ -174,23 +161,24 @@ struct PoolLines {
 
   void operator()(int64_t line) const {
     const Place p = line_of(line, tables.lines);
+    const Cells ys = cells_inside(w, 0, p.y);
     if (w.channels > 1) {
-      const Cells ys = cells_inside(w, 0, p.y);
       for (int32_t x = 0; x < w.pooled[1]; ++x) channels({p.plane, p.y, x, 0}, ys);
       return;
     }
-    const PoolWindow<T, false, 1> window{w, raster, reinterpret_cast<const T*>(input), out};
-    for (int32_t x = 0; x < tables.xs.begin; ++x) window(line, x);
+    const auto edge = [&](int32_t x) {
+      cells<1>({p.plane, p.y, x, 0}, ys, cells_inside(w, 1, x), 1, 1);
+    };
+    for (int32_t x = 0; x < tables.xs.begin; ++x) edge(x);
     for (int32_t x = tables.xs.begin; x < tables.xs.end; x += kLanes) {
-      columns({p.plane, p.y, x, 0}, lanes_left(x, tables.xs.end));
+      columns({p.plane, p.y, x, 0}, ys, lanes_left(x, tables.xs.end));
     }
-    for (int32_t x = tables.xs.end; x < w.pooled[1]; ++x) window(line, x);
+    for (int32_t x = tables.xs.end; x < w.pooled[1]; ++x) edge(x);
   }
 
   // n windows of a line, all of whose columns lie in the plane.
-  void columns(const Place& p, int n) const {
+  void columns(const Place& p, const Cells& ys, int n) const {
     const int32_t left = p.x * w.stride[1] - w.padding[1];
-    const Cells ys = cells_inside(w, 0, p.y);
     const Cells xs{left, 0, w.kernel[1]};
     switch (w.stride[1]) {
       case 1:
@@ -205,7 +193,7 @@ struct PoolLines {
   // One window, all channels.
   void channels(Place p, const Cells& ys) const {
     const Cells xs = cells_inside(w, 1, p.x);
-    constexpr int kWidth = BestVectors<T, 1>::kWidth;
+    constexpr int kWidth = BestVectors<Value, 1>::kWidth;
     if (w.channels < kWidth || ys.begin >= ys.end || xs.begin >= xs.end) {
       for (; p.channel < w.channels; p.channel += kLanes) {
         cells<1>(p, ys, xs, 1, lanes_left(p.channel, w.channels));
@@ -232,7 +220,7 @@ struct PoolLines {
   // kCells: rows and columns of cells, 0 if not known at compile time.
   template <int kCells>
   void blocks(const Corner& corner) const {
-    each_block<BestVectors<T, 1>::kWidth>(w.channels, [&](auto count, int64_t c) {
+    each_block<BestVectors<Value, 1>::kWidth>(w.channels, [&](auto count, int64_t c) {
       vectors<decltype(count)::value, kCells>(corner, c);
     });
   }
@@ -244,7 +232,7 @@ struct PoolLines {
     const int32_t rows = kCells > 0 ? kCells : corner.rows;
     const int32_t columns = kCells > 0 ? kCells : corner.columns;
     const Value* line = corner.from + c;
-    BestVectors<T, kCount> best(line, corner.code);
+    BestVectors<Value, kCount> best(order, line, corner.code);
     for (int32_t m = 0; m < rows; ++m, line += row) {
       const Value* from = line;
       for (int32_t k = 0; k < columns; ++k, from += column) {
@@ -252,86 +240,90 @@ struct PoolLines {
       }
     }
     const int64_t at = corner.at + c;
-    uint8_t found[BestVectors<T, kCount>::kLanes];
-    uint8_t* codes = out.codes != nullptr ? out.codes + at : found;
-    best.write(out.values + at, codes);
-    if (out.indices != nullptr) {
-      write_indices(codes, corner.first_index, 0, out.indices + at, BestVectors<T, kCount>::kLanes);
+    uint8_t found[BestVectors<Value, kCount>::kLanes];
+    uint8_t* to = codes != nullptr ? codes + at : found;
+    best.write(values + at, to);
+    if (indices != nullptr) {
+      write_indices(to, corner.first_index, 0, indices + at, BestVectors<Value, kCount>::kLanes);
     }
   }
 
   // n windows or channels, whose values are `step` apart, loop over their cells in order.
   template <int kStep>
-  void cells(const Place& p, const Cells& ys, const Cells& xs, int64_t step, int n) const {
-    BestArray<T> lanes;
+  __attribute__((noinline)) void cells(const Place& p, const Cells& ys, const Cells& xs,
+                                       int64_t step, int n) const {
+    Value value[kLanes];
+    Code code[kLanes];
     const auto at = [&](int32_t m, int32_t k) {
       return input + full_offset(w, p, ys.start + m * w.dilation[0], xs.start + k * w.dilation[1]);
     };
     const bool four = w.kernel[0] == 2 && w.kernel[1] == 2 && ys.begin == 0 && xs.begin == 0 &&
                       ys.end == 2 && xs.end == 2;
     if (four && kStep == 2 && w.dilation[1] == 1) {
-      update_2x2<T>(at(0, 0), at(1, 0), n, lanes.value, lanes.code);
+      update_2x2(order, at(0, 0), at(1, 0), n, value, code);
     } else if (ys.begin >= ys.end || xs.begin >= xs.end) {
-      const Value least = bits_of<Value>(lowest<T>());
-      start_lanes<1>(&least, 0, 1, Code(ys.begin * w.kernel[1] + xs.begin), lanes.value,
-                     lanes.code);
-      for (int i = 1; i < n; ++i) {
-        lanes.value[i] = lanes.value[0];
-        lanes.code[i] = lanes.code[0];
+      for (int i = 0; i < n; ++i) {
+        value[i] = order.least();
+        code[i] = Code(ys.begin * w.kernel[1] + xs.begin);
       }
     } else {
+      const Code first = Code(ys.begin * w.kernel[1] + xs.begin);
+      start_lanes<kStep>(at(ys.begin, xs.begin), step, n, first, value, code);
       for (int32_t m = ys.begin; m < ys.end; ++m) {
-        for (int32_t k = xs.begin; k < xs.end; ++k) {
-          const Code code = Code(m * w.kernel[1] + k);
-          if (m == ys.begin && k == xs.begin) {
-            start_lanes<kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
-          } else {
-            update_lanes<T, kStep>(at(m, k), step, n, code, lanes.value, lanes.code);
-          }
+        for (int32_t k = m > ys.begin ? xs.begin : xs.begin + 1; k < xs.end; ++k) {
+          const Code cell = Code(m * w.kernel[1] + k);
+          update_lanes<kStep>(order, at(m, k), step, n, cell, value, code);
         }
       }
     }
-    write(p, lanes, n, ys.start, xs.start);
+    write(p, value, code, n, ys.start, xs.start);
   }
 
-  void write(const Place& p, const BestArray<T>& lanes, int n, int32_t y, int32_t x) const {
+  void write(const Place& p, const Value* value, const Code* code, int n, int32_t y,
+             int32_t x) const {
     const int64_t at = pooled_offset(w, p, p.y, p.x);
-    memcpy(static_cast<void*>(out.values + at), lanes.value, sizeof(T) * n);
-    if (out.codes != nullptr) {
-      uint8_t* __restrict codes = out.codes + at;
-      for (int i = 0; i < n; ++i) codes[i] = uint8_t(lanes.code[i]);
+    memcpy(values + at, value, sizeof(Value) * n);
+    if (codes != nullptr) {
+      uint8_t* __restrict to = codes + at;
+      for (int i = 0; i < n; ++i) to[i] = uint8_t(code[i]);
     }
-    if (out.indices != nullptr) {
+    if (indices != nullptr) {
       const int64_t first = int64_t(y) * w.full[1] + x, step = w.channels > 1 ? 0 : w.stride[1];
-      write_indices(lanes.code, first, step, out.indices + at, n);
+      write_indices(code, first, step, indices + at, n);
     }
   }
 
   template <class C>
-  SK_HD void write_indices(const C* __restrict codes, int64_t first, int64_t step,
-                           int64_t* __restrict indices, int n) const {
+  void write_indices(const C* __restrict from, int64_t first, int64_t step, int64_t* __restrict to,
+                     int n) const {
     if (!narrow) {
-      for (int i = 0; i < n; ++i) {
-        indices[i] = first + i * step + tables.offset_of[uint8_t(codes[i])];
-      }
+      for (int i = 0; i < n; ++i) to[i] = first + i * step + tables.offset_of[uint8_t(from[i])];
       return;
     }
     // A code is divided by the kernel width with a multiplication.
     const uint32_t per_cell = uint32_t(w.dilation[1]);
     const uint32_t per_row = uint32_t(w.dilation[0]) * w.full[1] - w.kernel[1] * per_cell;
     for (int i = 0; i < n; ++i) {
-      const uint32_t code = uint32_t(codes[i]) & 255, m = (code * inverse) >> 16;
+      const uint32_t code = uint32_t(from[i]) & 255, m = (code * inverse) >> 16;
       const uint32_t start = uint32_t(first) + uint32_t(i) * uint32_t(step);
-      indices[i] = int32_t(start + m * per_row + code * per_cell);
+      to[i] = int32_t(start + m * per_row + code * per_cell);
     }
   }
 };
 
 void max_pool2d_forward(const Where& where, const Windows& w, const PoolBuffers& b) {
-  with_scalar_type(b.type, [&](auto scalar) {
-    const PoolLines<decltype(scalar)> f(w, b);
+  const auto pool = [&](auto value) {
+    const PoolLines<decltype(value)> f(w, b);
     parallel_for(where, w.planes * w.pooled[0], f, "max_pool2d");
-  });
+  };
+  switch (b.type) {
+    case ScalarType::kFloat:
+      return pool(float{});
+    case ScalarType::kDouble:
+      return pool(double{});
+    default:
+      pool(uint16_t{});
+  }
 }
 
 template <class P>

@@ -338,36 +338,46 @@ struct ScatterLines {
     }
   }
 
-  // The lines of windows that cover a line of the plane: the offset of each, and the code of the
-  // first cell of the row of cells there.
+  // The lines of windows that cover a line of the plane and have a cell there, which are evenly
+  // spaced: the offset of the first and the code of its first cell there, and the steps of both.
   struct Rows {
-    int64_t at[256];
-    int32_t code[256];
-    int32_t count = 0;
+    int64_t at = 0, step = 0;
+    int32_t code = 0, code_step = 0, count = 0;
 
     Rows(const Windows& w, const Place& line) {
       const Covering ys = windows_over(w, 0, line.y);
+      int32_t first = -1, lines = 1;
       for (int32_t y = ys.first; y <= ys.last; ++y) {
         const int32_t row = cell_at(w, 0, y, line.y);
         if (row < 0) continue;
-        at[count] = pooled_offset(w, line, y, 0);
-        code[count++] = row * w.kernel[1];
+        if (first >= 0) {
+          lines = y - first;
+          break;
+        }
+        first = y;
+        code = row * w.kernel[1];
       }
+      if (first < 0) return;
+      at = pooled_offset(w, line, first, 0);
+      step = lines * w.pooled[1] * w.channels;
+      code_step = lines * w.stride[0] / w.dilation[0] * w.kernel[1];
+      count = (ys.last - first) / lines + 1;
     }
   };
 
   // f(offset of the window, the position that means this place) for the windows that cover it.
   template <class F>
   SK_HD void each_window(const Rows& rows, const Sweep& xs, int64_t place, const F& f) const {
-    const int64_t first = xs.first * w.channels;
     const int32_t column = xs.from_edge - xs.first * xs.step, gap = w.dilation[1];
-    for (int32_t r = 0; r < rows.count; ++r) {
-      int64_t at = rows.at[r] + first;
+    int64_t row = rows.at + xs.first * w.channels;
+    int32_t code = rows.code;
+    for (int32_t r = 0; r < rows.count; ++r, row += rows.step, code -= rows.code_step) {
+      int64_t at = row;
       int32_t offset = column;
       for (int32_t px = xs.first; px <= xs.last; ++px, at += w.channels, offset -= xs.step) {
         if (gap > 1 && offset % gap != 0) continue;
         const int32_t cell = gap > 1 ? offset / gap : offset;
-        f(at, sizeof(P) == 1 ? P(rows.code[r] + cell) : P(place));
+        f(at, sizeof(P) == 1 ? P(code + cell) : P(place));
       }
     }
   }
@@ -401,9 +411,6 @@ struct ScatterLines {
 template <class T, class P, bool kSum>
 void scatter_by_place(const Where& where, const Windows& w, const T* input, const P* positions,
                       T* output, const char* name) {
-  // With indices, more lines of windows may cover a place than Rows holds.
-  if (w.kernel[0] > 256)
-    return scatter_windows<T, P, kSum>(where, w, input, positions, output, name);
   const Divisor lines = divisor_of(w.full[0] > 0 ? w.full[0] : 1);
   const ScatterLines<T, P, kSum> f{w, lines, input, positions, output};
   parallel_for(where, w.planes * w.full[0], f, name);

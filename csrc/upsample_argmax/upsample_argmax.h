@@ -119,10 +119,10 @@ void with_argmax(const ArgmaxCall& call, const F& f) {
 }
 
 // Defined in upsample_argmax.simd.cpp; the tables are in interpolate/logit_blocks.h.
-template <class T>
+template <class A>
 struct LogitTables;
-template <Isa kIsa, class T>
-void upsample_argmax(const Where&, const ArgmaxCall&, const LogitTables<T>&);
+template <Isa kIsa, class A>
+void upsample_argmax(const Where&, const ArgmaxCall&, const LogitTables<A>&);
 
 int64_t upsample_argmax_workspace(const Where&, const ArgmaxCall&);
 void upsample_argmax_cpu(const Where&, const ArgmaxCall&, void* workspace);

@@ -38,26 +38,24 @@ void confidence_of(const A* block, int32_t classes, const A* best, A* out) {
   for (int64_t i = 0; i < kBlock; ++i) out[i] = is_finite(best[i]) ? A(1) / sum[i] : A(NAN);
 }
 
-template <class T, int K>
-void argmax_rows(const Where& where, const LogitTables<T>& tables, const ArgmaxCall& call) {
-  using A = Acc<T>;
-  constexpr int64_t kBlock = LogitTables<T>::kPixelBlock;
-  const Logits<T>& l = tables.logits;
-  parallel_chunks(where, l.batch * l.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
-    LogitBlocks<T, K> source(tables, thread);
+template <class A>
+void argmax_rows(const Where& where, const LogitTables<A>& t, const ArgmaxCall& call) {
+  constexpr int64_t kBlock = LogitTables<A>::kPixelBlock;
+  parallel_chunks(where, t.batch * t.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
+    LogitBlocks<A> source(t, thread);
     A best[kBlock], confidence[kBlock];
     int32_t label[kBlock];
     for (int64_t row = begin; row < end; ++row) {
-      source.move_to(row / l.y.out, int32_t(row % l.y.out));
-      for (int64_t x = 0; x < l.x.out; x += kBlock) {
+      source.move_to(row / t.y.out, int32_t(row % t.y.out));
+      for (int64_t x = 0; x < t.x.out; x += kBlock) {
         const A* block = source.block(x);
-        const int64_t n = l.x.out - x < kBlock ? l.x.out - x : kBlock;
-        best_of(block, l.classes, best, label);
+        const int64_t n = t.x.out - x < kBlock ? t.x.out - x : kBlock;
+        best_of(block, t.classes, best, label);
         for (int64_t i = 0; i < n; ++i)
-          store_label(call.labels, call.label_type, row * l.x.out + x + i, label[i]);
+          store_label(call.labels, call.label_type, row * t.x.out + x + i, label[i]);
         if (call.confidence == nullptr) continue;
-        confidence_of(block, l.classes, best, confidence);
-        A* out = static_cast<A*>(call.confidence) + row * l.x.out + x;
+        confidence_of(block, t.classes, best, confidence);
+        A* out = static_cast<A*>(call.confidence) + row * t.x.out + x;
         for (int64_t i = 0; i < n; ++i) out[i] = confidence[i];
       }
     }
@@ -66,15 +64,11 @@ void argmax_rows(const Where& where, const LogitTables<T>& tables, const ArgmaxC
 
 }  // namespace SK_ISA
 
-template <Isa kIsa, class T>
-void upsample_argmax(const Where& where, const ArgmaxCall& call, const LogitTables<T>& tables) {
-  with_taps(call.resampling, [&](auto taps) { argmax_rows<T, taps.value>(where, tables, call); });
+template <Isa kIsa, class A>
+void upsample_argmax(const Where& where, const ArgmaxCall& call, const LogitTables<A>& tables) {
+  argmax_rows(where, tables, call);
 }
 
-template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
-                                           const LogitTables<Half>&);
-template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
-                                           const LogitTables<BFloat16>&);
 template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,
                                            const LogitTables<float>&);
 template void upsample_argmax<Isa::SK_ISA>(const Where&, const ArgmaxCall&,

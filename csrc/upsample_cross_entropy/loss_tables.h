@@ -7,35 +7,35 @@
 
 namespace segkernels {
 
-template <class T>
+template <class A>
 struct LossTables {
-  using A = Acc<T>;
-  LogitTables<T> logits;
+  LogitTables<A> logits;
   ReaderTable<A> x_readers;
   int32_t* y_end;    // [in height]: one past the last output row that reads a row
   int32_t* y_begin;  // [in height]: the first output row that does
   A* sums;           // [threads, taps, classes, row_stride]
   double* partial;   // [batch * out height, 2]
 
+  explicit LossTables(const LossCall& call) : logits(call) {}
+
   void allocate(Arena& arena, int threads, bool backward) {
     logits.allocate(arena, threads);
-    const Logits<T>& l = logits.logits;
     if (backward) {
-      x_readers.allocate(arena, l.x, logits.taps);
-      y_end = arena.allocate<int32_t>(l.y.in);
-      y_begin = arena.allocate<int32_t>(l.y.in);
+      x_readers.allocate(arena, logits.x, logits.taps);
+      y_end = arena.allocate<int32_t>(logits.y.in);
+      y_begin = arena.allocate<int32_t>(logits.y.in);
       sums = arena.allocate<A>(threads * logits.rows_stride());
     } else {
-      partial = arena.allocate<double>(2 * l.batch * l.y.out);
+      partial = arena.allocate<double>(2 * logits.batch * logits.y.out);
     }
   }
 };
 
 // Defined in upsample_cross_entropy.simd.cpp.
-template <Isa kIsa, class T>
+template <Isa kIsa, class A>
 struct LossLoops {
-  static void forward(const Where&, const LossCall&, const LossOutputs&, const LossTables<T>&);
-  static void backward(const Where&, const LossCall&, const LossGradient&, const LossTables<T>&);
+  static void forward(const Where&, const LossCall&, const LossOutputs&, const LossTables<A>&);
+  static void backward(const Where&, const LossCall&, const LossGradient&, const LossTables<A>&);
 };
 
 }  // namespace segkernels

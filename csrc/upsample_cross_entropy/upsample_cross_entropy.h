@@ -203,27 +203,26 @@ bool tile_losses(const Logits<T>& l, Tiling& t) {
   return int64_t(t.rows) * t.span * kChannels * int64_t(sizeof(Acc<T>)) <= kTileBytes;
 }
 
-// f(integral_constant<K>, loss) for logits of type T.
-template <class T, class F>
+// f(loss) for logits that are computed in A.
+template <class A, class F>
 void with_loss(const LossCall& call, const F& f) {
-  using A = Acc<T>;
-  with_taps(call.resampling, [&](auto taps) {
-    const A* weight = static_cast<const A*>(call.weight);
-    if (call.binary) {
-      f(taps, BinaryLoss<A>{call.target, call.target_type, call.ignore_index, weight,
-                            static_cast<const A*>(call.pos_weight), call.status});
-    } else {
-      f(taps, SoftmaxLoss<A>{call.target, call.target_type, call.ignore_index, weight,
-                             A(call.smoothing), call.classes, call.status});
-    }
-  });
+  const A* weight = static_cast<const A*>(call.weight);
+  if (call.binary) {
+    f(BinaryLoss<A>{call.target, call.target_type, call.ignore_index, weight,
+                    static_cast<const A*>(call.pos_weight), call.status});
+  } else {
+    f(SoftmaxLoss<A>{call.target, call.target_type, call.ignore_index, weight, A(call.smoothing),
+                     call.classes, call.status});
+  }
 }
 
 // f(T{}, integral_constant<K>, loss).
 template <class F>
 void with_typed_loss(const LossCall& call, const F& f) {
   with_scalar_type(call.type, [&](auto scalar) {
-    with_loss<decltype(scalar)>(call, [&](auto taps, const auto& loss) { f(scalar, taps, loss); });
+    with_taps(call.resampling, [&](auto taps) {
+      with_loss<Acc<decltype(scalar)>>(call, [&](const auto& loss) { f(scalar, taps, loss); });
+    });
   });
 }
 

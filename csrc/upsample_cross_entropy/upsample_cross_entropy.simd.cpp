@@ -69,15 +69,14 @@ void losses_of(const BinaryLoss<A>& loss, const A* block, int64_t pixel, int64_t
   }
 }
 
-template <class T, int K, class P>
-void forward_rows(const Where& where, const LossTables<T>& tables, const P& loss,
+template <class A, class P>
+void forward_rows(const Where& where, const LossTables<A>& tables, const P& loss,
                   const LossOutputs& to) {
-  using A = Acc<T>;
-  const Logits<T>& l = tables.logits.logits;
+  const LogitTables<A>& l = tables.logits;
   A* kept = static_cast<A*>(to.kept);
   A* losses = static_cast<A*>(to.losses);
   parallel_chunks(where, l.batch * l.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
-    LogitBlocks<T, K> source(tables.logits, thread);
+    LogitBlocks<A> source(l, thread);
     A out[kBlock], weight[kBlock];
     for (int64_t row = begin; row < end; ++row) {
       source.move_to(row / l.y.out, int32_t(row % l.y.out));
@@ -97,10 +96,23 @@ void forward_rows(const Where& where, const LossTables<T>& tables, const P& loss
   });
 }
 
+// The factor of a pixel's gradient.
+template <class A>
+struct PixelScale {
+  Reduction reduction;
+  const A* grad;
+  const A* totals;
+
+  A operator()(int64_t pixel) const {
+    if (reduction == Reduction::kNone) return grad[pixel];
+    return reduction == Reduction::kMean ? grad[0] / totals[1] : grad[0];
+  }
+};
+
 // Replaces a block of logits by their gradients.
-template <class A, class Scale>
+template <class A>
 void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n, const A* kept,
-                  A weights, const Scale& scale_of) {
+                  A weights, const PixelScale<A>& scale_of) {
   typename SoftmaxLoss<A>::Pixel state[kBlock];
   A lse[kBlock] = {}, softmax[kBlock] = {}, smooth[kBlock] = {};
   for (int64_t i = 0; i < n; ++i) {
@@ -132,9 +144,9 @@ void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n
   }
 }
 
-template <class A, class Scale>
+template <class A>
 void gradients_of(const BinaryLoss<A>& loss, A* block, int64_t pixel, int64_t n, const A*, A,
-                  const Scale& scale_of) {
+                  const PixelScale<A>& scale_of) {
   const BinaryBlock<A> state(loss, pixel, n, scale_of);
 #pragma GCC ivdep
   for (int64_t i = 0; i < kBlock; ++i) {
@@ -142,84 +154,54 @@ void gradients_of(const BinaryLoss<A>& loss, A* block, int64_t pixel, int64_t n,
   }
 }
 
-// The gradient of one row of logits, from its sums over output rows, which it clears.
-template <class T>
-void flush_row(const LossTables<T>& tables, Acc<T>* sums, T* out, const Strides& strides) {
-  using A = Acc<T>;
-  const Logits<T>& l = tables.logits.logits;
-  for (int32_t c = 0; c < l.classes; ++c) {
-    A* row = sums + c * tables.logits.row_stride();
-    for (int32_t j = 0; j < l.x.in; ++j) {
-      const int64_t count = tables.x_readers.offset[j + 1] - tables.x_readers.offset[j];
-      const A* weight = tables.x_readers.weight + tables.x_readers.offset[j];
-      const A* from = row + tables.x_readers.begin[j];
-      A sum = A(0);
-      for (int64_t q = 0; q < count; ++q) sum += weight[q] * from[q];
-      narrow(sum, out[c * strides.channel + j * strides.column]);
-    }
-    memset(row, 0, size_t(tables.logits.row_stride()) * sizeof(A));
-  }
-}
-
-template <class T, int K, class P>
+// The gradients of rows of logits: sums over the output rows that read them, then along the width.
+template <class A, class P>
 class GradientRows {
  public:
-  using A = Acc<T>;
-
-  GradientRows(const LossTables<T>& tables, const P& loss, Reduction reduction,
+  GradientRows(const LossTables<A>& tables, const P& loss, const LossCall& call,
                const LossGradient& g, int64_t thread)
       : tables_(tables),
+        l_(tables.logits),
         loss_(loss),
-        reduction_(reduction),
         g_(g),
-        grad_(static_cast<const A*>(g.grad)),
         kept_(static_cast<const A*>(g.kept)),
         totals_(static_cast<const A*>(g.totals)),
-        source_(tables.logits, thread),
-        sums_(tables.sums + thread * tables.logits.rows_stride()) {
-    memset(sums_, 0, size_t(tables.logits.rows_stride()) * sizeof(A));
+        scale_of_{call.reduction, static_cast<const A*>(g.grad), totals_},
+        source_(l_, thread),
+        sums_(tables.sums + thread * l_.rows_stride()) {
+    memset(sums_, 0, size_t(l_.rows_stride()) * sizeof(A));
   }
 
   // Rows [first, last) of one image's gradient.
   void rows(int64_t image, int32_t first, int32_t last) {
-    const Logits<T>& l = tables_.logits.logits;
-    T* out = static_cast<T*>(g_.grad_logits) + image * g_.strides.batch;
     int32_t next = first;
     const auto flush_before = [&](int32_t y) {
-      for (; next < last && tables_.y_end[next] <= y; ++next) {
-        flush_row(tables_, sums_of(next), out + next * g_.strides.row, g_.strides);
-      }
+      for (; next < last && tables_.y_end[next] <= y; ++next) flush(image, next);
     };
     for (int32_t y = tables_.y_begin[first]; y < tables_.y_end[last - 1]; ++y) {
       flush_before(y);
       source_.move_to(image, y);
-      for (int64_t x = 0; x < l.x.out; x += kBlock) add_block(image, y, x, first, last);
+      for (int64_t x = 0; x < l_.x.out; x += kBlock) add_block(image, y, x, first, last);
     }
-    flush_before(l.y.out);
+    flush_before(l_.y.out);
   }
 
  private:
-  // At most K neighbouring rows are being summed at a time.
-  A* sums_of(int32_t row) const {
-    return sums_ + (row % K) * tables_.logits.logits.classes * tables_.logits.row_stride();
-  }
+  // At most `taps` neighbouring rows are being summed at a time.
+  A* sums_of(int32_t row) const { return sums_ + (row % l_.taps) * l_.classes * l_.row_stride(); }
 
   void add_block(int64_t image, int32_t y, int64_t x, int32_t first, int32_t last) {
-    const Logits<T>& l = tables_.logits.logits;
-    const int64_t n = l.x.out - x < kBlock ? l.x.out - x : kBlock;
-    const int64_t pixel = (image * l.y.out + y) * l.x.out + x;
-    A* block = const_cast<A*>(source_.block(x));
-    gradients_of(loss_, block, pixel, n, kept_, totals_[2], [&](int64_t i) {
-      if (reduction_ == Reduction::kNone) return grad_[i];
-      return reduction_ == Reduction::kMean ? grad_[0] / totals_[1] : grad_[0];
-    });
-    const int taps = l.y.kind == kIdentity ? 1 : K;
+    const int64_t n = l_.x.out - x < kBlock ? l_.x.out - x : kBlock;
+    const int64_t pixel = (image * l_.y.out + y) * l_.x.out + x;
+    A* block = source_.block(x);
+    gradients_of(loss_, block, pixel, n, kept_, totals_[2], scale_of_);
+    const int taps = l_.y.kind == kIdentity ? 1 : l_.taps;
     for (int k = 0; k < taps; ++k) {
-      const int32_t row = tables_.logits.y.position[int64_t(k) * l.y.out + y];
+      const int32_t row = l_.y_taps.position[int64_t(k) * l_.y.out + y];
       if (row < first || row >= last) continue;
-      const A weight = tables_.logits.y.weight[int64_t(k) * l.y.out + y];
+      const A weight = l_.y_taps.weight[int64_t(k) * l_.y.out + y];
       A* sums = sums_of(row) + x;
-      for (int32_t c = 0; c < l.classes; ++c, sums += tables_.logits.row_stride()) {
+      for (int32_t c = 0; c < l_.classes; ++c, sums += l_.row_stride()) {
         const A* from = block + c * kBlock;
 #pragma GCC ivdep
         for (int64_t i = 0; i < n; ++i) sums[i] += weight * from[i];
@@ -227,24 +209,47 @@ class GradientRows {
     }
   }
 
-  const LossTables<T>& tables_;
+  // Writes the gradient of a row from its sums, and clears them.
+  void flush(int64_t image, int32_t row) const {
+    const ReaderTable<A>& readers = tables_.x_readers;
+    A* out = source_.line();
+    for (int32_t c = 0; c < l_.classes; ++c) {
+      A* sums = sums_of(row) + c * l_.row_stride();
+      for (int32_t j = 0; j < l_.x.in; ++j) {
+        const int64_t count = readers.offset[j + 1] - readers.offset[j];
+        const A* weight = readers.weight + readers.offset[j];
+        const A* from = sums + readers.begin[j];
+        A sum = A(0);
+        for (int64_t q = 0; q < count; ++q) sum += weight[q] * from[q];
+        out[j] = sum;
+      }
+      memset(sums, 0, size_t(l_.row_stride()) * sizeof(A));
+      const int64_t at = image * g_.strides.batch + c * g_.strides.channel + row * g_.strides.row;
+      with_stored_type<A>(l_.type, [&](auto scalar) {
+        auto* to = static_cast<decltype(scalar)*>(g_.grad_logits) + at;
+        write_line(out, to, g_.strides.column, l_.x.in);
+      });
+    }
+  }
+
+  const LossTables<A>& tables_;
+  const LogitTables<A>& l_;
   const P& loss_;
-  Reduction reduction_;
   const LossGradient& g_;
-  const A* grad_;
   const A* kept_;
   const A* totals_;
-  LogitBlocks<T, K> source_;
+  PixelScale<A> scale_of_;
+  LogitBlocks<A> source_;
   A* sums_;
 };
 
-template <class T, int K, class P>
-void backward_rows(const Where& where, const LossTables<T>& tables, const P& loss,
+template <class A, class P>
+void backward_rows(const Where& where, const LossTables<A>& tables, const P& loss,
                    const LossCall& call, const LossGradient& g) {
-  const int64_t height = tables.logits.logits.y.in;
+  const int64_t height = tables.logits.y.in;
   parallel_chunks(
-      where, tables.logits.logits.batch * height, [&](int64_t thread, int64_t begin, int64_t end) {
-        GradientRows<T, K, P> work(tables, loss, call.reduction, g, thread);
+      where, tables.logits.batch * height, [&](int64_t thread, int64_t begin, int64_t end) {
+        GradientRows<A, P> work(tables, loss, call, g, thread);
         for (int64_t row = begin; row < end;) {
           const int64_t image = row / height;
           const int64_t stop = (image + 1) * height < end ? (image + 1) * height : end;
@@ -256,24 +261,18 @@ void backward_rows(const Where& where, const LossTables<T>& tables, const P& los
 
 }  // namespace SK_ISA
 
-template <Isa kIsa, class T>
-void LossLoops<kIsa, T>::forward(const Where& where, const LossCall& call, const LossOutputs& to,
-                                 const LossTables<T>& tables) {
-  with_loss<T>(call, [&](auto taps, const auto& loss) {
-    forward_rows<T, taps.value>(where, tables, loss, to);
-  });
+template <Isa kIsa, class A>
+void LossLoops<kIsa, A>::forward(const Where& where, const LossCall& call, const LossOutputs& to,
+                                 const LossTables<A>& tables) {
+  with_loss<A>(call, [&](const auto& loss) { forward_rows(where, tables, loss, to); });
 }
 
-template <Isa kIsa, class T>
-void LossLoops<kIsa, T>::backward(const Where& where, const LossCall& call, const LossGradient& g,
-                                  const LossTables<T>& tables) {
-  with_loss<T>(call, [&](auto taps, const auto& loss) {
-    backward_rows<T, taps.value>(where, tables, loss, call, g);
-  });
+template <Isa kIsa, class A>
+void LossLoops<kIsa, A>::backward(const Where& where, const LossCall& call, const LossGradient& g,
+                                  const LossTables<A>& tables) {
+  with_loss<A>(call, [&](const auto& loss) { backward_rows(where, tables, loss, call, g); });
 }
 
-template struct LossLoops<Isa::SK_ISA, Half>;
-template struct LossLoops<Isa::SK_ISA, BFloat16>;
 template struct LossLoops<Isa::SK_ISA, float>;
 template struct LossLoops<Isa::SK_ISA, double>;
 

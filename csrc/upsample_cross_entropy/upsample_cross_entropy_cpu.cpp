@@ -6,25 +6,17 @@
 namespace segkernels {
 namespace {
 
-template <class T>
-LossTables<T> tables_of(const LossCall& call) {
-  LossTables<T> tables{};
-  tables.logits.logits = logits_of<T>(call);
-  tables.logits.taps = call.resampling.taps();
-  return tables;
-}
-
-template <int K, class T>
-void fill_tables(const LossTables<T>& tables, bool backward) {
-  const Logits<T>& l = tables.logits.logits;
-  cpu::fill<K>(l.y, tables.logits.y);
-  cpu::fill<K>(l.x, tables.logits.x);
-  if (!backward) return;
-  cpu::fill<K>(l.x, tables.x_readers);
-  for (int32_t j = 0; j < l.y.in; ++j) {
-    tables.y_begin[j] = first_reader<K>(l.y, j);
-    tables.y_end[j] = last_reader<K>(l.y, j);
-  }
+template <class A>
+void fill_readers(const LossTables<A>& tables) {
+  const LogitTables<A>& l = tables.logits;
+  with_taps(l.taps, [&](auto taps) {
+    constexpr int K = taps.value;
+    cpu::fill<K>(l.x, tables.x_readers);
+    for (int32_t j = 0; j < l.y.in; ++j) {
+      tables.y_begin[j] = first_reader<K>(l.y, j);
+      tables.y_end[j] = last_reader<K>(l.y, j);
+    }
+  });
 }
 
 template <class A>
@@ -45,38 +37,38 @@ void set_totals(const LossCall& call, double loss, double weight, void* totals) 
 
 int64_t upsample_loss_workspace(const Where& where, const LossCall& call, bool backward) {
   Arena arena(nullptr);
-  with_scalar_type(call.type, [&](auto scalar) {
-    auto tables = tables_of<decltype(scalar)>(call);
-    tables.allocate(arena, cpu_threads(where), backward);
+  with_computing_type(call.type, [&](auto scalar) {
+    LossTables<decltype(scalar)>(call).allocate(arena, cpu_threads(where), backward);
   });
   return arena.used();
 }
 
 void upsample_loss_cpu(const Where& where, const LossCall& call, const LossOutputs& to) {
-  with_scalar_type(call.type, [&](auto scalar) {
-    using T = decltype(scalar);
-    auto tables = tables_of<T>(call);
+  with_computing_type(call.type, [&](auto scalar) {
+    using A = decltype(scalar);
+    LossTables<A> tables(call);
     Arena arena(to.workspace);
     tables.allocate(arena, cpu_threads(where), false);
-    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(tables, false); });
-    with_best_isa([&](auto isa) { LossLoops<isa.value, T>::forward(where, call, to, tables); });
+    tables.logits.fill();
+    with_best_isa([&](auto isa) { LossLoops<isa.value, A>::forward(where, call, to, tables); });
     double loss = 0, weight = 0;
     for (int64_t row = 0; row < call.resampling.planes * call.resampling.out_height; ++row) {
       loss += tables.partial[2 * row];
       weight += tables.partial[2 * row + 1];
     }
-    set_totals<Acc<T>>(call, loss, weight, to.totals);
+    set_totals<A>(call, loss, weight, to.totals);
   });
 }
 
 void upsample_loss_backward_cpu(const Where& where, const LossCall& call, const LossGradient& g) {
-  with_scalar_type(call.type, [&](auto scalar) {
-    using T = decltype(scalar);
-    auto tables = tables_of<T>(call);
+  with_computing_type(call.type, [&](auto scalar) {
+    using A = decltype(scalar);
+    LossTables<A> tables(call);
     Arena arena(g.workspace);
     tables.allocate(arena, cpu_threads(where), true);
-    with_taps(call.resampling, [&](auto taps) { fill_tables<taps.value>(tables, true); });
-    with_best_isa([&](auto isa) { LossLoops<isa.value, T>::backward(where, call, g, tables); });
+    tables.logits.fill();
+    fill_readers(tables);
+    with_best_isa([&](auto isa) { LossLoops<isa.value, A>::backward(where, call, g, tables); });
   });
 }
 

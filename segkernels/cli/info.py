@@ -104,7 +104,23 @@ def _native_info() -> dict[str, Any]:
     }
     if not _native.problem():
         built.update(_native.C().build_info())
-    return {"problem": _native.problem() or None, **built}
+    return {"problem": _native.problem() or None, **built, "left_out": _left_out(built)}
+
+
+def _left_out(built: dict[str, Any]) -> dict[str, str]:
+    """The parts that the build left out, and why; empty if `_C` does not load."""
+    if built["version"] is None:
+        return {}
+    parts = {}
+    if built["cuda"] is None:
+        parts["CUDA"] = str(built["cuda_missing"]).partition("\n")[0].removesuffix(". Searched:")
+    elif not _native.C().has_sm90a:
+        parts["Hopper kernels"] = "9.0 is not among the architectures"
+    if built["openmp"] is None:
+        parts["OpenMP"] = "the compiler has none"
+    if built["simd"] == ["base"] and platform.machine().lower() in ("x86_64", "amd64"):
+        parts["AVX2 and AVX-512"] = "the compiler does not accept their options"
+    return parts
 
 
 def _devices(native: dict[str, Any]) -> list[dict[str, Any]]:
@@ -268,15 +284,17 @@ def _native_rows(info: dict[str, Any]) -> dict[str, str]:
     native = info["native"]
     if native["problem"]:
         return {"_C": f"does not load: {native['problem']}"}
+    cuda = f"{native['cuda']}, for {', '.join(native['arches'])}"
     threads = f"{native['openmp']}, {info['system']['torch_threads']} threads"
-    return {
+    left_out = "; ".join(f"{part} ({why})" for part, why in native["left_out"].items())
+    rows = {
         "compiler": native["compiler"],
-        "CUDA": f"{native['cuda']}, for {', '.join(native['arches'])}"
-        if native["cuda"]
-        else "built without",
-        "OpenMP": threads if native["openmp"] else "none",
+        "CUDA": cuda if native["cuda"] else "",
+        "OpenMP": threads if native["openmp"] else "",
         "SIMD": ", ".join(native["simd"]),
+        "left out": left_out,
     }
+    return {name: text for name, text in rows.items() if text}
 
 
 def _backends(op: dict[str, Any], device: str) -> str:
