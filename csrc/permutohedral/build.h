@@ -44,6 +44,7 @@ inline KeyTable key_table(const Lattice& l, const BuildBuffers& b) {
   return {b.slots, b.capacity, b.records, tiles_per_image(l.grid) * tile_points(l.grid)};
 }
 
+// `out` starts as zeros, because gcc does not see that n > 0 and warns.
 template <class T, int D>
 SK_HD void load_features(Dims<D> n, const T* features, int64_t points, const ImagePoint& p,
                          T* out) {
