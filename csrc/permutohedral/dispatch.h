@@ -2,29 +2,58 @@
 #pragma once
 
 #include <stdexcept>
-#include <type_traits>
 
 #include "permutohedral/lattice.h"
 
 namespace segkernels {
 
-template <int D, class F>
-void with_dims_from(int dims, const F& f) {
-  if constexpr (D > kMaxDims) {
-    throw std::runtime_error("segkernels: the lattice has 1 to 16 dimensions");
-  } else {
-    if (dims == D) {
-      f(std::integral_constant<int, D>{});
-    } else {
-      with_dims_from<D + 1>(dims, f);
-    }
-  }
-}
+constexpr int kAnyDims = 0;
 
-// f(std::integral_constant<int, dims>)
+inline namespace SK_NS {
+
+// The number of dimensions, known at compile time: loops unroll, so that arrays are registers.
+template <int D>
+struct Dims {
+  static constexpr int kFixed = D;
+  static constexpr int kMost = D;     // size of arrays
+  static constexpr int kUnroll = 64;  // all iterations
+  SK_HD explicit Dims(int) {}
+  SK_HD constexpr operator int() const { return D; }
+};
+
+// The same, known at run time.
+template <>
+struct Dims<kAnyDims> {
+  static constexpr int kFixed = kAnyDims;
+  static constexpr int kMost = kMaxDims;
+  static constexpr int kUnroll = 1;
+  int32_t count;
+  SK_HD explicit Dims(int dims) : count(dims) {}
+  SK_HD operator int() const { return count; }
+};
+
+}  // namespace SK_NS
+
+// f(Dims<dims>) for the dimensions of images and volumes (position, and grey or colour), else
+// f(Dims<kAnyDims>), which is slower: an instance of every kernel for each number builds slowly.
 template <class F>
 void with_dims(int dims, const F& f) {
-  with_dims_from<1>(dims, f);
+  switch (dims) {
+    case 2:
+      return f(Dims<2>(dims));
+    case 3:
+      return f(Dims<3>(dims));
+    case 4:
+      return f(Dims<4>(dims));
+    case 5:
+      return f(Dims<5>(dims));
+    case 6:
+      return f(Dims<6>(dims));
+    default:
+      if (dims < 1 || dims > kMaxDims)
+        throw std::runtime_error("segkernels: the lattice has 1 to 16 dimensions");
+      return f(Dims<kAnyDims>(dims));
+  }
 }
 
 // f(T{}): float or double

@@ -6,6 +6,7 @@
 
 #include "common/atomics.h"
 #include "common/status.h"
+#include "permutohedral/dispatch.h"
 #include "permutohedral/lattice.h"
 
 namespace segkernels {
@@ -13,7 +14,7 @@ namespace segkernels {
 struct KeyTable {
   unsigned long long* slots;  // all ones: empty
   uint32_t capacity;
-  const int32_t* records;  // [positions, record_size(D)]
+  const int32_t* records;  // [positions, record_size(dims)]
   int32_t image_positions;
 };
 
@@ -22,35 +23,37 @@ inline namespace SK_NS {
 constexpr Word kEmpty = ~Word(0);
 constexpr int kRanksPerWord = 6;  // 5 bits each
 
-constexpr int record_size(int dims) { return dims + (dims + kRanksPerWord - 1) / kRanksPerWord; }
+SK_HD constexpr int record_size(int dims) {
+  return dims + (dims + kRanksPerWord - 1) / kRanksPerWord;
+}
 
 // The last word of a record is negative if the position has no valid point.
 template <int D>
-SK_HD bool record_valid(const int32_t* record) {
-  return record[record_size(D) - 1] >= 0;
+SK_HD bool record_valid(Dims<D> n, const int32_t* record) {
+  return record[record_size(n) - 1] >= 0;
 }
 
 template <int D>
 struct Key {
-  int32_t coordinate[D];  // the last coordinate is minus their sum
+  int32_t coordinate[Dims<D>::kMost];  // the last coordinate is minus their sum
 };
 
 template <int D>
-SK_HD Key<D> key_of(const int32_t* record, int k) {
+SK_HD Key<D> key_of(Dims<D> n, const int32_t* record, int k) {
   Key<D> key;
-#pragma unroll
-  for (int i = 0; i < D; ++i) {
-    const int32_t rank = record[D + i / kRanksPerWord] >> (5 * (i % kRanksPerWord)) & 31;
-    key.coordinate[i] = record[i] + k - (rank > D - k ? D + 1 : 0);
+#pragma unroll(Dims<D>::kUnroll)
+  for (int i = 0; i < n; ++i) {
+    const int32_t rank = record[n + i / kRanksPerWord] >> (5 * (i % kRanksPerWord)) & 31;
+    key.coordinate[i] = record[i] + k - (rank > n - k ? n + 1 : 0);
   }
   return key;
 }
 
 template <int D>
-SK_HD Word hash_of(const Key<D>& key, int32_t image) {
+SK_HD Word hash_of(Dims<D> n, const Key<D>& key, int32_t image) {
   Word h = Word(uint32_t(image)) + 0x9E3779B97F4A7C15ull;
-#pragma unroll
-  for (int i = 0; i < D; ++i) {
+#pragma unroll(Dims<D>::kUnroll)
+  for (int i = 0; i < n; ++i) {
     h = (h ^ Word(uint32_t(key.coordinate[i]))) * 0xD6E8FEB86659FD93ull;
     h ^= h >> 32;
   }
@@ -59,14 +62,15 @@ SK_HD Word hash_of(const Key<D>& key, int32_t image) {
 }
 
 template <int D>
-SK_HD bool entry_has_key(const KeyTable& t, uint32_t entry, const Key<D>& key, int32_t image) {
-  const uint32_t position = entry / (D + 1);
+SK_HD bool entry_has_key(Dims<D> n, const KeyTable& t, uint32_t entry, const Key<D>& key,
+                         int32_t image) {
+  const uint32_t position = entry / (n + 1);
   if (int32_t(position / uint32_t(t.image_positions)) != image) return false;
   const Key<D> other =
-      key_of<D>(t.records + int64_t(position) * record_size(D), int(entry - position * (D + 1)));
+      key_of(n, t.records + int64_t(position) * record_size(n), int(entry - position * (n + 1)));
   bool same = true;
-#pragma unroll
-  for (int i = 0; i < D; ++i) same = same && other.coordinate[i] == key.coordinate[i];
+#pragma unroll(Dims<D>::kUnroll)
+  for (int i = 0; i < n; ++i) same = same && other.coordinate[i] == key.coordinate[i];
   return same;
 }
 
@@ -76,13 +80,13 @@ SK_HD uint32_t first_slot(const KeyTable& t, Word hash) {
 
 // The slot of a key, or kNoSlot.
 template <int D>
-SK_HD uint32_t find_key(const KeyTable& t, const Key<D>& key, int32_t image) {
-  const Word hash = hash_of<D>(key, image);
+SK_HD uint32_t find_key(Dims<D> n, const KeyTable& t, const Key<D>& key, int32_t image) {
+  const Word hash = hash_of(n, key, image);
   uint32_t slot = first_slot(t, hash);
   for (;;) {
     const Word seen = atomic_read(t.slots + slot);
     if (seen == kEmpty) return kNoSlot;
-    if (seen >> 32 == hash >> 32 && entry_has_key<D>(t, uint32_t(seen), key, image)) return slot;
+    if (seen >> 32 == hash >> 32 && entry_has_key(n, t, uint32_t(seen), key, image)) return slot;
     slot = slot + 1 == t.capacity ? 0 : slot + 1;
   }
 }
@@ -90,15 +94,16 @@ SK_HD uint32_t find_key(const KeyTable& t, const Key<D>& key, int32_t image) {
 // Inserts an entry's key into the table, which is never full; returns its slot. In the end each
 // slot holds the least entry with its key, in any order of insertion.
 template <int D>
-SK_HD uint32_t insert_key(const KeyTable& t, uint32_t entry, const Key<D>& key, int32_t image) {
-  const Word hash = hash_of<D>(key, image);
+SK_HD uint32_t insert_key(Dims<D> n, const KeyTable& t, uint32_t entry, const Key<D>& key,
+                          int32_t image) {
+  const Word hash = hash_of(n, key, image);
   const Word mine = (hash & 0xFFFFFFFF00000000ull) | entry;
   uint32_t slot = first_slot(t, hash);
   for (;;) {
     Word seen = atomic_read(t.slots + slot);
     if (seen == kEmpty) seen = atomic_cas(t.slots + slot, kEmpty, mine);
     if (seen == kEmpty) return slot;
-    if (seen >> 32 == hash >> 32 && entry_has_key<D>(t, uint32_t(seen), key, image)) {
+    if (seen >> 32 == hash >> 32 && entry_has_key(n, t, uint32_t(seen), key, image)) {
       if (mine < seen) atomic_min(t.slots + slot, mine);
       return slot;
     }

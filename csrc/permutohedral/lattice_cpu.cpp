@@ -18,51 +18,53 @@ namespace {
 template <int D>
 class TileKeys {
  public:
-  struct Known {
-    Key<D> key;
-    uint32_t slot;
-  };
-
   // `slots` is all zero, and is so again after clear().
-  TileKeys(uint32_t* slots, uint32_t capacity, int32_t* known)
-      : slots_(slots), mask_(capacity - 1), known_(reinterpret_cast<Known*>(known)) {}
+  TileKeys(Dims<D> n, uint32_t* slots, uint32_t capacity, int32_t* known)
+      : n_(n), mask_(capacity - 1), slots_(slots), known_(known) {}
 
   // The number of a key, which is the old count() if the key is new.
   int32_t number(const Key<D>& key) {
-    for (uint32_t slot = uint32_t(hash_of<D>(key, 0)) & mask_;; slot = (slot + 1) & mask_) {
+    for (uint32_t slot = uint32_t(hash_of(n_, key, 0)) & mask_;; slot = (slot + 1) & mask_) {
       const uint32_t seen = slots_[slot];
       if (seen == 0) {
-        known_[count_] = {key, slot};
+        memcpy(known(count_), key.coordinate, sizeof(int32_t) * n_);
+        known(count_)[n_] = int32_t(slot);
         slots_[slot] = uint32_t(++count_);
         return count_ - 1;
       }
-      if (memcmp(&known_[seen - 1].key, &key, sizeof key) == 0) return int32_t(seen - 1);
+      if (memcmp(known(int32_t(seen - 1)), key.coordinate, sizeof(int32_t) * n_) == 0)
+        return int32_t(seen - 1);
     }
   }
 
   int32_t count() const { return count_; }
 
   void clear() const {
-    for (int32_t i = 0; i < count_; ++i) slots_[known_[i].slot] = 0;
+    for (int32_t i = 0; i < count_; ++i) slots_[known(i)[n_]] = 0;
   }
 
  private:
-  uint32_t* slots_;
+  // A known key, and its slot.
+  int32_t* known(int32_t number) const { return known_ + int64_t(number) * (n_ + 1); }
+
+  Dims<D> n_;
   uint32_t mask_;
-  Known* known_;
+  uint32_t* slots_;
+  int32_t* known_;
   int32_t count_ = 0;
 };
 
 // One tile: records and weights of its points, and its pairs, each as an entry that has its key.
 template <class T, int D>
 void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embed, int32_t tile) {
-  constexpr int words = record_size(D);
+  const Dims<D> n = embed.n;
+  const int words = record_size(n);
   const int64_t points = tile_points(l.grid);
   const int64_t begin = tile * points;
-  int32_t* entries = l.pair_vertex + begin * (D + 1);
+  int32_t* entries = l.pair_vertex + begin * (n + 1);
   const int thread = thread_index();
-  TileKeys<D> keys(b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
-                   b.tile_keys + thread * points * (D + 1) * (D + 1));
+  TileKeys<D> keys(n, b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
+                   b.tile_keys + thread * points * (n + 1) * (n + 1));
   const ImagePoint corner = point_of(l.grid, begin);
   const int64_t left = l.grid.width - corner.point % l.grid.width;
   const int64_t below = l.grid.height - corner.point / l.grid.width;
@@ -72,20 +74,20 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
     const bool there = y < below && x < left;
     embed.at(p, {corner.image, there ? corner.point + y * l.grid.width + x : -1});
     const int32_t* record = b.records + p * words;
-    uint16_t* ids = l.local_ids + p * (D + 1);
+    uint16_t* ids = l.local_ids + p * (n + 1);
     if (p > begin && memcmp(record, record - words, sizeof(int32_t) * words) == 0) {
       // Neighbouring points often share their simplex.
-      memcpy(ids, ids - (D + 1), sizeof(uint16_t) * (D + 1));
+      memcpy(ids, ids - (n + 1), sizeof(uint16_t) * (n + 1));
       continue;
     }
-    for (int k = 0; k <= D; ++k) {
-      if (!record_valid<D>(record)) {
+    for (int k = 0; k <= n; ++k) {
+      if (!record_valid(n, record)) {
         ids[k] = kSkipped;
         continue;
       }
       const int32_t before = keys.count();
-      const int32_t id = keys.number(key_of<D>(record, k));
-      if (id == before) entries[id] = int32_t(p * (D + 1) + k);
+      const int32_t id = keys.number(key_of(n, record, k));
+      if (id == before) entries[id] = int32_t(p * (n + 1) + k);
       ids[k] = uint16_t(id);
     }
   }
@@ -95,14 +97,8 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
 
 void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
   const int32_t tiles = tile_count(l.grid);
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    with_scalar(is_double, [&](auto scalar) {
-      using T = decltype(scalar);
-      const Embed<T, D> f{l.grid,    static_cast<const T*>(b.features), make_scale<T, D>(),
-                          b.records, static_cast<T*>(l.weights),        b.status};
-      parallel_tiles(where, tiles, [&](int64_t tile) { embed_tile(l, b, f, int32_t(tile)); });
-    });
+  embed_points(l, b, is_double, [&](const auto& f) {
+    parallel_tiles(where, tiles, [&](int64_t tile) { embed_tile(l, b, f, int32_t(tile)); });
   });
   l.tile_start[0] = 0;
   for (int32_t t = 0; t < tiles; ++t) l.tile_start[t + 1] += l.tile_start[t];
@@ -133,17 +129,16 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
   memset(b.slots, 0xFF, sizeof(*b.slots) * b.capacity);
   const int32_t count = tile_count(l.grid);
   const auto pairs_of = [&](int64_t tile) { return l.tile_start[tile + 1] - l.tile_start[tile]; };
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    const KeyTable table = key_table<D>(l, b);
+  const KeyTable table = key_table(l, b);
+  with_dims(l.dims, [&](auto n) {
     parallel_tiles(where, count, [&](int64_t tile) {
       const int32_t* entries = tile_vertices(l, int32_t(tile));
       const int32_t image = int32_t(tile / tiles_per_image(l.grid));
       for (int32_t i = 0; i < pairs_of(tile); ++i) {
         const uint32_t entry = uint32_t(entries[i]);
-        const int32_t* record = b.records + int64_t(entry / (D + 1)) * record_size(D);
+        const int32_t* record = b.records + int64_t(entry / (n + 1)) * record_size(n);
         b.slot_of[l.tile_start[tile] + i] =
-            insert_key<D>(table, entry, key_of<D>(record, int(entry % (D + 1))), image);
+            insert_key(n, table, entry, key_of(n, record, int(entry % (n + 1))), image);
       }
     });
   });
@@ -179,12 +174,18 @@ void sort_pairs(const Lattice& l) {
 
 void link(const Where& where, const Lattice& l, const BuildBuffers& b) {
   memset(l.neighbours, 0xFF, sizeof(int32_t) * 2 * (l.dims + 1) * l.vertex_bound);
-  with_dims(l.dims, [&](auto dims) {
-    constexpr int D = decltype(dims)::value;
-    const Link<D> f{l, key_table<D>(l, b), b.first_entry, b.vertex_of_slot};
-    parallel_rows(where, l.vertex_bound, l.counts, D + 1, f, "link");
+  with_dims(l.dims, [&](auto n) {
+    const Link<decltype(n)::kFixed> f{n, l, key_table(l, b), b.first_entry, b.vertex_of_slot};
+    parallel_rows(where, l.vertex_bound, l.counts, n + 1, f, "link");
   });
   sort_pairs(l);
+}
+
+void embed_grad(const Where& where, const Lattice& l, const void* features,
+                const void* grad_weights, void* grad_features, bool is_double) {
+  embed_grad_points(l, features, grad_weights, grad_features, is_double, [&](const auto& f) {
+    parallel_for(where, position_count(l.grid), f, "permutohedral embed_grad");
+  });
 }
 
 PermutohedralApi make_api() {
@@ -192,7 +193,7 @@ PermutohedralApi make_api() {
   api.embed = embed;
   api.tiles = tiles;
   api.link = link;
-  api.embed_grad = embed_grad_points;
+  api.embed_grad = embed_grad;
   with_best_isa([&](auto isa) { set_cpu_loops<isa.value>(api); });
   return api;
 }
