@@ -34,11 +34,13 @@ struct Dims<kAnyDims> {
 
 }  // namespace SK_NS
 
-// f(Dims<dims>) for the dimensions of images and volumes (position, and grey or colour), else
+// f(Dims<dims>) for the dimensions of images and volumes (position, and up to four channels), else
 // f(Dims<kAnyDims>), which is slower: an instance of every kernel for each number builds slowly.
 template <class F>
 void with_dims(int dims, const F& f) {
   switch (dims) {
+    case 1:
+      return f(Dims<1>(dims));
     case 2:
       return f(Dims<2>(dims));
     case 3:
@@ -49,6 +51,8 @@ void with_dims(int dims, const F& f) {
       return f(Dims<5>(dims));
     case 6:
       return f(Dims<6>(dims));
+    case 7:
+      return f(Dims<7>(dims));
     default:
       if (dims < 1 || dims > kMaxDims)
         throw std::runtime_error("segkernels: the lattice has 1 to 16 dimensions");
