@@ -1,7 +1,6 @@
 // Losses of upsampled logits on CUDA, with the functors of upsample_cross_entropy.h. Forward: a
-// block reduces pixels with CUB, then one block reduces the blocks' sums. Backward: a block a tile,
+// block sums its pixels, then one block reduces the blocks' sums. Backward: a block a tile,
 // partial sums in shared memory.
-#include <cub/block/block_reduce.cuh>
 #include <type_traits>
 
 #include "interpolate/launch.h"
@@ -10,14 +9,32 @@
 namespace segkernels {
 namespace {
 
-using BlockSum = cub::BlockReduce<double, kThreads>;
+// f(T{}, integral_constant<K>, loss).
+template <class F>
+void with_typed_loss(const LossCall& call, const F& f) {
+  with_logits(call.resampling, call.type, [&](auto scalar, auto taps) {
+    with_loss_of<Acc<decltype(scalar)>>(call, [&](const auto& loss) { f(scalar, taps, loss); });
+  });
+}
 
-// Leaves both sums in the first thread.
+// Leaves both sums in the first thread: a tree in each warp, then the warps in order.
 __device__ void sum_block(double& a, double& b) {
-  __shared__ typename BlockSum::TempStorage memory;
-  a = BlockSum(memory).Sum(a);
+  __shared__ double sums[2][kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int step = 1; step < 32; step *= 2) {
+    a += __shfl_down_sync(0xFFFFFFFFu, a, step);
+    b += __shfl_down_sync(0xFFFFFFFFu, b, step);
+  }
+  if (lane == 0) {
+    sums[0][warp] = a;
+    sums[1][warp] = b;
+  }
   __syncthreads();
-  b = BlockSum(memory).Sum(b);
+  if (threadIdx.x != 0) return;
+  for (int i = 1; i < kThreads / 32; ++i) {
+    a += sums[0][i];
+    b += sums[1][i];
+  }
 }
 
 template <class F>
@@ -96,7 +113,7 @@ void upsample_loss_backward_cuda(const Where& where, const LossCall& call, const
                                      static_cast<const A*>(g.totals),
                                      static_cast<T*>(g.grad_logits),
                                      g.strides};
-    if (!tile_losses<taps.value, P>(f.logits, f.tiling)) {
+    if (!tile_losses<taps.value, P>(f.logits, call.resampling.taps(), f.tiling)) {
       throw std::runtime_error(
           "segkernels: upsample_cross_entropy: the output is too wide for logits this narrow");
     }
