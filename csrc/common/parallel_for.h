@@ -90,26 +90,22 @@ inline int thread_index() {
 #endif
 }
 
-// The loop of one thread. It is not inlined, so that its body is compiled once, not once for one
+template <class F>
+void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
+  // A plain loop for one thread: a forked child must not use the OpenMP runtime.
+  if (where.threads <= 1 || n < 2) {
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#pragma omp parallel for schedule(static) num_threads(where.threads)
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// f(i) for one chunk. It is not inlined, so that a long body is compiled once, not once for one
 // thread and once for several.
 template <class F>
 __attribute__((noinline)) void loop(int64_t begin, int64_t end, const F& f) {
   for (int64_t i = begin; i < end; ++i) f(i);
-}
-
-template <class F>
-void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
-  // A plain loop for one thread: a forked child must not use the OpenMP runtime.
-  if (where.threads <= 1 || n < 2) return loop(0, n, f);
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(where.threads)
-  {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    loop(n * thread / threads, n * (thread + 1) / threads, f);
-  }
-#else
-  loop(0, n, f);
-#endif
 }
 
 // As parallel_for with a dynamic schedule, for few and uneven items (tiles).
@@ -125,32 +121,34 @@ template <class F>
 void parallel_chunks(const Where& where, int64_t n, const F& f) {
   const int64_t chunks = where.threads < n ? cpu_threads(where) : n;
   const auto chunk = [&](int64_t i) { f(i, n * i / chunks, n * (i + 1) / chunks); };
-  parallel_for(where, chunks, chunk, "parallel_chunks");
+  const auto once = [&](int64_t i) { loop(i, i + 1, chunk); };
+  parallel_for(where, chunks, once, "parallel_chunks");
 }
 
 template <int N, class F>
-void parallel_rows_of(const Where& where, int64_t rows, int blocks, const F& f, const char* name) {
-  const auto row_of = [&](int64_t row) {
-    const int count = N > 0 ? N : blocks;
-    for (int b = 0; b < count; ++b) f(row, b);
-  };
-  parallel_for(where, rows, row_of, name);
+void parallel_rows_of(const Where& where, int64_t rows, int blocks, const F& f) {
+  parallel_chunks(where, rows, [&](int64_t, int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int count = N > 0 ? N : blocks;
+      for (int b = 0; b < count; ++b) f(row, b);
+    }
+  });
 }
 
 // Unrolls the common short rows, so that their blocks share what the row computes.
 template <class F>
 void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int blocks, const F& f,
-                   const char* name) {
+                   const char*) {
   const int64_t rows = row_count(bound, limit);
   switch (blocks) {
     case 1:
-      return parallel_rows_of<1>(where, rows, blocks, f, name);
+      return parallel_rows_of<1>(where, rows, blocks, f);
     case 2:
-      return parallel_rows_of<2>(where, rows, blocks, f, name);
+      return parallel_rows_of<2>(where, rows, blocks, f);
     case 3:
-      return parallel_rows_of<3>(where, rows, blocks, f, name);
+      return parallel_rows_of<3>(where, rows, blocks, f);
     default:
-      return parallel_rows_of<0>(where, rows, blocks, f, name);
+      return parallel_rows_of<0>(where, rows, blocks, f);
   }
 }
 

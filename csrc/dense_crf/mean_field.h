@@ -6,7 +6,8 @@
 
 #include "common/simd.h"
 #include "common/where.h"
-#include "permutohedral/permutohedral.h"
+#include "permutohedral/filter.h"
+#include "permutohedral/lattice.h"
 
 namespace segkernels {
 

@@ -18,20 +18,20 @@
 namespace segkernels {
 namespace {
 
-template <class T, int G>
-__device__ T group_max(T v) {
+template <class T>
+__device__ T group_max(T v, int group) {
 #pragma unroll
-  for (int step = G / 2; step > 0; step /= 2) {
+  for (int step = group / 2; step > 0; step /= 2) {
     const T other = __shfl_xor_sync(0xFFFFFFFFu, v, step);
     v = other > v ? other : v;
   }
   return v;
 }
 
-template <class T, int G>
-__device__ T group_sum(T v) {
+template <class T>
+__device__ T group_sum(T v, int group) {
 #pragma unroll
-  for (int step = G / 2; step > 0; step /= 2) v = v + __shfl_xor_sync(0xFFFFFFFFu, v, step);
+  for (int step = group / 2; step > 0; step /= 2) v = v + __shfl_xor_sync(0xFFFFFFFFu, v, step);
   return v;
 }
 
@@ -70,9 +70,9 @@ __device__ void set_lane(V& v, int i, T value) {
 }
 
 // Adds a term's message to the channels. False if the term's lattice skips the point.
-template <class T, class V, int G, int B>
+template <class T, class V, int B>
 __device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t tile, int lane,
-                         int blocks, Channels<V, B>& z) {
+                         int group, int blocks, Channels<V, B>& z) {
   const Lattice& l = term.lattice;
   const int n = l.dims + 1;
   const uint16_t* ids = l.local_ids + position * n;
@@ -85,34 +85,37 @@ __device__ bool add_term(const MeanFieldTerm& term, int64_t position, int32_t ti
   for (int k = 0; k < n; ++k) {
     const V* row = rows + int64_t(vertices[ids[k]]) * blocks;
     const T w = weights[k] * s;
-    const int count = B > 0 ? B : (blocks - lane + G - 1) / G;
+    const int count = B > 0 ? B : (blocks - lane + group - 1) / group;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      if (B == 0 || lane + i * G < blocks) z.at(i, G) = mul_add(w, row[lane + i * G], z.at(i, G));
+      if (B == 0 || lane + i * group < blocks)
+        z.at(i, group) = mul_add(w, row[lane + i * group], z.at(i, group));
     }
   }
   return true;
 }
 
-// Writes Q of point p to `row`, with G threads: softmax of minus the energy plus the terms'
+// Writes Q of point p to `row`, with `group` threads: softmax of minus the energy plus the terms'
 // messages; `first`: of minus the energy alone.
-template <class T, class V, int G, int B>
+template <class T, class V, int B>
 __device__ void update_point(const MeanField& m, bool first, bool last, int64_t p, int32_t tile,
-                             V* row) {
+                             int group, V* row) {
   constexpr int W = sizeof(V) / sizeof(T);
+  [[maybe_unused]] constexpr int kUnroll = B > 0 ? B : 1;
   const int blocks = m.width / W;
-  const int lane = threadIdx.x % G;
-  const int count = B > 0 ? B : (blocks - lane + G - 1) / G;
+  const int lane = threadIdx.x % group;
+  const int count = B > 0 ? B : (blocks - lane + group - 1) / group;
   const V* energy = static_cast<const V*>(m.energy);
   Channels<V, B> z(row, lane);
+#pragma unroll(kUnroll)
   for (int i = 0; i < count; ++i) {
     V v{};
-    if (B == 0 || lane + i * G < blocks) {
-      v = energy[p * blocks + lane + i * G];
+    if (B == 0 || lane + i * group < blocks) {
+      v = energy[p * blocks + lane + i * group];
     } else {
       for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-3e38));
     }
-    z.at(i, G) = v;
+    z.at(i, group) = v;
   }
   bool taken = true;
   for (int k = 0; k < m.term_count; ++k) {
@@ -120,79 +123,100 @@ __device__ void update_point(const MeanField& m, bool first, bool last, int64_t 
       const Lattice& l = m.terms[k].lattice;
       taken = taken && l.local_ids[p * (l.dims + 1)] != kSkipped;
     } else {
-      taken = add_term<T, V, G, B>(m.terms[k], p, tile, lane, blocks, z) && taken;
+      taken = add_term<T, V, B>(m.terms[k], p, tile, lane, group, blocks, z) && taken;
     }
   }
 
   T top = T(-3e38);
+#pragma unroll(kUnroll)
   for (int i = 0; i < count; ++i) {
     for (int c = 0; c < W; ++c) {
-      const T v = lane_value<T>(z.at(i, G), c);
+      const T v = lane_value<T>(z.at(i, group), c);
       top = v > top ? v : top;
     }
   }
-  top = group_max<T, G>(top);
+  top = group_max(top, group);
   const bool log_scores = last && m.log;
   T sum = 0;
+#pragma unroll(kUnroll)
   for (int i = 0; i < count; ++i) {
     for (int c = 0; c < W; ++c) {
-      const T v = lane_value<T>(z.at(i, G), c) - top;
+      const T v = lane_value<T>(z.at(i, group), c) - top;
       const T e = exp(v);
       sum += e;
-      set_lane<T>(z.at(i, G), c, log_scores ? v : e);
+      set_lane<T>(z.at(i, group), c, log_scores ? v : e);
     }
   }
-  sum = group_sum<T, G>(sum);
+  sum = group_sum(sum, group);
   // A point with scores that are not finite is NaN, and contributes nothing.
   const bool good = taken && sum - sum == T(0);
   const T faulty = last ? T(NAN) : T(0);
   const T change = log_scores ? log(sum) : T(1) / sum;
+#pragma unroll(kUnroll)
   for (int i = 0; i < count; ++i) {
-    if (B > 0 && lane + i * G >= blocks) continue;
+    if (B > 0 && lane + i * group >= blocks) continue;
     V out{};
     for (int c = 0; c < W; ++c) {
-      const T v = lane_value<T>(z.at(i, G), c);
+      const T v = lane_value<T>(z.at(i, group), c);
       set_lane<T>(out, c, !good ? faulty : log_scores ? v - change : v * change);
     }
-    row[lane + i * G] = out;
+    row[lane + i * group] = out;
   }
 }
 
+// G threads a point (0: `threads`) with B vectors each (0: any number). For float64 the launch
+// bounds ask for one block, for ptxas not to spill.
 template <class T, class V, int G, int B>
-__global__ void __launch_bounds__(kThreads) update_kernel(MeanField m, bool first, bool last) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == sizeof(double))
+    update_kernel(MeanField m, bool first, bool last, int threads) {
+  const int group = G > 0 ? G : threads;
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int64_t positions = position_count(m.grid);
   V* rows = static_cast<V*>(m.rows);
   // A block has whole groups of threads, and positions come in tiles of 256, so all threads of a
   // warp leave the loop together.
-  const int64_t step = int64_t(gridDim.x) * (kThreads / G);
-  for (int64_t p = int64_t(blockIdx.x) * (kThreads / G) + threadIdx.x / G; p < positions;
+  const int64_t step = int64_t(gridDim.x) * (kThreads / group);
+  for (int64_t p = int64_t(blockIdx.x) * (kThreads / group) + threadIdx.x / group; p < positions;
        p += step) {
-    update_point<T, V, G, B>(m, first, last, p, tile_of(m.grid, p), rows + p * blocks);
+    update_point<T, V, B>(m, first, last, p, tile_of(m.grid, p), group, rows + p * blocks);
   }
 }
 
 constexpr int kSharedBytes = 48 * 1024;  // the default limit a block
 
+// Few classes have their last step in update_kernel: the logarithm would take registers, and so
+// room for other blocks.
+template <int G, int B>
+constexpr bool kLastApart = G * B == 1;
+
 // One tile a block: Q of its points stays in shared memory, and is splatted into the pairs of all
-// terms.
+// terms; `last`: is copied to the result.
 template <class T, class V, int G, int B>
-__global__ void __launch_bounds__(kThreads) update_and_splat_kernel(MeanField m, bool first) {
+__global__ void __launch_bounds__(kThreads)
+    update_and_splat_kernel(MeanField m, bool first, bool last, int threads) {
+  if (kLastApart<G, B>) last = false;
   extern __shared__ __align__(16) unsigned char memory[];
   V* rows = reinterpret_cast<V*>(memory);  // [points of a tile, blocks]
+  const int group = G > 0 ? G : threads;
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
   const int32_t tile = blockIdx.x;
   const int64_t base = int64_t(tile) * kThreads;
-  for (int i = threadIdx.x / G; i < kThreads; i += kThreads / G) {
-    update_point<T, V, G, B>(m, first, false, base + i, tile, rows + i * blocks);
+  for (int i = threadIdx.x / group; i < kThreads; i += kThreads / group) {
+    update_point<T, V, B>(m, first, last, base + i, tile, group, rows + i * blocks);
   }
   __syncthreads();
+  if (last) {
+    V* to = static_cast<V*>(m.rows) + base * blocks;
+    for (int i = threadIdx.x; i < kThreads * blocks; i += kThreads) to[i] = rows[i];
+    return;
+  }
   for (int k = 0; k < m.term_count; ++k) {
     const MeanFieldTerm& term = m.terms[k];
     const Lattice& l = term.lattice;
     const T* weights = static_cast<const T*>(term.splat_weights) + base * (l.dims + 1);
-    splat_tile<T, G, B>(l, tile, rows, weights, static_cast<const T*>(nullptr),
-                        static_cast<V*>(term.pairs), blocks);
+    splat_tile<T, (G > 0 ? G : 4), (B > 0 ? B : 1)>(l, tile, rows, weights,
+                                                    static_cast<const T*>(nullptr),
+                                                    static_cast<V*>(term.pairs), blocks);
   }
 }
 
@@ -315,22 +339,34 @@ __global__ void __launch_bounds__(kCooperativeThreads, 2)
   }
 }
 
-template <class T, class V, int G, int B>
-void launch_update(const Where& where, const MeanField& m, bool first, bool last) {
-  update_kernel<T, V, G, B>
-      <<<grid_for(position_count(m.grid), kThreads / G), kThreads, 0, stream_of(where)>>>(m, first,
-                                                                                          last);
-  check_launch("dense_crf update");
+// f(Int<G>, Int<B>, threads) for the kernels of rows of `blocks` vectors. Rows that are too long
+// for registers stay in memory, and so do those of float64, for which one instance is enough.
+template <class T, class V, class F>
+void with_group(int blocks, const F& f) {
+  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
+    constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
+    constexpr bool kGeneral = sizeof(T) == sizeof(double) && G > 1;
+    f(Int<kGeneral ? 0 : G>{}, Int<(kGeneral || G == 32 ? 0 : B)>{}, G);
+  });
 }
 
+template <class V>
+constexpr bool fits_shared(int blocks) {
+  return blocks * int(sizeof(V)) * kThreads <= kSharedBytes;
+}
+
+// For rows that do not fit shared memory, and last steps that stand apart.
 template <class T, class V>
 void update(const Where& where, const MeanField& m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
-    constexpr int G = decltype(lanes)::value;
-    // Rows that are too long for registers stay in memory.
-    constexpr int B = G == 32 ? 0 : decltype(vectors)::value;
-    launch_update<T, V, G, B>(where, m, first, last);
+  with_group<T, V>(blocks, [&](auto lanes, auto vectors, int threads) {
+    constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
+    if constexpr (B == 0 || kLastApart<G, B> || !fits_shared<V>(G * B)) {
+      update_kernel<T, V, G, B>
+          <<<grid_for(position_count(m.grid), kThreads / threads), kThreads, 0, stream_of(where)>>>(
+              m, first, last, threads);
+      check_launch("dense_crf update");
+    }
   });
 }
 
@@ -362,23 +398,32 @@ void merge_and_blur_cooperative(const Where& where, MeanField& m, int grid) {
 }
 
 template <class T, class V>
-void update_and_splat(const Where& where, const MeanField& m, bool first) {
+void update_and_splat(const Where& where, const MeanField& m, bool first, bool last) {
   const int blocks = m.width * int(sizeof(T)) / int(sizeof(V));
-  with_row_threads<T, V>(blocks, [&](auto lanes, auto vectors) {
+  with_group<T, V>(blocks, [&](auto lanes, auto vectors, int threads) {
     constexpr int G = decltype(lanes)::value, B = decltype(vectors)::value;
-    if constexpr (G * B * int(sizeof(V)) * kThreads <= kSharedBytes) {
+    if (kLastApart<G, B> && last) return update<T, V>(where, m, first, last);
+    if constexpr (G < 32 && fits_shared<V>(G * B)) {
       update_and_splat_kernel<T, V, G, B>
           <<<tile_count(m.grid), kThreads, size_t(kThreads) * m.width * sizeof(T),
-             stream_of(where)>>>(m, first);
+             stream_of(where)>>>(m, first, last, threads);
       check_launch("dense_crf update and splat");
     }
   });
 }
 
+// The kernels of finish_term compute every channel alone, so that float64, which needs no speed,
+// shares those of single channels.
+template <class T, class V>
+void finish(const Where& where, const MeanField& m, const MeanFieldTerm& term) {
+  finish_term<T, std::conditional_t<sizeof(T) == sizeof(double), T, V>>(where, m, term);
+}
+
 // Two kernels an iteration.
 template <class T, class V>
-void iterate_fused(const Where& where, MeanField m, int grid) {
-  for (int k = 0; k < m.term_count; ++k) {
+void iterate_fused(const Where& where, MeanField m) {
+  const int grid = m.iterations > 0 ? cooperative_blocks<T, V>(where.device) : 0;
+  for (int k = 0; k < m.term_count && m.iterations > 0; ++k) {
     MeanFieldTerm& term = m.terms[k];
     const Lattice& l = term.lattice;
     if (term.scale_in == nullptr) {
@@ -391,28 +436,26 @@ void iterate_fused(const Where& where, MeanField m, int grid) {
     }
   }
   for (int i = 0; i < m.iterations; ++i) {
-    update_and_splat<T, V>(where, m, i == 0);
+    update_and_splat<T, V>(where, m, i == 0, false);
     if (grid > 0) {
       merge_and_blur_cooperative<T, V>(where, m, grid);
     } else {
-      for (int k = 0; k < m.term_count; ++k) finish_term<T, V>(where, m, m.terms[k]);
+      for (int k = 0; k < m.term_count; ++k) finish<T, V>(where, m, m.terms[k]);
     }
   }
-  update<T, V>(where, m, false, true);
+  update_and_splat<T, V>(where, m, m.iterations == 0, true);
 }
 
 template <class T, class V>
 void iterate(const Where& where, const MeanField& m) {
-  if (m.iterations > 0 && m.width * sizeof(T) * kThreads <= kSharedBytes) {
-    return iterate_fused<T, V>(where, m, cooperative_blocks<T, V>(where.device));
-  }
+  if (fits_shared<T>(m.width)) return iterate_fused<T, V>(where, m);
   update<T, V>(where, m, true, m.iterations == 0);
   for (int i = 1; i <= m.iterations; ++i) {
     for (int k = 0; k < m.term_count; ++k) {
       const MeanFieldTerm& term = m.terms[k];
       splat_pairs(where, term.lattice, m.rows, term.scale_in, term.pairs, m.width,
                   sizeof(T) == sizeof(double));
-      finish_term<T, V>(where, m, term);
+      finish<T, V>(where, m, term);
     }
     update<T, V>(where, m, false, i == m.iterations);
   }

@@ -40,11 +40,18 @@ struct Axis {
   bool cuda;
 };
 
+// As K, the number of taps: that of the axis' kind, at run time. For float64 on CUDA and for rare
+// cases, to which one instance of a kernel is enough.
+constexpr int kAnyTaps = 0;
+
+template <int K>
+constexpr int kMostTaps = K == kAnyTaps ? 4 : K;
+
 // Weights of the inputs start .. start + K - 1, clamped to the axis.
 template <class A, int K>
 struct Taps {
   int32_t start;
-  A weight[K];
+  A weight[kMostTaps<K>];
 };
 
 constexpr int taps_of(Mode mode) {
@@ -96,6 +103,26 @@ Axis<A> make_axis(int64_t in, int64_t out, Mode mode, bool align_corners, double
 
 inline namespace SK_NS {
 
+template <int K, class A>
+SK_HD int tap_count([[maybe_unused]] const Axis<A>& axis) {
+  if constexpr (K != kAnyTaps) return K;
+  return axis.kind < kLinear ? 1 : axis.kind < kCubic ? 2 : 4;
+}
+
+// Whether the rules are CUDA's, for the compiler to leave out the others. The emulation of CUDA has
+// the CPU's.
+#if defined(__CUDA_ARCH__) && !defined(SK_EMULATED)
+constexpr bool kOnlyCuda = true;
+#else
+constexpr bool kOnlyCuda = false;
+#endif
+
+// Whether outputs copy inputs. On CUDA an axis that is copied has one tap, and needs no rule.
+template <class A>
+SK_HD bool copies(const Axis<A>& axis) {
+  return !kOnlyCuda && axis.kind == kIdentity;
+}
+
 SK_HD float fused(float a, float b, float c) { return fmaf(a, b, c); }
 SK_HD double fused(double a, double b, double c) { return fma(a, b, c); }
 
@@ -112,6 +139,7 @@ SK_HD A source_of(const Axis<A>& axis, int32_t i) {
 template <class A>
 SK_HD int32_t nearest_of(const Axis<A>& axis, int32_t i) {
   int32_t index = i;
+  if (kOnlyCuda && axis.kind != kFloorSingle && axis.kind != kExactSingle) return i;
   switch (axis.kind) {
     case kHalved:
       return i >> 1;
@@ -158,24 +186,25 @@ SK_HD int32_t floor_of(const Axis<A>& axis, A source) {
 template <int K, class A>
 SK_HD Taps<A, K> taps_at(const Axis<A>& axis, int32_t i) {
   Taps<A, K> taps;
-  if constexpr (K == 1) {
+  const int count = tap_count<K>(axis);
+  if (count == 1) {
     taps.start = nearest_of(axis, i);
     taps.weight[0] = A(1);
-  } else if (axis.kind == kIdentity) {
+  } else if (copies(axis)) {
     taps.start = i;
     for (int k = 0; k < K; ++k) taps.weight[k] = A(k == 0);
-  } else {
+  } else if constexpr (K != 1) {
     const A source = source_of(axis, i);
     const int32_t index = floor_of(axis, source);
     A t = source - A(index);
     // floorf may round a double up; torch's bicubic kernel on CUDA keeps the negative difference.
-    if (t < A(0) && !(axis.cuda && K == 4)) t = A(0);
+    if (t < A(0) && !(axis.cuda && count == 4)) t = A(0);
     if (t > A(1)) t = A(1);
-    if constexpr (K == 2) {
+    if (count == 2) {
       taps.start = index;
       taps.weight[0] = A(1) - t;
       taps.weight[1] = t;
-    } else {
+    } else if constexpr (K != 2) {
       taps.start = index - 1;
       taps.weight[0] = cubic_far(t + A(1));
       taps.weight[1] = cubic_near(t);
@@ -190,14 +219,15 @@ SK_HD Taps<A, K> taps_at(const Axis<A>& axis, int32_t i) {
 // output through a zero weight.
 template <class A>
 SK_HD int32_t tap_position(const Axis<A>& axis, int32_t start, int k) {
-  return axis.kind == kIdentity ? start : clamp_index(start + k, axis.in);
+  return copies(axis) ? start : clamp_index(start + k, axis.in);
 }
 
 template <int K, class A>
 SK_HD int32_t start_at(const Axis<A>& axis, int32_t i) {
-  if constexpr (K == 1) return nearest_of(axis, i);
-  if (axis.kind == kIdentity) return i;
-  return floor_of(axis, source_of(axis, i)) - (K == 4);
+  const int count = tap_count<K>(axis);
+  if (count == 1) return nearest_of(axis, i);
+  if (copies(axis)) return i;
+  return floor_of(axis, source_of(axis, i)) - (count == 4);
 }
 
 // The first output whose taps start at `start` or later; `out` if none does. Starts are monotonic,
@@ -209,7 +239,8 @@ SK_HD int32_t first_output(const Axis<A>& axis, int32_t start) {
   const bool centred = axis.kind == kLinear || axis.kind == kCubic || axis.kind == kExact ||
                        axis.kind == kExactDouble || axis.kind == kExactSingle;
   const A shift = axis.kind == kLinear || axis.kind == kCubic ? A(0.5) : A(0);
-  const A guess = (A(start + (K == 4)) + shift) * axis.inverse - (centred ? A(0.5) : A(0));
+  const A guess =
+      (A(start + (tap_count<K>(axis) == 4)) + shift) * axis.inverse - (centred ? A(0.5) : A(0));
   int32_t i = guess < A(0) ? 0 : guess > A(axis.out) ? axis.out : int32_t(guess);
   if (i > axis.out) i = axis.out;  // float(out) may exceed out
   while (i > 0 && start_at<K>(axis, i - 1) >= start) --i;
@@ -220,13 +251,45 @@ SK_HD int32_t first_output(const Axis<A>& axis, int32_t start) {
 // Outputs [first, last) read input j.
 template <int K, class A>
 SK_HD int32_t first_reader(const Axis<A>& axis, int32_t j) {
-  if (j <= 0) return 0;
-  return first_output<K>(axis, axis.kind == kIdentity ? j : j - K + 1);
+  return j <= 0 ? 0 : first_output<K>(axis, copies(axis) ? j : j - tap_count<K>(axis) + 1);
 }
 
 template <int K, class A>
 SK_HD int32_t last_reader(const Axis<A>& axis, int32_t j) {
   return j >= axis.in - 1 ? axis.out : first_output<K>(axis, j + 1);
+}
+
+// As first_reader of input `begin` and last_reader of input `end` - 1.
+struct Readers {
+  int32_t first, last;
+};
+
+template <int K, class A>
+SK_HD Readers readers_of(const Axis<A>& axis, int32_t begin, int32_t end) {
+  Readers readers{0, 0};
+  const int32_t before = copies(axis) ? 0 : tap_count<K>(axis) - 1;
+  // A loop of two, because the search is long, and inlined.
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    const bool edge = side == 0 ? begin <= 0 : end >= axis.in;
+    const int32_t start = side == 0 ? begin - before : end;
+    readers.first = readers.last;
+    readers.last = edge ? side * axis.out : first_output<K>(axis, start);
+  }
+  return readers;
+}
+
+// The sum of the taps' values times their weights: value(k) is called once a tap.
+template <int K, class A, class Value>
+SK_HD A sum_taps(const Axis<A>& axis, const Taps<A, K>& taps, const Value& value) {
+  const int count = tap_count<K>(axis);
+  A sum = value(0);
+  if (count > 1) sum = taps.weight[0] * sum;
+#pragma unroll
+  for (int k = 1; k < kMostTaps<K>; ++k) {
+    if (k < count) sum = mul_add(taps.weight[k], value(k), sum);
+  }
+  return sum;
 }
 
 // The weight of input j in output i.
@@ -235,8 +298,9 @@ SK_HD A weight_of(const Axis<A>& axis, int32_t i, int32_t j) {
   const Taps<A, K> taps = taps_at<K>(axis, i);
   A sum = A(0);
 #pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (tap_position(axis, taps.start, k) == j) sum += taps.weight[k];
+  for (int k = 0; k < kMostTaps<K>; ++k) {
+    const bool read = k < tap_count<K>(axis) && tap_position(axis, taps.start, k) == j;
+    if (read) sum += taps.weight[k];
   }
   return sum;
 }

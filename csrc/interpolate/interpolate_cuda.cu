@@ -25,9 +25,9 @@ void interpolate_cuda(const Where& where, const Resampling& r, ScalarType type, 
   const DeviceGuard guard(where.device);
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(r, [&](auto taps) {
+    with_taps_of<T>(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
-      const int32_t threads = threads_per_row<T, taps.value>(g);
+      const int32_t threads = threads_per_row<taps.value>(g);
       const int rows = rows_per_thread(g.planes * g.y.out * threads, g.y.out);
       const Forward<T, taps.value> f{g,    static_cast<const T*>(input), static_cast<T*>(output),
                                      rows, (g.y.out + rows - 1) / rows,  threads};
@@ -41,14 +41,16 @@ void interpolate_backward_cuda(const Where& where, const Resampling& r, ScalarTy
   const DeviceGuard guard(where.device);
   with_scalar_type(type, [&](auto scalar) {
     using T = decltype(scalar);
-    with_taps(r, [&](auto taps) {
+    with_taps_of<T>(r, [&](auto taps) {
       const auto g = r.geometry<Acc<T>>();
-      const Backward<T, taps.value> f{g, tiling_of(g, taps.value),
-                                      static_cast<const T*>(grad_output),
+      const Backward<T, taps.value> f{g, tiling_of(g, r.taps()), static_cast<const T*>(grad_output),
                                       static_cast<T*>(grad_input)};
       const int64_t bytes = f.tiling.rows * f.tiling.pitch() * int64_t(sizeof(Acc<T>));
       if (bytes > kTileBytes) {
-        const BackwardDirect<T, taps.value> direct{g, f.grad_output, f.grad_input};
+        using Any = std::conditional_t<sizeof(T) == 2, Any16, T>;
+        const BackwardDirect<Any> direct{g, format_of<Any>(type),
+                                         static_cast<const Any*>(grad_output),
+                                         static_cast<Any*>(grad_input)};
         return parallel_for_many_registers(where, direct.count(), direct, "interpolate_backward");
       }
       launch_tiles(where, f, bytes, "interpolate_backward");

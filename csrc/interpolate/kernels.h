@@ -9,6 +9,7 @@
 // the order of summation is fixed.
 #pragma once
 
+#include "common/any16.h"
 #include "interpolate/axis.h"
 
 namespace segkernels {
@@ -36,7 +37,7 @@ SK_HD int64_t divide(int64_t i, int32_t n, int32_t& remainder) {
 // The K values of the rows that the last output read.
 template <class A, int K, int V>
 struct RowWindow {
-  A value[V][K] = {};
+  A value[V][kMostTaps<K>] = {};
   int32_t start = 0;
   bool filled = false;
 
@@ -44,7 +45,7 @@ struct RowWindow {
   template <class Load>
   SK_HD void move_to(int32_t wanted, bool slides, const Load& load) {
     if (filled && wanted == start) return;
-    if (filled && slides && wanted == start + 1) {
+    if (K != kAnyTaps && filled && slides && wanted == start + 1) {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
 #pragma unroll
@@ -53,7 +54,7 @@ struct RowWindow {
       load(K - 1);
     } else {
 #pragma unroll
-      for (int k = 0; k < K; ++k) load(k);
+      for (int k = 0; k < kMostTaps<K>; ++k) load(k);
     }
     start = wanted;
     filled = true;
@@ -61,12 +62,15 @@ struct RowWindow {
 };
 
 // Elements a thread: fewer where their taps would take too many registers.
-template <class T, int K>
-constexpr int kElements = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
+template <int K>
+constexpr int kElements = K == kAnyTaps ? 1
+                          : K == 4      ? 2
+                                        : 4;
 
-template <class T, int K, int V = kElements<T, K>>
+template <class T, int K>
 struct Forward {
   using A = Acc<T>;
+  static constexpr int V = kElements<K>;
   Geometry<A> g;
   const T* input;
   T* output;
@@ -97,7 +101,8 @@ struct Forward {
     RowWindow<A, K, V> window;
     for (int32_t y = first; y < last; ++y) {
       const Taps<A, K> ty = taps_at<K>(g.y, y);
-      window.move_to(ty.start, g.y.kind != kIdentity, [&](int k) {
+      window.move_to(ty.start, !copies(g.y), [&](int k) {
+        if (k >= tap_count<K>(g.y)) return;
         const T* row = in + tap_position(g.y, ty.start, k) * in_row;
 #pragma unroll
         for (int v = 0; v < V; ++v) window.value[v][k] = along(row, tx[v], channel[v]);
@@ -105,10 +110,8 @@ struct Forward {
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         if (thread + int64_t(v) * threads < out_row) {
-          A sum = K == 1 ? window.value[v][0] : ty.weight[0] * window.value[v][0];
-#pragma unroll
-          for (int k = 1; k < K; ++k) sum = mul_add(ty.weight[k], window.value[v][k], sum);
-          narrow(sum, out[int64_t(v) * threads]);
+          const A* values = window.value[v];
+          narrow(sum_taps(g.y, ty, [&](int k) { return values[k]; }), out[int64_t(v) * threads]);
         }
       }
       out += out_row;
@@ -116,27 +119,24 @@ struct Forward {
   }
 
   SK_HD A along(const T* row, const Taps<A, K>& taps, int32_t c) const {
-    A sum = widen(row[int64_t(tap_position(g.x, taps.start, 0)) * g.inner + c]);
-    if constexpr (K > 1) sum = taps.weight[0] * sum;
-#pragma unroll
-    for (int k = 1; k < K; ++k) {
-      sum = mul_add(taps.weight[k],
-                    A(widen(row[int64_t(tap_position(g.x, taps.start, k)) * g.inner + c])), sum);
-    }
-    return sum;
+    return sum_taps(g.x, taps, [&](int k) {
+      return A(widen(row[int64_t(tap_position(g.x, taps.start, k)) * g.inner + c]));
+    });
   }
 };
 
-// Sums over the readers of inputs [begin, end), in ascending order: load(i) gives V values of
+// Sums over the `readers` of inputs [begin, end), in ascending order: load(i) gives V values of
 // output i, store(j, sums) takes the sums of input j. Loads each output once.
 template <class A, int K, int V, class Load, class Store>
-SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Load& load,
-                       const Store& store) {
-  const int32_t last = last_reader<K>(axis, end - 1);
-  int32_t i = first_reader<K>(axis, begin);
+SK_HD void sum_readers(const Axis<A>& axis, const Readers& readers, int32_t begin, int32_t end,
+                       const Load& load, const Store& store) {
+  constexpr int kMost = kMostTaps<K>;
+  const int count = tap_count<K>(axis);
+  const int32_t last = readers.last;
+  int32_t i = readers.first;
   // sum[.][k] belongs to input base + k. Inputs before 0 are clamped to 0, those behind the axis to
   // the last.
-  A sum[V][K] = {};
+  A sum[V][kMost] = {};
   int32_t base = i < last ? start_at<K>(axis, i) : begin;
   if (base > begin) base = begin;
   const auto advance = [&](int32_t wanted) {
@@ -148,7 +148,8 @@ SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Lo
         for (int v = 0; v < V; ++v) {
           total[v] = sum[v][0];
 #pragma unroll
-          for (int k = 1; k < K; ++k) total[v] = fold ? total[v] + sum[v][k] : total[v];
+          for (int k = 1; k < kMost; ++k)
+            total[v] = fold && k < count ? total[v] + sum[v][k] : total[v];
         }
         store(base, total);
       }
@@ -156,9 +157,9 @@ SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Lo
       for (int v = 0; v < V; ++v) {
         const A carried = base < 0 ? sum[v][0] : A(0);
 #pragma unroll
-        for (int k = 0; k + 1 < K; ++k) sum[v][k] = sum[v][k + 1];
-        sum[v][K - 1] = A(0);
-        if constexpr (K > 1) sum[v][0] += carried;
+        for (int k = 0; k + 1 < kMost; ++k) sum[v][k] = sum[v][k + 1];
+        sum[v][kMost - 1] = A(0);
+        if (count > 1) sum[v][0] += carried;
       }
     }
   };
@@ -169,10 +170,13 @@ SK_HD void sum_readers(const Axis<A>& axis, int32_t begin, int32_t end, const Lo
     load(i, taps, values);
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      sum[v][0] = K == 1 ? sum[v][0] + values[v] : mul_add(taps.weight[0], values[v], sum[v][0]);
-      if (axis.kind != kIdentity) {
+      sum[v][0] =
+          count == 1 ? sum[v][0] + values[v] : mul_add(taps.weight[0], values[v], sum[v][0]);
+      if (!copies(axis)) {
 #pragma unroll
-        for (int k = 1; k < K; ++k) sum[v][k] = mul_add(taps.weight[k], values[v], sum[v][k]);
+        for (int k = 1; k < kMost; ++k) {
+          if (k < count) sum[v][k] = mul_add(taps.weight[k], values[v], sum[v][k]);
+        }
       }
     }
   }
@@ -191,9 +195,10 @@ struct Tiling {
 struct Tile {
   int64_t plane;
   int32_t channel, row, row_end, column, column_end;
+  Readers y, x;
 };
 
-template <class A>
+template <int K, class A>
 SK_HD Tile tile_at(const Geometry<A>& g, const Tiling& t, int64_t i) {
   Tile tile;
   i = divide(i, t.column_tiles, tile.column);
@@ -204,6 +209,8 @@ SK_HD Tile tile_at(const Geometry<A>& g, const Tiling& t, int64_t i) {
   tile.channel *= t.channels;
   tile.row_end = tile.row + t.rows < g.y.in ? tile.row + t.rows : g.y.in;
   tile.column_end = tile.column + t.columns < g.x.in ? tile.column + t.columns : g.x.in;
+  tile.y = readers_of<K>(g.y, tile.row, tile.row_end);
+  tile.x = readers_of<K>(g.x, tile.column, tile.column_end);
   return tile;
 }
 
@@ -221,19 +228,19 @@ struct Backward {
   SK_HD int64_t tiles() const {
     return g.planes * tiling.channel_tiles * tiling.row_tiles * tiling.column_tiles;
   }
-  SK_HD Tile tile(int64_t i) const { return tile_at(g, tiling, i); }
+  SK_HD Tile tile(int64_t i) const { return tile_at<K>(g, tiling, i); }
   SK_HD int columns() const { return int(tiling.pitch()); }
   SK_HD int cells() const { return tiling.columns * tiling.channels; }
 
   // First step: sums column i of the tile's readers down the height into `sums` [rows, pitch].
   SK_HD void column(const Tile& tile, int i, A* sums) const {
     const int32_t c = tile.channel + i % tiling.channels;
-    const int32_t x = first_reader<K>(g.x, tile.column) + i / tiling.channels;
-    if (c >= g.inner || x >= last_reader<K>(g.x, tile.column_end - 1)) return;
+    const int32_t x = tile.x.first + i / tiling.channels;
+    if (c >= g.inner || x >= tile.x.last) return;
     const int64_t out_row = int64_t(g.x.out) * g.inner;
     const T* from = grad_output + tile.plane * g.y.out * out_row + int64_t(x) * g.inner + c;
     sum_readers<A, K, 1>(
-        g.y, tile.row, tile.row_end,
+        g.y, tile.y, tile.row, tile.row_end,
         [&](int32_t y, const Taps<A, K>&, A* value) { *value = widen(from[y * out_row]); },
         [&](int32_t j, const A* sum) { sums[(j - tile.row) * tiling.pitch() + i] = *sum; });
   }
@@ -243,11 +250,11 @@ struct Backward {
     const int32_t offset = i % tiling.channels, c = tile.channel + offset;
     const int32_t j = tile.column + i / tiling.channels;
     if (c >= g.inner || j >= tile.column_end) return;
-    const int32_t base = first_reader<K>(g.x, tile.column), last = last_reader<K>(g.x, j);
+    const Readers readers = readers_of<K>(g.x, j, j + 1);
     A sum[kTileRows] = {};
-    for (int32_t x = first_reader<K>(g.x, j); x < last; ++x) {
+    for (int32_t x = readers.first; x < readers.last; ++x) {
       const A w = weight_of<K>(g.x, x, j);
-      const A* at = sums + int64_t(x - base) * tiling.channels + offset;
+      const A* at = sums + int64_t(x - tile.x.first) * tiling.channels + offset;
 #pragma unroll
       for (int r = 0; r < kTileRows; ++r) {
         if (r < tile.row_end - tile.row) sum[r] = mul_add(w, at[r * tiling.pitch()], sum[r]);
@@ -264,10 +271,12 @@ struct Backward {
 
 // Fallback where a tile does not fit (more than ten thousand columns read one input): an input
 // element a thread.
-template <class T, int K>
+template <class T>
 struct BackwardDirect {
   using A = Acc<T>;
+  static constexpr int K = kAnyTaps;
   Geometry<A> g;
+  Format<T> format;
   const T* grad_output;
   T* grad_input;
 
@@ -278,26 +287,25 @@ struct BackwardDirect {
     int32_t j, c, r;
     const int64_t row = divide(divide(i, g.inner, c), g.x.in, j);
     const int64_t plane = divide(row, g.y.in, r);
-    const int32_t x0 = first_reader<K>(g.x, j), x1 = last_reader<K>(g.x, j),
-                  y1 = last_reader<K>(g.y, r);
+    const Readers xs = readers_of<K>(g.x, j, j + 1), ys = readers_of<K>(g.y, r, r + 1);
     A sum = A(0);
-    for (int32_t y = first_reader<K>(g.y, r); y < y1; ++y) {
+    for (int32_t y = ys.first; y < ys.last; ++y) {
       const T* from = grad_output + (plane * g.y.out + y) * out_row + c;
       A along = A(0);
-      for (int32_t x = x0; x < x1; ++x) {
-        along = mul_add(weight_of<K>(g.x, x, j), A(widen(from[int64_t(x) * g.inner])), along);
+      for (int32_t x = xs.first; x < xs.last; ++x) {
+        along = mul_add(weight_of<K>(g.x, x, j), format.wide(from[int64_t(x) * g.inner]), along);
       }
       sum = mul_add(weight_of<K>(g.y, y, r), along, sum);
     }
-    narrow(sum, grad_input[i]);
+    grad_input[i] = format.narrow(sum);
   }
 };
 
 }  // namespace SK_NS
 
-template <class T, int K>
-int32_t threads_per_row(const Geometry<Acc<T>>& g) {
-  return int32_t((int64_t(g.x.out) * g.inner + kElements<T, K> - 1) / kElements<T, K>);
+template <int K, class A>
+int32_t threads_per_row(const Geometry<A>& g) {
+  return int32_t((int64_t(g.x.out) * g.inner + kElements<K> - 1) / kElements<K>);
 }
 
 // Shared memory a tile may use: the default limit of a block.

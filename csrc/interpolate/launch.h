@@ -3,10 +3,35 @@
 #pragma once
 
 #include "common/parallel_for.h"
-#include "interpolate/kernels.h"
+#include "interpolate/interpolate.h"
 
 namespace segkernels {
 inline namespace cuda {
+
+// f(integral_constant<K>) for elements of type T: float64 has kAnyTaps.
+template <class T, class F>
+void with_taps_of(const Resampling& r, const F& f) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    f(std::integral_constant<int, kAnyTaps>{});
+  } else {
+    with_taps(r, f);
+  }
+}
+
+// f(T{}, integral_constant<K>) for logits. Bilinear ones are common and have every type; others
+// share an instance for the 16-bit types.
+template <class F>
+void with_logits(const Resampling& r, ScalarType type, const F& f) {
+  with_scalar_type(type, [&](auto scalar) {
+    with_taps_of<decltype(scalar)>(r, [&](auto taps) {
+      if constexpr (sizeof(scalar) == 2 && decltype(taps)::value != 2) {
+        f(Any16{}, taps);
+      } else {
+        f(scalar, taps);
+      }
+    });
+  });
+}
 
 template <class F>
 __global__ void __launch_bounds__(kThreads, 1) many_registers_kernel(int64_t n, F f) {

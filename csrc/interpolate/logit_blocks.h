@@ -66,18 +66,6 @@ struct LogitTables {
 #if defined(SK_ISA)
 inline namespace SK_ISA {
 
-// Widens n values, `stride` apart.
-template <class T, class A>
-void read_line(const T* from, int64_t stride, int64_t n, A* out) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) out[i] = widen_one(from[i * stride]);
-  } else if constexpr (std::is_same_v<T, A>) {
-    memcpy(out, from, size_t(n) * sizeof(A));
-  } else {
-    widen_line(from, out, n);
-  }
-}
-
 // Rounds n values, to places `stride` apart.
 template <class T, class A>
 void write_line(const A* from, T* out, int64_t stride, int64_t n) {
@@ -156,20 +144,20 @@ class LogitBlocks {
     // If most inputs are not read, `line_` holds what each tap reads.
     const bool few = K * width <= t_.x.in;
     for (int32_t c = 0; c < t_.classes; ++c, rows += t_.row_stride()) {
-      read(at + c * t_.strides.channel, few ? position : nullptr, K * width);
+      const A* line = read(at + c * t_.strides.channel, few ? position : nullptr, K * width);
       if (few) {
 #pragma GCC ivdep
         for (int64_t x = 0; x < width; ++x) {
-          A sum = weight[x] * line_[x];
-          for (int k = 1; k < K; ++k) sum = sum + weight[k * width + x] * line_[k * width + x];
+          A sum = weight[x] * line[x];
+          for (int k = 1; k < K; ++k) sum = sum + weight[k * width + x] * line[k * width + x];
           rows[x] = sum;
         }
       } else {
 #pragma GCC ivdep
         for (int64_t x = 0; x < width; ++x) {
-          A sum = weight[x] * line_[position[x]];
+          A sum = weight[x] * line[position[x]];
           for (int k = 1; k < K; ++k) {
-            sum = sum + weight[k * width + x] * line_[position[k * width + x]];
+            sum = sum + weight[k * width + x] * line[position[k * width + x]];
           }
           rows[x] = sum;
         }
@@ -178,13 +166,24 @@ class LogitBlocks {
     }
   }
 
-  // Widens a row of logits, or only the n values at `position`, into `line_`.
-  void read(int64_t at, const int32_t* position, int64_t n) const {
+  // A row of logits in A, or only the n values at `position`: in `line_`, or where it is.
+  const A* read(int64_t at, const int32_t* position, int64_t n) const {
+    const A* line = line_;
     with_stored_type<A>(t_.type, [&](auto scalar) {
-      const auto* row = static_cast<const decltype(scalar)*>(t_.data) + at;
-      if (position == nullptr) return read_line(row, t_.strides.column, t_.x.in, line_);
-      for (int64_t i = 0; i < n; ++i) line_[i] = widen_one(row[position[i] * t_.strides.column]);
+      using T = decltype(scalar);
+      const T* row = static_cast<const T*>(t_.data) + at;
+      const int64_t stride = t_.strides.column;
+      if (position != nullptr) {
+        for (int64_t i = 0; i < n; ++i) line_[i] = widen_one(row[position[i] * stride]);
+      } else if (stride != 1) {
+        for (int64_t i = 0; i < t_.x.in; ++i) line_[i] = widen_one(row[i * stride]);
+      } else if constexpr (std::is_same_v<T, A>) {
+        line = row;
+      } else {
+        widen_line(row, line_, t_.x.in);
+      }
     });
+    return line;
   }
 
   const LogitTables<A>& t_;

@@ -19,6 +19,7 @@ struct Logits {
   int32_t classes;
   Strides strides;
   const T* data;
+  Format<T> format;
 };
 
 inline namespace SK_NS {
@@ -33,9 +34,11 @@ SK_HD float exp_fast(float x) {
 }
 SK_HD double exp_fast(double x) { return exp(x); }
 
-// Pixels a thread: fewer where their taps would take too many registers.
-template <class T, int K>
-constexpr int kPixelRows = (K == 4 ? 2 : 4) / (sizeof(T) == 8 ? 2 : 1);
+// Pixels that a thread reads at once: fewer where their taps would take too many registers.
+template <int K>
+constexpr int kPixelRows = K == kAnyTaps ? 1
+                           : K == 4      ? 2
+                                         : 4;
 
 // R pixels in a column, read class by class: neighbouring rows share most of their taps.
 template <class T, int K, int R>
@@ -55,50 +58,41 @@ struct PixelColumn {
     RowWindow<A, K, 1> window;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      window.move_to(ty[r].start, l.y.kind != kIdentity,
+      window.move_to(ty[r].start, !copies(l.y),
                      [&](int k) { window.value[0][k] = along(l, plane, ty[r].start, k, tx); });
-      value[r] = blend(ty[r], window.value[0]);
+      value[r] = blend(l, ty[r], window.value[0]);
     }
   }
 
   SK_HD static A along(const Logits<T>& l, const T* plane, int32_t start, int k,
                        const Taps<A, K>& tx) {
+    if (k >= tap_count<K>(l.y)) return A(0);
     const T* row = plane + tap_position(l.y, start, k) * l.strides.row;
-    A sum = widen(row[tap_position(l.x, tx.start, 0) * l.strides.column]);
-    if constexpr (K > 1) sum = tx.weight[0] * sum;
-#pragma unroll
-    for (int i = 1; i < K; ++i) {
-      sum = mul_add(tx.weight[i], A(widen(row[tap_position(l.x, tx.start, i) * l.strides.column])),
-                    sum);
-    }
-    return sum;
+    return sum_taps(l.x, tx, [&](int i) {
+      return l.format.wide(row[tap_position(l.x, tx.start, i) * l.strides.column]);
+    });
   }
 
-  SK_HD static A blend(const Taps<A, K>& taps, const A* values) {
-    A sum = values[0];
-    if constexpr (K > 1) sum = taps.weight[0] * sum;
-#pragma unroll
-    for (int k = 1; k < K; ++k) sum = mul_add(taps.weight[k], values[k], sum);
-    return sum;
+  SK_HD static A blend(const Logits<T>& l, const Taps<A, K>& taps, const A* values) {
+    return sum_taps(l.y, taps, [&](int k) { return values[k]; });
   }
 };
 
-// The R pixels of thread i.
-template <int R>
+// The pixels of thread i: `rows` neighbours in a column.
 struct PixelIndex {
   int64_t image;
   int32_t row, column;
 
   template <class T>
-  SK_HD PixelIndex(const Logits<T>& l, int64_t i) {
+  SK_HD PixelIndex(const Logits<T>& l, int rows, int64_t i) {
     int32_t row_block;
-    image = divide(divide(i, l.x.out, column), (l.y.out + R - 1) / R, row_block);
-    row = row_block * R;
+    image = divide(divide(i, l.x.out, column), (l.y.out + rows - 1) / rows, row_block);
+    row = row_block * rows;
   }
 
   template <class T>
-  SK_HD static int64_t count(const Logits<T>& l) {
-    return l.batch * ((l.y.out + R - 1) / R) * l.x.out;
+  SK_HD static int64_t count(const Logits<T>& l, int rows) {
+    return l.batch * ((l.y.out + rows - 1) / rows) * l.x.out;
   }
 };
 
@@ -108,8 +102,13 @@ struct PixelIndex {
 template <class T, class Call>
 Logits<T> logits_of(const Call& call) {
   const auto g = call.resampling.template geometry<Acc<T>>();
-  return {g.y,          g.x,          call.resampling.planes,
-          call.classes, call.strides, static_cast<const T*>(call.logits)};
+  return {g.y,
+          g.x,
+          call.resampling.planes,
+          call.classes,
+          call.strides,
+          static_cast<const T*>(call.logits),
+          format_of<T>(call.type)};
 }
 
 }  // namespace segkernels

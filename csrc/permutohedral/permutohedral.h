@@ -53,9 +53,6 @@ void set_cpu_loops(PermutohedralApi&);
 
 const PermutohedralApi& permutohedral_cpu();
 const PermutohedralApi& permutohedral_cuda();
-// The first step of the CUDA splat, from rows to pairs, which the mean field uses too.
-void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs,
-                 int width, bool is_double);
 // Bytes of CUB's workspace for a build of this size.
 int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int64_t pairs);
 

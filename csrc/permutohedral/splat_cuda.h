@@ -2,9 +2,15 @@
 #pragma once
 
 #include "common/vec.h"
+#include "common/where.h"
 #include "permutohedral/lattice.h"
 
 namespace segkernels {
+
+// The first step of the splat, from rows to pairs. Defined in filter_cuda.cu.
+void splat_pairs(const Where&, const Lattice&, const void* rows, const void* scale, void* pairs,
+                 int width, bool is_double);
+
 inline namespace SK_NS {
 
 #if defined(__CUDACC__)

@@ -52,30 +52,48 @@ inline namespace SK_NS {
 SK_HD int16_t order_of_bits(uint16_t bits, int16_t infinity) {
   const int16_t magnitude = int16_t(bits & 0x7FFF), sign = int16_t(int16_t(bits) >> 15);
   const int16_t ordered = int16_t((magnitude ^ sign) - sign);
-  return magnitude > infinity ? int16_t(0x7FFF) : ordered;
+  const int16_t nan = int16_t(-int16_t(magnitude > infinity));  // a mask, so that loops vectorise
+  return int16_t((ordered & ~nan) | (nan & 0x7FFF));
 }
 
-SK_HD int16_t order_of(Half h) { return order_of_bits(h.bits, 0x7C00); }
-SK_HD int16_t order_of(BFloat16 b) { return order_of_bits(b.bits, 0x7F80); }
+constexpr int16_t kHalfInfinity = 0x7C00, kBFloat16Infinity = 0x7F80;  // as bits
+
+SK_HD int16_t order_of(Half h) { return order_of_bits(h.bits, kHalfInfinity); }
+SK_HD int16_t order_of(BFloat16 b) { return order_of_bits(b.bits, kBFloat16Infinity); }
 SK_HD float order_of(float f) { return f; }
 SK_HD double order_of(double d) { return d; }
-
-SK_HD bool replaces(int16_t a, int16_t best) { return (a > best) | (a == 0x7FFF); }
-SK_HD bool replaces(float a, float best) { return (a > best) | (a != a); }
-SK_HD bool replaces(double a, double best) { return (a > best) | (a != a); }
 
 template <class T>
 SK_HD T lowest() {
   return narrow_to<T>(Acc<T>(-INFINITY));
 }
 
+// The order of values of T.
+template <class T>
+struct Ordering {
+  SK_HD auto of(T value) const { return order_of(value); }
+  SK_HD T least() const { return lowest<T>(); }
+};
+
+// Half and BFloat16 in one instance: their orders differ in one constant.
+template <>
+struct Ordering<uint16_t> {
+  int infinity;
+  SK_HD int16_t of(uint16_t bits) const { return order_of_bits(bits, infinity); }
+  SK_HD uint16_t least() const { return uint16_t(0x8000 | infinity); }
+};
+
+SK_HD bool replaces(int16_t a, int16_t best) { return (a > best) | (a == 0x7FFF); }
+SK_HD bool replaces(float a, float best) { return (a > best) | (a != a); }
+SK_HD bool replaces(double a, double best) { return (a > best) | (a != a); }
+
 template <class T>
 struct Best {
   T value;
   int32_t code;
 
-  SK_HD void update(T other, int32_t other_code) {
-    if (replaces(order_of(other), order_of(value))) {
+  SK_HD void update(const Ordering<T>& order, T other, int32_t other_code) {
+    if (replaces(order.of(other), order.of(value))) {
       value = other;
       code = other_code;
     }
@@ -117,25 +135,27 @@ struct Pooled {
   }
 };
 
-// Any windows: one window and V channels a call.
-template <class T, bool kChannelsLast, int V>
+// Any windows: one window and V channels a call; if not kAnyLayout, of contiguous planes.
+template <class T, bool kAnyLayout, int V>
 struct PoolWindow {
   Windows w;
   Raster raster;
   const T* input;
   Pooled<T> out;
+  Ordering<T> order = {};
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, V>(row, block, raster);
+    const Place p =
+        kAnyLayout ? place_of<V>(w, row, block, raster) : place_at<false, V>(row, block, raster);
     const Cells ys = cells_inside(w, 0, p.y), xs = cells_inside(w, 1, p.x);
     Best<T> best[V];
-    for (int i = 0; i < V; ++i) best[i] = {lowest<T>(), ys.begin * w.kernel[1] + xs.begin};
+    for (int i = 0; i < V; ++i) best[i] = {order.least(), ys.begin * w.kernel[1] + xs.begin};
     for (int32_t m = ys.begin; m < ys.end; ++m) {
       const int32_t y = ys.start + m * w.dilation[0];
       for (int32_t n = xs.begin; n < xs.end; ++n) {
         const T* from = input + full_offset(w, p, y, xs.start + n * w.dilation[1]);
         const Pack<T, V> pack = load<T, V>(from);
-        for (int i = 0; i < V; ++i) best[i].update(pack.lane[i], m * w.kernel[1] + n);
+        for (int i = 0; i < V; ++i) best[i].update(order, pack.lane[i], m * w.kernel[1] + n);
       }
     }
     out.write(w, pooled_offset(w, p, p.y, p.x), ys.start, xs.start, 0, best);
@@ -149,6 +169,7 @@ struct Pool2x2 {
   Raster raster;
   const T* input;
   Pooled<T> out;
+  Ordering<T> order;
 
   SK_HD void operator()(int64_t row, int block) const {
     const Place p = place_at<false, V>(row, block, raster);
@@ -157,69 +178,13 @@ struct Pool2x2 {
     Best<T> best[V];
     for (int i = 0; i < V; ++i) {
       best[i] = {upper.lane[2 * i], 0};
-      best[i].update(upper.lane[2 * i + 1], 1);
-      best[i].update(lower.lane[2 * i], 2);
-      best[i].update(lower.lane[2 * i + 1], 3);
+      best[i].update(order, upper.lane[2 * i + 1], 1);
+      best[i].update(order, lower.lane[2 * i], 2);
+      best[i].update(order, lower.lane[2 * i + 1], 3);
     }
     out.write(w, pooled_offset(w, p, p.y, p.x), 2 * p.y, 2 * p.x, 2, best);
   }
 };
-
-template <class T>
-void pool_by_functors(const Where& where, const Windows& w, const PoolBuffers& b) {
-  constexpr int kColumns = 8 / sizeof(T), kChannels = 16 / sizeof(T);
-  const T* input = static_cast<const T*>(b.input);
-  const Pooled<T> out{static_cast<T*>(b.values), b.codes, b.indices};
-  const char* name = "max_pool2d";
-  const Raster raster = raster_of(w.pooled);
-  const int64_t lines = w.planes * w.pooled[0], places = lines * w.pooled[1];
-  if (w.channels > 1 && packs(input, w.channels, kChannels) && out.aligned(w.channels, kChannels)) {
-    const PoolWindow<T, true, kChannels> f{w, raster, input, out};
-    parallel_rows(where, places, nullptr, int(w.channels / kChannels), f, name);
-  } else if (w.channels > 1) {
-    const PoolWindow<T, true, 1> f{w, raster, input, out};
-    parallel_rows(where, places, nullptr, int(w.channels), f, name);
-  } else if (tiled_2x2(w) && packs(input, w.full[1], 2 * kColumns) &&
-             out.aligned(w.pooled[1], kColumns)) {
-    const Pool2x2<T, kColumns> f{w, raster, input, out};
-    parallel_rows(where, lines, nullptr, w.pooled[1] / kColumns, f, name);
-  } else {
-    const PoolWindow<T, false, 1> f{w, raster, input, out};
-    parallel_rows(where, lines, nullptr, w.pooled[1], f, name);
-  }
-}
-
-inline void pool_by_functors(const Where& where, const Windows& w, const PoolBuffers& b) {
-  with_scalar_type(b.type, [&](auto scalar) { pool_by_functors<decltype(scalar)>(where, w, b); });
-}
-
-template <class P>
-void pool_grad_by_functors(const Where& where, const Windows& w, const PoolGradBuffers& b) {
-  const P* positions = static_cast<const P*>(b.positions);
-  const char* name = "max_pool2d_backward";
-  with_scalar_type(b.type, [&](auto scalar) {
-    using T = decltype(scalar);
-    using Bits = BitsOf<sizeof(T)>;
-    const T* grad = static_cast<const T*>(b.grad);
-    T* out = static_cast<T*>(b.grad_input);
-    if constexpr (sizeof(P) == 1) {
-      const Bits* bits = static_cast<const Bits*>(b.grad);
-      if (expand_tiles(where, w, ByCode{positions}, bits, static_cast<Bits*>(b.grad_input), nullptr,
-                       name)) {
-        return;
-      }
-    }
-    scatter_windows<T, P, true>(where, w, grad, positions, out, name);
-  });
-}
-
-inline void pool_grad_by_functors(const Where& where, const Windows& w, const PoolGradBuffers& b) {
-  if (b.wide) {
-    pool_grad_by_functors<int64_t>(where, w, b);
-  } else {
-    pool_grad_by_functors<uint8_t>(where, w, b);
-  }
-}
 
 }  // namespace SK_NS
 }  // namespace segkernels::pooling

@@ -23,7 +23,8 @@ template <>
 struct OrderOf<uint16_t> {
   using Code = int16_t;
   int16_t infinity;
-  explicit OrderOf(ScalarType type) : infinity(type == ScalarType::kHalf ? 0x7C00 : 0x7F80) {}
+  explicit OrderOf(ScalarType type)
+      : infinity(type == ScalarType::kHalf ? kHalfInfinity : kBFloat16Infinity) {}
   SK_HD int16_t operator()(uint16_t bits) const { return order_of_bits(bits, infinity); }
   template <class V, class Order = Vec<int16_t, sizeof(V) / 2>>
   SK_HD Order operator()(V bits) const {
@@ -35,33 +36,48 @@ struct OrderOf<uint16_t> {
 };
 
 template <class Value, class Code>
-SK_HD void update(const OrderOf<Value>& order, Value other, Code other_code, Value& value,
-                  Code& code) {
+SK_HD void update(OrderOf<Value> order, Value other, Code other_code, Value& value, Code& code) {
   const bool better = replaces(order(other), order(value));
   value = better ? other : value;
   code = better ? other_code : code;
 }
 
+// 16-bit values are ranked once: `rank` holds the order of `value`.
+template <class Value>
+constexpr bool kRanked = sizeof(Value) == 2;
+
 template <int kStep, class Value, class Code>
-SK_HD void update_lanes(const OrderOf<Value>& order, const Value* __restrict from, int64_t step,
-                        int n, Code cell, Value* __restrict value, Code* __restrict code) {
+SK_HD void update_lanes(OrderOf<Value> order, const Value* __restrict from, int64_t step, int n,
+                        Code cell, Value* __restrict value, Code* __restrict code,
+                        int16_t* __restrict rank) {
   for (int i = 0; i < n; ++i) {
-    update(order, from[i * (kStep > 0 ? kStep : step)], cell, value[i], code[i]);
+    const Value other = from[i * (kStep > 0 ? kStep : step)];
+    if constexpr (kRanked<Value>) {
+      const int16_t ranked = order(other);
+      const bool better = replaces(ranked, rank[i]);
+      rank[i] = better ? ranked : rank[i];
+      value[i] = better ? other : value[i];
+      code[i] = better ? cell : code[i];
+    } else {
+      update(order, other, cell, value[i], code[i]);
+    }
   }
 }
 
 template <int kStep, class Value, class Code>
-SK_HD void start_lanes(const Value* __restrict from, int64_t step, int n, Code cell,
-                       Value* __restrict value, Code* __restrict code) {
+SK_HD void start_lanes(OrderOf<Value> order, const Value* __restrict from, int64_t step, int n,
+                       Code cell, Value* __restrict value, Code* __restrict code,
+                       int16_t* __restrict rank) {
   for (int i = 0; i < n; ++i) {
     value[i] = from[i * (kStep > 0 ? kStep : step)];
     code[i] = cell;
+    if constexpr (kRanked<Value>) rank[i] = order(value[i]);
   }
 }
 
 // All four cells of neighbouring 2x2 windows.
 template <class Value, class Code>
-SK_HD void update_2x2(const OrderOf<Value>& order, const Value* __restrict upper,
+SK_HD void update_2x2(OrderOf<Value> order, const Value* __restrict upper,
                       const Value* __restrict lower, int n, Value* __restrict values,
                       Code* __restrict codes) {
   for (int i = 0; i < n; ++i) {
@@ -93,12 +109,12 @@ struct BestVectors {
   using Codes = Vec<Code, kWidth>;
   using Ranks = decltype(std::declval<OrderOf<Value>>()(Values{}));
 
-  const OrderOf<Value>& order;
+  OrderOf<Value> order;
   Values value[kCount];
   Ranks best[kCount];
   Codes code[kCount];
 
-  SK_HD BestVectors(const OrderOf<Value>& order, const Value* from, int32_t first) : order(order) {
+  SK_HD BestVectors(OrderOf<Value> order, const Value* from, int32_t first) : order(order) {
     for (int i = 0; i < kCount; ++i) {
       value[i] = load_lanes<kWidth>(from + i * kWidth);
       best[i] = order(value[i]);
@@ -250,10 +266,10 @@ struct PoolLines {
 
   // n windows or channels, whose values are `step` apart, loop over their cells in order.
   template <int kStep>
-  __attribute__((noinline)) void cells(const Place& p, const Cells& ys, const Cells& xs,
-                                       int64_t step, int n) const {
+  void cells(const Place& p, const Cells& ys, const Cells& xs, int64_t step, int n) const {
     Value value[kLanes];
     Code code[kLanes];
+    int16_t rank[kRanked<Value> ? kLanes : 1];
     const auto at = [&](int32_t m, int32_t k) {
       return input + full_offset(w, p, ys.start + m * w.dilation[0], xs.start + k * w.dilation[1]);
     };
@@ -268,11 +284,11 @@ struct PoolLines {
       }
     } else {
       const Code first = Code(ys.begin * w.kernel[1] + xs.begin);
-      start_lanes<kStep>(at(ys.begin, xs.begin), step, n, first, value, code);
+      start_lanes<kStep>(order, at(ys.begin, xs.begin), step, n, first, value, code, rank);
       for (int32_t m = ys.begin; m < ys.end; ++m) {
         for (int32_t k = m > ys.begin ? xs.begin : xs.begin + 1; k < xs.end; ++k) {
           const Code cell = Code(m * w.kernel[1] + k);
-          update_lanes<kStep>(order, at(m, k), step, n, cell, value, code);
+          update_lanes<kStep>(order, at(m, k), step, n, cell, value, code, rank);
         }
       }
     }

@@ -57,108 +57,57 @@ SK_HD void raise_to(int64_t* at, int64_t value) {
 #endif
 }
 
-template <class I>
-struct NoWinner {
-  I* winners;
-  SK_HD void operator()(int64_t i) const { winners[i] = -1; }
+// The winners of places: int64_t if `wide`, else int32_t.
+struct Winners {
+  void* data;
+  bool wide;
+
+  SK_HD int64_t at(int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  }
+  SK_HD void raise(int64_t i, int64_t value) const {
+    if (wide) {
+      raise_to(static_cast<int64_t*>(data) + i, value);
+    } else {
+      raise_to(static_cast<int32_t*>(data) + i, int32_t(value));
+    }
+  }
 };
 
 // One source: the largest source number of each place wins.
-template <class I, bool kChannelsLast>
 struct Claim {
   Windows w;
   Raster raster;
   const int64_t* indices;
-  I* winners;
+  Winners winners;
   int32_t* status;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
+    const Place p = place_of<1>(w, row, block, raster);
     const int64_t index = indices[pooled_offset(w, p, p.y, p.x)];
     if (offset_of_position(w, p, index) < 0) {
       report(status, kIndexOutOfRange);
       return;
     }
-    raise_to(winners + full_offset(w, p, 0, 0) + index * w.channels, I(I(p.y) * w.pooled[1] + p.x));
+    winners.raise(full_offset(w, p, 0, 0) + index * w.channels, int64_t(p.y) * w.pooled[1] + p.x);
   }
 };
 
 // One place: gathers the winner's value.
-template <class T, class I, bool kChannelsLast>
+template <class T>
 struct GatherWinner {
   Windows w;
   Raster raster;
   const T* input;
-  const I* winners;
+  Winners winners;
   T* output;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
-    const int64_t at = full_offset(w, p, p.y, p.x);
-    const I winner = winners[at];
+    const Place p = place_of<1>(w, row, block, raster);
+    const int64_t at = full_offset(w, p, p.y, p.x), winner = winners.at(at);
     output[at] = winner < 0 ? T(0) : input[pooled_offset(w, p, 0, 0) + winner * w.channels];
   }
 };
-
-template <class T, class I, bool kChannelsLast>
-void unpool_by_claims(const Where& where, const Windows& w, const UnpoolBuffers& b) {
-  const char* name = "max_unpool2d";
-  I* winners = static_cast<I*>(b.winners);
-  const int64_t pooled_lines = w.planes * w.pooled[0], full_lines = w.planes * w.full[0];
-  const int64_t places = full_lines * w.full[1] * w.channels;
-  parallel_for(where, places, NoWinner<I>{winners}, name);
-  const Claim<I, kChannelsLast> claim{w, raster_of(w.pooled),
-                                      static_cast<const int64_t*>(b.positions), winners, b.status};
-  const GatherWinner<T, I, kChannelsLast> read{w, raster_of(w.full), static_cast<const T*>(b.input),
-                                               winners, static_cast<T*>(b.output)};
-  if (kChannelsLast) {
-    parallel_rows(where, pooled_lines * w.pooled[1], nullptr, int(w.channels), claim, name);
-    parallel_rows(where, full_lines * w.full[1], nullptr, int(w.channels), read, name);
-  } else {
-    parallel_rows(where, pooled_lines, nullptr, w.pooled[1], claim, name);
-    parallel_rows(where, full_lines, nullptr, w.full[1], read, name);
-  }
-}
-
-template <class T>
-void unpool_codes_by_functors(const Where& where, const Windows& w, const UnpoolBuffers& b) {
-  const char* name = "max_unpool2d";
-  const uint8_t* codes = static_cast<const uint8_t*>(b.positions);
-  const T* input = static_cast<const T*>(b.input);
-  T* output = static_cast<T*>(b.output);
-  if (expand_tiles(where, w, ByCode{codes}, input, output, b.status, name)) return;
-  scatter_windows<T, uint8_t, false>(where, w, input, codes, output, name);
-  check_codes(where, w, codes, b.status, name);
-}
-
-inline void unpool_by_functors(const Where& where, const Windows& w, const UnpoolBuffers& b) {
-  with_bits(b.type, [&](auto bits) {
-    using T = decltype(bits);
-    if (!b.wide) {
-      unpool_codes_by_functors<T>(where, w, b);
-    } else if (w.channels > 1) {
-      wide_winners(w) ? unpool_by_claims<T, int64_t, true>(where, w, b)
-                      : unpool_by_claims<T, int32_t, true>(where, w, b);
-    } else {
-      wide_winners(w) ? unpool_by_claims<T, int64_t, false>(where, w, b)
-                      : unpool_by_claims<T, int32_t, false>(where, w, b);
-    }
-  });
-}
-
-inline void unpool_grad_by_functors(const Where& where, const Windows& w, const UnpoolBuffers& b) {
-  const char* name = "max_unpool2d_backward";
-  with_bits(b.type, [&](auto bits) {
-    using T = decltype(bits);
-    const T* input = static_cast<const T*>(b.input);
-    T* output = static_cast<T*>(b.output);
-    if (b.wide) {
-      gather(where, w, input, static_cast<const int64_t*>(b.positions), output, b.status, name);
-    } else {
-      gather(where, w, input, static_cast<const uint8_t*>(b.positions), output, b.status, name);
-    }
-  });
-}
 
 }  // namespace SK_NS
 }  // namespace segkernels::pooling

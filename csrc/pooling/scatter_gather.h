@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "common/any16.h"
 #include "common/parallel_for.h"
 #include "common/scalar.h"
 #include "common/status.h"
@@ -82,6 +83,32 @@ struct EveryCell {
   SK_HD static bool picks(uint8_t, int32_t) { return true; }
   SK_HD static bool valid(const Windows&, int32_t, int32_t, uint8_t) { return true; }
 };
+
+// Vectors of 16 bytes a thread; 8-byte values fill the bus without vectors.
+template <class T>
+constexpr int kVectorChannels = sizeof(T) == 8 ? 1 : 16 / sizeof(T);
+template <class T>
+constexpr int kVectorColumns = sizeof(T) == 8 ? 1 : 8 / sizeof(T);
+
+// Place of a call of parallel_places: V channels of a place of channels_last, or (V = 1) also a
+// place of a contiguous plane.
+template <int V>
+SK_HD Place place_of(const Windows& w, int64_t row, int block, const Raster& raster) {
+  if (V > 1 || w.channels > 1) return place_at<true, V>(row, block, raster);
+  return place_at<false, V>(row, block, raster);
+}
+
+// f for every place of planes of `height` x `width`, V channels a call.
+template <int V = 1, class F>
+void parallel_places(const Where& where, const Windows& w, int32_t height, int32_t width,
+                     const F& f, const char* name) {
+  const int64_t lines = w.planes * height;
+  if (w.channels > 1) {
+    parallel_rows(where, lines * width, nullptr, int(w.channels / V), f, name);
+  } else {
+    parallel_rows(where, lines, nullptr, width, f, name);
+  }
+}
 
 // Contiguous planes, windows two columns wide: V neighbouring windows a call.
 template <class T, class Rule, int V>
@@ -177,7 +204,6 @@ struct ExpandPlace {
 };
 
 // Reports a code that is no cell of its window, or lies outside the plane.
-template <bool kChannelsLast>
 struct CheckCodes {
   Windows w;
   Raster raster;
@@ -185,57 +211,50 @@ struct CheckCodes {
   int32_t* status;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
+    const Place p = place_of<1>(w, row, block, raster);
     const uint8_t code = codes[pooled_offset(w, p, p.y, p.x)];
     if (!ByCode::valid(w, p.y, p.x, code)) report(status, kCodeOutOfRange);
   }
 };
 
-inline void check_codes(const Where& where, const Windows& w, const uint8_t* codes, int32_t* status,
-                        const char* name) {
-  const Raster raster = raster_of(w.pooled);
-  const int64_t lines = w.planes * w.pooled[0];
-  if (w.channels > 1) {
-    parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels),
-                  CheckCodes<true>{w, raster, codes, status}, name);
-  } else {
-    parallel_rows(where, lines, nullptr, w.pooled[1], CheckCodes<false>{w, raster, codes, status},
-                  name);
-  }
-}
-
-// Expands and returns true if the windows tile the plane. `status` null: the codes are valid.
+// Expands and returns true if the windows tile the plane. `status` null: the codes are valid, and
+// so are cells.
 template <class T, class Rule>
 bool expand_tiles(const Where& where, const Windows& w, const Rule& rule, const T* input, T* output,
                   int32_t* status, const char* name) {
-  constexpr int kColumns = 8 / sizeof(T), kChannels = 16 / sizeof(T);
   if (!tiles_plane(w) || w.pooled[0] == 0 || w.pooled[1] == 0) return false;
   // Includes the incomplete windows at the far edges, which have no value.
   const int32_t lines = (w.full[0] + w.kernel[0] - 1) / w.kernel[0];
   const int32_t columns = (w.full[1] + w.kernel[1] - 1) / w.kernel[1];
   const Raster raster = raster_of(lines, columns);
   if (w.channels > 1) {
-    const int64_t places = w.planes * lines * columns;
-    if (packs(input, w.channels, kChannels) && packs(output, w.channels, kChannels) &&
-        rule.aligned(w.channels, kChannels)) {
-      const ExpandWindow<T, Rule, kChannels> f{w, raster, rule, input, output, status};
-      parallel_rows(where, places, nullptr, int(w.channels / kChannels), f, name);
-    } else {
-      const ExpandWindow<T, Rule, 1> f{w, raster, rule, input, output, status};
-      parallel_rows(where, places, nullptr, int(w.channels), f, name);
+    if constexpr (kVectorChannels<T> > 1) {
+      constexpr int V = kVectorChannels<T>;
+      if (packs(input, w.channels, V) && packs(output, w.channels, V) &&
+          rule.aligned(w.channels, V)) {
+        const ExpandWindow<T, Rule, V> f{w, raster, rule, input, output, status};
+        parallel_places<V>(where, w, lines, columns, f, name);
+        return true;
+      }
     }
+    const ExpandWindow<T, Rule, 1> f{w, raster, rule, input, output, status};
+    parallel_places(where, w, lines, columns, f, name);
     return true;
   }
-  if (w.kernel[1] == 2 && w.full[1] == 2 * w.pooled[1] && packs(output, w.full[1], 2 * kColumns) &&
-      packs(input, w.pooled[1], kColumns) && rule.aligned(w.pooled[1], kColumns)) {
-    const Expand2Columns<T, Rule, kColumns> f{w, raster, rule, input, output, status};
-    parallel_rows(where, w.planes * lines, nullptr, w.pooled[1] / kColumns, f, name);
-    return true;
+  if constexpr (kVectorColumns<T> > 1) {
+    constexpr int V = kVectorColumns<T>;
+    if (w.kernel[1] == 2 && w.full[1] == 2 * w.pooled[1] && packs(output, w.full[1], 2 * V) &&
+        packs(input, w.pooled[1], V) && rule.aligned(w.pooled[1], V)) {
+      const Expand2Columns<T, Rule, V> f{w, raster, rule, input, output, status};
+      parallel_rows(where, w.planes * lines, nullptr, w.pooled[1] / V, f, name);
+      return true;
+    }
   }
   const ExpandPlace<T, Rule> f{w, raster_of(w.full), rule, input, output};
-  parallel_rows(where, w.planes * w.full[0], nullptr, w.full[1], f, name);
+  parallel_places(where, w, w.full[0], w.full[1], f, name);
   if constexpr (std::is_same_v<Rule, ByCode>) {
-    if (status != nullptr) check_codes(where, w, rule.codes, status, name);
+    const CheckCodes check{w, raster_of(w.pooled), rule.codes, status};
+    if (status != nullptr) parallel_places(where, w, w.pooled[0], w.pooled[1], check, name);
   }
   return true;
 }
@@ -246,28 +265,29 @@ SK_HD bool points_here(int64_t index, int32_t, int64_t place) { return index == 
 template <class T, bool kSum>
 struct LastOrSum {
   T value;
-  SK_HD void add(T other) { value = other; }
-  SK_HD T get() const { return value; }
+  SK_HD void add(T other, const Format<T>&) { value = other; }
+  SK_HD T get(const Format<T>&) const { return value; }
 };
 
 template <class T>
 struct LastOrSum<T, true> {
   Acc<T> value;
-  SK_HD void add(T other) { value += widen(other); }
-  SK_HD T get() const { return narrow_to<T>(value); }
+  SK_HD void add(T other, const Format<T>& format) { value += format.wide(other); }
+  SK_HD T get(const Format<T>& format) const { return format.narrow(value); }
 };
 
 // Any windows: one place and V channels a call.
-template <class T, class P, bool kSum, bool kChannelsLast, int V>
+template <class T, class P, bool kSum, int V>
 struct ScatterWindows {
   Windows w;
   Raster raster;
   const T* input;
   const P* positions;
   T* output;
+  Format<T> format;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, V>(row, block, raster);
+    const Place p = place_of<V>(w, row, block, raster);
     const Covering ys = windows_over(w, 0, p.y), xs = windows_over(w, 1, p.x);
     const int64_t here = int64_t(p.y) * w.full[1] + p.x;
     LastOrSum<T, kSum> found[V];
@@ -282,33 +302,45 @@ struct ScatterWindows {
         const Pack<P, V> position = load<P, V>(positions + at);
         const Pack<T, V> value = load<T, V>(input + at);
         for (int i = 0; i < V; ++i) {
-          if (points_here(position.lane[i], m * w.kernel[1] + n, here)) found[i].add(value.lane[i]);
+          if (points_here(position.lane[i], m * w.kernel[1] + n, here))
+            found[i].add(value.lane[i], format);
         }
       }
     }
     Pack<T, V> out;
-    for (int i = 0; i < V; ++i) out.lane[i] = found[i].get();
+    for (int i = 0; i < V; ++i) out.lane[i] = found[i].get(format);
     store(output + full_offset(w, p, p.y, p.x), out);
   }
 };
 
+// Scatters vectors of channels, and returns true, if the tensors allow it.
+template <class T, class P, bool kSum>
+bool scatter_vectors(const Where& where, const Windows& w, const T* input, const P* positions,
+                     T* output, const Format<T>& format, const char* name) {
+  constexpr int V = kVectorChannels<T>;
+  if constexpr (V > 1) {
+    if (w.channels == 1 || !packs(input, w.channels, V) || !packs(output, w.channels, V) ||
+        !packs(positions, w.channels, V)) {
+      return false;
+    }
+    const ScatterWindows<T, P, kSum, V> f{w, raster_of(w.full), input, positions, output, format};
+    parallel_places<V>(where, w, w.full[0], w.full[1], f, name);
+  }
+  return V > 1;
+}
+
+template <class T, class P, bool kSum>
+void scatter_places(const Where& where, const Windows& w, const T* input, const P* positions,
+                    T* output, const Format<T>& format, const char* name) {
+  const ScatterWindows<T, P, kSum, 1> f{w, raster_of(w.full), input, positions, output, format};
+  parallel_places(where, w, w.full[0], w.full[1], f, name);
+}
+
 template <class T, class P, bool kSum>
 void scatter_windows(const Where& where, const Windows& w, const T* input, const P* positions,
                      T* output, const char* name) {
-  constexpr int kChannels = 16 / sizeof(T);
-  const Raster raster = raster_of(w.full);
-  const int64_t lines = w.planes * w.full[0];
-  if (w.channels == 1) {
-    const ScatterWindows<T, P, kSum, false, 1> f{w, raster, input, positions, output};
-    parallel_rows(where, lines, nullptr, w.full[1], f, name);
-  } else if (packs(input, w.channels, kChannels) && packs(output, w.channels, kChannels) &&
-             packs(positions, w.channels, kChannels)) {
-    const ScatterWindows<T, P, kSum, true, kChannels> f{w, raster, input, positions, output};
-    parallel_rows(where, lines * w.full[1], nullptr, int(w.channels / kChannels), f, name);
-  } else {
-    const ScatterWindows<T, P, kSum, true, 1> f{w, raster, input, positions, output};
-    parallel_rows(where, lines * w.full[1], nullptr, int(w.channels), f, name);
-  }
+  if (scatter_vectors<T, P, kSum>(where, w, input, positions, output, {}, name)) return;
+  scatter_places<T, P, kSum>(where, w, input, positions, output, {}, name);
 }
 
 // 2x2 windows that tile a contiguous plane without a last odd column.
@@ -359,7 +391,7 @@ SK_HD StatusCode fault_of(uint8_t) { return kCodeOutOfRange; }
 SK_HD StatusCode fault_of(int64_t) { return kIndexOutOfRange; }
 
 // Any windows: one window and one channel a call.
-template <class T, class P, bool kChannelsLast>
+template <class T, class P>
 struct GatherWindow {
   Windows w;
   Raster raster;
@@ -369,7 +401,7 @@ struct GatherWindow {
   int32_t* status;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, 1>(row, block, raster);
+    const Place p = place_of<1>(w, row, block, raster);
     const int64_t at = pooled_offset(w, p, p.y, p.x);
     const int64_t offset = offset_of_position(w, p, positions[at]);
     if (offset < 0) report(status, fault_of(positions[at]));
@@ -424,31 +456,23 @@ constexpr int32_t kFewCells = 9;
 template <class T, class P>
 void gather(const Where& where, const Windows& w, const T* input, const P* positions, T* output,
             int32_t* status, const char* name) {
-  constexpr int kColumns = 8 / sizeof(T), kChannels = 16 / sizeof(T);
   const Raster raster = raster_of(w.pooled);
-  const int64_t lines = w.planes * w.pooled[0];
-  if constexpr (sizeof(P) == 1) {
-    if (w.channels == 1 && tiled_2x2(w) && packs(input, w.full[1], 2 * kColumns) &&
-        packs(output, w.pooled[1], kColumns) && packs(positions, w.pooled[1], kColumns)) {
-      const Gather2x2<T, kColumns> f{w, raster, input, positions, output, status};
-      parallel_rows(where, lines, nullptr, w.pooled[1] / kColumns, f, name);
-      return;
+  if constexpr (sizeof(P) == 1 && kVectorChannels<T> > 1) {
+    constexpr int V = kVectorChannels<T>, kWindows = kVectorColumns<T>;
+    if (w.channels == 1 && tiled_2x2(w) && packs(input, w.full[1], 2 * kWindows) &&
+        packs(output, w.pooled[1], kWindows) && packs(positions, w.pooled[1], kWindows)) {
+      const Gather2x2<T, kWindows> f{w, raster, input, positions, output, status};
+      return parallel_rows(where, w.planes * w.pooled[0], nullptr, w.pooled[1] / kWindows, f, name);
     }
     if (w.channels > 1 && int64_t(w.kernel[0]) * w.kernel[1] <= kFewCells &&
-        packs(input, w.channels, kChannels) && packs(output, w.channels, kChannels) &&
-        packs(positions, w.channels, kChannels)) {
-      const GatherCells<T, kChannels> f{w, raster, input, positions, output, status};
-      parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels / kChannels), f, name);
-      return;
+        packs(input, w.channels, V) && packs(output, w.channels, V) &&
+        packs(positions, w.channels, V)) {
+      const GatherCells<T, V> f{w, raster, input, positions, output, status};
+      return parallel_places<V>(where, w, w.pooled[0], w.pooled[1], f, name);
     }
   }
-  if (w.channels > 1) {
-    const GatherWindow<T, P, true> f{w, raster, input, positions, output, status};
-    parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels), f, name);
-  } else {
-    const GatherWindow<T, P, false> f{w, raster, input, positions, output, status};
-    parallel_rows(where, lines, nullptr, w.pooled[1], f, name);
-  }
+  const GatherWindow<T, P> f{w, raster, input, positions, output, status};
+  parallel_places(where, w, w.pooled[0], w.pooled[1], f, name);
 }
 
 }  // namespace SK_NS

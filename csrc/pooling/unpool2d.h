@@ -31,7 +31,7 @@ Unpool2dApi unpool2d_cuda();
 
 inline namespace SK_NS {
 
-template <class T, bool kChannelsLast, int V>
+template <class T, int V>
 struct SumCells {
   Windows w;
   Raster raster;
@@ -39,7 +39,7 @@ struct SumCells {
   T* output;
 
   SK_HD void operator()(int64_t row, int block) const {
-    const Place p = place_at<kChannelsLast, V>(row, block, raster);
+    const Place p = place_of<V>(w, row, block, raster);
     Acc<T> sum[V];
     for (int i = 0; i < V; ++i) sum[i] = 0;
     for (int32_t m = 0; m < w.kernel[0]; ++m) {
@@ -54,38 +54,6 @@ struct SumCells {
     store(output + pooled_offset(w, p, p.y, p.x), out);
   }
 };
-
-template <class Rule>
-void expand_by_functors(const Where& where, const Windows& w, const Unpool2dBuffers& b,
-                        const Rule& rule, const char* name) {
-  with_bits(b.type, [&](auto bits) {
-    using T = decltype(bits);
-    expand_tiles(where, w, rule, static_cast<const T*>(b.input), static_cast<T*>(b.output), nullptr,
-                 name);
-  });
-}
-
-inline void sum_cells_by_functors(const Where& where, const Windows& w, const Unpool2dBuffers& b) {
-  const char* name = "unpool_nearest_backward";
-  with_scalar_type(b.type, [&](auto scalar) {
-    using T = decltype(scalar);
-    constexpr int kChannels = 16 / sizeof(T);
-    const T* input = static_cast<const T*>(b.input);
-    T* output = static_cast<T*>(b.output);
-    const Raster raster = raster_of(w.pooled);
-    const int64_t lines = w.planes * w.pooled[0];
-    if (w.channels == 1) {
-      parallel_rows(where, lines, nullptr, w.pooled[1],
-                    SumCells<T, false, 1>{w, raster, input, output}, name);
-    } else if (packs(input, w.channels, kChannels) && packs(output, w.channels, kChannels)) {
-      parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels / kChannels),
-                    SumCells<T, true, kChannels>{w, raster, input, output}, name);
-    } else {
-      parallel_rows(where, lines * w.pooled[1], nullptr, int(w.channels),
-                    SumCells<T, true, 1>{w, raster, input, output}, name);
-    }
-  });
-}
 
 }  // namespace SK_NS
 }  // namespace segkernels::pooling

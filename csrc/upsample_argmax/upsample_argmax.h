@@ -56,16 +56,16 @@ SK_HD bool is_finite(A x) {
 template <class T, int K, bool kConfidence>
 struct Argmax {
   using A = Acc<T>;
-  static constexpr int kRows = kPixelRows<T, K>;
+  static constexpr int kRows = kPixelRows<K>;
   Logits<T> logits;
   void* labels;
   LabelType label_type;
   A* confidence;
 
-  SK_HD int64_t count() const { return PixelIndex<kRows>::count(logits); }
+  SK_HD int64_t count() const { return PixelIndex::count(logits, kRows); }
 
   SK_HD void operator()(int64_t i) const {
-    const PixelIndex<kRows> at(logits, i);
+    const PixelIndex at(logits, kRows, i);
     const PixelColumn<T, K, kRows> column(logits, at.row, at.column);
     const T* plane = logits.data + at.image * logits.strides.batch;
     A best[kRows], sum[kRows], value[kRows];
@@ -100,23 +100,6 @@ struct Argmax {
 };
 
 }  // namespace SK_NS
-
-// f(functor) with the call's types.
-template <class F>
-void with_argmax(const ArgmaxCall& call, const F& f) {
-  with_scalar_type(call.type, [&](auto scalar) {
-    using T = decltype(scalar);
-    with_taps(call.resampling, [&](auto taps) {
-      const auto logits = logits_of<T>(call);
-      Acc<T>* confidence = static_cast<Acc<T>*>(call.confidence);
-      if (confidence != nullptr) {
-        f(Argmax<T, taps.value, true>{logits, call.labels, call.label_type, confidence});
-      } else {
-        f(Argmax<T, taps.value, false>{logits, call.labels, call.label_type, confidence});
-      }
-    });
-  });
-}
 
 // Defined in upsample_argmax.simd.cpp; the tables are in interpolate/logit_blocks.h.
 template <class A>

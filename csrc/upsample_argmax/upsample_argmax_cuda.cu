@@ -6,8 +6,14 @@ namespace segkernels {
 
 void upsample_argmax_cuda(const Where& where, const ArgmaxCall& call, void*) {
   const DeviceGuard guard(where.device);
-  with_argmax(call, [&](const auto& f) {
-    parallel_for_many_registers(where, f.count(), f, "upsample_argmax");
+  with_logits(call.resampling, call.type, [&](auto scalar, auto taps) {
+    using T = decltype(scalar);
+    const auto launch = [&](auto with_confidence) {
+      const Argmax<T, taps.value, with_confidence.value> f{
+          logits_of<T>(call), call.labels, call.label_type, static_cast<Acc<T>*>(call.confidence)};
+      parallel_for_many_registers(where, f.count(), f, "upsample_argmax");
+    };
+    call.confidence != nullptr ? launch(std::true_type{}) : launch(std::false_type{});
   });
 }
 

@@ -54,7 +54,7 @@ SK_HD int64_t label_at(const void* target, TargetType type, int64_t i) {
 //   (1 - s) w_t (lse - v_t) + s / C sum_c w_c (lse - v_c)
 template <class A>
 struct SoftmaxLoss {
-  static constexpr int kChannels = sizeof(A) == 8 ? 2 : 4;  // classes a thread of the backward pass
+  static constexpr int kChannels = 4;  // classes a thread of the backward pass, at most
   const void* target;
   TargetType target_type;
   int64_t ignore_index;

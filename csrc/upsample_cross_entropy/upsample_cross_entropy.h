@@ -57,27 +57,33 @@ inline namespace SK_NS {
 template <class T, int K, class P>
 struct LossForward {
   using A = Acc<T>;
-  static constexpr int kRows = kPixelRows<T, K>;
+  static constexpr int kRows = kPixelRows<K>;
   Logits<T> logits;
   P loss;
   A* kept;
   A* losses;
 
-  SK_HD int64_t count() const { return PixelIndex<kRows>::count(logits); }
+  // Rows of pixels a thread. They decide the order of the sums.
+  SK_HD int rows() const { return K != kAnyTaps ? kRows : tap_count<K>(logits.y) == 4 ? 1 : 2; }
+  SK_HD int64_t count() const { return PixelIndex::count(logits, rows()); }
 
   // Adds the losses and weights of its pixels to `total` and `weight`.
   SK_HD void operator()(int64_t i, double& total, double& weight) const {
-    const PixelIndex<kRows> at(logits, i);
-    const PixelColumn<T, K, kRows> column(logits, at.row, at.column);
+    const PixelIndex at(logits, rows(), i);
+    for (int r = 0; r < rows(); r += kRows) pixels(at, at.row + r, total, weight);
+  }
+
+  SK_HD void pixels(const PixelIndex& at, int32_t row, double& total, double& weight) const {
+    const PixelColumn<T, K, kRows> column(logits, row, at.column);
     const T* plane = logits.data + at.image * logits.strides.batch;
-    const int64_t first = (at.image * logits.y.out + at.row) * logits.x.out + at.column;
+    const int64_t first = (at.image * logits.y.out + row) * logits.x.out + at.column;
     typename P::Sums sums[kRows];
     int32_t label[kRows];
     A value[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       sums[r] = loss.start();
-      label[r] = at.row + r < logits.y.out ? loss.label(first + r * int64_t(logits.x.out)) : -1;
+      label[r] = row + r < logits.y.out ? loss.label(first + r * int64_t(logits.x.out)) : -1;
     }
     for (int32_t c = 0; c < logits.classes; ++c, plane += logits.strides.channel) {
       column.read(logits, plane, value);
@@ -86,7 +92,7 @@ struct LossForward {
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (at.row + r >= logits.y.out) continue;
+      if (row + r >= logits.y.out) continue;
       const int64_t pixel = first + r * int64_t(logits.x.out);
       A pixel_weight;
       const A l = loss.finish(sums[r], pixel, label[r], kept, pixel_weight);
@@ -99,7 +105,9 @@ struct LossForward {
 
 // Classes a thread of the backward pass.
 template <class P, int K>
-constexpr int kLossChannels = K == 4 && P::kChannels > 1 ? P::kChannels / 2 : P::kChannels;
+constexpr int kLossChannels = K == kAnyTaps || P::kChannels == 1 ? 1
+                              : K == 4                           ? 2
+                                                                 : 4;
 
 template <class T, int K, class P>
 struct LossBackward {
@@ -121,7 +129,7 @@ struct LossBackward {
   SK_HD int columns() const { return tiling.span; }
   SK_HD int cells() const { return tiling.columns * kChannels; }
   SK_HD Tile tile(int64_t i) const {
-    return tile_at(Geometry<A>{logits.batch, logits.classes, logits.y, logits.x}, tiling, i);
+    return tile_at<K>(Geometry<A>{logits.batch, logits.classes, logits.y, logits.x}, tiling, i);
   }
 
   SK_HD A scale_of(int64_t pixel) const {
@@ -132,8 +140,8 @@ struct LossBackward {
   // First step: sums column i of the tile's readers down the height into `sums` [kChannels, rows,
   // span].
   SK_HD void column(const Tile& tile, int i, A* sums) const {
-    const int32_t x = first_reader<K>(logits.x, tile.column) + i;
-    if (x >= last_reader<K>(logits.x, tile.column_end - 1)) return;
+    const int32_t x = tile.x.first + i;
+    if (x >= tile.x.last) return;
     const Taps<A, K> tx = taps_at<K>(logits.x, x);
     const T* plane =
         logits.data + tile.plane * logits.strides.batch + tile.channel * logits.strides.channel;
@@ -142,9 +150,9 @@ struct LossBackward {
     const A class_weights = totals[2];
     RowWindow<A, K, kChannels> window;
     sum_readers<A, K, kChannels>(
-        logits.y, tile.row, tile.row_end,
+        logits.y, tile.y, tile.row, tile.row_end,
         [&](int32_t y, const Taps<A, K>& ty, A* values) {
-          window.move_to(ty.start, logits.y.kind != kIdentity, [&](int k) {
+          window.move_to(ty.start, !copies(logits.y), [&](int k) {
 #pragma unroll
             for (int v = 0; v < kChannels; ++v) {
               const T* from = plane + (v < left ? v : 0) * logits.strides.channel;
@@ -155,7 +163,7 @@ struct LossBackward {
           const auto state = loss.pixel(kept, pixel, scale_of(pixel), class_weights);
 #pragma unroll
           for (int v = 0; v < kChannels; ++v) {
-            const A value = PixelColumn<T, K, 1>::blend(ty, window.value[v]);
+            const A value = PixelColumn<T, K, 1>::blend(logits, ty, window.value[v]);
             values[v] = v < left ? loss.gradient(state, value, tile.channel + v) : A(0);
           }
         },
@@ -171,11 +179,11 @@ struct LossBackward {
     const int v = i / tiling.columns;
     const int32_t j = tile.column + i % tiling.columns, c = tile.channel + v;
     if (c >= logits.classes || j >= tile.column_end) return;
-    const int32_t base = first_reader<K>(logits.x, tile.column), last = last_reader<K>(logits.x, j);
+    const Readers readers = readers_of<K>(logits.x, j, j + 1);
     A sum[kTileRows] = {};
-    for (int32_t x = first_reader<K>(logits.x, j); x < last; ++x) {
+    for (int32_t x = readers.first; x < readers.last; ++x) {
       const A w = weight_of<K>(logits.x, x, j);
-      const A* at = sums + v * tiling.rows * tiling.span + x - base;
+      const A* at = sums + v * tiling.rows * tiling.span + x - tile.x.first;
 #pragma unroll
       for (int r = 0; r < kTileRows; ++r) {
         if (r < tile.row_end - tile.row) sum[r] = mul_add(w, at[r * tiling.span], sum[r]);
@@ -185,7 +193,7 @@ struct LossBackward {
             tile.row * strides.row + j * strides.column;
 #pragma unroll
     for (int r = 0; r < kTileRows; ++r) {
-      if (r < tile.row_end - tile.row) narrow(sum[r], to[r * strides.row]);
+      if (r < tile.row_end - tile.row) to[r * strides.row] = logits.format.narrow(sum[r]);
     }
   }
 };
@@ -194,10 +202,10 @@ struct LossBackward {
 
 // The tiles of the backward pass. False if none fits kTileBytes.
 template <int K, class P, class T>
-bool tile_losses(const Logits<T>& l, Tiling& t) {
+bool tile_losses(const Logits<T>& l, int taps, Tiling& t) {
   constexpr int kChannels = kLossChannels<P, K>;
   const Geometry<Acc<T>> g{l.batch, 1, l.y, l.x};
-  t = tiling_of(g, K, kChannels, kTileRows);
+  t = tiling_of(g, taps, kChannels, kTileRows);
   t.channels = kChannels;
   t.channel_tiles = (l.classes + kChannels - 1) / kChannels;
   return int64_t(t.rows) * t.span * kChannels * int64_t(sizeof(Acc<T>)) <= kTileBytes;
@@ -214,16 +222,6 @@ void with_loss(const LossCall& call, const F& f) {
     f(SoftmaxLoss<A>{call.target, call.target_type, call.ignore_index, weight, A(call.smoothing),
                      call.classes, call.status});
   }
-}
-
-// f(T{}, integral_constant<K>, loss).
-template <class F>
-void with_typed_loss(const LossCall& call, const F& f) {
-  with_scalar_type(call.type, [&](auto scalar) {
-    with_taps(call.resampling, [&](auto taps) {
-      with_loss<Acc<decltype(scalar)>>(call, [&](const auto& loss) { f(scalar, taps, loss); });
-    });
-  });
 }
 
 int64_t upsample_loss_workspace(const Where&, const LossCall&, bool backward);

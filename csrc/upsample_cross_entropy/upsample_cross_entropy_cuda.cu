@@ -10,6 +10,14 @@
 namespace segkernels {
 namespace {
 
+// f(T{}, integral_constant<K>, loss).
+template <class F>
+void with_typed_loss(const LossCall& call, const F& f) {
+  with_logits(call.resampling, call.type, [&](auto scalar, auto taps) {
+    with_loss<Acc<decltype(scalar)>>(call, [&](const auto& loss) { f(scalar, taps, loss); });
+  });
+}
+
 using BlockSum = cub::BlockReduce<double, kThreads>;
 
 // Leaves both sums in the first thread.
@@ -96,7 +104,7 @@ void upsample_loss_backward_cuda(const Where& where, const LossCall& call, const
                                      static_cast<const A*>(g.totals),
                                      static_cast<T*>(g.grad_logits),
                                      g.strides};
-    if (!tile_losses<taps.value, P>(f.logits, f.tiling)) {
+    if (!tile_losses<taps.value, P>(f.logits, call.resampling.taps(), f.tiling)) {
       throw std::runtime_error(
           "segkernels: upsample_cross_entropy: the output is too wide for logits this narrow");
     }
