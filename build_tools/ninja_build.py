@@ -27,8 +27,12 @@ COMMON_FLAGS = (
 QUICK = "-O1"
 # Files named *.simd.cpp are compiled once per instruction set; one is chosen at run time.
 # -fno-trapping-math: no code reads floating-point exception flags, and preserving them would keep
-# the compiler from vectorising float16.
-SIMD_FLAGS = ("-ffp-contract=fast", "-fno-trapping-math", "-falign-functions=64", "-falign-loops=32")
+# the compiler from vectorising float16. -falign-*: the speed of short loops depends on alignment,
+# which would change with the size of the code before them.
+SIMD_FLAGS = (
+    *("-ffp-contract=fast", "-fno-trapping-math"),
+    *("-falign-functions=64", "-falign-loops=32"),
+)
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=256"]
 # Base x86-64 is only for processors from before 2013 (and emulators) without AVX2: fast to compile.
