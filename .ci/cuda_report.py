@@ -212,9 +212,8 @@ def main() -> int:
     lacking = lacking_instructions(config)
     for line in lacking:
         print(f"LACKS: {line}")
-    ptx = ", ".join(f"compute_{arch.number}" for arch in config.arches if arch.ptx)
     print(
-        f"CUDA {config.toolkit.version_string}: {len(kernels)} kernels, PTX for {ptx}, "
+        f"CUDA {config.toolkit.version_string}: {len(kernels)} kernels, "
         f"{len(over)} over the spill budget"
     )
     return 1 if over or lacking else 0

@@ -250,6 +250,7 @@ def _nvcc_flags(config: Config, host: list[str]) -> list[str]:
     return [
         *own,
         QUICK,  # the device code is always compiled with -O3
+        "-Xcompiler=-Wno-maybe-uninitialized",  # wrong about CUB's headers
         "-fmad=false",
         "--expt-relaxed-constexpr",
         # Drivers for CUDA 13 can read it. It makes the library a third as large.
