@@ -101,8 +101,8 @@ void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
 
-// f(i) for one chunk. It is not inlined, so that a long body is compiled once, not once for one
-// thread and once for several.
+// f(i) for a range. It is not inlined, so that the body is compiled once, not once for one thread
+// and once for several.
 template <class F>
 __attribute__((noinline)) void loop(int64_t begin, int64_t end, const F& f) {
   for (int64_t i = begin; i < end; ++i) f(i);
@@ -121,18 +121,17 @@ template <class F>
 void parallel_chunks(const Where& where, int64_t n, const F& f) {
   const int64_t chunks = where.threads < n ? cpu_threads(where) : n;
   const auto chunk = [&](int64_t i) { f(i, n * i / chunks, n * (i + 1) / chunks); };
-  const auto once = [&](int64_t i) { loop(i, i + 1, chunk); };
-  parallel_for(where, chunks, once, "parallel_chunks");
+  parallel_for(where, chunks, chunk, "parallel_chunks");
 }
 
 template <int N, class F>
 void parallel_rows_of(const Where& where, int64_t rows, int blocks, const F& f) {
-  parallel_chunks(where, rows, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int count = N > 0 ? N : blocks;
-      for (int b = 0; b < count; ++b) f(row, b);
-    }
-  });
+  const auto row_of = [&](int64_t row) {
+    const int count = N > 0 ? N : blocks;
+    for (int b = 0; b < count; ++b) f(row, b);
+  };
+  parallel_chunks(where, rows,
+                  [&](int64_t, int64_t begin, int64_t end) { loop(begin, end, row_of); });
 }
 
 // Unrolls the common short rows, so that their blocks share what the row computes.

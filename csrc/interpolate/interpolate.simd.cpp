@@ -285,12 +285,15 @@ void gather_channels(const Acc<T>* weight, const Acc<T>* from, int64_t count, in
 template <class A>
 void gather_padded(const BackwardTables<A>& t, const A* sums, int64_t first, int64_t n, A* out) {
   const int64_t width = t.g.x.in;
+  const int most = t.most;
+  const A* weight = t.weight + first;
+  const int32_t* reader = t.reader + first;
 #pragma GCC ivdep
   for (int64_t j = 0; j < n; ++j) {
     A sum = A(0);
-    for (int q = 0; q < t.most; ++q) {
+    for (int q = 0; q < most; ++q) {
       // A padding reader has weight 0, but its value may be NaN.
-      const A w = t.weight[q * width + first + j], v = sums[t.reader[q * width + first + j]];
+      const A w = weight[q * width + j], v = sums[reader[q * width + j]];
       sum += w == A(0) ? A(0) : w * v;
     }
     out[j] = sum;
