@@ -9,7 +9,7 @@ the environment they are read after every call.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -66,7 +66,14 @@ class StatusError(ValueError):
     """An argument has an invalid value, found by a kernel."""
 
 
-def _message(words: list[int], op: str, dtype: torch.dtype | None) -> str:
+def _message(
+    words: list[int],
+    op: str,
+    dtype: torch.dtype | None,
+    describe: Callable[[], str] | None = None,
+) -> str:
+    if describe is not None:
+        return f"{op}: {describe()}"
     name = str(dtype).removeprefix("torch.") if dtype is not None else "this dtype"
     wider = ", or float64 features" if dtype != torch.float64 else ""
     errors = [m for m, word in zip(_MESSAGES, words, strict=True) if word]
@@ -75,7 +82,10 @@ def _message(words: list[int], op: str, dtype: torch.dtype | None) -> str:
 
 @contextmanager
 def watch(
-    tensor: torch.Tensor, op: str, dtype: torch.dtype | None = None
+    tensor: torch.Tensor,
+    op: str,
+    dtype: torch.dtype | None = None,
+    describe: Callable[[], str] | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the status words for one native call, then raise if the call has set one.
 
@@ -83,6 +93,8 @@ def watch(
         tensor: any tensor of the call; selects the device.
         op: name of the public function, with which the message begins.
         dtype: dtype that the native code computes in, for the messages that name it.
+        describe: returns a message that says which value is invalid and where, after the function's
+            name. Called only to raise, because it reads the argument again.
 
     Raises:
         StatusError: an argument has an invalid value. Raised on the CPU, and on CUDA with
@@ -93,11 +105,11 @@ def watch(
         yield words
         values = words.tolist()
         if any(values):
-            raise StatusError(_message(values, op, dtype))
+            raise StatusError(_message(values, op, dtype, describe))
         return
     yield _device_words(tensor.device)
     if os.environ.get("SEGKERNELS_CHECK") == "1" and not _native.capturing(tensor.device):
-        _raise_and_clear(tensor.device, op, dtype)
+        _raise_and_clear(tensor.device, op, dtype, describe)
 
 
 def raise_if_set(words: list[int], op: str) -> None:
@@ -106,12 +118,17 @@ def raise_if_set(words: list[int], op: str) -> None:
         raise StatusError(_message(words, op, None))
 
 
-def _raise_and_clear(device: torch.device, op: str, dtype: torch.dtype | None = None) -> None:
+def _raise_and_clear(
+    device: torch.device,
+    op: str,
+    dtype: torch.dtype | None = None,
+    describe: Callable[[], str] | None = None,
+) -> None:
     words = _words[device]
     values = words.tolist()
     if any(values):
         words.zero_()
-        raise StatusError(_message(values, op, dtype))
+        raise StatusError(_message(values, op, dtype, describe))
 
 
 def check(device: torch.device | str | int | None = None) -> None:

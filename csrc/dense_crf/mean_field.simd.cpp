@@ -22,7 +22,7 @@ constexpr int kBatch = 16;
 // In-place softmax (or log-softmax) of `count` points. `finite`: whether each point's scores are.
 template <class T, class V>
 SK_HD void softmax(V* z, int count, int blocks, bool log, bool* finite) {
-  T top[kBatch], shift[kBatch];
+  T top[kBatch], change[kBatch];
   V total[kBatch];
   for (int i = 0; i < count; ++i) {
     V high = z[i * blocks];
@@ -42,12 +42,12 @@ SK_HD void softmax(V* z, int count, int blocks, bool log, bool* finite) {
   for (int i = 0; i < count; ++i) {
     const T sum = sum_of<T>(total[i]);
     finite[i] = sum - sum == T(0);
-    shift[i] = log ? top[i] + log_of<T>(sum) : T(1) / sum;
+    change[i] = log ? log_of<T>(sum) : T(1) / sum;
   }
   for (int i = 0; i < count; ++i) {
     for (int b = 0; b < blocks; ++b) {
       V& v = z[i * blocks + b];
-      v = log ? v - shift[i] : shift[i] * v;
+      v = log ? v - top[i] - change[i] : change[i] * v;
     }
   }
 }

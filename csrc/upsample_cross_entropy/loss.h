@@ -1,7 +1,8 @@
 // The losses of one pixel: softmax cross entropy, and binary cross entropy of one logit. Each reads
 // the pixel's logits class by class and returns the loss and the weight by which a mean divides.
-// Backward: the gradient of the pixel's logits, from what forward kept (softmax: the log of the sum
-// of exponentials).
+// Backward: the gradient of the pixel's logits, from what forward kept (softmax: the largest logit
+// and the sum of exponentials relative to it. Their log-sum-exp would lose the sum where the logits
+// are large).
 #pragma once
 
 #include "common/status.h"
@@ -52,8 +53,10 @@ SK_HD int64_t label_at(const void* target, TargetType type, int64_t i) {
 
 // Softmax cross entropy, with class weights and label smoothing:
 //   (1 - s) w_t (lse - v_t) + s / C sum_c w_c (lse - v_c)
+//   lse = log sum_c exp(v_c), computed as max + log sum_c exp(v_c - max)
 template <class A>
 struct SoftmaxLoss {
+  static constexpr int kKept = 2;      // values kept for each pixel: max, sum of exponentials
   static constexpr int kChannels = 4;  // classes a thread of the backward pass, at most
   const void* target;
   TargetType target_type;
@@ -74,9 +77,9 @@ struct SoftmaxLoss {
 
   SK_HD A weight_of_class(int32_t c) const { return weight != nullptr ? weight[c] : A(1); }
 
-  // Sums over a pixel's classes, in order.
+  // Sums over a pixel's classes, in order: of exp(v_c - best), w_c (best - v_c) and w_c.
   struct Sums {
-    A best, sum, weighted, weights, picked;
+    A best, sum, below, weights, picked;
   };
 
   SK_HD Sums start() const { return {A(0), A(0), A(0), A(0), A(0)}; }
@@ -89,49 +92,60 @@ struct SoftmaxLoss {
     s.best = wins ? value : s.best;
     s.picked = c == label ? value : s.picked;
     if (smoothing != A(0)) {
-      s.weighted = mul_add(weight_of_class(c), value, s.weighted);
+      // A new maximum raises the distance of the classes before; else this class adds its own.
+      s.below = mul_add(wins ? s.weights : weight_of_class(c), -d, s.below);
       s.weights += weight_of_class(c);
     }
   }
 
-  // The loss and the weight of pixel i. Stores kept[i] for the backward pass.
+  // The loss and the weight of pixel i. Stores what the backward pass reads.
   SK_HD A finish(const Sums& s, int64_t i, int32_t label, A* kept, A& pixel_weight) const {
     // The softmax of an infinite maximum is NaN.
-    const A lse = s.best - s.best == A(0) ? s.best + log_fast(s.sum) : A(NAN);
-    kept[i] = lse;
-    return value(lse, s.picked, s.weighted, s.weights, label, pixel_weight);
+    const A sum = s.best - s.best == A(0) ? s.sum : A(NAN);
+    keep(kept, i, s.best, sum);
+    return value(log_fast(sum), s.best - s.picked, s.below, s.weights, label, pixel_weight);
   }
 
-  SK_HD A value(A lse, A picked, A weighted, A weights, int32_t label, A& pixel_weight) const {
+  SK_HD static void keep(A* kept, int64_t i, A best, A sum) {
+    kept[kKept * i] = best;
+    kept[kKept * i + 1] = sum;
+  }
+
+  // From log sum_c exp(v_c - max), max - v_t, sum_c w_c (max - v_c) and sum_c w_c.
+  SK_HD A value(A log_sum, A below_max, A below, A weights, int32_t label, A& pixel_weight) const {
     pixel_weight = A(0);
     if (label < 0) return A(0);
     pixel_weight = weight_of_class(label);
-    A loss = pixel_weight * (lse - picked);
+    A loss = pixel_weight * (log_sum + below_max);
     if (smoothing != A(0)) {
-      loss = (A(1) - smoothing) * loss + smoothing / A(classes) * (weights * lse - weighted);
+      loss = (A(1) - smoothing) * loss + smoothing / A(classes) * (weights * log_sum + below);
     }
     return loss;
   }
 
   // Factors that the gradients of all classes of a pixel share, times `scale`.
   struct Pixel {
-    A lse, softmax, picked, smooth;
+    A best, softmax, picked, smooth;  // softmax: the factor of exp(v_c - best)
     int32_t label;
   };
 
   SK_HD Pixel pixel(const A* kept, int64_t i, A scale, A weights) const {
     Pixel p{A(0), A(0), A(0), A(0), label(i)};
     if (p.label < 0) return p;
-    p.lse = kept[i];
+    p.best = kept[kKept * i];
     p.picked = scale * (A(1) - smoothing) * weight_of_class(p.label);
-    p.smooth = scale * smoothing / A(classes);
-    p.softmax = p.picked + p.smooth * weights;
+    p.softmax = p.picked;
+    if (smoothing != A(0)) {  // or else 0 times the infinite weight of an absent class
+      p.smooth = scale * smoothing / A(classes);
+      p.softmax += p.smooth * weights;
+    }
+    p.softmax /= kept[kKept * i + 1];
     return p;
   }
 
   SK_HD A gradient(const Pixel& p, A value, int32_t c) const {
     if (p.label < 0) return A(0);
-    A g = p.softmax * exp_fast(value - p.lse);
+    A g = p.softmax * exp_fast(value - p.best);
     if (c == p.label) g -= p.picked;
     if (smoothing != A(0)) g -= p.smooth * weight_of_class(c);
     return g;

@@ -35,7 +35,7 @@ struct LossCall {
 
 // Outputs, of the computing type.
 struct LossOutputs {
-  void* kept;       // per pixel, for the backward pass
+  void* kept;       // [pixels, 2], for the backward pass; null for binary
   void* losses;     // per pixel, or null unless the reduction is kNone
   void* totals;     // [3]: loss, weight of the pixels, sum of the class weights
   void* workspace;  // CUDA: 2 * kMaxPartials doubles; CPU: as upsample_loss_workspace says

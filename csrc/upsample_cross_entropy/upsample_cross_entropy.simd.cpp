@@ -15,7 +15,7 @@ constexpr int64_t kBlock = LogitTables<float>::kPixelBlock;
 template <class A>
 void losses_of(const SoftmaxLoss<A>& loss, const A* block, int64_t pixel, int64_t n, A* kept,
                A* out, A* weight) {
-  A best[kBlock], sum[kBlock] = {}, weighted[kBlock] = {};
+  A best[kBlock], sum[kBlock] = {}, below[kBlock] = {};
   A weights = A(0);
   memcpy(best, block, sizeof best);
   for (int32_t c = 1; c < loss.classes; ++c) {
@@ -30,14 +30,13 @@ void losses_of(const SoftmaxLoss<A>& loss, const A* block, int64_t pixel, int64_
     if (loss.smoothing == A(0)) continue;
     weights += loss.weight_of_class(c);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < kBlock; ++i) weighted[i] += loss.weight_of_class(c) * value[i];
+    for (int64_t i = 0; i < kBlock; ++i) below[i] += loss.weight_of_class(c) * (best[i] - value[i]);
   }
   for (int64_t i = 0; i < n; ++i) {
     const int32_t label = loss.label(pixel + i);
-    const A lse = best[i] + log_fast(sum[i]);
     const A picked = label < 0 ? A(0) : block[label * kBlock + i];
-    kept[pixel + i] = lse;
-    out[i] = loss.value(lse, picked, weighted[i], weights, label, weight[i]);
+    loss.keep(kept, pixel + i, best[i], sum[i]);
+    out[i] = loss.value(log_fast(sum[i]), best[i] - picked, below[i], weights, label, weight[i]);
   }
 }
 
@@ -114,12 +113,13 @@ template <class A>
 void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n, const A* kept,
                   A weights, const PixelScale<A>& scale_of) {
   typename SoftmaxLoss<A>::Pixel state[kBlock];
-  A lse[kBlock] = {}, softmax[kBlock] = {}, smooth[kBlock] = {};
+  A best[kBlock] = {}, softmax[kBlock] = {}, smooth[kBlock] = {}, counts[kBlock] = {};
   for (int64_t i = 0; i < n; ++i) {
     state[i] = loss.pixel(kept, pixel + i, scale_of(pixel + i), weights);
-    lse[i] = state[i].lse;
+    best[i] = state[i].best;
     softmax[i] = state[i].softmax;
     smooth[i] = state[i].smooth;
+    counts[i] = state[i].label < 0 ? A(0) : A(1);
   }
   for (int32_t c = 0; c < loss.classes; ++c) {
     A* value = block + c * kBlock;
@@ -128,14 +128,14 @@ void gradients_of(const SoftmaxLoss<A>& loss, A* block, int64_t pixel, int64_t n
     if (loss.smoothing == A(0)) {
 #pragma GCC ivdep
       for (int64_t i = 0; i < kBlock; ++i) {
-        const A e = softmax[i] * exp_fast(value[i] - lse[i]);
-        value[i] = softmax[i] == A(0) ? A(0) : e;
+        const A e = softmax[i] * exp_fast(value[i] - best[i]);
+        value[i] = counts[i] == A(0) ? A(0) : e;
       }
     } else {
 #pragma GCC ivdep
       for (int64_t i = 0; i < kBlock; ++i) {
-        const A e = softmax[i] * exp_fast(value[i] - lse[i]);
-        value[i] = (softmax[i] == A(0) ? A(0) : e) - smooth[i] * w;
+        const A e = softmax[i] * exp_fast(value[i] - best[i]) - smooth[i] * w;
+        value[i] = counts[i] == A(0) ? A(0) : e;
       }
     }
   }

@@ -256,6 +256,22 @@ def test_taps_that_skip_the_only_column(dtype: torch.dtype, layout: torch.memory
         assert grad.eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_calls_that_torch_computes_keep_the_dtype(dtype: torch.dtype) -> None:
+    """As in a batch of 0 with dilation 0, which torch accepts, and under torch.jit.trace."""
+    weight, vector = torch.randn(2, 3, 1, 1).to(dtype), torch.tensor([0.5, 2.0])
+
+    def call(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return segkernels.dilated_conv2d(x, weight, scale=vector, shift=vector, **options)
+
+    empty = call(torch.zeros(0, 3, 4, 4, dtype=dtype), dilation=0)
+    assert (empty.shape, empty.dtype) == ((0, 2, 4, 4), dtype)
+    x = torch.randn(1, 3, 4, 4).to(dtype)
+    traced = torch.jit.trace(call, (x,), check_trace=False)(x)
+    assert traced.dtype == dtype
+    torch.testing.assert_close(traced, call(x))
+
+
 def test_unbatched_input() -> None:
     x, w, r = torch.randn(3, 6, 7), torch.randn(4, 3, 3, 3), torch.randn(4, 6, 7)
     ours = segkernels.dilated_conv2d(x, w, padding=2, dilation=2, residual=r, activation="relu")

@@ -459,11 +459,81 @@ def test_all_pixels_ignored() -> None:
 @pytest.mark.parametrize("label", [-1, 3, 2**40, -(2**33)])
 def test_labels_out_of_range(label: int) -> None:
     target = torch.zeros(1, 5, 5, dtype=torch.int64)
-    target[0, 2, 3] = label
-    with pytest.raises(ValueError, match="target must be from 0 to num_classes - 1"):
+    target[0, 2, 3], target[0, 4, 1:] = label, 3
+    found = rf"ignore_index = -100, got {label} at \[0, 2, 3\], the first of 5 invalid labels$"
+    with pytest.raises(
+        ValueError, match=rf"target must be from 0 to num_classes - 1 = 2 or {found}"
+    ):
         segkernels.upsample_cross_entropy(torch.randn(1, 3, 2, 2), target)
-    with pytest.raises(ValueError, match="target must be from 0 to"):
+    found = found.replace("0, 2", "0, 0, 2")
+    with pytest.raises(ValueError, match=rf"target must be 0, 1 or {found}"):
         segkernels.upsample_binary_cross_entropy(torch.randn(1, 1, 2, 2), target.unsqueeze(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_a_label_of_255_suggests_ignore_index(dtype: torch.dtype) -> None:
+    x, target = torch.randn(1, 1, 2, 2), torch.zeros(1, 4000, 3, dtype=dtype)
+    target[0, 7] = 255
+    with pytest.raises(ValueError, match=r"got 255 at \[0, 7, 0\].*first of 3 .*ignore_index=255$"):
+        segkernels.upsample_cross_entropy(x, target)
+    with pytest.raises(ValueError, match=r"got 255 at \[0, 0, 7, 0\].*ignore_index=255$"):
+        segkernels.upsample_binary_cross_entropy(x, target.unsqueeze(1))
+    assert segkernels.upsample_cross_entropy(x, target, ignore_index=255).item() == 0.0
+
+
+def both(
+    logits: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Loss and gradient of segkernels and of torch, for logits of the target's size."""
+    found = []
+    for function in (segkernels.upsample_cross_entropy, F.cross_entropy):
+        x = logits.detach().clone().requires_grad_()
+        loss = function(x, target, *args, **kwargs)
+        found.append((loss.detach(), *torch.autograd.grad(loss, x)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("device", suite.DEVICES)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("absent", ["no pixel", "ignored pixels"])
+def test_weight_of_an_absent_class_has_no_effect(value: float, absent: str, device: str) -> None:
+    """As in ``counts.sum() / counts``, the weight of a class without pixels is infinite."""
+    x = torch.randn(2, 3, 6, 7, device=device)
+    target = torch.randint(2, (2, 6, 7), device=device)
+    ignore = -100
+    if absent == "ignored pixels":
+        target[:, 2], ignore = 2, 2
+    weight = torch.tensor([1.5, 3.0, value], device=device)
+    (loss, grad), (expected, expected_grad) = both(x, target, weight, ignore_index=ignore)
+    assert expected_grad.isfinite().all()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("device", suite.DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("m", [0.0, 1e2, 1e4, 1e6, 1e8, 1e30, -1e6])
+def test_large_logits(m: float, smoothing: float, dtype: torch.dtype, device: str) -> None:
+    x = torch.tensor([m, m, m - 1, 0.0], dtype=dtype, device=device).view(1, 4, 1, 1)
+    target = torch.zeros(1, 1, 1, dtype=torch.int64, device=device)
+    (loss, grad), (expected, expected_grad) = both(x, target, label_smoothing=smoothing)
+    if smoothing == 0.0 and 1e2 <= m <= 1e6:
+        assert abs(loss.item() - 0.861995) < 1e-6
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", suite.DEVICES)
+def test_nan_reaches_the_gradient_of_a_pixel_without_weight(device: str) -> None:
+    """As in torch: only an ignored pixel hides a NaN."""
+    x = torch.randn(1, 2, 1, 2, device=device)
+    x[0, 1, 0, 0] = float("nan")
+    target = torch.tensor([[[0, 1]]], device=device)
+    weight = torch.tensor([0.0, 1.0], device=device)
+    (_, grad), (_, expected) = both(x, target, weight, reduction="sum")
+    assert expected[..., 0].isnan().all()
+    torch.testing.assert_close(grad, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", ON_CUDA)
@@ -507,14 +577,42 @@ def test_second_derivative_raises() -> None:
 
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize(("inputs", "outputs", "align"), [(1, 3500, False), (3, 4400, True)])
-def test_very_wide_outputs_use_separate_operators(
-    inputs: int, outputs: int, align: bool, device: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_very_wide_outputs_store_the_upsampled_logits(
+    inputs: int,
+    outputs: int,
+    align: bool,
+    dtype: torch.dtype,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = torch.randn(1, 3, 2, inputs, device=device, requires_grad=True)
+    x = torch.randn(1, 3, 2, inputs, device=device).to(dtype).requires_grad_()
     target = torch.randint(3, (1, 2, outputs), device=device)
-    monkeypatch.setattr(operator, "loss", None)
-    loss = segkernels.upsample_cross_entropy(x, target, align_corners=align)
-    expected = _torch_loss(x, target, {"mode": "bilinear", "align_corners": align})
+    sizes = []
+    fused = operator.loss
+
+    def record(*args: Any) -> Any:
+        sizes.append(args[-1].resampling.in_size)
+        return fused(*args)
+
+    monkeypatch.setattr(operator, "loss", record)
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=dtype, device=device)
+    options = {"mode": "bilinear", "align_corners": align}
+    loss = segkernels.upsample_cross_entropy(x, target, weight, **options)
+    expected = _torch_loss(x, target, {**options, "weight": weight.float()})
+    compare_with_gradient(loss, expected, x)
+    with pytest.raises(ValueError, match="or ignore_index = -100, got 3"):
+        segkernels.upsample_cross_entropy(x.cpu(), target.cpu() + 1, **options)
+    x = torch.randn(1, 1, 2, inputs, device=device).to(dtype).requires_grad_()
+    target = torch.rand(1, 1, 2, outputs, device=device)
+    loss = segkernels.upsample_binary_cross_entropy(x, target, weight[1:2], **options)
+    upsampled = F.interpolate(x.float(), (2, outputs), **options)
+    expected = 2 * F.binary_cross_entropy_with_logits(upsampled, target)
+    compare_with_gradient(loss, expected, x)
+    assert set(sizes) == {(2, outputs)}
+
+
+def compare_with_gradient(loss: torch.Tensor, expected: torch.Tensor, x: torch.Tensor) -> None:
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], torch.autograd.grad(expected, x)[0])
 

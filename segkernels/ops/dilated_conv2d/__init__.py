@@ -237,10 +237,12 @@ def _apply_epilogue(
     residual: torch.Tensor | None,
     activation: str | None,
 ) -> torch.Tensor:
+    dtype = out.dtype
     if scale is not None:
         out = out * scale[:, None, None]
     if shift is not None:
         out = out + shift[:, None, None]
     if residual is not None:
         out = out + residual
+    out = out.to(dtype)  # a float32 scale or shift has made float32 of half precision
     return F.relu(out) if activation == "relu" else out

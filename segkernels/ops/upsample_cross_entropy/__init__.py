@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _dtypes, _registry
 from segkernels.ops.interpolate import _logits, _resampling, interpolate
@@ -40,7 +39,7 @@ def upsample_cross_entropy(
 
     Loss and gradient equal those of ``F.cross_entropy(F.interpolate(logits, target.shape[-2:],
     mode=mode, align_corners=align_corners), target, weight, ...)``. The memory is that of the
-    logits and one value per pixel: the N x C x H_out x W_out upsampled logits are computed inside
+    logits and two values per pixel: the N x C x H_out x W_out upsampled logits are computed inside
     the kernels, in the forward and again in the backward pass. The loss is summed in float64 in a
     fixed order. Half precision (float16 and bfloat16) is computed in float32, the gradient is
     accumulated in float32, and the returned loss is float32.
@@ -86,17 +85,7 @@ def upsample_cross_entropy(
     _check(name, logits, reduction, target=target, weight=weight)
     r = _logits.resampling(name, logits, tuple(target.shape[-2:]), mode, align_corners)
     if r.out_size[1] > _max_width(r):
-        # Too wide for the kernels: store the upsampled logits.
-        align = None if r.mode.startswith("nearest") else r.align_corners
-        upsampled = interpolate(
-            logits.to(_dtypes.compute_dtype(logits.dtype)),
-            r.out_size,
-            mode=r.mode,
-            align_corners=align,
-        )
-        return F.cross_entropy(
-            upsampled, target.long(), weight, None, ignore_index, None, reduction, label_smoothing
-        )
+        logits, r = _stored(logits, r)
     loss = Loss(False, ignore_index, reduction, label_smoothing, r)
     value: torch.Tensor = operator.loss(
         logits, target.contiguous(), _to_compute_dtype(weight, logits), None, loss
@@ -175,10 +164,7 @@ def upsample_binary_cross_entropy(
             ) from None
     r = _logits.resampling(name, logits, tuple(target.shape[-2:]), mode, align_corners)
     if r.out_size[1] > _max_width(r):
-        raise ValueError(
-            f"{name}: target must be at most {_max_width(r)} wide for logits of width "
-            f"{logits.size(-1)}, got {target.size(-1)}"
-        )
+        logits, r = _stored(logits, r)
     loss = Loss(True, ignore_index, reduction, 0.0, r)
     weight, pos_weight = _to_compute_dtype(weight, logits), _to_compute_dtype(pos_weight, logits)
     value: torch.Tensor = operator.loss(logits, target.contiguous(), weight, pos_weight, loss)[0]
@@ -198,6 +184,17 @@ def _check(name: str, logits: torch.Tensor, reduction: str, **tensors: torch.Ten
 
 def _to_compute_dtype(x: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor | None:
     return None if x is None else x.to(_dtypes.compute_dtype(logits.dtype)).contiguous()
+
+
+def _stored(
+    logits: torch.Tensor, r: _resampling.Resampling
+) -> tuple[torch.Tensor, _resampling.Resampling]:
+    """Return upsampled logits that are stored, for sizes that the kernels do not support."""
+    align = None if r.mode.startswith("nearest") else r.align_corners
+    wide = logits.to(_dtypes.compute_dtype(logits.dtype))
+    upsampled = interpolate(wide, r.out_size, mode=r.mode, align_corners=align)
+    identity = _logits.resampling("", upsampled, r.out_size, "nearest", False)
+    return upsampled, identity
 
 
 def _max_width(r: _resampling.Resampling) -> int:

@@ -43,7 +43,8 @@ class Loss(NamedTuple):
 
 # (loss, kept, totals):
 # loss: a scalar, or one value per pixel for "none".
-# kept: log-sum-exp over the classes of each pixel, for the backward pass; None for the binary loss.
+# kept: [*target.shape, 2], for each pixel the largest logit and the sum of exponentials relative to
+#     it, for the backward pass; None for the binary loss.
 # totals: [sum of the losses, reduced; sum of the pixels' weights; sum of the class weights].
 Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]
 
@@ -64,7 +65,7 @@ def outputs(
     shape = target.shape if loss.reduction == "none" else ()
     return (
         torch.empty(shape, dtype=compute, device=device),
-        None if loss.binary else torch.empty(target.shape, dtype=compute, device=device),
+        None if loss.binary else torch.empty((*target.shape, 2), dtype=compute, device=device),
         torch.empty(3, dtype=compute, device=device),
     )
 
@@ -117,7 +118,10 @@ def forward(
     value, kept, totals = outputs(logits, target, weight, pos_weight, loss)
     where = _native.where(logits)
     none = loss.reduction == "none"
-    with _status.watch(logits, loss.name()) as status:
+    classes = 2 if loss.binary else logits.size(1)
+    with _status.watch(
+        logits, loss.name(), describe=lambda: _invalid_labels(target, classes, loss)
+    ) as status:
         call = _call(logits, target, weight, pos_weight, loss, status)
         if where[0] < 0:
             workspace = _workspace(call, where, False)
@@ -127,6 +131,20 @@ def forward(
         losses = value if none else None
         _native.C().upsample_loss(where, call, kept, losses, totals, workspace)
     return value if none else totals[0].clone(), kept, totals
+
+
+def _invalid_labels(target: torch.Tensor, classes: int, loss: Loss) -> str:
+    """Say which labels of `target` are invalid."""
+    labels = target.long()
+    invalid = ((labels < 0) | (labels >= classes)) & (labels != loss.ignore_index)
+    at = invalid.nonzero()
+    value = int(labels[tuple(at[0])])
+    allowed = "0, 1" if loss.binary else f"from 0 to num_classes - 1 = {classes - 1}"
+    hint = "; to leave these pixels out, pass ignore_index=255" if value == 255 else ""
+    return (
+        f"target must be {allowed} or ignore_index = {loss.ignore_index}, got {value} at "
+        f"{at[0].tolist()}, the first of {len(at)} invalid labels{hint}"
+    )
 
 
 def backward(
