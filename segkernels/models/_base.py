@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,7 +48,9 @@ class SegmentationModel(nn.Module):
     computes the label map and the loss without the full-size scores in memory.
 
     Args:
-        num_classes: number of classes.
+        num_classes: number of classes. A model of one class separates the foreground, label 1, from
+            the background, label 0: its score is the logit of the foreground, and its loss is the
+            binary cross entropy.
         in_channels: number of channels of the images.
         backend: "segkernels", or "torch" for plain torch layers with the same parameters and
             results.
@@ -80,18 +84,49 @@ class SegmentationModel(nn.Module):
         """Run the network."""
         raise NotImplementedError
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Class scores (logits) at the size of the input.
+    def forward(
+        self,
+        input: torch.Tensor,
+        *,
+        target: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Class scores (logits) at the size of the input, or the loss of a target.
+
+        The loss is the mean cross entropy between the scores and `target`, computed with less
+        memory. A model with an auxiliary head adds the loss of that head times `aux_weight`.
+
+        Under DistributedDataParallel call the wrapped model with a target. Each process then
+        divides by its own pixels, and the gradients are averaged over the processes. With ignored
+        pixels or class weights this is the average of the means of the processes, not the mean
+        over all pixels.
+
+        Args:
+            input: images [N, in_channels, H, W].
+            target: labels [N, H, W], int64, int32, int16 or uint8, for one class also bool; None
+                for the scores.
+            weight: a factor for each class, [C]; for one class [2], of the labels 0 and 1.
+            ignore_index: label of the pixels to leave out.
+            label_smoothing: from 0 to 1.
 
         Returns:
-            A tensor; for a model with ``aux_loss=True`` a dict of two, "out" and "aux".
+            With a target the loss, a scalar. Without one the scores: a tensor, or for a model with
+            ``aux_loss=True`` a dict of two, "out" and "aux".
 
         Raises:
-            ValueError: the input has a wrong rank, number of channels or size, or the batch is too
-                small to train BatchNorm.
-            TypeError: the input does not hold floats.
+            ValueError: the input has a wrong rank, number of channels or size; the batch is too
+                small to train BatchNorm; the target does not have the size of the scores. See also
+                `segkernels.upsample_cross_entropy`.
+            TypeError: the input does not hold floats, or the target does not hold integers.
         """
+        if target is not None:
+            self._check_target(input, target)
         low, size, box, aux = self._checked_scores(input)
+        if target is not None:
+            options = (weight, ignore_index, label_smoothing)
+            return self._cross_entropy(input, target, low, size, box, aux, *options)
 
         def full(scores: torch.Tensor) -> torch.Tensor:
             resized = _blocks.resize(scores, size, self.align_corners, self.backend)
@@ -103,7 +138,8 @@ class SegmentationModel(nn.Module):
     def predict(self, input: torch.Tensor) -> torch.Tensor:
         """The label map [N, H, W], int64: `forward(input).argmax(1)` with less memory.
 
-        This method does not change the mode: call `eval()` first.
+        For a model of one class it is 1 where the score is above 0, else 0. This method does not
+        change the mode: call `eval()` first.
         """
         low, size, box, _ = self._checked_scores(input)
         labels = _blocks.label_map(low, size, self.align_corners, self.backend)
@@ -118,40 +154,21 @@ class SegmentationModel(nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Mean cross entropy of `forward(input)` with less memory.
+        """The loss of `forward` with a target, where the arguments are described.
 
-        A model with an auxiliary head adds the loss of that head times `aux_weight`.
-
-        Args:
-            input: images [N, in_channels, H, W].
-            target: labels [N, H, W].
-            weight: a factor for each class, [C].
-            ignore_index: label of the pixels to leave out.
-            label_smoothing: from 0 to 1.
-
-        Raises:
-            ValueError, TypeError: see `forward` and `segkernels.upsample_cross_entropy`.
+        In distributed training call the model that DistributedDataParallel wraps, with `target`:
+        only its own call synchronises the gradients. This method warns once if it is called
+        outside, with gradients and several processes.
         """
-        low, size, box, aux = self._checked_scores(input)
-        target = self.fit_target(input, target)
-        shape = [len(input), *((box.height, box.width) if box else size)]
-        if list(target.shape) != shape:
-            raise ValueError(
-                f"{self.name}: target must be {shape}, got shape {tuple(target.shape)}"
-            )
-        if box is not None:
-            below, right = size[0] - box.top - box.height, size[1] - box.left - box.width
-            target = F.pad(target.long(), (box.left, right, box.top, below), value=ignore_index)
-        options: dict[str, Any] = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-        }
-        tail = (target, self.align_corners, self.backend)
-        loss = _blocks.cross_entropy(low, *tail, **options)
-        if aux is None:
-            return loss
-        return loss + self.aux_weight * _blocks.cross_entropy(aux, *tail, **options)
+        warn_unless_synchronised(self)
+        value: torch.Tensor = self(
+            input,
+            target=target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        return value
 
     def fit_target(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The part of `target` that the output covers: all of it for most models."""
@@ -207,6 +224,50 @@ class SegmentationModel(nn.Module):
         # SyncBatchNorm is left out: other processes may have more images.
         return any(type(part) is nn.BatchNorm2d and part.training for part in self.modules())
 
+    def _check_target(self, input: torch.Tensor, target: torch.Tensor) -> None:
+        """Raise the errors for a target that do not depend on the size of the scores."""
+        dtypes = (*_blocks.LABELS, torch.bool) if self.num_classes == 1 else (*_blocks.LABELS,)
+        if not isinstance(target, torch.Tensor) or target.dtype not in dtypes:
+            got = target.dtype if isinstance(target, torch.Tensor) else type(target).__name__
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise TypeError(f"{self.name}: target must hold labels ({names}), got {got}")
+        if target.dim() != 3 or len(target) != len(input):
+            raise ValueError(
+                f"{self.name}: target must be [{len(input)}, H, W], got shape {tuple(target.shape)}"
+            )
+
+    def _cross_entropy(
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+        low: torch.Tensor,
+        size: tuple[int, int],
+        box: Box | None,
+        aux: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        ignore_index: int,
+        label_smoothing: float,
+    ) -> torch.Tensor:
+        target = self.fit_target(input, target)
+        shape = [len(input), *((box.height, box.width) if box else size)]
+        if list(target.shape) != shape:
+            raise ValueError(
+                f"{self.name}: target must be {shape}, got shape {tuple(target.shape)}"
+            )
+        if box is not None:
+            below, right = size[0] - box.top - box.height, size[1] - box.left - box.width
+            target = F.pad(target.long(), (box.left, right, box.top, below), value=ignore_index)
+        options: dict[str, Any] = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+        }
+        tail = (target, self.align_corners, self.backend)
+        loss = _blocks.cross_entropy(low, *tail, **options)
+        if aux is None:
+            return loss
+        return loss + self.aux_weight * _blocks.cross_entropy(aux, *tail, **options)
+
     def _nearest(self, size: int) -> str:
         above = max(0, -(-(size - self.min_size) // self.size_step))
         sizes = [self.min_size + k * self.size_step for k in (above - 1, above) if k >= 0]
@@ -219,3 +280,34 @@ class SegmentationModel(nn.Module):
         self.check_input(input)
         low, size, box, aux = self.scores(input)
         return low, size or spatial_size(input), box, aux
+
+
+def warn_unless_synchronised(model: SegmentationModel) -> None:
+    """Warn if gradients of `model` are wanted, but no wrapper averages them over the processes."""
+    distributed = torch.distributed
+    if (
+        not torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not distributed.is_available()
+        or not distributed.is_initialized()
+        or distributed.get_world_size() < 2
+    ):
+        return
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
+
+    # FSDPModule is a base of the model itself, so calling the model synchronises.
+    inside = DistributedDataParallel._get_active_ddp_module() is not None
+    if not inside and not isinstance(model, FSDPModule):
+        _warn_once(model.name)
+
+
+@functools.cache
+def _warn_once(name: str) -> None:
+    warnings.warn(
+        f"{name}.loss was called outside the forward of DistributedDataParallel while "
+        f"{torch.distributed.get_world_size()} processes run: the gradients of this process are "
+        "not averaged with those of the others. Call the wrapped model instead: "
+        "ddp(images, target=labels)",
+        stacklevel=4,
+    )

@@ -14,10 +14,15 @@ from segkernels.ops.interpolate import interpolate
 from segkernels.ops.max_pool2d import max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d
 from segkernels.ops.upsample_argmax import upsample_argmax
-from segkernels.ops.upsample_cross_entropy import upsample_cross_entropy
+from segkernels.ops.upsample_cross_entropy import (
+    upsample_binary_cross_entropy,
+    upsample_cross_entropy,
+)
+from segkernels.ops.upsample_cross_entropy.native import LABELS as LABELS
 
 Backend = Literal["segkernels", "torch"]
 BACKENDS = ("segkernels", "torch")
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def op_backend(backend: Backend) -> Literal["auto", "torch"]:
@@ -95,7 +100,13 @@ def resize(
 def label_map(
     low: torch.Tensor, size: tuple[int, int], align_corners: bool, backend: Backend
 ) -> torch.Tensor:
-    """The class with the highest score at each pixel, after resizing the scores to `size`."""
+    """The class with the highest score at each pixel, after resizing the scores to `size`.
+
+    With one class, 1 where its score is above 0.
+    """
+    if low.size(1) == 1:
+        wide = low.float() if low.dtype in _HALF else low
+        return (resize(wide, size, align_corners, backend) > 0).squeeze(1).long()
     if backend == "torch":
         return resize(low, size, align_corners, backend).argmax(dim=1)
     same = spatial_size(low) == tuple(size)
@@ -108,15 +119,31 @@ def label_map(
 def cross_entropy(
     low: torch.Tensor, target: torch.Tensor, align_corners: bool, backend: Backend, **options: Any
 ) -> torch.Tensor:
-    """Cross entropy of scores resized to the size of `target`; options as for F.cross_entropy."""
+    """Cross entropy of scores resized to the size of `target`; options as for F.cross_entropy.
+
+    With one class, the binary cross entropy: that of two classes with the scores 0 and `low`.
+    """
     size = spatial_size(target)
-    if backend == "torch":
-        resized = resize(low, size, align_corners, backend)
-        if resized.dtype in (torch.float16, torch.bfloat16):
-            resized = resized.float()  # as upsample_cross_entropy does
-        return F.cross_entropy(resized, target.long(), **options)
     same = spatial_size(low) == size
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
+    if target.dtype == torch.bool:
+        target = target.to(torch.uint8)
+    if low.size(1) == 1:
+        plain = options["weight"] is None and options["label_smoothing"] == 0.0
+        if plain and backend != "torch":
+            return upsample_binary_cross_entropy(
+                low,
+                target.unsqueeze(1),
+                ignore_index=options["ignore_index"],
+                mode=mode,
+                align_corners=corners,
+            )
+        low = torch.cat([torch.zeros_like(low), low], dim=1)
+    if backend == "torch":
+        resized = resize(low, size, align_corners, backend)
+        if resized.dtype in _HALF:
+            resized = resized.float()  # as upsample_cross_entropy does
+        return F.cross_entropy(resized, target.long(), **options)
     return upsample_cross_entropy(low, target, mode=mode, align_corners=corners, **options)
 
 

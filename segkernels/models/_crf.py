@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from segkernels.models import _blocks
-from segkernels.models._base import SegmentationModel
+from segkernels.models._base import SegmentationModel, warn_unless_synchronised
 from segkernels.models._blocks import Backend
 from segkernels.nn import DenseCRF
 
@@ -21,7 +21,8 @@ class WithCRF(SegmentationModel):
 
     Args:
         num_classes, in_channels, backend: see `SegmentationModel`.
-        crf: a `DenseCRF` with the same number of classes, or None.
+        crf: a `DenseCRF` with the same number of classes, or of 2 classes, background and
+            foreground, for a model of one; or None.
         train_crf: whether the CRF also runs in training mode.
     """
 
@@ -35,37 +36,66 @@ class WithCRF(SegmentationModel):
         backend: Backend,
     ) -> None:
         super().__init__(num_classes, in_channels, backend)
-        if crf is not None and (
-            not isinstance(crf, DenseCRF) or crf.num_classes != self.num_classes
-        ):
+        classes = max(2, num_classes)  # the CRF of one class has nothing to choose from
+        if crf is not None and (not isinstance(crf, DenseCRF) or crf.num_classes != classes):
             got = f"{crf.num_classes} classes" if isinstance(crf, DenseCRF) else type(crf).__name__
+            both = " (background and foreground)" if num_classes == 1 else ""
             raise ValueError(
-                f"{self.name}: crf must be a DenseCRF of {num_classes} classes, got {got}"
+                f"{self.name}: crf must be a DenseCRF of {classes} classes{both}, got {got}"
             )
         self.crf = crf
         self.train_crf = train_crf
 
-    def forward(self, input: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
-        """Class scores at the size of the input; log-probabilities if the CRF runs.
+    def forward(
+        self,
+        input: torch.Tensor,
+        image: torch.Tensor | None = None,
+        *,
+        target: torch.Tensor | None = None,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Class scores at the size of the input, or the loss of a target.
+
+        If the CRF runs, the scores are log-probabilities, or for one class the logit of the
+        foreground.
 
         Args:
             input: images [N, in_channels, H, W].
             image: the colours that the CRF compares, [N, any, H, W], in the unit of its `srgb`: for
                 example the images before normalisation. None for `input`.
+            target, weight, ignore_index, label_smoothing: see `SegmentationModel.forward`.
         """
-        out, crf = super().forward(input), self._running_crf()
-        assert isinstance(out, torch.Tensor)
+        options: dict[str, Any] = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+        }
+        crf = self._running_crf()
         if crf is None:
-            return out
+            return super().forward(input, target=target, **options)
+        if target is not None:
+            self._check_target(input, target)
+        out = super().forward(input)
+        assert isinstance(out, torch.Tensor)
+        if self.num_classes == 1:
+            out = torch.cat([torch.zeros_like(out), out], dim=1)
         refined: torch.Tensor = crf(input if image is None else image, logits=out, log=True)
-        return refined
+        if self.num_classes == 1:
+            refined = refined[:, 1:] - refined[:, :1]
+        if target is None:
+            return refined
+        size = _blocks.spatial_size(refined)
+        return self._cross_entropy(input, target, refined, size, None, None, **options)
 
     @torch.no_grad()
     def predict(self, input: torch.Tensor, image: torch.Tensor | None = None) -> torch.Tensor:
         """The label map [N, H, W], int64; see `forward` for `image`."""
         if self._running_crf() is None:
             return super().predict(input)
-        return self(input, image).argmax(dim=1)
+        out = self(input, image)
+        return _blocks.label_map(out, _blocks.spatial_size(out), self.align_corners, self.backend)
 
     def loss(
         self,
@@ -77,16 +107,17 @@ class WithCRF(SegmentationModel):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """Mean cross entropy; see `SegmentationModel.loss`, and `forward` for `image`."""
-        options: dict[str, Any] = {
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-        }
-        if self._running_crf() is None:
-            return super().loss(input, target, **options)
-        scores = self(input, image)
-        return _blocks.cross_entropy(scores, target, self.align_corners, self.backend, **options)
+        """The loss of `forward` with a target; see `SegmentationModel.loss`."""
+        warn_unless_synchronised(self)
+        value: torch.Tensor = self(
+            input,
+            image,
+            target=target,
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+        )
+        return value
 
     def _running_crf(self) -> DenseCRF | None:
         return None if self.training and not self.train_crf else self.crf
