@@ -176,21 +176,56 @@ def test_synchronised_batch_norm_gives_the_same(case: Case) -> None:
             close(found[key], expected[key], 1e-6)
 
 
-def with_group_norm(model: models.SegmentationModel) -> models.SegmentationModel:
-    """Replace each BatchNorm2d by a GroupNorm of one group."""
+class FrozenBatchNorm2d(torch.nn.Module):
+    """As torchvision's: the statistics and the affine map are buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var, weight, bias = (
+            t[:, None, None] for t in (self.running_mean, self.running_var, self.weight, self.bias)
+        )
+        return (x - mean) * (var + 1e-5).rsqrt() * weight + bias
+
+
+NORMS: dict[str, Any] = {
+    "GroupNorm": lambda channels: torch.nn.GroupNorm(1, channels),
+    "InstanceNorm2d": lambda channels: torch.nn.InstanceNorm2d(channels, affine=True),
+    "FrozenBatchNorm2d": FrozenBatchNorm2d,
+}
+
+
+def with_norm(model: models.SegmentationModel, norm: Any) -> models.SegmentationModel:
+    """Replace each BatchNorm2d."""
     for part in list(model.modules()):
         for name, child in part.named_children():
             if isinstance(child, torch.nn.BatchNorm2d):
-                setattr(part, name, torch.nn.GroupNorm(1, child.num_features))
+                setattr(part, name, norm(child.num_features))
     return model
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "norm",
+    ["GroupNorm", *(pytest.param(n, marks=pytest.mark.slow) for n in list(NORMS)[1:])],
+)
 @every
-def test_group_norm_is_the_same_in_both_backends(case: Case) -> None:
-    ours, theirs = (with_group_norm(case.build(b)).double() for b in ("segkernels", "torch"))
+def test_other_norms_are_the_same_in_both_backends(case: Case, norm: str, training: bool) -> None:
+    ours, theirs = (
+        with_norm(case.build(b), NORMS[norm]).double().train(training)
+        for b in ("segkernels", "torch")
+    )
     as_if_trained(ours)
     theirs.load_state_dict(ours.state_dict())
     images = case.images(dtype=torch.float64)
+    if norm == "InstanceNorm2d" and not case.one_image:
+        for model in (ours, theirs):  # image pooling leaves one pixel, which has no variance
+            with pytest.raises(ValueError, match="Expected more than 1 spatial element"):
+                model(images)
+        return
     results = []
     for model in (ours, theirs):
         torch.manual_seed(4)
