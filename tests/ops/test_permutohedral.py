@@ -3,9 +3,12 @@ errors, layouts, determinism, compilation and torch.func."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -696,6 +699,48 @@ def test_half_precision_is_computed_in_float32(dtype, device):
     permutohedral_filter(*full).sum().backward()
     for half, single in zip(leaves, full, strict=True):
         assert torch.equal(half.grad, single.grad.to(dtype))
+
+
+def copies(lattice: Any) -> list[Any]:
+    return [copy.copy(lattice), copy.deepcopy(lattice), pickle.loads(pickle.dumps(lattice))]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 9, 11), (40, 5), (0, 3)])
+def test_copies_and_pickles_filter_the_same(shape, device):
+    features = torch.randn(shape, device=device)
+    values = torch.randn(shape, device=device)
+    lattice = PermutohedralLattice(features)
+    expected = lattice.filter(values)
+    for again in copies(lattice):
+        assert again.shape == lattice.shape
+        assert again.num_vertices == lattice.num_vertices
+        assert torch.equal(again.filter(values), expected)
+    module = torch.nn.Module()
+    module.lattice = PermutohedralLattice(features, max_vertices=10_000)
+    expected = module.lattice.filter(values, "symmetric")
+    for again in copies(module):
+        assert torch.equal(again.lattice.filter(values, "symmetric"), expected)
+
+
+def test_what_a_copy_cannot_hold_is_refused():
+    features = torch.randn(1, 3, 50, requires_grad=True)
+    lattice = PermutohedralLattice(features * 2)
+    values = torch.randn(1, 2, 50)
+    assert torch.equal(copy.copy(lattice).filter(values), lattice.filter(values))
+    for make in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="features must not require grad in a deep copy or a p"):
+            make(lattice)
+    features = torch.randn(1, 3, 50)
+    lattice = PermutohedralLattice(features)
+    expected = lattice.filter(values)
+    features.mul_(2)
+    assert torch.equal(lattice.filter(values), expected)
+    for make in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="features must not be modified in place before a deep"):
+            make(lattice)
+    with torch.inference_mode():
+        lattice = PermutohedralLattice(torch.randn(1, 3, 50))
+        assert torch.equal(copy.deepcopy(lattice).filter(values), lattice.filter(values))
 
 
 def test_mixed_dtypes(device):

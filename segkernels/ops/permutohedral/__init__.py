@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -45,6 +46,10 @@ class PermutohedralLattice:
     Filtering approximates `out_i = sum_j exp(-|f_i - f_j|^2 / 2) v_j` over all points j of an
     image, including point i, in time linear in the number of points.
 
+    A copy shares the lattice. A deep copy or a pickle holds the features, and builds the lattice
+    again. It raises TypeError if the features require grad, because their graph cannot be copied,
+    or have been modified in place since.
+
     Args:
         features: `(B, d, *spatial)`, or `(N, d)` for one set of points; floating point, 1 <= d <=
             16, each feature already divided by its standard deviation. float16 and bfloat16 are
@@ -73,11 +78,42 @@ class PermutohedralLattice:
         self.shape = features.shape
         self._flat = flat
         self._spatial = tuple(spatial)
+        self._max_vertices = max_vertices
+        self._build()
+
+    def _build(self) -> None:
         self._lattice: Lattice | None = None
-        if flat.numel() > 0 and not needs_dispatcher(flat):
+        self._version = 0
+        if self._flat.numel() > 0 and not needs_dispatcher(self._flat):
             (self._lattice,) = native.build(
-                [flat.detach()], spatial, max_vertices=max_vertices, op="PermutohedralLattice"
+                [self._flat.detach()],
+                self._spatial,
+                max_vertices=self._max_vertices,
+                op="PermutohedralLattice",
             )
+            self._version = _version(self._flat)
+
+    def __copy__(self) -> PermutohedralLattice:
+        same = object.__new__(type(self))
+        same.__dict__.update(self.__dict__)
+        return same
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._flat.requires_grad:
+            raise TypeError(
+                "PermutohedralLattice: features must not require grad in a deep copy or a pickle, "
+                "got requires_grad=True; build the lattice from features.detach()"
+            )
+        if self._lattice is not None and _version(self._flat) != self._version:
+            raise TypeError(
+                "PermutohedralLattice: features must not be modified in place before a deep copy "
+                "or a pickle, which builds the lattice again; build it from features.clone()"
+            )
+        return {name: value for name, value in self.__dict__.items() if name != "_lattice"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._build()
 
     @property
     def num_vertices(self) -> list[int]:
@@ -164,6 +200,11 @@ def permutohedral_filter(
         (lattice,) = native.build([flat_features.detach()], spatial, op=function)
     record = Filter(normalization, transpose, tuple(spatial), lattice)
     return _restore_shape(operator.filter_(flat, flat_features, record), values)
+
+
+def _version(features: torch.Tensor) -> int:
+    """The number of times that `features` was modified in place; 0 for an inference tensor."""
+    return 0 if features.is_inference() else features._version
 
 
 def _flatten_features(features: torch.Tensor, function: str) -> tuple[torch.Tensor, Sequence[int]]:
