@@ -490,6 +490,16 @@ def test_unit_range_image_warns(make):
         dense_crf(make(img), torch.from_numpy(probs))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_unit_range_tensor_warns(dtype):
+    img, probs = torch.rand(1, 3, *SIZE, dtype=dtype), torch.rand(1, 4, *SIZE)
+    with pytest.warns(UserWarning, match=r"from 0 to 1 and srgb is 13.*13/255") as caught:
+        dense_crf(img, probs)
+    assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"from -3.25 to 3.25 and srgb is 13.*before its normali"):
+        dense_crf(img * 4 - 2, probs)
+
+
 def test_no_warning():
     img, probs = random_image(*SIZE, 3).astype(np.float32) / 255, probabilities(4, *SIZE)
     with warnings.catch_warnings():
@@ -497,9 +507,11 @@ def test_no_warning():
         dense_crf(img, probs, srgb=13 / 255)
         dense_crf(img, probs, srgb=(13, 13, 0.05))
         dense_crf(img * 255, probs)
-        dense_crf(img - 0.5, probs)
+        dense_crf(img - 0.5, probs, srgb=0.5)
+        dense_crf(img * 4, probs)
+        dense_crf(np.full_like(img, 0.5), probs)  # without edges at any srgb
         dense_crf(random_image(*SIZE, 3) // 255, probs)  # integers
-        dense_crf(channels_first(img), torch.from_numpy(probs))
+        dense_crf(channels_first(img * 255), torch.from_numpy(probs))
         dense_crf(img, probs, compat_bilateral=None)
 
 

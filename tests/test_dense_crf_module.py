@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from segkernels import DenseCRF, PairwiseTerm, dense_crf
+from segkernels import DenseCRF, PairwiseTerm, dense_crf, models
 
 SIGMAS = ("sxy_gaussian", "sxy_bilateral", "srgb")
 
@@ -361,3 +362,26 @@ def test_training_improves_on_the_classifier_alone(device):
         if not torch.equal(value.cpu(), start[name])
     ]
     assert moved == [name for name, _ in crf.named_parameters()]
+
+
+@pytest.mark.parametrize("learn_sigmas", [False, True])
+def test_images_from_0_to_1_with_srgb_13_warn_once(learn_sigmas: bool) -> None:
+    """Also in a model, whose images are often from 0 to 1 or normalised."""
+    crf = DenseCRF(2, iterations=1, learn_sigmas=learn_sigmas)
+    model = models.deeplab_v1(2, width=1 / 32, crf=crf).eval()
+    image = torch.rand(1, 3, 17, 19)
+    with pytest.warns(UserWarning, match=r"^DenseCRF: .*from 0 to 1 and srgb is 13") as caught:
+        [call(image) for call in (model, model.predict)]
+    assert len(caught) == 1
+    other = DenseCRF(2, iterations=1, learn_sigmas=learn_sigmas)
+    with pytest.warns(UserWarning, match=r"^DenseCRF: .*pass the image before its normalisation"):
+        other(image * 5 - 2.5, logits=torch.rand(1, 2, 17, 19))
+    quiet = DenseCRF(2, iterations=1, srgb=13 / 255, learn_sigmas=learn_sigmas)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(image)
+        model(image, image * 255)
+        quiet(image, logits=torch.rand(1, 2, 17, 19))
+        DenseCRF(2, iterations=1)(image * 255, logits=torch.rand(1, 2, 17, 19))
+        no_colour = DenseCRF(2, iterations=1, compat_bilateral=None)
+        no_colour(image, logits=torch.rand(1, 2, 17, 19))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
+from segkernels.ops._operator import can_read_values
 from segkernels.ops.dense_crf import PairwiseTerm, dense_crf, inputs
 from segkernels.ops.dense_crf.inputs import Compat, Method
 from segkernels.ops.permutohedral.native import Normalization
@@ -37,6 +39,7 @@ class DenseCRF(nn.Module):
 
     compat_gaussian: torch.Tensor | None
     compat_bilateral: torch.Tensor | None
+    _warned = False  # of the unit of srgb
 
     def __init__(
         self,
@@ -117,6 +120,8 @@ class DenseCRF(nn.Module):
                     f"DenseCRF: {name} must have {self.num_classes} classes, got {channels} "
                     f"(shape {tuple(scores.shape)})"
                 )
+        srgb = self.sigma("srgb")
+        self._warn_of_unit(img, srgb)
         return dense_crf(
             img,
             probs,
@@ -126,7 +131,7 @@ class DenseCRF(nn.Module):
             sxy_gaussian=self.sigma("sxy_gaussian"),
             compat_gaussian=self.compat_gaussian,
             sxy_bilateral=self.sigma("sxy_bilateral"),
-            srgb=self.sigma("srgb"),
+            srgb=srgb,
             compat_bilateral=self.compat_bilateral,
             normalization=self.normalization,
             pairwise=pairwise,
@@ -134,6 +139,20 @@ class DenseCRF(nn.Module):
             method=self.method,
             max_vertices=max_vertices,
         )
+
+    def _warn_of_unit(self, img: torch.Tensor, srgb: torch.Tensor) -> None:
+        """Warn, once for this module, if `srgb` is in another unit than the image's values."""
+        if (
+            self._warned
+            or self.compat_bilateral is None
+            or not isinstance(img, torch.Tensor)
+            or not can_read_values(srgb)
+        ):
+            return
+        doubt = inputs.doubtful_unit(img, float(srgb.detach().min()))
+        if doubt:
+            self._warned = True
+            warnings.warn(f"DenseCRF: {doubt}", stacklevel=3)
 
     def extra_repr(self) -> str:
         """The number of classes, and the arguments that are not in the state dict."""

@@ -93,7 +93,8 @@ def dense_crf(
         sxy_gaussian, sxy_bilateral: standard deviations in pixels; a number, or one per axis as
             (sx, sy) or (sx, sy, sz).
         srgb: standard deviation of the image's values, in the unit of these values (13 for images
-            from 0 to 255 is 13/255 for images from 0 to 1); a number, or one per channel.
+            from 0 to 255 is 13/255 for images from 0 to 1); a number, or one per channel. If it is
+            so large that the image has no edge, a warning says so; images on CUDA are not read.
         compat_gaussian, compat_bilateral: the compatibility mu of the term: a number (a Potts
             weight, positive values smooth), a vector of length C (the diagonal of mu, negative
             values smooth) or a C x C matrix (mu, which is symmetrised). None omits the term.

@@ -151,9 +151,11 @@ def colours(img: Any, scores: torch.Tensor, srgb: Numbers, dtype: torch.dtype) -
     """Image channels divided by their sigmas: (B, n, N)."""
     image = _image(img, scores)
     sigmas = to_sigmas(srgb, image.shape[1], "srgb", dtype, scores.device)
-    if not isinstance(img, torch.Tensor):
-        _warn_if_unit_range(image, srgb)
-    return image.to(dtype).flatten(2) / sigmas.view(1, -1, 1)
+    if not isinstance(srgb, torch.Tensor):  # `DenseCRF`, whose sigmas are tensors, warns itself
+        doubt = doubtful_unit(image, min(to_numbers(srgb)))
+        if doubt:
+            warnings.warn(f"dense_crf: {doubt}", stacklevel=3)
+    return image.to(scores.device).to(dtype).flatten(2) / sigmas.view(1, -1, 1)
 
 
 def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
@@ -187,7 +189,6 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
             array = array.copy()
         image = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
         image = image.movedim(-1, 1) if image.dim() == rank else image
-        image = image.to(scores.device)
     if not _arguments.matches(image, scores.shape) or image.shape[1] < 1:
         order = "channels first" if isinstance(img, torch.Tensor) else "channels last"
         got = tuple(img.shape) if hasattr(img, "shape") else tuple(np.asarray(img).shape)
@@ -198,15 +199,27 @@ def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def _warn_if_unit_range(image: torch.Tensor, srgb: Numbers) -> None:
-    if not image.dtype.is_floating_point or isinstance(srgb, torch.Tensor):
-        return
-    if min(to_numbers(srgb)) >= 1 and float(image.min()) >= 0 and float(image.max()) <= 1:
-        warnings.warn(
-            f"dense_crf: the image's values are from 0 to 1 and srgb is {srgb}, so the image has "
-            "almost no effect; srgb is in the unit of the image's values: use about 13/255",
-            stacklevel=4,
+def doubtful_unit(image: torch.Tensor, srgb: float) -> str:
+    """Return a warning if `srgb` is so large for the image's values that it has no edge, or "".
+
+    `srgb` is the smallest of the channels. Only floats in CPU memory are read.
+    """
+    floats = image.dtype.is_floating_point
+    if not floats or image.numel() == 0 or srgb < 1 or not can_read_values(image):
+        return ""
+    low, high = (float(x) for x in image.detach().aminmax())
+    limit = srgb / 4
+    if not low < high or max(-low, high) > max(1.0, limit):
+        return ""
+    effect = "so the image has almost no effect; srgb is in the unit of the image's values"
+    if low >= 0 and high <= 1:
+        return (
+            f"the image's values are from 0 to 1 and srgb is {srgb:g}, {effect}: use about 13/255"
         )
+    return (
+        f"the image's values are from -{max(1.0, limit):g} to {max(1.0, limit):g} and srgb is "
+        f"{srgb:g}, {effect}: pass the image before its normalisation, or a smaller srgb"
+    )
 
 
 def to_compat(
