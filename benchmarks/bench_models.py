@@ -69,7 +69,7 @@ def training(shape: ModelShape, backend: str, device: torch.device) -> Call:
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = model.loss(x, target)
+            loss = model(x, target=target)
         loss.backward()
         optimizer.step()
         return loss.detach()
