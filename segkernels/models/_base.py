@@ -156,9 +156,10 @@ class SegmentationModel(nn.Module):
     ) -> torch.Tensor:
         """The loss of `forward` with a target, where the arguments are described.
 
-        In distributed training call the model that DistributedDataParallel wraps, with `target`:
-        only its own call synchronises the gradients. This method warns once if it is called
-        outside, with gradients and several processes.
+        This method calls the model, but not a wrapper of it. In distributed training call the model
+        that DistributedDataParallel wraps, with `target`: only its own call synchronises the
+        gradients. This method warns once if it is called outside, with gradients and several
+        processes. Likewise call the result of `torch.compile` with `target`.
         """
         warn_unless_synchronised(self)
         value: torch.Tensor = self(

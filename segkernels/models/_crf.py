@@ -74,6 +74,7 @@ class WithCRF(SegmentationModel):
         }
         crf = self._running_crf()
         if crf is None:
+            self._check_unused_parameters()
             return super().forward(input, target=target, **options)
         if target is not None:
             self._check_target(input, target)
@@ -118,6 +119,27 @@ class WithCRF(SegmentationModel):
             label_smoothing=label_smoothing,
         )
         return value
+
+    def _check_unused_parameters(self) -> None:
+        """Raise if the CRF does not run, and DistributedDataParallel waits for its gradients.
+
+        It would not average any gradient in the first step, and raise in the second.
+        """
+        if (
+            self.crf is None
+            or torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+            or not torch.distributed.is_available()
+        ):
+            return
+        ddp = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        waits = ddp is not None and not (ddp.find_unused_parameters or ddp.static_graph)
+        if waits and any(p.requires_grad for p in self.crf.parameters()):
+            raise RuntimeError(
+                f"{self.name}: the parameters of crf get no gradients in training with "
+                "train_crf=False, but DistributedDataParallel waits for them: call "
+                "crf.requires_grad_(False), or pass train_crf=True, before it wraps the model"
+            )
 
     def _running_crf(self) -> DenseCRF | None:
         return None if self.training and not self.train_crf else self.crf

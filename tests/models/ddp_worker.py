@@ -59,6 +59,27 @@ def warnings_of(model: torch.nn.Module, name: str, rank: int, call: Any) -> list
     return [str(w.message) for w in caught if ".loss was called outside" in str(w.message)]
 
 
+def check_a_crf_that_does_not_run(rank: int) -> None:
+    """Its parameters would keep DistributedDataParallel from averaging the gradients."""
+    model = build("deeplab_v1")
+    model.train_crf = False
+    images, target = batch("deeplab_v1", rank)
+    try:
+        torch.nn.parallel.DistributedDataParallel(model)(images, target=target)
+    except RuntimeError as error:
+        assert "crf.requires_grad_(False)" in str(error)
+    else:
+        raise AssertionError("no error")
+    model.crf.requires_grad_(False)
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        ddp(images, target=target).backward()
+    grad = ddp.module.fc8.weight.grad
+    other = grad.clone()
+    torch.distributed.broadcast(other, 0)
+    assert torch.equal(grad, other)
+
+
 def main(rank: int, count: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
@@ -75,6 +96,7 @@ def main(rank: int, count: int, folder: Path) -> None:
             warned = step(ddp.module.loss)
             assert len(warned) == expected, warned
             assert all("ddp(images, target=labels)" in text for text in warned)
+    check_a_crf_that_does_not_run(rank)
     torch.save(found, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
