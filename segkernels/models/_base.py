@@ -168,10 +168,19 @@ class SegmentationModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, for `segkernels.models.from_pretrained`.
 
+        What the model has now is saved: its tensors in their dtypes, its CRF, whether it has an
+        auxiliary head, and `aux_weight`, ``eps`` and ``momentum`` of BatchNorm and ``p`` of dropout
+        where they were changed. SyncBatchNorm comes back as BatchNorm2d, tensors that share memory
+        as separate ones, and frozen parameters as trainable. An interrupted call leaves no mixture
+        of old and new files.
+
         Raises:
             ImportError: safetensors is not installed.
+            ValueError: `from_pretrained` would build another model, because layers or other
+                attributes were replaced, or because the model was not built by `create_model` or
+                the function of its name.
         """
-        _pretrained.save(Path(folder), self.name, self.arguments, self.state_dict())
+        _pretrained.save(self, Path(folder))
 
     def check_input(self, input: torch.Tensor) -> None:
         """Raise the errors that `forward` lists."""
