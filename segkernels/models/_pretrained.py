@@ -67,7 +67,7 @@ def load(folder: Path, replaced: Mapping[str, Any]) -> SegmentationModel:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{what}: {folder} has no file {name}; it must be a folder that save_pretrained "
+                f"{what}: {folder} has no {name}; it must be a folder that save_pretrained "
                 "wrote"
             )
     path = folder / CONFIG
@@ -122,7 +122,7 @@ def _config(model: SegmentationModel, state: _weights.State) -> dict[str, Any]:
         raise ValueError("it was not built by create_model or a function of segkernels.models")
     arguments = dict(model.arguments)
     if "crf" in arguments:
-        arguments |= {"crf": model.crf, "train_crf": model.train_crf}
+        arguments |= {"crf": model.crf, "train_crf": bool(model.train_crf)}
     if "aux_loss" in arguments:
         arguments["aux_loss"] = model.aux_classifier is not None
     rates = {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)}
@@ -241,11 +241,10 @@ def _is(value: Any, kind: Any) -> bool:
         return value is None or isinstance(value, dict)
     if value is None and kind in ("shape", "option"):
         return True
-    if kind in (tuple, "shape", "numbers"):
-        each = float if kind == "numbers" else int
-        return isinstance(value, list) and all(
-            _is(item, each) and (each is float or item > 0) for item in value
-        )
+    if kind == "numbers":
+        return isinstance(value, list) and bool(value) and all(_is(item, float) for item in value)
+    if kind in (tuple, "shape"):
+        return isinstance(value, list) and all(_is(item, int) and item > 0 for item in value)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
         return is_number and isinstance(value, int)
