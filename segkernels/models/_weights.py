@@ -261,7 +261,7 @@ def _read(path: Path) -> Any:
         mmap = zipfile.is_zipfile(file)
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        reason = re.search("WeightsUnpickler error: (.*)", str(error))
+        reason = re.search("(?:WeightsUnpickler error:|Trying to load) (.*)", str(error))
         raise ValueError(
             f"create_model: {file} must hold a state dict of tensors: torch.load with "
             f"weights_only=True refuses it ({reason[1] if reason else error})"
