@@ -67,8 +67,7 @@ def load(folder: Path, replaced: Mapping[str, Any]) -> SegmentationModel:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{what}: {folder} has no {name}; it must be a folder that save_pretrained "
-                "wrote"
+                f"{what}: {folder} has no {name}; it must be a folder that save_pretrained wrote"
             )
     path = folder / CONFIG
     try:

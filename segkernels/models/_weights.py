@@ -49,7 +49,8 @@ class LoadReport:
             them.
         loaded: names in the model of the tensors that were loaded.
         missing: names in the model of the others, which keep their initial values. BatchNorm's
-            counters are left out, because old files lack them and nothing here reads them.
+            counters are left out: old files lack them, and only a BatchNorm without momentum reads
+            them.
         left_over: names in the file of the tensors that were not used.
     """
 
