@@ -213,7 +213,8 @@ def _build(config: Mapping[str, Any], replaced: Mapping[str, Any], tensors: int)
             raise ValueError(f"{key} is {value!r:.60}, more than the {tensors} saved tensors")
     with torch.device("meta"):
         if isinstance(arguments.get("crf"), dict):
-            arguments["crf"] = _crf_from(arguments["crf"])
+            old = {"method": "lattice"} if config.get("format", 1) == 1 else {}
+            arguments["crf"] = _crf_from({**old, **arguments["crf"]})
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
         model = builder(**{**tuples, **replaced})
     _change(model, config.get("changed", {}))
@@ -294,7 +295,7 @@ _CRF_KINDS: dict[str, Any] = {
 
 def _crf_from(config: Any) -> DenseCRF:
     arguments = _checked(config, "crf", _CRF_KINDS)
-    missing = [name for name in ("num_classes", *_SIGMAS, *_COMPATS) if name not in arguments]
+    missing = [name for name in _CRF_KINDS if name not in arguments]
     if missing:
         raise ValueError(f"crf must have {', '.join(missing)}")
     for name in _COMPATS:
