@@ -224,13 +224,13 @@ def _build(config: Mapping[str, Any], replaced: Mapping[str, Any], tensors: int)
 _KINDS: dict[Any, str] = {
     bool: "true or false",
     int: "an int",
-    float: "a finite number",
+    float: "a number",
     str: "a string",
     tuple: "a list of positive ints",
     "crf": "null, or the arguments of a DenseCRF",
     "shape": "null, or a shape as a list",
-    "numbers": "a list of finite numbers",
-    "option": "null, or a finite number",
+    "numbers": "a list of numbers",
+    "option": "null, or a number",
 }
 
 
@@ -245,10 +245,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(_is(item, float) for item in value)
     if kind in (tuple, "shape"):
         return isinstance(value, list) and all(_is(item, int) and item > 0 for item in value)
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int:
-        return is_number and isinstance(value, int)
-    return is_number and abs(value) <= _LARGEST
+    numbers = int if kind is int else (int, float)
+    return isinstance(value, numbers) and not isinstance(value, bool)
 
 
 def _checked(given: Any, what: str, kinds: Mapping[str, Any]) -> dict[str, Any]:
