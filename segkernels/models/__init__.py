@@ -13,6 +13,7 @@ from segkernels.models._base import SegmentationModel as SegmentationModel
 from segkernels.models._registry import create_model as create_model
 from segkernels.models._registry import from_pretrained as from_pretrained
 from segkernels.models._registry import list_models as list_models
+from segkernels.models._weights import LoadReport as LoadReport
 from segkernels.models.fcn import fcn32s as fcn32s
 from segkernels.models.fcn import fcn16s as fcn16s
 from segkernels.models.fcn import fcn8s as fcn8s

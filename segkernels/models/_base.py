@@ -14,6 +14,7 @@ from torch import nn
 
 from segkernels.models import _blocks, _pretrained
 from segkernels.models._blocks import BACKENDS, Backend, crop, spatial_size
+from segkernels.models._weights import LoadReport
 
 
 class Box(NamedTuple):
@@ -59,7 +60,10 @@ class SegmentationModel(nn.Module):
         num_classes, in_channels, backend: the arguments.
         name: the name that `create_model` takes.
         arguments: the arguments of the builder, which `save_pretrained` saves.
+        weights_report: what `create_model` or `load_backbone` loaded; None if nothing.
     """
+
+    weights_report: LoadReport | None = None
 
     align_corners = False  # in the resizing of the scores
     aux_weight = 0.5  # factor of the auxiliary loss
@@ -178,6 +182,8 @@ class SegmentationModel(nn.Module):
     def load_backbone(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Load the state dict of torchvision's classifier with the same backbone.
 
+        From the state dict of a segmentation model it loads the backbone.
+
         Raises:
             ValueError: torchvision has no such classifier, or the state dict does not fit.
         """
@@ -186,10 +192,19 @@ class SegmentationModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, for `segkernels.models.from_pretrained`.
 
+        What the model has now is saved: its tensors in their dtypes, its CRF, whether it has an
+        auxiliary head, and `aux_weight`, ``eps`` and ``momentum`` of BatchNorm and ``p`` of dropout
+        where they were changed. SyncBatchNorm comes back as BatchNorm2d, tensors that share memory
+        as separate ones, and frozen parameters as trainable. An interrupted call leaves no mixture
+        of old and new files.
+
         Raises:
             ImportError: safetensors is not installed.
+            ValueError: `from_pretrained` would build another model, because layers or other
+                attributes were replaced, or because the model was not built by `create_model` or
+                the function of its name.
         """
-        _pretrained.save(Path(folder), self.name, self.arguments, self.state_dict())
+        _pretrained.save(self, Path(folder))
 
     def check_input(self, input: torch.Tensor) -> None:
         """Raise the errors that `forward` lists."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 import torch
@@ -195,34 +195,3 @@ def zero_init_(layers: Iterable[nn.Conv2d]) -> None:
         nn.init.zeros_(layer.weight)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
-
-
-def load_parts(
-    model: nn.Module, state: Mapping[str, torch.Tensor], parts: Iterable[str], what: str
-) -> None:
-    """Load `state` into some submodules of a model; after an error the model is unchanged.
-
-    Args:
-        model: to load into.
-        state: with the keys of the model.
-        parts: names of the submodules.
-        what: name of the model, for the error.
-
-    Raises:
-        ValueError: keys are missing or unknown, or tensors have another shape.
-    """
-    prefixes = tuple(f"{part}." for part in parts)
-    own = {key: v for key, v in model.state_dict().items() if key.startswith(prefixes)}
-    # Old checkpoints lack the counters, and only a BatchNorm without momentum needs them.
-    needed = [key for key in own if not key.endswith("num_batches_tracked")]
-    problems = [f"missing {key}" for key in needed if key not in state]
-    problems += [f"unknown {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, not {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{what}: the state dict does not fit: {'; '.join(problems[:8])}{more}")
-    model.load_state_dict(dict(state), strict=False)

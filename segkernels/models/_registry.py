@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec
 
-from segkernels.models import _pretrained
+from segkernels.models import _pretrained, _weights
 from segkernels.models._base import SegmentationModel
 
 P = ParamSpec("P")
@@ -97,6 +99,9 @@ class Architecture(Generic[P]):
                 except TypeError as error:
                     raise TypeError(f"{name}() {error}") from None
                 given.apply_defaults()
+                width = given.arguments.get("width", 1.0)
+                if not 0 < width < float("inf"):
+                    raise ValueError(f"{name}: width must be positive and finite, got {width!r}")
                 model = self.model(*given.args, **given.kwargs, **fixed)
                 model.name = name
                 model.arguments = dict(given.arguments)
@@ -141,33 +146,83 @@ def list_models() -> list[str]:
     return list(_models)
 
 
-def create_model(name: str, *args: Any, **kwargs: Any) -> SegmentationModel:
-    """Build a model by its name: ``create_model("fcn8s", num_classes=11)`` is ``fcn8s(11)``.
+def builder(name: str) -> Builder:
+    """The function that builds the model with this name.
 
     Raises:
-        ValueError: an unknown name; the message has the nearest ones. Also what the model raises.
+        ValueError: an unknown name; the message has the nearest ones.
     """
     if name not in _models:
         near = difflib.get_close_matches(str(name), _models, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(_models)}"
-        raise ValueError(f"create_model: there is no model named {name!r}; {hint}")
-    return _models[name][1](*args, **kwargs)
+        raise ValueError(f"there is no model named {name!r}; {hint}")
+    return _models[name][1]
+
+
+def create_model(
+    name: str, *args: Any, weights: str | Path | None = None, **kwargs: Any
+) -> SegmentationModel:
+    """Build a model by its name: ``create_model("fcn8s", num_classes=11)`` is ``fcn8s(11)``.
+
+    The model is in training mode, also with `weights`.
+
+    Args:
+        name: see `list_models`.
+        args, kwargs: the arguments of the model.
+        weights: a file to load: ``.safetensors``, a folder that `save_pretrained` wrote (only its
+            weights are read), or a file of `torch.save` (read with ``weights_only=True``). It holds
+            a state dict with the names of the model, which for `fcn_resnet*` and
+            `deeplab_v3_resnet*` are those of torchvision's segmentation models, or one that
+            `load_backbone` takes. It may be the entry "model", "state_dict", "model_state" or
+            "model_state_dict" of a checkpoint, and all names may begin with "module.", "model." or
+            "_orig_mod.". Values are converted to the dtypes of the model.
+
+    Returns:
+        The model. Its ``weights_report`` says what was loaded, which tensors the file lacks and
+        which are left over (None without weights). The logger "segkernels" gets it at level INFO,
+        and it is a UserWarning if anything is missing or left over.
+
+    Raises:
+        ValueError: an unknown name; the message has the nearest ones. The weights are no state dict
+            of tensors, none fits, or one has another shape, or integers in place of floats. Also
+            what the model raises.
+        FileNotFoundError: there are no such weights.
+        RuntimeError: the file is damaged.
+        ImportError: safetensors is needed and not installed.
+    """
+    try:
+        build = builder(name)
+    except ValueError as error:
+        raise ValueError(f"create_model: {error}") from None
+    if weights is not None and not isinstance(weights, (str, Path)):
+        raise TypeError(f"create_model: weights must be a path, got {type(weights).__name__}")
+    model = build(*args, **kwargs)
+    if weights is not None:
+        report = _weights.load_file(model, Path(weights))
+        logging.getLogger("segkernels").info("%s", report)
+        if report.missing or report.left_over:
+            warnings.warn(str(report), stacklevel=2)
+    return model
 
 
 def from_pretrained(folder: str | Path, **arguments: Any) -> SegmentationModel:
-    """Load a model that `save_pretrained` wrote: in eval mode, on the CPU.
+    """Load a model that `save_pretrained` wrote: in eval mode, on the CPU, in the saved dtypes.
+
+    Folders of others are safe to load: nothing in them is executed, and no tensor is allocated
+    before names, shapes and dtypes are checked.
 
     Args:
         folder: a local folder with config.json and model.safetensors.
-        arguments: replace the saved arguments of the model, for example ``backend="torch"``.
+        arguments: replace the saved arguments of the model, for example ``backend="torch"``. A
+            ``crf`` keeps its own values.
 
     Raises:
         FileNotFoundError: a file is missing.
         ImportError: safetensors is not installed.
-        ValueError: config.json has another format, or names an unknown model.
-        RuntimeError: the weights do not fit; the message lists the keys.
+        ValueError: config.json is not what `save_pretrained` writes, or needs a newer segkernels;
+            or the model refuses its arguments.
+        TypeError: the model does not have one of `arguments`.
+        RuntimeError: model.safetensors is damaged, or the weights do not fit: names, shapes, or
+            integers in place of floats.
     """
-    name, saved, state = _pretrained.load(Path(folder))
-    model = create_model(name, **{**saved, **arguments})
-    model.load_state_dict(state)
-    return model.eval()
+    return _pretrained.load(Path(folder), arguments)

@@ -13,11 +13,11 @@ from segkernels.models._blocks import (
     Backend,
     FCNHead,
     conv_norm,
-    load_parts,
     max_pool,
     op_backend,
     scaled,
 )
+from segkernels.models._weights import load_parts, plain
 from segkernels.nn import conv_bn_act
 
 LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -101,6 +101,8 @@ class ResNet(nn.Module):
         stem: Stem = "7x7",
     ) -> None:
         super().__init__()
+        if len(layers) != 4 or min(layers) < 1:
+            raise ValueError(f"ResNet: layers must be four positive ints, got {tuple(layers)}")
         if output_stride not in (8, 16, 32):
             raise ValueError(f"ResNet: output_stride must be 8, 16 or 32, got {output_stride}")
         if stem not in ("7x7", "deep"):
@@ -151,9 +153,23 @@ class ResNet(nn.Module):
 
 
 def load_resnet(model: SegmentationModel, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Load torchvision's ResNet of the same depth, without its ``fc``, into ``model.backbone``."""
-    body = {f"backbone.{k}": v for k, v in state_dict.items() if not k.startswith("fc.")}
-    load_parts(model, body, ["backbone"], model.name)
+    """Load a ResNet of the same depth into ``model.backbone``, after an error nothing.
+
+    Args:
+        model: to load into.
+        state_dict: of torchvision's classifier, without its ``fc``; or of a segmentation model, of
+            which only ``backbone`` is loaded.
+
+    Raises:
+        ValueError: the state dict does not fit.
+    """
+    state = plain(state_dict, f"{model.name}: state_dict")
+    body = {key: value for key, value in state.items() if key.startswith("backbone.")}
+    left_over = state.keys() - body.keys()
+    if not body:
+        left_over = {key for key in state if key.startswith("fc.")}
+        body = {f"backbone.{key}": v for key, v in state.items() if key not in left_over}
+    load_parts(model, body, ["backbone"], [key for key in state if key in left_over])
 
 
 class ResNetModel(SegmentationModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -12,12 +13,12 @@ from torch import nn
 from segkernels.models._base import SegmentationModel
 from segkernels.models._blocks import (
     Backend,
-    load_parts,
     max_pool_with_indices,
     op_backend,
     scaled,
     spatial_size,
 )
+from segkernels.models._weights import load_parts, plain
 from segkernels.nn import ConvBNAct
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
@@ -82,13 +83,15 @@ class VGG16(nn.Sequential):
             f"{s}.{c}" for s, stage in self.named_children() for c, _ in stage.named_children()
         ]
         theirs: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in state_dict.items():
-            if key.startswith("features."):
-                _, number, kind = key.split(".")
-                theirs.setdefault(int(number), {})[kind] = value
         found: dict[str, torch.Tensor] = {}
+        for key, value in state_dict.items():
+            if match := re.fullmatch(r"features\.(\d+)\.(\w+)", key):
+                theirs.setdefault(int(match[1]), {})[match[2]] = value
+            elif key.startswith("features."):
+                found[key] = value
         for part, dim in (("conv", 4), ("bn", 1)):
-            indices = [n for n in sorted(theirs) if theirs[n]["weight"].dim() == dim]
+            weights = {n: w for n in sorted(theirs) if (w := theirs[n].get("weight")) is not None}
+            indices = [n for n, weight in weights.items() if weight.dim() == dim]
             for i, index in enumerate(indices):
                 name = f"{layers[i]}.{part}" if i < len(layers) else f"features.{index}"
                 found |= {f"{name}.{kind}": value for kind, value in theirs[index].items()}
@@ -144,12 +147,21 @@ def convolutionalise(
     if missing:
         raise ValueError(f"convolutionalise: the state dict lacks {', '.join(missing)}")
     first, second = state_dict["classifier.0.weight"], state_dict["classifier.3.weight"]
-    filters = first.size(0)
-    if first.size(1) % 49 or filters % channels:
+    filters = len(first) if first.dim() == 2 else 0
+    if filters == 0 or first.size(1) % 49 or filters % channels:
         raise ValueError(
             f"convolutionalise: classifier.0.weight {tuple(first.shape)} must be [filters, "
             f"channels * 7 * 7] with filters a multiple of {channels}"
         )
+    for key, shape in (
+        ("classifier.0.bias", (filters,)),
+        ("classifier.3.weight", (filters, filters)),
+        ("classifier.3.bias", (filters,)),
+    ):
+        if state_dict[key].shape != shape:
+            raise ValueError(
+                f"convolutionalise: {key} must be {shape}, got {tuple(state_dict[key].shape)}"
+            )
     every = filters // channels
     cells = torch.linspace(0, 6, kernel).round().long() if kernel > 1 else torch.tensor([3])
     fc6 = first.view(filters, -1, 7, 7)[::every][..., cells, :][..., cells]
@@ -164,24 +176,32 @@ def convolutionalise(
 def load_vgg16(
     model: SegmentationModel, state_dict: Mapping[str, torch.Tensor], fc: Sequence[str] = ()
 ) -> None:
-    """Load the convolutions of torchvision's vgg16_bn into ``model.vgg``.
+    """Load a VGG16 into ``model.vgg``, after an error nothing.
 
     Args:
         model: to load into.
-        state_dict: torchvision's, of vgg16_bn or vgg16.
+        state_dict: torchvision's, of vgg16_bn or vgg16; or of a segmentation model with ``vgg``, of
+            which only that and the layers of `fc` are loaded.
         fc: names of the modules with fc6 and fc7 to load; "" is `model` itself.
+
+    Raises:
+        ValueError: the state dict does not fit.
     """
     vgg = model.get_submodule("vgg")
     assert isinstance(vgg, VGG16)
-    state = {f"vgg.{key}": value for key, value in vgg.from_torchvision(state_dict).items()}
-    parts = ["vgg"]
-    for name in fc:
-        holder, prefix = model.get_submodule(name), f"{name}." if name else ""
-        out, _, kernel, _ = holder.get_parameter("fc6.conv.weight").shape
-        layers = convolutionalise(state_dict, kernel, out)
-        state |= {prefix + key: value for key, value in layers.items()}
-        parts += [f"{prefix}fc6", f"{prefix}fc7"]
-    load_parts(model, state, parts, model.name)
+    given = plain(state_dict, f"{model.name}: state_dict")
+    holders = [f"{name}." if name else "" for name in fc]
+    parts = ["vgg", *(f"{holder}{layer}" for holder in holders for layer in ("fc6", "fc7"))]
+    used = tuple(f"{part}." for part in parts)
+    state = {key: value for key, value in given.items() if key.startswith(used)}
+    if not state:
+        used = ("features.", *(("classifier.0.", "classifier.3.") if fc else ()))
+        state = {f"vgg.{key}": value for key, value in vgg.from_torchvision(given).items()}
+        for holder in holders:
+            out, _, kernel, _ = model.get_parameter(f"{holder}fc6.conv.weight").shape
+            layers = convolutionalise(given, kernel, out)
+            state |= {holder + key: value for key, value in layers.items()}
+    load_parts(model, state, parts, [key for key in given if not key.startswith(used)])
 
 
 def load_vgg16_with_fc(model: SegmentationModel, state_dict: Mapping[str, torch.Tensor]) -> None:

@@ -1,14 +1,11 @@
-"""Tests of every model: output, gradients, backends, compilers, layouts, files, bad input."""
+"""Tests of every model: output, gradients, backends, compilers, layouts, bad input."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import pickle
-import sys
 import typing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -385,23 +382,6 @@ def test_goes_through_the_operators_that_are_listed(case: Case) -> None:
 
 
 @every
-def test_folder_round_trip(case: Case, tmp_path: Path) -> None:
-    model, images = as_if_trained(case.build()).eval(), case.images(1)
-    model.to(memory_format=torch.channels_last).save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    assert config["model"] == case.name
-    again = models.from_pretrained(tmp_path / "model")
-    assert again.name == case.name
-    assert not again.training
-    assert type(again) is type(model)
-    assert list(again.state_dict()) == list(model.state_dict())
-    for key, value in again.state_dict().items():
-        assert torch.equal(value, model.state_dict()[key]), key
-    with torch.no_grad():
-        close(outputs(again(images))["out"], outputs(model(images))["out"], 1e-5)
-
-
-@every
 def test_refuses_what_does_not_fit(case: Case) -> None:
     model = case.build().eval()
     height, width = case.size
@@ -465,50 +445,6 @@ def test_unknown_names_get_the_nearest() -> None:
 def test_bad_arguments(name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message), torch.device("meta"):
         models.create_model(name, **arguments)
-
-
-def test_folders_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json; it must be"):
-        models.from_pretrained(tmp_path)
-    model = models.segnet(3, width=1 / 64)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match=r"size mismatch for decoder\.4\.1\.weight"):
-        models.from_pretrained(tmp_path, num_classes=5)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a model and its arguments"):
-        models.from_pretrained(tmp_path)
-
-
-def test_folders_need_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models.segnet(3, width=1 / 64)
-    model.save_pretrained(tmp_path)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ImportError, match=r"pip install 'segkernels\[models\]'"):
-        models.from_pretrained(tmp_path)
-    with pytest.raises(ImportError, match=r"pip install 'segkernels\[models\]'"):
-        model.save_pretrained(tmp_path)
-
-
-def test_folders_keep_the_crf(tmp_path: Path) -> None:
-    crf = DenseCRF(
-        3,
-        iterations=2,
-        compat_gaussian=None,
-        compat_bilateral=torch.tensor([-1.0, -2.0, -3.0]),
-        srgb=(9, 8, 7),
-        learn_sigmas=True,
-        normalization="after",
-    )
-    model = models.deeplab_v1(3, width=1 / 32, crf=crf, train_crf=True).eval()
-    model.save_pretrained(tmp_path)
-    again = models.from_pretrained(tmp_path)
-    image = torch.rand(1, 3, 17, 25) * 255
-    with torch.no_grad():
-        assert torch.equal(again(image), model(image))
-    assert repr(again) == repr(model)
-    assert isinstance(again.crf, DenseCRF)
-    assert again.crf.compat_gaussian is None
-    assert torch.equal(again.crf.sigma("srgb"), torch.tensor([9.0, 8.0, 7.0]))
 
 
 def test_copies_and_pickles_keep_their_name() -> None:

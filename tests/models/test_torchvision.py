@@ -5,6 +5,8 @@ Each release of torchvision needs one release of torch, so the extra may install
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,3 +149,74 @@ def test_operations_are_those_that_torchvision_states(name: str, their_name: str
 def _weights(name: str) -> str:
     kind, net = name.split("_")
     return {"fcn": "FCN", "deeplabv3": "DeepLabV3"}[kind] + f"_ResNet{net[6:]}_Weights"
+
+
+@pytest.mark.parametrize(
+    ("name", "their_name", "file"),
+    [
+        *((*names, "w.pth") for names in WHOLE),
+        *((*WHOLE[0], file) for file in ("legacy.pth", "wrapped.pth", "w.safetensors")),
+    ],
+)
+def test_files_of_whole_models_load(name: str, their_name: str, file: str, tmp_path: Path) -> None:
+    state = as_if_trained(theirs(their_name, aux_loss=True)).state_dict()
+    path = tmp_path / file
+    if file == "w.safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    elif file == "wrapped.pth":  # as torchvision's reference script writes it
+        torch.save({"model": {f"module.{k}": v for k, v in state.items()}, "epoch": 1}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=file == "w.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = models.create_model(name, aux_loss=True, weights=path)
+    found = model.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[key], value) for key, value in state.items())
+    report = model.weights_report
+    assert (report.kind, report.loaded) == ("model", list(found))
+
+    with pytest.warns(UserWarning, match=r"left over: 8 \(aux_classifier\.0\.weight") as caught:
+        model = models.create_model(name, weights=path)
+    assert len(caught) == 1
+    aux = {key for key in state if key.startswith("aux_classifier.")}
+    assert set(model.weights_report.left_over) == aux
+
+    with pytest.raises(ValueError, match="has 21 classes, got num_classes=7; pass num_classes=21"):
+        models.create_model(name, num_classes=7, weights=path)
+    model = models.create_model(name, num_classes=7)
+    model.load_backbone(torch.load(path, "cpu") if file != "w.safetensors" else state)
+    body = [key for key in state if key.startswith("backbone.")]
+    assert model.weights_report.loaded == body
+    assert all(torch.equal(model.state_dict()[key], state[key]) for key in body)
+    path.unlink()  # pytest keeps the folders of three runs
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [
+        ("fcn8s", "vgg16"),
+        ("deeplab_v1", "vgg16"),
+        ("segnet", "vgg16_bn"),
+        ("deeplab_v3_resnet50", "resnet50"),
+        ("deeplab_v2_resnet101", "resnet101"),
+    ],
+)
+def test_files_of_classifiers_load(name: str, backbone: str, tmp_path: Path) -> None:
+    state = as_if_trained(getattr(torchvision.models, backbone)(weights=None)).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.warns(UserWarning, match=rf"{name}: loaded \d+ tensors of the backbone from"):
+        model = models.create_model(name, weights=tmp_path / "w.pth")
+    (tmp_path / "w.pth").unlink()
+    expected = models.create_model(name)
+    expected.load_backbone(state)
+    report = model.weights_report
+    found, wanted = model.state_dict(), expected.state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in report.loaded)
+    last = {"vgg16": "classifier.6", "vgg16_bn": "classifier", "resnet50": "fc", "resnet101": "fc"}
+    head = [key for key in state if key.startswith(last[backbone])]
+    assert report.left_over == head
+    used = [key for key in state if key not in head]
+    assert len(report.loaded) == len(used)
+    first = "features.0.weight" if "vgg" in backbone else "conv1.weight"
+    assert torch.equal(found[report.loaded[0]], state[first])
