@@ -97,7 +97,13 @@ OTHER: dict[str, list[Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", models.list_models())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in ("unet", "deeplab_v1") else [pytest.mark.slow])
+        for n in models.list_models()
+    ],
+)
 def test_every_argument_comes_back(name: str, tmp_path: Path) -> None:
     build = getattr(models, name)
     parameters = inspect.signature(build).parameters

@@ -147,6 +147,7 @@ def test_a_target_gives_the_loss(case: Case) -> None:
     assert torch.equal(loss, model.loss(images, target, **options))
 
 
+@pytest.mark.slow
 @backends
 def test_a_target_compiles_and_runs_hooks(backend: str) -> None:
     case = next(c for c in CASES if c.name == "deeplab_v3_resnet50")

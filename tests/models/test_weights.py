@@ -270,7 +270,14 @@ def test_another_segmentation_model_gives_its_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["w.pth", "w.safetensors", "folder"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[] if c.name in ("unet", "segnet") else [pytest.mark.slow])
+        for c in CASES
+    ],
+    ids=str,
+)
 def test_another_number_of_classes_says_what_to_do(case: Case, file: str, tmp_path: Path) -> None:
     source, path = as_if_trained(case.build()), tmp_path / file
     state = source.state_dict()
