@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkernels.nn import conv_bn_act
+from segkernels.ops._operator import surely
 from segkernels.ops.interpolate import interpolate
 from segkernels.ops.max_pool2d import max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d
@@ -37,7 +38,12 @@ def spatial_size(x: torch.Tensor) -> tuple[int, int]:
 
 def crop(x: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
     """The box of `x` whose first pixel is (top, left)."""
-    return x[..., top : top + height, left : left + width]
+    for dim, start, size in ((-2, top, height), (-1, left, width)):
+        if surely(size == x.size(dim)) or surely(size != x.size(dim)):
+            x = x.narrow(dim, start, size)
+        else:  # not a view, whose layout would depend on the answer
+            x = x.index_select(dim, torch.arange(start, start + size, device=x.device))
+    return x
 
 
 def centre_crop(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -82,11 +88,16 @@ def unpool(
     return max_unpool2d(x, indices, 2, output_size=size)
 
 
+def _has_size(x: torch.Tensor, size: tuple[int, int]) -> bool:
+    """Whether `x` surely has the height and width `size`."""
+    return surely(x.size(-2) == size[0]) and surely(x.size(-1) == size[1])
+
+
 def resize(
     x: torch.Tensor, size: tuple[int, int], align_corners: bool, backend: Backend
 ) -> torch.Tensor:
-    """Bilinear upsampling; returns `x` if it has the size already."""
-    if spatial_size(x) == tuple(size):
+    """Bilinear upsampling, which is the identity at equal sizes."""
+    if _has_size(x, size):
         return x
     function = F.interpolate if backend == "torch" else interpolate
     return function(x, size, mode="bilinear", align_corners=align_corners)
@@ -98,7 +109,7 @@ def label_map(
     """The class with the highest score at each pixel, after resizing the scores to `size`."""
     if backend == "torch":
         return resize(low, size, align_corners, backend).argmax(dim=1)
-    same = spatial_size(low) == tuple(size)
+    same = _has_size(low, size)
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
     labels = upsample_argmax(low, size, mode, corners)
     assert isinstance(labels, torch.Tensor)
@@ -115,7 +126,7 @@ def cross_entropy(
         if resized.dtype in (torch.float16, torch.bfloat16):
             resized = resized.float()  # as upsample_cross_entropy does
         return F.cross_entropy(resized, target.long(), **options)
-    same = spatial_size(low) == size
+    same = _has_size(low, size)
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
     return upsample_cross_entropy(low, target, mode=mode, align_corners=corners, **options)
 

@@ -65,6 +65,19 @@ def check_not_traced(function: str) -> None:
         )
 
 
+def surely(condition: bool) -> bool:
+    """Whether a comparison of sizes is true; False where dynamic sizes leave it open.
+
+    An `if` of such a comparison would restrict a program of torch.export to sizes with the same
+    answer.
+    """
+    if is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return condition
+
+
 def is_eager(t: torch.Tensor) -> bool:
     """Whether a call on `t` runs immediately, so that sizes are ints and never SymInts."""
     return not is_compiling() and _len_torch_dispatch_stack() == 0 and type(t) in _TENSOR_TYPES

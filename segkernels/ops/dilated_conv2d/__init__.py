@@ -183,7 +183,8 @@ def _make_call(
     if bias is not None and (bias.dim() != 1 or bias.size(0) != out_channels):
         return None
     channels, *size = input.shape[-3:]
-    if channels != per_group * groups or min(size) < 1:
+    # Not min(size), whose result under torch.export depends on which size is smaller.
+    if channels != per_group * groups or any(n < 1 for n in size):
         return None
     extent = [gaps[i] * (kernel[i] - 1) for i in (0, 1)]
     pads = _padding_of(padding, extent, steps)
@@ -191,7 +192,7 @@ def _make_call(
         return None
     before, after = pads
     room = [size[i] + before[i] + after[i] - extent[i] - 1 for i in (0, 1)]
-    if min(*room, *before) < 0:
+    if any(n < 0 for n in (*room, *before)):
         return None
     out_size = (room[0] // steps[0] + 1, room[1] // steps[1] + 1)
     image = input if input.dim() == 4 else input.unsqueeze(0)

@@ -125,7 +125,7 @@ def _resampling_for(
             factors = (float(scales[0]), float(scales[1]))
     if out_size[0] <= 0 or out_size[1] <= 0 or height == 0 or width == 0 or input.size(1) == 0:
         return None
-    rule = _resampling.rule_for(input, out_size, mode)
+    rule = _resampling.rule_for(input, mode)
     return Resampling(
         (height, width), out_size, factors, mode, bool(align_corners), rule, transpose=False
     )

@@ -51,6 +51,6 @@ def resampling(
         (0.0, 0.0),
         mode,
         bool(align_corners),
-        _resampling.rule_for(logits, (pair[0], pair[1]), mode),
+        _resampling.rule_for(logits, mode),
         transpose=False,
     )

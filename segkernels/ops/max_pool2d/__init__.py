@@ -192,4 +192,6 @@ def _pooled_size(w: Windows, axis: int, ceil_mode: bool) -> int:
         return span // stride + 1
     count = (span + stride - 1) // stride + 1
     # The last window must begin inside the input or its first padding.
-    return count - 1 if (count - 1) * stride >= size + padding else count
+    if stride + padding <= w.dilation[axis] * (w.kernel_size[axis] - 1) + 1:
+        return count  # it does for every size
+    return torch.sym_min(count, (size + padding - 1) // stride + 1)
