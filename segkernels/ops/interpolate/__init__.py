@@ -116,11 +116,7 @@ def _resampling_for(
         scales = _arguments.pair_or_none(scale_factor, _is_number, lengths=(2,))
         if scales is None:
             return None
-        # As in torch: the product in float64, rounded down.
-        out_size = (
-            math.floor(float(height) * scales[0]),
-            math.floor(float(width) * scales[1]),
-        )
+        out_size = _scaled(height, scales[0]), _scaled(width, scales[1])
         if not recompute_scale_factor:
             factors = (float(scales[0]), float(scales[1]))
     if out_size[0] <= 0 or out_size[1] <= 0 or height == 0 or width == 0 or input.size(1) == 0:
@@ -129,6 +125,13 @@ def _resampling_for(
     return Resampling(
         (height, width), out_size, factors, mode, bool(align_corners), rule, transpose=False
     )
+
+
+def _scaled(size: int, factor: float) -> int:
+    """Return the product as torch computes it: in float64, rounded down."""
+    if float(factor).is_integer():
+        return size * int(factor)
+    return math.floor(torch.sym_float(size) * factor)
 
 
 def _is_number(value: Any) -> bool:
