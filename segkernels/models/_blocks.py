@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkernels.nn import conv_bn_act
-from segkernels.ops._operator import surely
+from segkernels.ops._operator import must_call_torch, surely
 from segkernels.ops.interpolate import interpolate
 from segkernels.ops.max_pool2d import max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d
@@ -83,7 +83,7 @@ def unpool(
     x: torch.Tensor, indices: torch.Tensor, size: tuple[int, int], backend: Backend
 ) -> torch.Tensor:
     """Max unpooling to the height and width before `max_pool_with_indices`."""
-    if backend == "torch":
+    if backend == "torch" and not must_call_torch():
         return F.max_unpool2d(x, indices, [2, 2], output_size=size)
     return max_unpool2d(x, indices, 2, output_size=size)
 

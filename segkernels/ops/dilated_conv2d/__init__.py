@@ -112,7 +112,7 @@ def dilated_conv2d(
         # Either the arguments are invalid, and torch raises, or only torch supports them.
         out = F.conv2d(input, weight, bias, *options)
         _check_epilogue(out, out.shape, out.size(-3), scale, shift, residual)
-        return _apply_epilogue(out, scale, shift, residual, activation)
+        return apply_epilogue(out, scale, shift, residual, activation)
     shape = (*input.shape[:-3], weight.size(0), *c.out_size)
     _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
     unbatched = input.dim() == 3
@@ -162,7 +162,7 @@ def _make_call(
     stride, padding, dilation, groups = options
     if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
-    if _operator.is_tracing():
+    if _operator.must_call_torch():
         return None
     if bias is not None and not isinstance(bias, torch.Tensor):
         return None
@@ -231,17 +231,20 @@ def _check_epilogue(
         _arguments.check_like(residual, "residual", shape, dtypes, like, "dilated_conv2d")
 
 
-def _apply_epilogue(
+def apply_epilogue(
     out: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
     activation: str | None,
 ) -> torch.Tensor:
+    """Apply the epilogue to a convolution with torch's functions."""
+    dtype = out.dtype
     if scale is not None:
         out = out * scale[:, None, None]
     if shift is not None:
         out = out + shift[:, None, None]
     if residual is not None:
         out = out + residual
+    out = out.to(dtype)
     return F.relu(out) if activation == "relu" else out

@@ -73,7 +73,7 @@ def interpolate(
             `torch.nn.functional.interpolate`, with its messages.
 
     torch computes other modes ("area"), dtypes and numbers of dimensions, and every call under
-    torch.jit.trace.
+    torch.jit.trace and in torch.onnx.export.
     """
     arguments = size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
     r = _resampling_for(input, *arguments)
@@ -99,7 +99,7 @@ def _resampling_for(
         or not _arguments.is_supported(input)
         or mode not in _resampling.MODES
         or antialias
-        or _operator.is_tracing()
+        or _operator.must_call_torch()
         or (size is None) == (scale_factor is None)
         or (size is not None and recompute_scale_factor)
         or (align_corners is not None and mode.startswith("nearest"))
