@@ -103,7 +103,9 @@ def _mirror(x: torch.Tensor, dim: int, before: int, after: int) -> torch.Tensor:
     """Reflection padding along one axis; the padding may exceed the size of `x`."""
     size = x.size(dim)
     period = max(1, 2 * size - 2)
-    place = torch.arange(-before, size + after, device=x.device).remainder(period)
+    start = -before % period
+    place = torch.arange(start, start + before + size + after, device=x.device)
+    place = place - place // period * period  # not %, which has no ONNX form for a dynamic period
     return x.index_select(dim, torch.where(place < size, place, period - place))
 
 
