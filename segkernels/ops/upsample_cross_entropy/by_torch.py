@@ -21,10 +21,21 @@ def cross_entropy(
 ) -> torch.Tensor:
     """See `upsample_cross_entropy`."""
     x = _logits.upsample(name, logits, target.shape[-2:], mode, align_corners)
-    weight = None if weight is None else weight.to(x.dtype)
-    return F.cross_entropy(
-        x, target.long(), weight, None, ignore_index, None, reduction, label_smoothing
-    )
+    target, weight = target.long(), None if weight is None else weight.to(x.dtype)
+    loss = F.cross_entropy(x, target, weight, ignore_index=ignore_index, reduction=reduction)
+    if label_smoothing == 0.0:
+        return loss
+    # Not F.cross_entropy's own argument, which torch.onnx.export ignores.
+    weight = x.new_ones(x.size(1)) if weight is None else weight
+    counted = target != ignore_index
+    uniform = -(x.log_softmax(1) * weight[:, None, None]).mean(1)
+    uniform = torch.where(counted, uniform, 0)
+    if reduction != "none":
+        uniform = uniform.sum()
+    if reduction == "mean":
+        of_pixels = weight[torch.where(counted, target, 0)]
+        uniform = uniform / torch.where(counted, of_pixels, 0).sum()
+    return (1 - label_smoothing) * loss + label_smoothing * uniform
 
 
 def binary_cross_entropy(
