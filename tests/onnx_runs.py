@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import warnings
 from collections.abc import Sequence
@@ -20,13 +21,16 @@ def export(
     """Return a session of onnxruntime; `shapes` are the dynamic_shapes of torch.export."""
     for package in PACKAGES:
         pytest.importorskip(package, reason="pip install '.[onnx]'")
-    import onnxruntime
-
     file, more = io.BytesIO(), {"dynamic_shapes": shapes} if dynamo else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the TorchScript exporter is deprecated
         torch.onnx.export(module, tuple(args), file, dynamo=dynamo, verbose=False, **more)
-    return onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    return load(file.getvalue())
+
+
+def load(model: bytes | str) -> Any:
+    onnxruntime = importlib.import_module("onnxruntime")
+    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
 
 def run(session: Any, args: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -157,7 +157,7 @@ def test_torchscript_exports_to_onnx(name: str) -> None:
 
 
 @pytest.mark.onnx
-@named(quick=("deeplab_v3_resnet50",), slow=("segnet", "fcn32s", "pspnet50", "dilatednet"))
+@named(quick=(), slow=("deeplab_v3_resnet50", "segnet", "fcn32s", "pspnet50", "dilatednet"))
 @torch.no_grad()
 def test_exports_to_onnx_for_every_size(name: str) -> None:
     model, case = small(name), Case(name)
@@ -179,7 +179,7 @@ def test_torch_backend_exports_to_onnx(name: str) -> None:
 
 
 @pytest.mark.onnx
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_models_with_a_crf_say_how_to_export_to_onnx(dynamo: bool) -> None:
     model = small("deeplab_v1", crf=DenseCRF(CLASSES, iterations=1))
     with pytest.raises(
@@ -194,6 +194,7 @@ def test_models_with_a_crf_say_how_to_export_to_onnx(dynamo: bool) -> None:
 
 
 @pytest.mark.onnx
+@pytest.mark.slow
 def test_programs_of_torch_export_have_no_onnx_form() -> None:
     x = images((1, 33, 45))
     program = torch.export.export(small("deeplab_v1"), (x,))
