@@ -16,7 +16,7 @@ from segkernels import DenseCRF, models
 
 QUICK = ("segnet", "deeplab_v3_resnet50")
 # With layouts that depend on a crop, and with an image that is padded to a multiple of 8.
-SLOW = ("fcn32s", "fc_densenet56", "dilatednet_frontend", "unet", "pspnet50")
+SLOW = ("fcn32s", "dilatednet_frontend")
 
 
 def cases(chosen: Iterable[Case] = CASES, quick: tuple[str, ...] = QUICK) -> Any:
@@ -157,7 +157,7 @@ def test_torchscript_exports_to_onnx(name: str) -> None:
 
 
 @pytest.mark.onnx
-@named(quick=(), slow=("deeplab_v3_resnet50", "segnet", "fcn32s", "pspnet50", "dilatednet"))
+@named(quick=(), slow=("segnet",))
 @torch.no_grad()
 def test_exports_to_onnx_for_every_size(name: str) -> None:
     model, case = small(name), Case(name)
