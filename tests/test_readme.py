@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_runs
 import pytest
 import torch
 from PIL import Image
@@ -31,7 +32,7 @@ BLOCK = re.compile(r"(?:<!-- test: (\w+) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 def blocks(language: str, needs: str = "") -> list[str]:
     found = [(n, text) for n, lang, text in BLOCK.findall(README) if lang == language]
-    assert all(n in ("", "pydensecrf", "gpu") for n, _ in found)
+    assert all(n in ("", "pydensecrf", "gpu", "onnx") for n, _ in found)
     return [text for n, text in found if n == needs]
 
 
@@ -117,6 +118,21 @@ def test_pydensecrf_labels_and_terms_agree(names: dict[str, Any]) -> None:
         normalization="before",
     )
     assert (np.abs(found - expected).max(axis=0) > 1e-4).mean() < 0.005
+
+
+@pytest.mark.onnx
+@pytest.mark.slow
+def test_onnx_block(names: dict[str, Any], folder: Path) -> None:
+    for package in onnx_runs.PACKAGES:
+        pytest.importorskip(package, reason="pip install '.[onnx]'")
+    (text,) = blocks("python", "onnx")
+    run(text, dict(names), folder)
+    session = onnx_runs.load(str(folder / "deeplab.onnx"))
+    for photos in (names["photos"], names["photos"][:1].transpose(2, 3)):
+        with torch.no_grad():
+            expected = names["model"](photos)
+        (found,) = onnx_runs.run(session, [photos])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

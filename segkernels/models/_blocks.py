@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from segkernels.nn import conv_bn_act
+from segkernels.ops._operator import must_call_torch, surely
 from segkernels.ops.interpolate import interpolate
 from segkernels.ops.max_pool2d import max_pool2d
 from segkernels.ops.max_unpool2d import max_unpool2d
@@ -42,7 +43,12 @@ def spatial_size(x: torch.Tensor) -> tuple[int, int]:
 
 def crop(x: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
     """The box of `x` whose first pixel is (top, left)."""
-    return x[..., top : top + height, left : left + width]
+    for dim, start, size in ((-2, top, height), (-1, left, width)):
+        if surely(size == x.size(dim)) or surely(size != x.size(dim)):
+            x = x.narrow(dim, start, size)
+        else:  # not a view, whose layout would depend on the answer
+            x = x.index_select(dim, torch.arange(start, start + size, device=x.device))
+    return x
 
 
 def centre_crop(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -82,16 +88,21 @@ def unpool(
     x: torch.Tensor, indices: torch.Tensor, size: tuple[int, int], backend: Backend
 ) -> torch.Tensor:
     """Max unpooling to the height and width before `max_pool_with_indices`."""
-    if backend == "torch":
+    if backend == "torch" and not must_call_torch():
         return F.max_unpool2d(x, indices, [2, 2], output_size=size)
     return max_unpool2d(x, indices, 2, output_size=size)
+
+
+def _has_size(x: torch.Tensor, size: tuple[int, int]) -> bool:
+    """Whether `x` surely has the height and width `size`."""
+    return surely(x.size(-2) == size[0]) and surely(x.size(-1) == size[1])
 
 
 def resize(
     x: torch.Tensor, size: tuple[int, int], align_corners: bool, backend: Backend
 ) -> torch.Tensor:
-    """Bilinear upsampling; returns `x` if it has the size already."""
-    if spatial_size(x) == tuple(size):
+    """Bilinear upsampling, which is the identity at equal sizes."""
+    if _has_size(x, size):
         return x
     function = F.interpolate if backend == "torch" else interpolate
     return function(x, size, mode="bilinear", align_corners=align_corners)
@@ -109,7 +120,7 @@ def label_map(
         return (resize(wide, size, align_corners, backend) > 0).squeeze(1).long()
     if backend == "torch":
         return resize(low, size, align_corners, backend).argmax(dim=1)
-    same = spatial_size(low) == tuple(size)
+    same = _has_size(low, size)
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
     labels = upsample_argmax(low, size, mode, corners)
     assert isinstance(labels, torch.Tensor)
@@ -124,7 +135,7 @@ def cross_entropy(
     With one class, the binary cross entropy: that of two classes with the scores 0 and `low`.
     """
     size = spatial_size(target)
-    same = spatial_size(low) == size
+    same = _has_size(low, size)
     mode, corners = ("nearest", False) if same else ("bilinear", align_corners)
     if target.dtype == torch.bool:
         target = target.to(torch.uint8)

@@ -12,6 +12,7 @@ from segkernels.models._base import Box, Scores, SegmentationModel
 from segkernels.models._blocks import Backend, he_init_, max_pool, op_backend, scaled
 from segkernels.models._registry import Architecture
 from segkernels.nn import ContextModule, ConvBNAct
+from segkernels.ops._operator import surely
 
 # Pixels that the unpadded convolutions of the front end need on each side of the image: with a
 # receptive field of 380 and a stride of 8, (380 - 8) / 2.
@@ -93,7 +94,8 @@ class DilatedNet(SegmentationModel):
         x = self.final(self.dropout(self.fc7(x)))
         if self.context is not None:
             x = self.context(x)
-        box = Box(0, 0, height, width) if below or right else None
+        whole = surely(below == 0) and surely(right == 0)
+        box = None if whole else Box(0, 0, height, width)
         return Scores(x, (height + below, width + right), box)
 
 
@@ -101,7 +103,9 @@ def _mirror(x: torch.Tensor, dim: int, before: int, after: int) -> torch.Tensor:
     """Reflection padding along one axis; the padding may exceed the size of `x`."""
     size = x.size(dim)
     period = max(1, 2 * size - 2)
-    place = torch.arange(-before, size + after, device=x.device).remainder(period)
+    start = -before % period
+    place = torch.arange(start, start + before + size + after, device=x.device)
+    place = place - place // period * period  # not %, which has no ONNX form for a dynamic period
     return x.index_select(dim, torch.where(place < size, place, period - place))
 
 

@@ -95,7 +95,7 @@ class FCN(SegmentationModel):
         start = {32: 19, 16: 27, 8: 31}[s] + s // 2
         first = (2 * start + 1 - s) // (2 * s)  # the first cell that the first pixel reads
         ends = [(2 * (start + n - 1) + 1 - s) // (2 * s) + 2 for n in input.shape[-2:]]
-        cells = F.pad(x, (1, 1, 1, 1))[..., first : ends[0], first : ends[1]]
+        cells = crop(F.pad(x, (1, 1, 1, 1)), first, first, ends[0] - first, ends[1] - first)
         offset = start - first * s
         size = (s * cells.size(-2), s * cells.size(-1))
         return Scores(cells, size, Box(offset, offset, input.size(-2), input.size(-1)))

@@ -12,6 +12,7 @@ from segkernels.models._blocks import Backend, op_backend, resize, spatial_size
 from segkernels.models._registry import Architecture
 from segkernels.models._resnet import LAYERS, ResNetModel, Stem
 from segkernels.nn import ConvBNAct
+from segkernels.ops._operator import must_call_torch
 
 BINS = (1, 2, 3, 6)
 
@@ -34,10 +35,26 @@ class PyramidPooling(nn.Module):
         """[N, in_channels, H, W] to [N, out_channels, H, W]."""
         size = spatial_size(input)
         levels = [
-            resize(reduce(F.adaptive_avg_pool2d(input, bins)), size, True, self.backend)
+            resize(reduce(_average(input, bins)), size, True, self.backend)
             for bins, reduce in zip(BINS, self.reduce, strict=True)
         ]
         return torch.cat([input, *levels], dim=1)
+
+
+def _average(x: torch.Tensor, bins: int) -> torch.Tensor:
+    """`F.adaptive_avg_pool2d`, as products of matrices where that has no ONNX form."""
+    if not must_call_torch():
+        return F.adaptive_avg_pool2d(x, bins)
+    rows, columns = (_shares(x.size(dim), bins, x) for dim in (-2, -1))
+    return rows @ x @ columns.T
+
+
+def _shares(size: int, bins: int, like: torch.Tensor) -> torch.Tensor:
+    """The share of each of `size` pixels in the average of each bin, [bins, size]."""
+    bin_ = torch.arange(bins, device=like.device)[:, None]
+    first, end = bin_ * size // bins, ((bin_ + 1) * size + bins - 1) // bins
+    pixel = torch.arange(size, device=like.device)
+    return ((pixel >= first) & (pixel < end)).to(like.dtype) / (end - first)
 
 
 class PSPNet(ResNetModel):

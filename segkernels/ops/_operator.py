@@ -49,20 +49,44 @@ def under_functorch() -> bool:
     return peek_interpreter_stack() is not None
 
 
-def is_tracing() -> bool:
-    """Whether torch.jit.trace, or an exporter that uses it, is recording."""
-    return _get_tracing_state() is not None
+def must_call_torch() -> bool:
+    """Whether torch's own functions must compute a call, because only those can be recorded.
 
-
-def check_not_traced(function: str) -> None:
-    """Raise NotImplementedError under torch.jit.trace, which would record the result as a constant.
-
-    `function` is the name of the public function, for the message.
+    This is so under torch.jit.trace, which would record the result of another call as a constant,
+    and in torch.onnx.export, because ours have no ONNX form.
     """
-    if _get_tracing_state() is not None:
-        raise NotImplementedError(
-            f"{function}: torch.jit.trace cannot record this call; use torch.export"
-        )
+    return _get_tracing_state() is not None or (is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def check_not_traced(
+    function: str, remedy: str = "export the model without it, and call it on the output"
+) -> None:
+    """Raise NotImplementedError where `must_call_torch`: torch has no functions for this call.
+
+    Args:
+        function: name of the public function, for the message.
+        remedy: what to do instead of exporting the call to ONNX.
+    """
+    if not must_call_torch():
+        return
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(f"{function}: this call has no ONNX form; {remedy}")
+    raise NotImplementedError(
+        f"{function}: torch.jit.trace cannot record this call; use torch.export"
+    )
+
+
+def surely(condition: bool) -> bool:
+    """Whether a comparison of sizes is true; False where dynamic sizes leave it open.
+
+    An `if` of such a comparison would restrict a program of torch.export to sizes with the same
+    answer.
+    """
+    if is_compiling():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return condition
 
 
 def is_eager(t: torch.Tensor) -> bool:
@@ -72,7 +96,7 @@ def is_eager(t: torch.Tensor) -> bool:
 
 def can_read_values(t: torch.Tensor) -> bool:
     """Whether `t` is on the CPU and its values may be read: not while tracing or transforming."""
-    return t.is_cpu and is_eager(t) and not under_functorch() and not is_tracing()
+    return t.is_cpu and is_eager(t) and not under_functorch() and not must_call_torch()
 
 
 def needs_dispatcher(*tensors: Any) -> bool:
@@ -190,7 +214,7 @@ class Operator:
             library.impl(name, lambda *args: self._call_for_dispatcher(kernel, args), key)
         library.impl(name, self._autograd_kernel, "Autograd", with_keyset=True)
         torch.library.register_fake(
-            f"segkernels::{name}", lambda *args: self._call_for_dispatcher(fake, args), lib=library
+            f"segkernels::{name}", lambda *args: self._fake(fake, args), lib=library
         )
         if flops is not None:
             _flops.register(name, flops)
@@ -305,6 +329,16 @@ class Operator:
         if not isinstance(out, (tuple, list)):
             return out
         return type(out)(args[0].new_empty(0) if o is None else o for o in out)
+
+    def _fake(self, fake: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        # Here, because dynamo does not see that torch.onnx.export runs, and because that takes
+        # programs of torch.export too.
+        if torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(
+                f"{self.name}: this operator has no ONNX form; give torch.onnx.export the model "
+                "itself, for which segkernels calls torch's functions where it can"
+            )
+        return self._call_for_dispatcher(fake, args)
 
     def _to_returns(self, out: Any) -> Any:
         return list(out) if self._returns_list else out

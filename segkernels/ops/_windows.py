@@ -90,6 +90,32 @@ def empty(
     )
 
 
+def codes_of(indices: torch.Tensor, w: Windows) -> torch.Tensor:
+    """Return the codes of max pooling's indices [..., *pooled], with torch's functions."""
+    row, column = _first_cells(indices, w)
+    y = indices // w.full[1]
+    x = indices - y * w.full[1]  # not %, which has no ONNX form for a dynamic width
+    m, n = (y - row) // w.dilation[0], (x - column) // w.dilation[1]
+    return (m * w.kernel_size[1] + n).to(torch.uint8)
+
+
+def indices_of(codes: torch.Tensor, w: Windows) -> torch.Tensor:
+    """Return the int64 indices of codes [..., *pooled], with torch's functions."""
+    row, column = _first_cells(codes, w)
+    cell = codes.long()
+    y = row + cell // w.kernel_size[1] * w.dilation[0]
+    return y * w.full[1] + column + cell % w.kernel_size[1] * w.dilation[1]
+
+
+def _first_cells(positions: torch.Tensor, w: Windows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of the first cell of every window."""
+    row, column = (
+        torch.arange(positions.size(i - 2), device=positions.device) * w.stride[i] - w.padding[i]
+        for i in (0, 1)
+    )
+    return row[:, None], column
+
+
 def check_positive(w: Windows, function: str) -> None:
     """Raise RuntimeError, with torch's message, unless size, stride and dilation are positive."""
     (kh, kw), (sh, sw), (dh, dw) = w.kernel_size, w.stride, w.dilation

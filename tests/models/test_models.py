@@ -339,16 +339,6 @@ def squares(out: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([scores.square().mean() for scores in out.values()]).sum()
 
 
-@once
-def test_exports(case: Case) -> None:
-    model, images = as_if_trained(case.build()).eval(), case.images()
-    program = torch.export.export(model, (images,))
-    with torch.no_grad():
-        found, expected = outputs(program.module()(images)), outputs(model(images))
-    for key in expected:
-        close(found[key], expected[key], 1e-5)
-
-
 class Seen(TorchDispatchMode):
     """Record the names of the segkernels operators that are called."""
 

@@ -46,7 +46,6 @@ class TestDilatedConv2d(suite.ConvolutionSuite):
             EPILOGUE,
             grad=True,
             compile=True,
-            traces=True,
         ),
         Sample(
             "plain", (Float(2, 3, 6, 5), Float(4, 3, 3, 3), None, 1, 1), grad=True, only_gpu=True
@@ -56,7 +55,6 @@ class TestDilatedConv2d(suite.ConvolutionSuite):
             (Float(1, 3, 4, 5), Float(2, 3, 1, 1), Float(2)),
             grad=True,
             compile=True,
-            traces=True,
         ),
         Sample(
             "scaled",

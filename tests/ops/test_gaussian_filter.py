@@ -52,6 +52,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 class TestGaussianFilter(suite.OpSuite):
     function = staticmethod(high)
     reference = staticmethod(reference.gaussian_filter)
+    traces = False
     samples: ClassVar[list[Sample]] = [
         Sample("image", (VALUES, FEATURES), grad=True, compile=True),
         Sample(

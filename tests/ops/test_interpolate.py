@@ -24,7 +24,7 @@ MODES = ("nearest", "nearest-exact", "bilinear", "bicubic")
 
 
 def sample(id: str, *shape: int, grad: bool = True, compile: bool = False, **kwargs: Any) -> Sample:
-    return Sample(id, (Float(*shape),), kwargs, grad=grad, compile=compile, traces=True)
+    return Sample(id, (Float(*shape),), kwargs, grad=grad, compile=compile)
 
 
 class TestInterpolate(suite.OpSuite):

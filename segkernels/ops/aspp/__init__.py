@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry
 from segkernels.ops.aspp import operator
 from segkernels.ops.aspp.branches import Branches
-from segkernels.ops.dilated_conv2d import ACTIVATIONS, BACKENDS, hopper
+from segkernels.ops.dilated_conv2d import ACTIVATIONS, BACKENDS, apply_epilogue, hopper
 
 _registry.register(
     _registry.Op(
@@ -90,7 +91,6 @@ def aspp(
             `activation`, `form` or `backend`; a call that `backend` does not support.
         TypeError: arguments of another type.
     """
-    _operator.check_not_traced("aspp")
     _arguments.check_choice(form, "form", FORMS, "aspp")
     _arguments.check_choice(activation, "activation", ACTIVATIONS, "aspp")
     _arguments.check_choice(backend, "backend", BACKENDS, "aspp")
@@ -98,6 +98,10 @@ def aspp(
     _check_types(input, weights, rates, scale, shift, pooled)
     input, pooled, *weights = _arguments.autocast(input, pooled, *weights)
     _check_input_and_weights(input, weights, rates, form)
+    if _operator.must_call_torch():
+        channels = weights[0].size(0) if form == "v2" else sum(w.size(0) for w in weights)
+        _check_vectors(input, channels, scale, shift, pooled, form)
+        return _by_torch(input, weights, rates, scale, shift, pooled, activation, form)
     channels_last = any(map(_operator.is_channels_last, (input, *weights)))
     branches = Branches(tuple(rates), activation, form == "v2", channels_last, backend)
     _check_vectors(input, branches.channels(weights, None), scale, shift, pooled, form)
@@ -105,6 +109,27 @@ def aspp(
         hopper.check(input, weight, call)
     out: torch.Tensor = operator.join(input, scale, shift, pooled, weights, branches)
     return out
+
+
+def _by_torch(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    rates: list[int],
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    pooled: torch.Tensor | None,
+    activation: str | None,
+    form: str,
+) -> torch.Tensor:
+    outs = [
+        F.conv2d(x, w, None, 1, [rate * (n // 2) for n in w.shape[2:]], rate)
+        for w, rate in zip(weights, rates, strict=True)
+    ]
+    out = sum(outs[1:], outs[0]) if form == "v2" else torch.cat(outs, dim=1)
+    out = apply_epilogue(out, scale, shift, None, None)
+    if pooled is not None:
+        out = torch.cat([out, pooled.expand(-1, -1, *x.shape[2:])], dim=1)
+    return F.relu(out) if activation == "relu" else out
 
 
 def _check_types(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from segkernels.ops import _dtypes
-from segkernels.ops._operator import needs_dispatcher, wants_grad
+from segkernels.ops._operator import check_not_traced, needs_dispatcher, wants_grad
 from segkernels.ops._registry import Op, register
 from segkernels.ops.dense_crf import exact, inputs, operator
 from segkernels.ops.dense_crf.inputs import Compat, Method, Numbers, Scores
@@ -135,6 +135,11 @@ def dense_crf(
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, equations 3 to 5 and algorithm 1.
     """
+    check_not_traced(
+        "dense_crf",
+        "export the model without its CRF (model.crf = None) and apply segkernels.dense_crf to the "
+        "output",
+    )
     given: dict[str, Any] = {"probs": probs, "logits": logits, "unary": unary}
     kinds = [name for name, value in given.items() if value is not None]
     if len(kinds) != 1:

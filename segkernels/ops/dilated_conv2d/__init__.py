@@ -112,7 +112,7 @@ def dilated_conv2d(
         # Either the arguments are invalid, and torch raises, or only torch supports them.
         out = F.conv2d(input, weight, bias, *options)
         _check_epilogue(out, out.shape, out.size(-3), scale, shift, residual)
-        return _apply_epilogue(out, scale, shift, residual, activation)
+        return apply_epilogue(out, scale, shift, residual, activation)
     shape = (*input.shape[:-3], weight.size(0), *c.out_size)
     _check_epilogue(input, shape, weight.size(0), scale, shift, residual)
     unbatched = input.dim() == 3
@@ -162,7 +162,7 @@ def _make_call(
     stride, padding, dilation, groups = options
     if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
         return None
-    if _operator.is_tracing():
+    if _operator.must_call_torch():
         return None
     if bias is not None and not isinstance(bias, torch.Tensor):
         return None
@@ -183,7 +183,8 @@ def _make_call(
     if bias is not None and (bias.dim() != 1 or bias.size(0) != out_channels):
         return None
     channels, *size = input.shape[-3:]
-    if channels != per_group * groups or min(size) < 1:
+    # Not min(size), whose result under torch.export depends on which size is smaller.
+    if channels != per_group * groups or any(n < 1 for n in size):
         return None
     extent = [gaps[i] * (kernel[i] - 1) for i in (0, 1)]
     pads = _padding_of(padding, extent, steps)
@@ -191,7 +192,7 @@ def _make_call(
         return None
     before, after = pads
     room = [size[i] + before[i] + after[i] - extent[i] - 1 for i in (0, 1)]
-    if min(*room, *before) < 0:
+    if any(n < 0 for n in (*room, *before)):
         return None
     out_size = (room[0] // steps[0] + 1, room[1] // steps[1] + 1)
     image = input if input.dim() == 4 else input.unsqueeze(0)
@@ -230,13 +231,14 @@ def _check_epilogue(
         _arguments.check_like(residual, "residual", shape, dtypes, like, "dilated_conv2d")
 
 
-def _apply_epilogue(
+def apply_epilogue(
     out: torch.Tensor,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
     activation: str | None,
 ) -> torch.Tensor:
+    """Apply the epilogue to a convolution with torch's functions."""
     dtype = out.dtype
     if scale is not None:
         out = out * scale[:, None, None]

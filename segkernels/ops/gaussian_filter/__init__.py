@@ -8,7 +8,7 @@ import torch
 
 from segkernels import _native
 from segkernels.ops import _arguments
-from segkernels.ops._operator import match_dtype_and_layout, needs_dispatcher
+from segkernels.ops._operator import check_not_traced, match_dtype_and_layout, needs_dispatcher
 from segkernels.ops._registry import Op, register
 from segkernels.ops.gaussian_filter import operator
 from segkernels.ops.gaussian_filter.operator import Filter
@@ -84,6 +84,7 @@ def gaussian_filter(
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, equation 3.
     """
+    check_not_traced(_OP)
     _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, _OP)
     _arguments.check_choice(precision, "precision", PRECISIONS, _OP)
     inputs = [values, features] if query_features is None else [values, features, query_features]

@@ -73,7 +73,7 @@ def interpolate(
             `torch.nn.functional.interpolate`, with its messages.
 
     torch computes other modes ("area"), dtypes and numbers of dimensions, and every call under
-    torch.jit.trace.
+    torch.jit.trace and in torch.onnx.export.
     """
     arguments = size, scale_factor, mode, align_corners, recompute_scale_factor, antialias
     r = _resampling_for(input, *arguments)
@@ -99,7 +99,7 @@ def _resampling_for(
         or not _arguments.is_supported(input)
         or mode not in _resampling.MODES
         or antialias
-        or _operator.is_tracing()
+        or _operator.must_call_torch()
         or (size is None) == (scale_factor is None)
         or (size is not None and recompute_scale_factor)
         or (align_corners is not None and mode.startswith("nearest"))
@@ -116,19 +116,22 @@ def _resampling_for(
         scales = _arguments.pair_or_none(scale_factor, _is_number, lengths=(2,))
         if scales is None:
             return None
-        # As in torch: the product in float64, rounded down.
-        out_size = (
-            math.floor(float(height) * scales[0]),
-            math.floor(float(width) * scales[1]),
-        )
+        out_size = _scaled(height, scales[0]), _scaled(width, scales[1])
         if not recompute_scale_factor:
             factors = (float(scales[0]), float(scales[1]))
     if out_size[0] <= 0 or out_size[1] <= 0 or height == 0 or width == 0 or input.size(1) == 0:
         return None
-    rule = _resampling.rule_for(input, out_size, mode)
+    rule = _resampling.rule_for(input, mode)
     return Resampling(
         (height, width), out_size, factors, mode, bool(align_corners), rule, transpose=False
     )
+
+
+def _scaled(size: int, factor: float) -> int:
+    """Return the product as torch computes it: in float64, rounded down."""
+    if float(factor).is_integer():
+        return size * int(factor)
+    return math.floor(torch.sym_float(size) * factor)
 
 
 def _is_number(value: Any) -> bool:

@@ -10,14 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from segkernels.ops import _arguments
-from segkernels.ops._operator import check_not_traced
-from segkernels.ops.interpolate import _resampling
+from segkernels.ops._dtypes import compute_dtype
+from segkernels.ops.interpolate import _resampling, interpolate
 from segkernels.ops.interpolate._resampling import Resampling
 
 
 def check_logits(name: str, logits: torch.Tensor) -> None:
     """Raise unless `logits` is a floating [N, C, H, W] with at least one class, row and column."""
-    check_not_traced(name)
     _arguments.check_device(logits)
     if logits.dim() != 4:
         raise ValueError(f"{name}: logits must be [N, C, H, W], got shape {tuple(logits.shape)}")
@@ -37,9 +36,7 @@ def resampling(
     align_corners: bool | None,
 ) -> Resampling:
     """Check the arguments and return the resampling of F.interpolate(logits, size, ...)."""
-    _arguments.check_choice(mode, "mode", _resampling.MODES, name)
-    if align_corners and mode.startswith("nearest"):
-        raise ValueError(f"{name}: align_corners must be False for mode {mode!r}, got True")
+    _check_mode(name, mode, align_corners)
     pair = _arguments.pair_or_none(size, lengths=(2,))
     if pair is None:
         raise ValueError(f"{name}: size must be an int or (height, width), got {size!r}")
@@ -51,6 +48,22 @@ def resampling(
         (0.0, 0.0),
         mode,
         bool(align_corners),
-        _resampling.rule_for(logits, (pair[0], pair[1]), mode),
+        _resampling.rule_for(logits, mode),
         transpose=False,
     )
+
+
+def upsample(
+    name: str, logits: torch.Tensor, size: int | Sequence[int], mode: str, align_corners: bool
+) -> torch.Tensor:
+    """Return the upsampled logits in the dtype of the computation, where they must be stored."""
+    _check_mode(name, mode, align_corners)
+    corners = None if mode.startswith("nearest") else align_corners
+    wide = logits.to(compute_dtype(logits.dtype))
+    return interpolate(wide, size, mode=mode, align_corners=corners)
+
+
+def _check_mode(name: str, mode: str, align_corners: bool | None) -> None:
+    _arguments.check_choice(mode, "mode", _resampling.MODES, name)
+    if align_corners and mode.startswith("nearest"):
+        raise ValueError(f"{name}: align_corners must be False for mode {mode!r}, got True")

@@ -12,6 +12,8 @@ from segkernels.ops._operator import is_contiguous
 MODES = {"nearest": 0, "nearest-exact": 1, "bilinear": 2, "bicubic": 3}
 # enum class Rule, in the same file
 _CPU, _CPU_SMALL, _CUDA = 0, 1, 2
+# _CPU_SMALL for a small output, else _CPU.
+_CPU_BY_SIZE = 3
 
 
 class Resampling(NamedTuple):
@@ -45,15 +47,23 @@ class Resampling(NamedTuple):
         return self.in_size if self.transpose else self.out_size
 
 
-def rule_for(input: torch.Tensor, out_size: tuple[int, int], mode: str) -> int:
+def rule_for(input: torch.Tensor, mode: str) -> int:
     """Return the formula that torch uses for coordinates on the device of `input`.
 
     torch's CPU kernels have two for nearest indices: a general one, and one for small outputs and
-    channels_last tensors.
+    channels_last tensors. `native_rule` compares the sizes, so that a program of torch.export
+    runs for both.
     """
     if input.is_cuda:
         return _CUDA
     if not mode.startswith("nearest"):
         return _CPU
     channels_last = input.size(1) > 3 and is_contiguous(input, torch.channels_last)
-    return _CPU_SMALL if channels_last or out_size[0] + out_size[1] <= 128 else _CPU
+    return _CPU_SMALL if channels_last else _CPU_BY_SIZE
+
+
+def native_rule(r: Resampling) -> int:
+    """Return the rule of `r` as the native code numbers it."""
+    if r.rule != _CPU_BY_SIZE:
+        return r.rule
+    return _CPU_SMALL if r.out_size[0] + r.out_size[1] <= 128 else _CPU

@@ -10,14 +10,15 @@ import torch
 from segkernels import _native
 from segkernels.ops import _dtypes
 from segkernels.ops._operator import is_channels_last
-from segkernels.ops.interpolate._resampling import MODES, Resampling
+from segkernels.ops.interpolate._resampling import MODES, Resampling, native_rule
 
 
 @functools.lru_cache(maxsize=1024)
 def native_resampling(r: Resampling, planes: int, inner: int) -> Any:
     """Return the native description of `r` on `planes` planes of `inner` innermost channels."""
+    rule = native_rule(r)
     return _native.C().Resampling(
-        planes, inner, r.in_size, r.out_size, r.factors, MODES[r.mode], r.align_corners, r.rule
+        planes, inner, r.in_size, r.out_size, r.factors, MODES[r.mode], r.align_corners, rule
     )
 
 

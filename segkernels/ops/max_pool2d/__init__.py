@@ -81,14 +81,14 @@ def max_pool2d(
     _arguments.check_tensor(input, "input", "max_pool2d")
     if return_codes and return_indices:
         raise ValueError("max_pool2d: return_codes must be False with return_indices, got True")
-    if return_codes:
-        _operator.check_not_traced("max_pool2d")
-    if not _arguments.is_supported(input) or _operator.is_tracing():
-        if return_codes:
-            raise TypeError(
-                f"max_pool2d: input must be one of {', '.join(_dtypes.names())} on CPU or CUDA "
-                f"with return_codes, got {input.dtype} on {input.device}"
-            )
+    supported = _arguments.is_supported(input)
+    if return_codes and not supported:
+        raise TypeError(
+            f"max_pool2d: input must be one of {', '.join(_dtypes.names())} on CPU or CUDA "
+            f"with return_codes, got {input.dtype} on {input.device}"
+        )
+    by_torch = not supported or _operator.must_call_torch()
+    if by_torch and not return_codes:
         args: tuple[Any, ...] = (kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return F.max_pool2d(input, *args)
     kernel_size = _arguments.pair(kernel_size, "kernel_size", "max_pool2d")
@@ -98,6 +98,18 @@ def max_pool2d(
         stride = _arguments.pair(stride, "stride", "max_pool2d")
     padding = _arguments.pair(padding, "padding", "max_pool2d")
     dilation = _arguments.pair(dilation, "dilation", "max_pool2d")
+    if return_codes and _windows.too_large_for_codes(kernel_size):
+        raise ValueError(
+            f"max_pool2d: kernel_size must have at most {_windows.MAX_CELLS} cells (16x16) with "
+            f"return_codes, got {kernel_size}"
+        )
+    if by_torch:
+        values, indices = F.max_pool2d(
+            input, kernel_size, stride, padding, dilation, ceil_mode, True
+        )
+        full, pooled = (input.size(-2), input.size(-1)), (values.size(-2), values.size(-1))
+        w = Windows(full, pooled, kernel_size, stride, padding, dilation, False)
+        return values, _windows.codes_of(indices, w)
     batched = input.dim() == 4
     make = _cached_pooling if _operator.is_eager(input) else _pooling
     p = make(
@@ -111,11 +123,6 @@ def max_pool2d(
         bool(return_codes),
         bool(return_indices),
     )
-    if return_codes and _windows.too_large_for_codes(kernel_size):
-        raise ValueError(
-            f"max_pool2d: kernel_size must have at most {_windows.MAX_CELLS} cells (16x16) with "
-            f"return_codes, got {kernel_size}"
-        )
     x = input if batched else input.unsqueeze(0)
     values, codes, indices = operator.pool(x, p)
     if not (return_codes or return_indices):
@@ -192,4 +199,6 @@ def _pooled_size(w: Windows, axis: int, ceil_mode: bool) -> int:
         return span // stride + 1
     count = (span + stride - 1) // stride + 1
     # The last window must begin inside the input or its first padding.
-    return count - 1 if (count - 1) * stride >= size + padding else count
+    if stride + padding <= w.dilation[axis] * (w.kernel_size[axis] - 1) + 1:
+        return count  # it does for every size
+    return torch.sym_min(count, (size + padding - 1) // stride + 1)

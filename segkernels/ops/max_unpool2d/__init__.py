@@ -77,7 +77,6 @@ def max_unpool2d(
     """
     for name, value in (("input", input), ("indices", indices)):
         _arguments.check_tensor(value, name, "max_unpool2d")
-    _operator.check_not_traced("max_unpool2d")  # torch's own function fails under it too
     if not _arguments.is_supported(input):
         if indices.dtype == torch.uint8:
             raise TypeError(
@@ -90,6 +89,8 @@ def max_unpool2d(
     stride = kernel_size if stride is None else _arguments.pair(stride, "stride", "max_unpool2d")
     padding = _arguments.pair(padding, "padding", "max_unpool2d")
     dilation = _arguments.pair(dilation, "dilation", "max_unpool2d")
+    if _operator.must_call_torch():
+        return _by_torch(input, indices, kernel_size, stride, padding, output_size, dilation)
     batched = input.dim() == 4
     size = None if output_size is None else tuple(output_size)
     hashable = size is None or all(type(n) is int for n in size)
@@ -133,11 +134,8 @@ def _make_windows(
             f"with {len(shape)} dimensions."
         )
     pooled = (shape[-2], shape[-1])
-    height, width = (
-        (pooled[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1 - 2 * padding[i]
-        for i in (0, 1)
-    )
-    full = _output_size((height, width), stride, output_size)
+    default = _default_size(pooled, kernel_size, stride, padding, dilation)
+    full = _output_size(default, stride, output_size)
     _check_indices(shape, indices_shape, indices_dtype)
     if indices_dtype == torch.int64:
         # Indices do not depend on the windows, which only determine the default output size.
@@ -157,6 +155,39 @@ def _make_windows(
 
 # For eager calls only: sizes are SymInts while tracing.
 _cached_windows = functools.lru_cache(maxsize=1024)(_make_windows)
+
+
+def _by_torch(
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    kernel_size: Int2,
+    stride: Int2,
+    padding: Int2,
+    output_size: Sequence[int] | None,
+    dilation: Int2,
+) -> torch.Tensor:
+    """Unpool with torch's functions: not with its own max_unpool2d, which cannot be recorded."""
+    pooled = (x.size(-2), x.size(-1))
+    if output_size is None:
+        full = _default_size(pooled, kernel_size, stride, padding, dilation)
+    else:
+        full = (output_size[-2], output_size[-1])
+    if positions.dtype == torch.uint8:
+        w = Windows(full, pooled, kernel_size, stride, padding, dilation, False)
+        positions = _windows.indices_of(positions, w)
+    zeros = x.new_zeros((*x.shape[:-2], full[0] * full[1]))
+    out = zeros.scatter(-1, positions.flatten(-2), x.flatten(-2))
+    return out.view(*x.shape[:-2], *full)
+
+
+def _default_size(
+    pooled: Int2, kernel_size: Int2, stride: Int2, padding: Int2, dilation: Int2
+) -> Int2:
+    height, width = (
+        (pooled[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1 - 2 * padding[i]
+        for i in (0, 1)
+    )
+    return height, width
 
 
 def _check_indices(shape: torch.Size, indices: torch.Size, dtype: torch.dtype) -> None:

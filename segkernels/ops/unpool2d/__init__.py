@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 
 from segkernels.ops import _arguments, _operator, _registry, _windows
 from segkernels.ops._arguments import Int2
@@ -55,6 +56,9 @@ def unpool_nearest(input: torch.Tensor, kernel_size: int | Sequence[int]) -> tor
         ValueError: the output would have 2^31 rows or columns.
     """
     blocks = _check(input, kernel_size, "unpool_nearest")
+    if _operator.must_call_torch():
+        height, width = blocks.kernel_size
+        return input.repeat_interleave(height, -2).repeat_interleave(width, -1)
     if input.dim() == 4:
         out: torch.Tensor = operator.nearest(input, blocks)
         return out
@@ -94,6 +98,10 @@ def unpool_bed_of_nails(
             f"unpool_bed_of_nails: cell must be inside the block of {height} x {width} cells, got "
             f"{(row, column)}"
         )
+    if _operator.must_call_torch():
+        pads = (column, width - 1 - column, 0, 0, row, height - 1 - row)
+        cells = F.pad(input.unsqueeze(-1).unsqueeze(-3), pads)  # [..., H, height, W, width]
+        return cells.flatten(-2).flatten(-3, -2)
     record = BedOfNails(blocks, (row, column))
     if input.dim() == 4:
         out: torch.Tensor = operator.bed_of_nails(input, record)
@@ -103,7 +111,6 @@ def unpool_bed_of_nails(
 
 def _check(input: torch.Tensor, kernel_size: int | Sequence[int], function: str) -> Windows:
     """Check the arguments and return the blocks as windows that tile the output."""
-    _operator.check_not_traced(function)
     _arguments.check_tensor(input, "input", function)
     _arguments.check_floating(input, "input", function)
     if input.dim() not in (3, 4):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from segkernels.ops import _registry
+from segkernels.ops import _operator, _registry
 from segkernels.ops.interpolate import _logits
 from segkernels.ops.upsample_argmax import operator
 from segkernels.ops.upsample_argmax.native import LABELS, Argmax
@@ -65,6 +65,10 @@ def upsample_argmax(
             f"{name}: dtype must represent labels up to {logits.size(1) - 1}, got {dtype} with a "
             f"maximum of {torch.iinfo(dtype).max}"
         )
+    if _operator.must_call_torch():
+        upsampled = _logits.upsample(name, logits.detach(), size, mode, align_corners)
+        labels = upsampled.argmax(1).to(dtype)
+        return (labels, upsampled.softmax(1).amax(1)) if return_confidence else labels
     r = _logits.resampling(name, logits, size, mode, align_corners)
     labels, confidence = operator.argmax(logits.detach(), Argmax(r, return_confidence, dtype))
     return (labels, confidence) if return_confidence else labels

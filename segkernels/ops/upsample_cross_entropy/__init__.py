@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from segkernels.ops import _arguments, _dtypes, _registry
+from segkernels.ops import _arguments, _dtypes, _operator, _registry
 from segkernels.ops.interpolate import _logits, _resampling, interpolate
-from segkernels.ops.upsample_cross_entropy import native, operator
+from segkernels.ops.upsample_cross_entropy import by_torch, native, operator
 from segkernels.ops.upsample_cross_entropy.native import Loss
 
 _registry.register(
@@ -83,6 +83,9 @@ def upsample_cross_entropy(
             f"{name}: weight must be [{logits.size(1)}], got shape {tuple(weight.shape)}"
         )
     _check(name, logits, reduction, target=target, weight=weight)
+    if _operator.must_call_torch():
+        options = ignore_index, reduction, label_smoothing, mode, align_corners
+        return by_torch.cross_entropy(name, logits, target, weight, *options)
     r = _logits.resampling(name, logits, tuple(target.shape[-2:]), mode, align_corners)
     if r.out_size[1] > _max_width(r):
         logits, r = _stored(logits, r)
@@ -162,6 +165,9 @@ def upsample_binary_cross_entropy(
                 f"{name}: weight must broadcast to {tuple(target.shape)}, got shape "
                 f"{tuple(weight.shape)}"
             ) from None
+    if _operator.must_call_torch():
+        options = reduction, pos_weight, ignore_index, mode, align_corners
+        return by_torch.binary_cross_entropy(name, logits, target, weight, *options)
     r = _logits.resampling(name, logits, tuple(target.shape[-2:]), mode, align_corners)
     if r.out_size[1] > _max_width(r):
         logits, r = _stored(logits, r)
