@@ -254,6 +254,46 @@ def test_taps_that_skip_the_only_column(dtype: torch.dtype, layout: torch.memory
         assert grad.eq(0).all()
 
 
+# Size, kernel size, stride, padding, dilation.
+FAULTS_OF_TORCH = [
+    ((4, 2), (1, 1), (2, 3), (0, 1), 1),  # no tap reads a column
+    ((3, 4), (2, 2), (3, 1), (1, 3), 4),  # no tap reads a row
+    ((1, 5), (2, 2), 1, (3, 0), (4, 2)),
+    ((5, 3), (1, 2), (1, 3), (0, 1), 2),  # strides that differ
+    ((9, 8), (1, 3), (3, 1), (0, 3), (2, 3)),
+    ((9, 3), (1, 2), 2, 0, (3, 2)),  # one column in the output
+]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("problem", FAULTS_OF_TORCH)
+@pytest.mark.parametrize("dtype", CONVOLUTION_ERROR)
+def test_where_torch_crashes_or_is_wrong(
+    problem: Any, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    """On some processors: on those with AMX all of these, in one dtype or another."""
+    size, kernel, *options = problem
+    x = torch.randn(2, 64, *size).to(dtype).contiguous(memory_format=layout)
+    w = torch.randn(16, 64, *kernel).to(dtype).contiguous(memory_format=layout)
+    ours = [x.requires_grad_(), w.requires_grad_()]
+    wide = [t.detach().double().contiguous().requires_grad_() for t in ours]
+    with torch.no_grad():
+        plain = segkernels.dilated_conv2d(*ours, None, *options)
+    out, expected = (
+        segkernels.dilated_conv2d(*ours, None, *options),
+        F.conv2d(*wide, None, *options),
+    )
+    grad = torch.randn_like(expected)
+    mine = torch.autograd.grad(out, ours, grad.to(dtype))
+    theirs = torch.autograd.grad(expected, wide, grad.to(dtype).double())
+    terms = segkernels.dilated_conv2d(*(t.abs() for t in wide), None, *options)
+    sizes = [terms, *torch.autograd.grad(terms, wide, grad.abs())]
+    for a, b, scale in zip((out, *mine), (expected, *theirs), sizes, strict=True):
+        error = (a.double() - b).abs().max()
+        assert error <= 8 * CONVOLUTION_ERROR[dtype] * scale.abs().max(), (error, scale.max())
+    assert torch.equal(plain, out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_calls_that_torch_computes_keep_the_dtype(dtype: torch.dtype) -> None:
     """As in a batch of 0 with dilation 0, which torch accepts, and under torch.jit.trace."""

@@ -100,7 +100,9 @@ def dilated_conv2d(
         if value is not None:
             _arguments.check_tensor(value, name, "dilated_conv2d")
     options: tuple[Any, ...] = (stride, padding, dilation, groups)
-    if scale is shift is residual is None and _torch_suffices(input, weight, bias, stride, backend):
+    if scale is shift is residual is None and _torch_suffices(
+        input, weight, bias, options, backend
+    ):
         out = F.conv2d(input, weight, bias, *options)
         last = _operator.is_channels_last(input) or _operator.is_channels_last(weight)
         out = out.contiguous(memory_format=_operator.memory_format(last))
@@ -125,7 +127,9 @@ def dilated_conv2d(
     return y.squeeze(0) if unbatched else y
 
 
-def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: str) -> bool:
+def _torch_suffices(
+    input: Any, weight: Any, bias: Any, options: tuple[Any, ...], backend: str
+) -> bool:
     """Whether the call is the same as torch's convolution with torch's own gradients.
 
     On the CPU it is, except in half precision (cudnn.py). This check avoids the overhead of the
@@ -142,11 +146,13 @@ def _torch_suffices(input: Any, weight: Any, bias: Any, stride: Any, backend: st
         and _operator.is_eager(input)
         and not _operator.under_functorch()
         and not torch.is_autocast_enabled("cpu")
-        and not cudnn.may_crash(input, stride)
+        and not cudnn.may_be_faulty(input, options[0], options[2])
         and (
             input.dtype is torch.float32
             or (
-                cudnn.has_cpu_kernels(input.dtype) and not _operator.wants_grad(input, weight, bias)
+                options[0] in (1, (1, 1))
+                and cudnn.has_cpu_kernels(input.dtype)
+                and not _operator.wants_grad(input, weight, bias)
             )
         )
     )

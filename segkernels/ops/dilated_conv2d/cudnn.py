@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from segkernels import _native
+from segkernels.ops._arguments import pair_or_none
 from segkernels.ops._dtypes import compute_dtype
 from segkernels.ops.dilated_conv2d.call import Call, Epilogue
 
@@ -41,18 +42,56 @@ def needs_float32(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and not has_cpu_kernels(x.dtype)
 
 
-def may_crash(x: torch.Tensor, stride: Any) -> bool:
-    """Whether torch's convolution of a channels_last `x` may crash on the CPU.
+def is_half(x: torch.Tensor) -> bool:
+    """Whether `x` has a half-precision dtype."""
+    return x.dtype in (torch.float16, torch.bfloat16)
 
-    oneDNN reads beyond an input of one column if, with this stride and padding, no tap reads that
-    column (torch 2.10 to 2.14).
+
+def reads_input(x: torch.Tensor, weight: torch.Tensor, c: Call) -> bool:
+    """Whether some tap of some output reads the image: a row and a column inside it."""
+    for axis in (0, 1):
+        size, step, gap = x.size(2 + axis), c.stride[axis], c.dilation[axis]
+        for tap in range(weight.size(2 + axis)):
+            first = tap * gap - c.padding[axis]
+            output = max(0, -(first // step))  # the first whose tap is not before the image
+            if output < c.out_size[axis] and first + output * step < size:
+                break
+        else:
+            return False
+    return True
+
+
+def is_faulty(x: torch.Tensor, weight: torch.Tensor, c: Call) -> bool:
+    """Whether torch's convolution on the CPU is not to be trusted with this call.
+
+    Where no tap reads the image, oneDNN reads beyond it (torch 2.10 to 2.14). In half precision, on
+    processors with instructions for it (AMX), it also computes wrong values for strides that differ
+    or an output of one row or column. A contiguous call in float32 has no fault.
     """
-    return x.shape[-1:] == (1,) and stride not in (1, (1, 1))
+    if x.device.type != "cpu":
+        return False
+    strided = c.stride != (1, 1) and (c.stride[0] != c.stride[1] or 1 in c.out_size)
+    return (is_half(x) and strided) or not reads_input(x, weight, c)
+
+
+def may_be_faulty(x: torch.Tensor, stride: Any, dilation: Any) -> bool:
+    """Whether `is_faulty` may be true for float32 or a stride of 1; a quick check.
+
+    Taps and outputs are at most so far apart, and so do not all skip an image that is larger.
+    """
+    steps, gaps = pair_or_none(stride), pair_or_none(dilation)
+    height, width = x.shape[-2:]
+    return (
+        steps is None
+        or gaps is None
+        or max(steps[0], gaps[0]) > height
+        or max(steps[1], gaps[1]) > width
+    )
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, e: Epilogue, c: Call) -> torch.Tensor:
     """The convolution of a 4-D `x` with its epilogue, outside autograd."""
-    if needs_float32(x):
+    if needs_float32(x) or (is_half(x) and is_faulty(x, weight, c)):
         return forward(x.float(), weight.float(), e.to_float32(), c).to(x.dtype)
     if e.scale is None:
         bias = e.folded_shift()
@@ -80,7 +119,7 @@ def _convolve(
     rows, columns = _extra_padding(x, weight, c)
     if rows or columns:
         x = F.pad(x, (0, columns, 0, rows))
-    if x.device.type == "cpu" and may_crash(x, c.stride):
+    if is_faulty(x, weight, c):
         x, weight = x.contiguous(), weight.contiguous()
     if torch.is_autocast_enabled(x.device.type):
         # The public function has cast already; a backward pass under autocast keeps its dtype.
@@ -154,14 +193,14 @@ def gradients(
     """
     if not any(mask):
         return None, None
-    if needs_float32(x):
+    if needs_float32(x) or (is_half(x) and is_faulty(x, weight, c)):
         wide = gradients(grad.float(), x.float(), weight.float(), c, mask)
         dx, dw = (None if t is None else t.to(x.dtype) for t in wide)
         return dx, dw
     rows, columns = _extra_padding(x, weight, c)
     padded = F.pad(x, (0, columns, 0, rows)) if rows or columns else x
     if x.device.type == "cpu" and (
-        may_crash(padded, c.stride)
+        is_faulty(x, weight, c)
         or (mask[1] and x.dtype == torch.bfloat16 and not _bfloat16_gradient_is_correct(x, c))
     ):
         padded, grad, weight = padded.contiguous(), grad.contiguous(), weight.contiguous()
