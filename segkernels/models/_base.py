@@ -91,7 +91,6 @@ class SegmentationModel(nn.Module):
     def forward(
         self,
         input: torch.Tensor,
-        *,
         target: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
         ignore_index: int = -100,

@@ -50,7 +50,6 @@ class WithCRF(SegmentationModel):
         self,
         input: torch.Tensor,
         image: torch.Tensor | None = None,
-        *,
         target: torch.Tensor | None = None,
         weight: torch.Tensor | None = None,
         ignore_index: int = -100,
@@ -66,7 +65,15 @@ class WithCRF(SegmentationModel):
             image: the colours that the CRF compares, [N, any, H, W], in the unit of its `srgb`: for
                 example the images before normalisation. None for `input`.
             target, weight, ignore_index, label_smoothing: see `SegmentationModel.forward`.
+
+        Raises:
+            ValueError: the image has a wrong rank.
         """
+        if image is not None and image.dim() != 4:
+            raise ValueError(
+                f"{self.name}: image must be [N, any, H, W], got shape {tuple(image.shape)}; labels "
+                "are the argument target"
+            )
         options: dict[str, Any] = {
             "weight": weight,
             "ignore_index": ignore_index,
