@@ -71,8 +71,8 @@ class WithCRF(SegmentationModel):
         """
         if image is not None and image.dim() != 4:
             raise ValueError(
-                f"{self.name}: image must be [N, any, H, W], got shape {tuple(image.shape)}; labels "
-                "are the argument target"
+                f"{self.name}: image must be [N, any, H, W], got shape {tuple(image.shape)}; pass "
+                "labels as target="
             )
         options: dict[str, Any] = {
             "weight": weight,
