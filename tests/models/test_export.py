@@ -45,7 +45,10 @@ def dynamic(case: Case) -> dict[int, Any]:
         return {0: Dim.DYNAMIC, 2: Dim.AUTO, 3: Dim.AUTO}
     if case.name == "unet":
         return {0: Dim.DYNAMIC, 2: 16 * Dim("height"), 3: 16 * Dim("width")}
-    return {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    # With a range, torch.export refuses a program that may not run at each of these sizes.
+    least = 256 if case.name == "deconvnet" else 64
+    height, width = (Dim(name, min=least, max=4096) for name in ("height", "width"))
+    return {0: Dim.DYNAMIC, 2: height, 3: width}
 
 
 def images(size: tuple[int, int, int]) -> torch.Tensor:

@@ -228,13 +228,13 @@ def _output_size(default: Int2, stride: Int2, output_size: tuple[Any, ...] | Non
                     f"element of type {type(sizes[dim]).__name__} at pos {dim}"
                 )
             low, high = default[dim] - stride[dim], default[dim] + stride[dim]
-            if not low < sizes[dim] < high:
+            if _operator.surely(sizes[dim] <= low) or _operator.surely(sizes[dim] >= high):
                 raise ValueError(
                     f'max_unpool2d: invalid output_size "{output_size}" (dim {dim} must be '
                     f"between {low} and {high})"
                 )
     for dim in range(2):
-        if sizes[dim] < 0:
+        if _operator.surely(sizes[dim] < 0):
             raise ValueError(
                 "max_unpool2d: output_size must contain non-negative spatial dimensions, but got "
                 f"output_size[{dim}]={sizes[dim]}"
