@@ -46,7 +46,7 @@ class WithCRF(SegmentationModel):
         self.crf = crf
         self.train_crf = train_crf
 
-    def forward(
+    def forward(  # type: ignore[override]  # image is second, as in `predict`
         self,
         input: torch.Tensor,
         image: torch.Tensor | None = None,
