@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from segkernels.ops import _arguments, _dtypes, _operator, _registry
-from segkernels.ops.interpolate import _logits, _resampling, interpolate
+from segkernels.ops.interpolate import _logits, _resampling
 from segkernels.ops.upsample_cross_entropy import by_torch, native, operator
 from segkernels.ops.upsample_cross_entropy.native import Loss
 
@@ -196,11 +196,8 @@ def _stored(
     logits: torch.Tensor, r: _resampling.Resampling
 ) -> tuple[torch.Tensor, _resampling.Resampling]:
     """Return upsampled logits that are stored, for sizes that the kernels do not support."""
-    align = None if r.mode.startswith("nearest") else r.align_corners
-    wide = logits.to(_dtypes.compute_dtype(logits.dtype))
-    upsampled = interpolate(wide, r.out_size, mode=r.mode, align_corners=align)
-    identity = _logits.resampling("", upsampled, r.out_size, "nearest", False)
-    return upsampled, identity
+    upsampled = _logits.upsample("", logits, r.out_size, r.mode, r.align_corners)
+    return upsampled, _logits.resampling("", upsampled, r.out_size, "nearest", False)
 
 
 def _max_width(r: _resampling.Resampling) -> int:
