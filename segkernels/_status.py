@@ -8,19 +8,29 @@ the environment they are read after every call.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from segkernels import _native
 
+FEATURES_NOT_FINITE, FEATURES_TOO_LARGE = 0, 1
+SCORES_NOT_FINITE, PROBS_OUT_OF_RANGE = 3, 4
+LABEL_OUT_OF_RANGE = 5
+PROBS_CLIPPED = 8  # a warning
 # In the order of enum StatusCode in csrc/common/status.h. A message begins "<function>: ".
 _MESSAGES = (
     "features must be finite, got NaN or infinity (in the image or a sigma)",
-    "features must have exact lattice coordinates in {dtype}, got values too large (a sigma too "
-    "small for the image's size or intensities); use a larger sigma{wider}",
+    "features must have exact lattice coordinates in {dtype}, got values too large{largest} (a "
+    "sigma too small for the image's size or intensities); use a larger sigma{wider}",
     "max_vertices must be at least the number of lattice vertices, got fewer; raise it or leave it "
     "out",
     "probs, logits or unary must be finite, got NaN or infinity",
@@ -28,9 +38,16 @@ _MESSAGES = (
     "labels or target must be from 0 to num_classes - 1 or ignore_index, got values outside",
     "indices must be inside the output plane, got values outside",
     "codes must be cells of the pooling window inside the output plane, got values outside",
+    "probs must be from 0 to 1, got values outside, which are clipped",
 )
+# Frames that a warning skips.
+_OURS = (str(Path(__file__).parent), str(Path(torch.__file__).parent), contextlib.__file__)
+
+# Returns a message for the status codes that are set, or "" for the general one.
+Describe = Callable[[Collection[int]], str]
 
 _words: dict[torch.device, torch.Tensor] = {}
+_local = threading.local()
 
 
 class _DeviceMemory:
@@ -66,18 +83,77 @@ class StatusError(ValueError):
     """An argument has an invalid value, found by a kernel."""
 
 
-def _message(
-    words: list[int],
-    op: str,
-    dtype: torch.dtype | None,
-    describe: Callable[[], str] | None = None,
-) -> str:
-    if describe is not None:
-        return f"{op}: {describe()}"
+def _raise(
+    words: list[int], op: str, dtype: torch.dtype | None, describe: Describe | None = None
+) -> None:
+    """Raise StatusError for the words that are set, at least one; warn if only warnings are."""
+    codes = [code for code, word in enumerate(words) if word]
+    errors = [code for code in codes if code != PROBS_CLIPPED]
+    described = describe(errors or codes) if describe is not None else ""
+    parts = [described] if described else [_text(code, dtype) for code in errors or codes]
+    message = "; ".join(f"{op}: {part}" for part in parts)
+    if errors:
+        raise StatusError(message)
+    warn(message)
+
+
+def _text(code: int, dtype: torch.dtype | None, largest: str = "") -> str:
     name = str(dtype).removeprefix("torch.") if dtype is not None else "this dtype"
     wider = ", or float64 features" if dtype != torch.float64 else ""
-    errors = [m for m, word in zip(_MESSAGES, words, strict=True) if word]
-    return "; ".join(f"{op}: {m.format(dtype=name, wider=wider)}" for m in errors)
+    return _MESSAGES[code].format(dtype=name, wider=wider, largest=largest)
+
+
+def describe_features(
+    codes: Collection[int], features: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> str:
+    """Say which of the features is not finite or too large, and where; "" if none is.
+
+    Args:
+        codes: status codes.
+        features: by the names of the arguments.
+        dtype: that they are converted to; None: they have it.
+    """
+    tensors = {name: t.detach().to(dtype or t.dtype) for name, t in features.items()}
+    for name, tensor in tensors.items():
+        invalid = ~torch.isfinite(tensor)
+        if FEATURES_NOT_FINITE in codes and bool(invalid.any()):
+            return f"{name} must be finite, got {first_invalid(tensor, invalid)}"
+    if FEATURES_TOO_LARGE not in codes:
+        return ""
+    tensor = max(tensors.values(), key=lambda t: float(t.abs().amax()))
+    largest = first_invalid(tensor, tensor.abs() == tensor.abs().amax()).partition(" (")[0]
+    return _text(FEATURES_TOO_LARGE, tensor.dtype, f", up to {largest}")
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside this package and torch that made the call."""
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+@contextmanager
+def describing(describe: Describe) -> Iterator[None]:
+    """Let `describe` word what CPU calls of this thread find within the block.
+
+    It reads the arguments again, so enter the block only if their values can be read.
+    """
+    outer, _local.describe = getattr(_local, "describe", None), describe
+    try:
+        yield
+    finally:
+        _local.describe = outer
+
+
+def first_invalid(values: torch.Tensor, invalid: torch.Tensor) -> str:
+    """Say which element of `values` is invalid: "1.2 at [0, 3, 17, 4] (and 211 more)"."""
+    count = int(invalid.sum())
+    index = np.unravel_index(int(invalid.flatten().to(torch.uint8).argmax()), invalid.shape)
+    position = [int(i) for i in index]
+    value = values[tuple(position)].item()
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{text} at {position}" + (f" (and {count - 1} more)" if count > 1 else "")
 
 
 @contextmanager
@@ -85,7 +161,7 @@ def watch(
     tensor: torch.Tensor,
     op: str,
     dtype: torch.dtype | None = None,
-    describe: Callable[[], str] | None = None,
+    describe: Describe | None = None,
 ) -> Iterator[torch.Tensor]:
     """Yield the status words for one native call, then raise if the call has set one.
 
@@ -93,8 +169,8 @@ def watch(
         tensor: any tensor of the call; selects the device.
         op: name of the public function, with which the message begins.
         dtype: dtype that the native code computes in, for the messages that name it.
-        describe: returns a message that says which value is invalid and where, after the function's
-            name. Called only to raise, because it reads the argument again.
+        describe: words the message, after the function's name: which value is invalid, and where.
+            Called only to raise, because it reads the argument again. None: of `describing`.
 
     Raises:
         StatusError: an argument has an invalid value. Raised on the CPU, and on CUDA with
@@ -105,7 +181,7 @@ def watch(
         yield words
         values = words.tolist()
         if any(values):
-            raise StatusError(_message(values, op, dtype, describe))
+            _raise(values, op, dtype, describe or getattr(_local, "describe", None))
         return
     yield _device_words(tensor.device)
     if os.environ.get("SEGKERNELS_CHECK") == "1" and not _native.capturing(tensor.device):
@@ -115,20 +191,20 @@ def watch(
 def raise_if_set(words: list[int], op: str) -> None:
     """Raise StatusError for the status words that a native CPU call returned; [] if none is set."""
     if words:
-        raise StatusError(_message(words, op, None))
+        _raise(words, op, None)
 
 
 def _raise_and_clear(
     device: torch.device,
     op: str,
     dtype: torch.dtype | None = None,
-    describe: Callable[[], str] | None = None,
+    describe: Describe | None = None,
 ) -> None:
     words = _words[device]
     values = words.tolist()
     if any(values):
         words.zero_()
-        raise StatusError(_message(values, op, dtype, describe))
+        _raise(values, op, dtype, describe)
 
 
 def check(device: torch.device | str | int | None = None) -> None:

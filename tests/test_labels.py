@@ -11,8 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from segkernels import _status
-from segkernels.ops.dense_crf.labels import _LABEL_OUT_OF_RANGE, probs_from_labels
+from segkernels import _status, probs_from_labels
 
 INTEGERS = (np.uint8, np.int8, np.uint16, np.int16, np.uint32, np.int32, np.uint64, np.int64)
 
@@ -93,6 +92,40 @@ def test_views_and_byte_order():
     assert np.array_equal(probs_from_labels(frozen, 5), expected)
 
 
+@pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy])
+def test_bool_masks(wrap):
+    mask = np.array([[True, False], [False, True]])
+    probs = probs_from_labels(wrap(mask), 2, 0.8)
+    assert type(probs) is type(wrap(mask))
+    assert np.array_equal(probs, probs_from_labels(mask.astype(np.int64), 2, 0.8))
+    np.testing.assert_allclose(probs[1], [[0.8, 0.2], [0.2, 0.8]], rtol=1e-6)
+    unknown = probs_from_labels(wrap(mask), 3, 0.8, ignore_index=0)
+    np.testing.assert_allclose(unknown[:, 0], [[0.1, 1 / 3], [0.8, 1 / 3], [0.1, 1 / 3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("one", [1, 1.0, np.float32(1), np.int64(1)])
+def test_certain_labels(one):
+    probs = probs_from_labels(np.array([[1, 9]]), 3, one, ignore_index=9)
+    np.testing.assert_allclose(probs[:, 0], [[0, 1 / 3], [1, 1 / 3], [0, 1 / 3]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [5, 2**63 - 1, 2**63, 2**64 - 2, 2**64 - 1])
+def test_any_ignore_index_of_uint64(value):
+    labels = np.array([[0, value], [2, 1]], np.uint64)
+    want = probs_from_labels(np.array([[0, 7], [2, 1]]), 3, ignore_index=7)
+    for array in (labels, torch.from_numpy(labels)):
+        assert np.array_equal(probs_from_labels(array, 3, ignore_index=value), want)
+        for other in (None, value - 2**64, 2**64 + value):  # equal in the low 64 bits
+            with pytest.raises(ValueError, match=rf"got {value} at \[0, 1\]$"):
+                probs_from_labels(array, 3, ignore_index=other)
+
+
+def test_flipped_axis_of_length_1():
+    labels = np.arange(4).reshape(1, 4) % 3
+    want = probs_from_labels(labels, 3)
+    assert np.array_equal(probs_from_labels(labels[::-1], 3), want)
+
+
 def test_labels_are_not_modified():
     labels = np.array([[0, 255], [1, 0]])
     probs_from_labels(labels, 2, ignore_index=255)
@@ -120,19 +153,19 @@ def test_ignore_index_far_outside_the_dtype(ignore_index):
     ("labels", "arguments", "error", "message"),
     [
         ([[0, 1]], (2,), TypeError, "labels must be a numpy array or a torch tensor, got list"),
-        (np.zeros((2, 2)), (2,), TypeError, "labels must have an integer dtype, got float64"),
-        (np.zeros((2, 2), bool), (2,), TypeError, "labels must have an integer dtype, got bool"),
-        (torch.zeros(2, 2), (2,), TypeError, "integer dtype, got torch.float32"),
-        (torch.zeros(2, 2).bool(), (2,), TypeError, "integer dtype, got torch.bool"),
-        (torch.zeros(2, 2).cfloat(), (2,), TypeError, "integer dtype, got torch.complex64"),
+        (np.zeros((2, 2)), (2,), TypeError, "labels must hold integers or bools, got float64"),
+        (np.zeros((2, 2), bool), (1,), ValueError, "num_classes must be at least 2 (background"),
+        (torch.zeros(2, 2), (2,), TypeError, "integers or bools, got torch.float32"),
+        (torch.zeros(2, 2).bool(), (1,), ValueError, "for a mask, got 1"),
+        (torch.zeros(2, 2).cfloat(), (2,), TypeError, "integers or bools, got torch.complex64"),
         (np.zeros(3, int), (2,), ValueError, "(H, W), (B, H, W) or (B, D, H, W), got shape (3,)"),
         (np.zeros((1,) * 5, int), (2,), ValueError, "got shape (1, 1, 1, 1, 1)"),
         (np.zeros((0, 3), int), (2,), ValueError, "at least one pixel, got shape (0, 3)"),
         (np.zeros((2, 2), int), (0,), ValueError, "num_classes must be at least 1, got 0"),
         (np.zeros((2, 2), int), (2.0,), TypeError, "num_classes must be an integer, got 2.0"),
         (np.zeros((2, 2), int), (True,), TypeError, "num_classes must be an integer, got True"),
-        (np.zeros((2, 2), int), (2, 0.0), ValueError, "gt_prob must be above 0 and below 1"),
-        (np.zeros((2, 2), int), (2, 1), ValueError, "above 0 and below 1, got 1"),
+        (np.zeros((2, 2), int), (2, 0.0), ValueError, "gt_prob must be above 0 and at most 1"),
+        (np.zeros((2, 2), int), (2, 1.01), ValueError, "above 0 and at most 1, got 1.01"),
         (np.zeros((2, 2), int), (2, float("nan")), ValueError, "gt_prob"),
         (np.zeros((2, 2), int), (2, "0.5"), TypeError, "gt_prob must be a number, got str"),
         (np.zeros((2, 2), int), (2, 0.5, 1.5), TypeError, "ignore_index must be an integer"),
@@ -147,15 +180,15 @@ def test_invalid_arguments(labels, arguments, error, message):
 def test_label_out_of_range(dtype):
     labels = np.zeros((3, 4), dtype)
     labels[1, 2] = labels[2, 0] = 5
-    message = "labels must be in [0, 5), got 5 at (1, 2) (2 such pixels)"
+    message = "labels must be from 0 to num_classes - 1 = 4, got 5 at [1, 2] (and 1 more)"
     with pytest.raises(ValueError, match=re.escape(message)):
         probs_from_labels(labels, 5)
-    with pytest.raises(ValueError, match=re.escape("[0, 5) or ignore_index (7), got 5")):
+    with pytest.raises(ValueError, match=re.escape("= 4 or ignore_index = 7, got 5")):
         probs_from_labels(torch.from_numpy(labels), 5, ignore_index=7)
 
 
 def test_negative_label():
-    with pytest.raises(ValueError, match=re.escape("got -1 at (0, 0)")):
+    with pytest.raises(ValueError, match=re.escape("got -1 at [0, 0]")):
         probs_from_labels(np.full((1, 1), -1), 5)
 
 
@@ -166,7 +199,7 @@ def test_labels_of_a_single_class_are_checked():
 
 
 def test_status_code_is_the_labels():
-    assert "labels" in _status._MESSAGES[_LABEL_OUT_OF_RANGE]
+    assert "labels" in _status._MESSAGES[_status.LABEL_OUT_OF_RANGE]
 
 
 @pytest.mark.gpu

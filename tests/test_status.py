@@ -33,6 +33,7 @@ def test_messages_match_status_codes():
         "kLabelOutOfRange": "labels",
         "kIndexOutOfRange": "indices",
         "kCodeOutOfRange": "codes",
+        "kProbsClipped": "probs must be from 0 to 1",
     }
     assert sorted(codes) == sorted(words)
     for name, number in codes.items():
@@ -46,7 +47,21 @@ def test_no_status_no_error():
         assert status.device.type == "cpu"
 
 
-@pytest.mark.parametrize("code", range(len(_status._MESSAGES)))
+def test_clipped_probabilities_only_warn():
+    with (
+        pytest.warns(UserWarning, match="^some_op: probs must be from 0 to 1, .*clipped") as caught,
+        _status.watch(torch.zeros(1), "some_op", torch.float32) as status,
+    ):
+        status[_status.PROBS_CLIPPED] = 1
+    assert [w.filename for w in caught] == [__file__]
+    with (
+        pytest.raises(_status.StatusError, match=r"^some_op: probs must be from 0 to 1[^;]*$"),
+        _status.watch(torch.zeros(1), "some_op", torch.float32) as status,
+    ):
+        status[_status.PROBS_CLIPPED] = status[_status.PROBS_OUT_OF_RANGE] = 1
+
+
+@pytest.mark.parametrize("code", range(len(_status._MESSAGES) - 1))
 def test_each_status_raises_its_message(code):
     with (
         pytest.raises(_status.StatusError) as caught,
@@ -109,7 +124,7 @@ def test_another_exception_is_not_replaced():
 
 @pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "meta"])
 def test_check_without_cuda_raises_nothing(device):
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="nan at"):
         segkernels.PermutohedralLattice(torch.full((1, 2, 3), float("nan")))
     segkernels.check(device)
 

@@ -17,7 +17,8 @@ enum StatusCode : int {
   kLabelOutOfRange = 5,
   kIndexOutOfRange = 6,
   kCodeOutOfRange = 7,
-  kStatusCodes = 8,
+  kProbsClipped = 8,  // a warning
+  kStatusCodes = 9,
 };
 
 // The kStatusCodes words of a CUDA device. Only in builds with CUDA.

@@ -33,7 +33,7 @@ struct MeanField {
   int32_t channels, width;
   int32_t iterations;
   bool log;       // return log-probabilities
-  void* energy;   // [positions, width]: minus the energy; padding holds -3e38
+  void* energy;   // [positions, width]: minus the energy; padding is -infinity
   void* rows;     // [positions, width]: the result; may be `energy` on the CPU
   void* scratch;  // CPU: [threads, 16, width]
   int32_t* status;

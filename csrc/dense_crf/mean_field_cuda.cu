@@ -113,7 +113,7 @@ __device__ void update_point(const MeanField& m, bool first, bool last, int64_t 
     if (B == 0 || lane + i * group < blocks) {
       v = energy[p * blocks + lane + i * group];
     } else {
-      for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-3e38));
+      for (int c = 0; c < W; ++c) set_lane<T>(v, c, T(-INFINITY));
     }
     z.at(i, group) = v;
   }
@@ -127,7 +127,7 @@ __device__ void update_point(const MeanField& m, bool first, bool last, int64_t 
     }
   }
 
-  T top = T(-3e38);
+  T top = T(-INFINITY);
 #pragma unroll(kUnroll)
   for (int i = 0; i < count; ++i) {
     for (int c = 0; c < W; ++c) {

@@ -9,7 +9,8 @@
 
 namespace segkernels {
 
-// The kind of scores in a row. All but kValues are stored as minus the energy.
+// The kind of scores in a row. All but kValues are stored as minus the energy, which is -infinity
+// for an impossible class.
 enum RowKind : int { kValues = 0, kUnary = 1, kLogits = 2, kProbs = 3 };
 
 struct Strided {
@@ -142,6 +143,21 @@ struct InvertNorm {
 SK_HD float natural_log(float x) { return logf(x); }
 SK_HD double natural_log(double x) { return log(x); }
 
+// Probabilities are clipped to [0, 1]: without a warning down to -kQuiet and up to 1 + kQuiet.
+// Beyond kAllowed they are an error.
+constexpr double kQuiet = 1e-2;
+constexpr double kAllowed = 0.5;
+
+// Reports probabilities with a minimum of `low` and a maximum of `high`. False if one is an error.
+template <class T>
+SK_HD bool check_probs(T low, T high, int32_t* status) {
+  const bool allowed = low >= T(-kAllowed) && high <= T(1 + kAllowed);
+  const bool quiet = low >= T(-kQuiet) && high <= T(1 + kQuiet);
+  if (!allowed) report(status, kProbsOutOfRange);
+  if (!quiet) report(status, kProbsClipped);
+  return allowed;
+}
+
 // Copies W channels of one position from a strided tensor to its row. Padding channels are zero, or
 // have an energy that makes their probability zero.
 template <class T, int W>
@@ -167,6 +183,25 @@ struct PackBlock {
     reinterpret_cast<Vec<T, W>*>(rows + position * width)[block] = v;
   }
 
+  // Finishes a point's row of scores, of which `top` is the largest. Reports a point where every
+  // class is impossible. Subtracts a large `top`, because the messages that are added to the scores
+  // would be rounded to its last place; softmax does not change.
+  SK_HD void finish(int64_t position, T top) const {
+    if (top >= T(-64) && top <= T(64)) return;
+    T* row = rows + position * width;
+    if (top == -T(INFINITY)) report(status, kScoresNotFinite);
+    for (int c = 0; c < channels; ++c) row[c] -= top;
+  }
+
+  SK_HD T largest(int64_t position) const {
+    T top = -T(INFINITY);
+    for (int c = 0; c < channels; ++c) {
+      const T v = rows[position * width + c];
+      top = v > top ? v : top;
+    }
+    return top;
+  }
+
  private:
   static SK_HD void set_lane(T& v, int, T value) { v = value; }
   template <class V>
@@ -174,18 +209,17 @@ struct PackBlock {
     v[i] = value;
   }
 
-  SK_HD T padding() const { return kind == kValues ? T(0) : T(-3e38); }
+  SK_HD T padding() const { return kind == kValues ? T(0) : -T(INFINITY); }
 
   SK_HD T score(T v) const {
     if (kind == kValues) return v;
-    const bool finite = v - v == T(0);
-    if (!finite) {
+    if (kind == kUnary) v = -v;
+    if (!(v < T(INFINITY))) {
       report(status, kScoresNotFinite);
       return T(NAN);  // softmax then discards the whole point
     }
-    if (kind == kUnary) return -v;
-    if (kind == kLogits) return v;
-    if (!(v >= T(0) && v <= T(1.001))) report(status, kProbsOutOfRange);
+    if (kind != kProbs) return v;
+    if (!check_probs(v, v, status)) return T(NAN);
     return natural_log(v < T(1e-5) ? T(1e-5) : v > T(1) ? T(1) : v);
   }
 };
@@ -197,6 +231,8 @@ struct PackRow {
 
   SK_HD void operator()(int64_t position) const {
     for (int b = 0; b < pack.width / W; ++b) pack(position, b);
+    if (pack.kind != kValues && point_of(pack.grid, position).point >= 0)
+      pack.finish(position, pack.largest(position));
   }
 };
 

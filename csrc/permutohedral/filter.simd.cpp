@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <limits>
+
 #include "common/math.h"
 #include "common/parallel_for.h"
 #include "permutohedral/dispatch.h"
@@ -56,6 +58,7 @@ struct PackTile {
       if (row.source.point == 1) return pack_strip(position, at, n);
       for (int64_t i = 0; i < n; ++i) {
         for (int c = 0; c < row.width; ++c) row(position + i, c);
+        if (row.kind != kValues) row.finish(position + i, row.largest(position + i));
       }
     });
   }
@@ -64,13 +67,17 @@ struct PackTile {
     using V = Vec<T, 8>;
     T* out = row.rows + position * row.width;
     const T* from = static_cast<const T*>(row.source.data) + at.image * row.source.batch + at.point;
-    // `bad` becomes NaN if a value is not finite. Values beyond the n are repeats, not stored.
+    // `bad` becomes 1 where a value is NaN, or has an energy of -infinity. Values beyond the n are
+    // repeats, not stored.
     V bad{}, low{}, high{};
+    V top[kStrip / 8];
+    for (V& t : top) t = V{} - T(INFINITY);
+    const V most = V{} + std::numeric_limits<T>::max();
     T buffer[kStrip];
     for (int c = 0; c < row.width; ++c) {
       if (c >= row.channels) {
         for (int64_t i = 0; i < n; ++i)
-          out[i * row.width + c] = row.kind == kValues ? T(0) : T(-3e38);
+          out[i * row.width + c] = row.kind == kValues ? T(0) : -T(INFINITY);
         continue;
       }
       const T* x = from + c * row.source.channel;
@@ -78,14 +85,14 @@ struct PackTile {
       for (int64_t i = 0; i < kStrip; i += 8) {
         V v;
         memcpy(&v, buffer + i, sizeof v);
-        bad = bad + (v - v);
+        if (row.kind == kUnary) v = -v;
+        bad = v <= most ? bad : V{} + T(1);
+        top[i / 8] = v > top[i / 8] ? v : top[i / 8];
         if (row.kind == kProbs) {
           low = v < low ? v : low;
           high = v > high ? v : high;
-          const V least = V{} + T(1e-5), most = V{} + T(1);
-          v = log_of<V>(v < least ? least : v > most ? most : v);
-        } else if (row.kind == kUnary) {
-          v = -v;
+          const V least = V{} + T(1e-5), one = V{} + T(1);
+          v = log_of<V>(v < least ? least : v > one ? one : v);
         }
         memcpy(buffer + i, &v, sizeof v);
       }
@@ -93,8 +100,10 @@ struct PackTile {
     }
     if (row.kind == kValues) return;
     if (sum_of<T>(bad) != T(0)) report(row.status, kScoresNotFinite);
-    if (row.kind == kProbs && (-max_of<T>(-low) < T(0) || max_of<T>(high) > T(1.001))) {
-      report(row.status, kProbsOutOfRange);
+    if (row.kind == kProbs) {
+      check_probs<T>(-max_of<T>(-low), max_of<T>(high), row.status);
+    } else {
+      for (int64_t i = 0; i < n; ++i) row.finish(position + i, top[i / 8][i % 8]);
     }
   }
 };

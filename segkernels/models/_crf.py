@@ -21,8 +21,8 @@ class WithCRF(SegmentationModel):
 
     Args:
         num_classes, in_channels, backend: see `SegmentationModel`.
-        crf: a `DenseCRF` with the same number of classes, or of 2 classes, background and
-            foreground, for a model of one; or None.
+        crf: a `DenseCRF` with the same number of classes (for a model of one class also of 2,
+            background and foreground), or None.
         train_crf: whether the CRF also runs in training mode.
     """
 
@@ -36,12 +36,12 @@ class WithCRF(SegmentationModel):
         backend: Backend,
     ) -> None:
         super().__init__(num_classes, in_channels, backend)
-        classes = max(2, num_classes)  # the CRF of one class has nothing to choose from
-        if crf is not None and (not isinstance(crf, DenseCRF) or crf.num_classes != classes):
+        counts = sorted({num_classes, max(2, num_classes)})
+        if crf is not None and (not isinstance(crf, DenseCRF) or crf.num_classes not in counts):
             got = f"{crf.num_classes} classes" if isinstance(crf, DenseCRF) else type(crf).__name__
-            both = " (background and foreground)" if num_classes == 1 else ""
             raise ValueError(
-                f"{self.name}: crf must be a DenseCRF of {classes} classes{both}, got {got}"
+                f"{self.name}: crf must be a DenseCRF of {' or '.join(map(str, counts))} classes, "
+                f"got {got}"
             )
         self.crf = crf
         self.train_crf = train_crf

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
-from segkernels.ops._operator import can_read_values
-from segkernels.ops.dense_crf import PairwiseTerm, dense_crf, inputs
+from segkernels import _status
+from segkernels.ops.dense_crf import PairwiseTerm, infer, inputs
 from segkernels.ops.dense_crf.inputs import Compat, Method
 from segkernels.ops.permutohedral.native import Normalization
 
@@ -88,7 +87,7 @@ class DenseCRF(nn.Module):
             ("srgb", srgb),
         ):
             numbers = inputs.to_numbers(sigma)
-            inputs.check_sigma(numbers, name)
+            inputs.check_sigma(numbers, name, torch.float32)
             self.register_buffer(f"{name}_start", torch.tensor(numbers, dtype=torch.float32))
             scale = nn.Parameter(torch.zeros(len(numbers))) if learn_sigmas else None
             self.register_parameter(f"{name}_log_scale", scale)
@@ -115,44 +114,34 @@ class DenseCRF(nn.Module):
         name, scores = next(((n, s) for n, s in given.items() if s is not None), ("", None))
         if isinstance(scores, torch.Tensor) and scores.dim() >= 3:
             channels = scores.shape[0 if scores.dim() == 3 else 1]
-            if channels != self.num_classes:
+            if channels not in (self.num_classes, max(2, self.num_classes)):
+                volume = "; a volume must have a batch axis, (1, C, D, H, W)"
                 raise ValueError(
                     f"DenseCRF: {name} must have {self.num_classes} classes, got {channels} "
-                    f"(shape {tuple(scores.shape)})"
+                    f"(shape {tuple(scores.shape)}){volume if scores.dim() == 4 else ''}"
                 )
-        srgb = self.sigma("srgb")
-        self._warn_of_unit(img, srgb)
-        return dense_crf(
+        refined: torch.Tensor = infer(
             img,
-            probs,
-            logits=logits,
-            unary=unary,
+            given,
             iterations=self.iterations,
             sxy_gaussian=self.sigma("sxy_gaussian"),
             compat_gaussian=self.compat_gaussian,
             sxy_bilateral=self.sigma("sxy_bilateral"),
-            srgb=srgb,
+            srgb=self.sigma("srgb"),
             compat_bilateral=self.compat_bilateral,
             normalization=self.normalization,
             pairwise=pairwise,
             log=log,
             method=self.method,
             max_vertices=max_vertices,
+            warn_of_unit=self._warn_of_unit,
         )
+        return refined
 
-    def _warn_of_unit(self, img: torch.Tensor, srgb: torch.Tensor) -> None:
-        """Warn, once for this module, if `srgb` is in another unit than the image's values."""
-        if (
-            self._warned
-            or self.compat_bilateral is None
-            or not isinstance(img, torch.Tensor)
-            or not can_read_values(srgb)
-        ):
-            return
-        doubt = inputs.doubtful_unit(img, float(srgb.detach().min()))
-        if doubt:
+    def _warn_of_unit(self, doubt: str) -> None:
+        if not self._warned:
             self._warned = True
-            warnings.warn(f"DenseCRF: {doubt}", stacklevel=3)
+            _status.warn(f"DenseCRF: {doubt}")
 
     def extra_repr(self) -> str:
         """The number of classes, and the arguments that are not in the state dict."""

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import numpy.typing as npt
 import torch
 
 from segkernels import _native
@@ -109,10 +110,23 @@ def check_dtype_and_device(
     check_same_device(tensor, name, like.device, "input is", function)
 
 
-def matches(tensor: torch.Tensor, shape: Sequence[int]) -> bool:
+def from_numpy(array: npt.NDArray[Any]) -> torch.Tensor:
+    """Return an array as a tensor: of its memory, or of a copy where torch cannot share it.
+
+    torch takes native byte order, strides that are positive multiples of the element (also along
+    axes of length 1), and writeable memory (without a warning).
+    """
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    strides = all(s >= 0 and s % native.itemsize == 0 for s in native.strides)
+    if not (strides and native.flags.writeable):
+        native = native.copy()
+    return torch.from_numpy(native)
+
+
+def matches(tensor: torch.Tensor | npt.NDArray[Any], shape: Sequence[int]) -> bool:
     """Whether `tensor` has the sizes of `shape` [B, C, *spatial], except for the channels C."""
-    sizes = (tensor.shape[0], *tensor.shape[2:]) if tensor.dim() else ()
-    return tensor.dim() == len(shape) and sizes == (shape[0], *shape[2:])
+    sizes = (tensor.shape[0], *tensor.shape[2:]) if tensor.ndim else ()
+    return tensor.ndim == len(shape) and sizes == (shape[0], *shape[2:])
 
 
 def check_matches(

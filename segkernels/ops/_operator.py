@@ -14,7 +14,8 @@ The dispatcher's autograd kernel calls the same Function, so derivatives do not 
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from segkernels import _status
 from segkernels.ops import _flops
 
 library = torch.library.Library("segkernels", "DEF")
@@ -97,6 +99,20 @@ def is_eager(t: torch.Tensor) -> bool:
 def can_read_values(t: torch.Tensor) -> bool:
     """Whether `t` is on the CPU and its values may be read: not while tracing or transforming."""
     return t.is_cpu and is_eager(t) and not under_functorch() and not must_call_torch()
+
+
+def describing_features(
+    features: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> AbstractContextManager[None]:
+    """Let errors within the block say which of the features is invalid, if they can be read.
+
+    Args:
+        features: by the names of the arguments.
+        dtype: that they are converted to.
+    """
+    if not all(map(can_read_values, features.values())):
+        return nullcontext()
+    return _status.describing(lambda codes: _status.describe_features(codes, features, dtype))
 
 
 def needs_dispatcher(*tensors: Any) -> bool:

@@ -103,8 +103,9 @@ def test_zero_is_background() -> None:
 
 @backends
 @pytest.mark.parametrize("name", ["deeplab_v1", "deeplab_v2_vgg16"])
-def test_one_class_with_a_crf_of_two(name: str, backend: str) -> None:
-    crf = DenseCRF(2, iterations=3, srgb=0.5)
+@pytest.mark.parametrize("classes", [1, 2])
+def test_one_class_with_a_crf(name: str, backend: str, classes: int) -> None:
+    crf = DenseCRF(classes, iterations=3, srgb=0.5)
     model = as_if_trained(
         models.create_model(name, 1, crf=crf, train_crf=True, width=1 / 16, backend=backend)
     ).eval()
@@ -124,8 +125,8 @@ def test_one_class_with_a_crf_of_two(name: str, backend: str) -> None:
     torch.testing.assert_close(loss, F.cross_entropy(log_probs, target), rtol=1e-5, atol=1e-6)
     (grad,) = torch.autograd.grad(loss, crf.compat_bilateral)
     assert grad.any()
-    with pytest.raises(ValueError, match=r"crf must be a DenseCRF of 2 classes \(background and"):
-        models.create_model(name, 1, crf=DenseCRF(1))
+    with pytest.raises(ValueError, match="must be a DenseCRF of 1 or 2 classes, got 3 classes"):
+        models.create_model(name, 1, crf=DenseCRF(3))
 
 
 @every

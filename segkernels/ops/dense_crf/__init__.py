@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
+from segkernels import _status
 from segkernels.ops import _dtypes
-from segkernels.ops._operator import check_not_traced, needs_dispatcher, wants_grad
+from segkernels.ops._operator import (
+    can_read_values,
+    check_not_traced,
+    needs_dispatcher,
+    wants_grad,
+)
 from segkernels.ops._registry import Op, register
-from segkernels.ops.dense_crf import exact, inputs, operator
-from segkernels.ops.dense_crf.inputs import Compat, Method, Numbers, Scores
+from segkernels.ops.dense_crf import exact, inputs, operator, values
+from segkernels.ops.dense_crf.inputs import Array, Compat, Method, Numbers, Scores
 from segkernels.ops.dense_crf.labels import probs_from_labels as probs_from_labels
 from segkernels.ops.dense_crf.native import Config
 from segkernels.ops.permutohedral import check_max_vertices
-from segkernels.ops.permutohedral.native import MAX_DIMS, Normalization
+from segkernels.ops.permutohedral.native import MAX_DIMS, Normalization, check_size
 
 MAX_TERMS = 8
 
@@ -48,7 +56,7 @@ class PairwiseTerm:
         normalization: of this term's filter; None: as given to `dense_crf`.
     """
 
-    features: torch.Tensor
+    features: torch.Tensor | Array
     compat: Compat
     normalization: Normalization | None = None
 
@@ -135,12 +143,64 @@ def dense_crf(
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, equations 3 to 5 and algorithm 1.
     """
+    return infer(
+        img,
+        {"probs": probs, "logits": logits, "unary": unary},
+        iterations=iterations,
+        sxy_gaussian=sxy_gaussian,
+        compat_gaussian=compat_gaussian,
+        sxy_bilateral=sxy_bilateral,
+        srgb=srgb,
+        compat_bilateral=compat_bilateral,
+        normalization=normalization,
+        pairwise=pairwise,
+        log=log,
+        method=method,
+        max_vertices=max_vertices,
+        warn_of_unit=lambda doubt: _status.warn(f"dense_crf: {doubt}"),
+    )
+
+
+class _Term(NamedTuple):
+    """A checked pairwise term, with a function that computes its features (B, d, N)."""
+
+    dims: int
+    compat: torch.Tensor
+    normalization: Normalization
+    features: Callable[[], torch.Tensor]
+
+
+def infer(
+    img: Any,
+    given: Mapping[str, Any],
+    *,
+    iterations: int,
+    sxy_gaussian: Numbers,
+    compat_gaussian: Compat | None,
+    sxy_bilateral: Numbers,
+    srgb: Numbers,
+    compat_bilateral: Compat | None,
+    normalization: Normalization,
+    pairwise: Sequence[PairwiseTerm],
+    log: bool,
+    method: Method,
+    max_vertices: int | None,
+    warn_of_unit: Callable[[str], None],
+) -> Any:
+    """Compute `dense_crf`, whose arguments these are.
+
+    All checks of shapes, dtypes and numbers come first, before anything of the image's size is
+    allocated.
+
+    Args:
+        given: the scores by their names, all but one None.
+        warn_of_unit: is called with a warning if `srgb` is in another unit than the image.
+    """
     check_not_traced(
         "dense_crf",
         "export the model without its CRF (model.crf = None) and apply segkernels.dense_crf to the "
         "output",
     )
-    given: dict[str, Any] = {"probs": probs, "logits": logits, "unary": unary}
     kinds = [name for name, value in given.items() if value is not None]
     if len(kinds) != 1:
         raise ValueError(
@@ -150,60 +210,104 @@ def dense_crf(
     (kind,) = kinds
     iterations = inputs.to_iterations(iterations, "dense_crf")
     inputs.check_choices(normalization, method, "dense_crf")
-    scores = inputs.to_scores(given[kind], kind)
-    batch, channels, spatial = scores.shape[0], scores.shape[1], scores.shape[2:]
-    dtype = _dtypes.compute_dtype(scores.dtype)
+    check_max_vertices(max_vertices, "dense_crf")
+    tensor = inputs.to_scores(given[kind], kind)
+    points = inputs.are_points(tensor, pairwise)
+    if points and not (compat_gaussian is None and compat_bilateral is None):
+        raise ValueError(
+            f"dense_crf: compat_gaussian and compat_bilateral must be None for {kind} of points "
+            f"(N, C), which have no grid, got {compat_gaussian!r} and {compat_bilateral!r}"
+        )
+    scores = inputs.batched(tensor, points)
+    batch, channels, spatial = scores.shape[0], scores.shape[1], tuple(scores.shape[2:])
+    options = _dtypes.compute_dtype(scores.dtype), scores.device
 
-    options = dtype, scores.device
-
-    terms: list[tuple[torch.Tensor, torch.Tensor, Normalization]] = []
+    terms: list[_Term] = []
+    features_given: dict[str, Any] = {}
+    spatial_sigmas = None
     if compat_gaussian is not None:
-        coordinates = inputs.coordinates(spatial, sxy_gaussian, "sxy_gaussian", *options)
+        spatial_sigmas = inputs.to_sigmas(sxy_gaussian, len(spatial), "sxy_gaussian", *options)
         compat = inputs.to_compat(compat_gaussian, "compat_gaussian", channels, *options)
-        terms.append((coordinates.expand(batch, -1, -1), compat, normalization))
+        make = partial(inputs.coordinates, spatial, spatial_sigmas)
+        terms.append(_Term(len(spatial), compat, normalization, make))
     if compat_bilateral is not None:
-        coordinates = inputs.coordinates(spatial, sxy_bilateral, "sxy_bilateral", *options)
-        colours = inputs.colours(img, scores, srgb, dtype)
+        image = inputs.to_image(img, scores)
+        inputs.check_batch_axis(img, scores, tensor, kind)
+        sxy = inputs.to_sigmas(sxy_bilateral, len(spatial), "sxy_bilateral", *options)
+        sigmas = inputs.to_sigmas(srgb, image.shape[1], "srgb", *options)
         compat = inputs.to_compat(compat_bilateral, "compat_bilateral", channels, *options)
-        features = torch.cat([coordinates.expand(batch, -1, -1), colours], dim=1)
-        terms.append((features, compat, normalization))
+
+        def bilateral() -> torch.Tensor:
+            known = inputs.sigma_values(srgb, sigmas)
+            colours = inputs.colours(image, sigmas, min(known) if known else 0, warn_of_unit)
+            coordinates = inputs.coordinates(spatial, sxy)
+            return torch.cat([coordinates.expand(batch, -1, -1), colours], dim=1)
+
+        features_given["img"] = img
+        terms.append(_Term(len(spatial) + image.shape[1], compat, normalization, bilateral))
     for i, term in enumerate(pairwise):
         name = f"pairwise[{i}]"
-        inputs.check_choices(term.normalization or normalization, method, "dense_crf")
+        own = term.normalization or normalization
+        inputs.check_choices(own, method, "dense_crf")
         compat = inputs.to_compat(term.compat, f"{name}.compat", channels, *options)
-        features = inputs.to_features(term.features, scores, f"{name}.features", dtype)
-        terms.append((features, compat, term.normalization or normalization))
+        features = inputs.to_features(term.features, scores, points, f"{name}.features")
+        features_given[f"{name}.features"] = term.features
+        make = partial(inputs.flat_features, features, *options)
+        terms.append(_Term(features.shape[1], compat, own, make))
     if len(terms) > MAX_TERMS:
         raise ValueError(
             f"dense_crf: there must be at most {MAX_TERMS} pairwise terms, got {len(terms)}"
         )
-    for features, _, _ in terms:
-        if features.shape[1] > MAX_DIMS:
-            raise ValueError(
-                f"dense_crf: a term must have at most {MAX_DIMS} features, got {features.shape[1]}"
-            )
-    check_max_vertices(max_vertices, "dense_crf")
+    dims = [term.dims for term in terms]
+    if max(dims, default=0) > MAX_DIMS:
+        raise ValueError(
+            f"dense_crf: a term must have at most {MAX_DIMS} features, got {max(dims)}"
+        )
+    if method == "exact":
+        by_points = dims if spatial_sigmas is None else dims[1:]
+        exact.check_size(scores, by_points, iterations)
+    elif terms and not torch.compiler.is_compiling():
+        check_size(scores.device, batch, spatial, max(dims), "dense_crf")
 
     config = Config(
         kind=kind,
-        normalization=tuple(n for _, _, n in terms),
+        normalization=tuple(term.normalization for term in terms),
         iterations=iterations,
         log=log,
-        spatial=tuple(spatial),
+        spatial=spatial,
         max_vertices=max_vertices,
     )
-    flat = scores.flatten(2).to(dtype)
-    all_features, all_compat = [f.contiguous() for f, _, _ in terms], [c for _, c, _ in terms]
-    if method == "exact":
-        sigmas = None
-        if compat_gaussian is not None:
-            sigmas = inputs.to_sigmas(sxy_gaussian, len(spatial), "sxy_gaussian", *options)
-        sigma_values = inputs.sigma_values(sxy_gaussian, sigmas)
-        out = exact.mean_field(flat, all_features, all_compat, config, sigmas, sigma_values)
-    else:
-        out = mean_field(flat, all_features, all_compat, config)
-    refined: Scores = inputs.from_tensor(out.view(scores.shape), given[kind])
-    return refined
+    doubt = values.doubtful_kind(scores, kind)
+    if doubt:
+        _status.warn(f"dense_crf: {doubt}")
+    flat = scores.flatten(2).to(options[0])
+    all_compat = [term.compat for term in terms]
+    if channels == 1:
+        background = 1 - flat if kind == "probs" else torch.zeros_like(flat)
+        two = torch.cat([background, flat], dim=1)
+        all_compat = [inputs.for_two_classes(c) for c in all_compat]
+    axis = 0 if tensor.dim() == 3 else 1
+    all_features = [term.features().expand(batch, -1, -1).contiguous() for term in terms]
+
+    def describe(codes: Collection[int]) -> str:
+        computed = {
+            f"term {i}": f.detach().unflatten(2, spatial) for i, f in enumerate(all_features)
+        }
+        return values.describe(codes, kind, tensor.detach(), axis, features_given, computed)
+
+    with _status.describing(describe) if can_read_values(tensor) else nullcontext():
+        arguments = two if channels == 1 else flat, all_features, all_compat, config
+        if method == "exact":
+            known = inputs.sigma_values(sxy_gaussian, spatial_sigmas)
+            out = exact.mean_field(*arguments, spatial_sigmas, known)
+        else:
+            out = mean_field(*arguments)
+    if channels == 1:
+        out = out[:, 1:]
+        if kind == "probs":  # a softmax over one channel
+            certain = (flat == 1).all(dim=2, keepdim=True)
+            out = out.masked_fill(certain, 0.0 if log else 1.0)
+    return inputs.from_tensor(out, given[kind], points)
 
 
 def mean_field(

@@ -18,6 +18,7 @@ from segkernels import _status
 from segkernels.ops._operator import is_eager, needs_dispatcher, under_functorch
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
 from segkernels.ops.dense_crf.native import Config
+from segkernels.ops.dense_crf.values import ALLOWED, QUIET, invalid_scores
 from segkernels.ops.gaussian_filter.operator import Filter, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
 
@@ -133,9 +134,7 @@ def mean_field(
     filters: list[PointFilter | SpatialFilter] = []
     if sigmas is not None:
         filters.append(SpatialFilter(config.spatial, sigmas, sigma_values))
-    point_features = features[len(filters) :]
-    check_size(scores, [f.shape[1] for f in point_features], config.iterations)
-    filters += [PointFilter(f) for f in point_features]
+    filters += [PointFilter(f) for f in features[len(filters) :]]
     # Autocast would compute the matrix products in half precision. It does not accept "meta".
     with nullcontext() if scores.is_meta else torch.autocast(scores.device.type, enabled=False):
         return _mean_field(scores, filters, compat, config)
@@ -147,12 +146,22 @@ def _mean_field(
     compat: Sequence[torch.Tensor],
     config: Config,
 ) -> torch.Tensor:
-    invalid = ~torch.isfinite(scores).all(dim=1, keepdim=True)
-    _report_invalid(scores, invalid, config.kind)
+    outside = torch.zeros_like(scores[:, :1], dtype=torch.bool)
+    if config.kind == "probs":
+        outside = ((scores < -ALLOWED) | (scores > 1 + ALLOWED)).any(dim=1, keepdim=True)
+    impossible = scores.isinf()
+    invalid = invalid_scores(scores, config.kind).any(dim=1, keepdim=True)
+    invalid = invalid | impossible.all(dim=1, keepdim=True)
+    _report_invalid(scores, invalid, outside, config.kind)
+    invalid = invalid | outside
+    if config.kind != "probs":  # so that no gradient reaches infinite scores
+        scores = torch.where(impossible, scores.detach(), scores)
     for f in filters:
         invalid_features = f.invalid()
         invalid = invalid if invalid_features is None else invalid | invalid_features
     unary = _minus_energy(scores, config.kind)
+    # Softmax does not change, and messages are not rounded to the last place of large scores.
+    unary = unary - unary.detach().amax(dim=1, keepdim=True)
     scales = [_scales(f, n, unary) for f, n in zip(filters, config.normalization, strict=True)]
     terms = list(zip(filters, compat, scales, strict=True))
     z = unary
@@ -196,28 +205,35 @@ def _scales(
     return (inverse, None) if normalization == "before" else (None, inverse)
 
 
-def _report_invalid(scores: torch.Tensor, invalid: torch.Tensor, kind: str) -> None:
+def _report_invalid(
+    scores: torch.Tensor, invalid: torch.Tensor, outside: torch.Tensor, kind: str
+) -> None:
     """Set the status words that the native code sets for invalid scores; see `_status`."""
     if scores.is_meta or not is_eager(scores) or under_functorch():
         return
     scores = scores.detach()
     with _status.watch(scores, _OP, scores.dtype) as words:
-        outside = torch.zeros_like(invalid) if kind != "probs" else (scores < 0) | (scores > 1.001)
-        errors = torch.stack([invalid.any(), outside.any()]).to(words.dtype)
-        words[3:5] = torch.maximum(words[3:5], errors)
+        _set(words, _status.SCORES_NOT_FINITE, invalid)
+        _set(words, _status.PROBS_OUT_OF_RANGE, outside)
+        if kind == "probs":
+            _set(words, _status.PROBS_CLIPPED, (scores < -QUIET) | (scores > 1 + QUIET))
+
+
+def _set(words: torch.Tensor, code: int, invalid: torch.Tensor) -> None:
+    words[code].masked_fill_(invalid.any(), 1)
 
 
 def check_size(scores: torch.Tensor, dims: Sequence[int], iterations: int) -> None:
-    """Raise ValueError if (B, C, N) scores have too many points for the terms over features.
+    """Raise ValueError if the scores have too many points for the terms over features.
 
     Args:
-        scores: (B, C, N).
+        scores: (B, C, *spatial).
         dims: numbers of features of these terms.
         iterations: of mean field, for the estimated time.
     """
     device_type = "cpu" if scores.device.type == "cpu" else "cuda"
     batch, channels = scores.shape[:2]
-    points, limit = scores.shape[2], LIMITS[device_type]
+    points, limit = math.prod(scores.shape[2:]), LIMITS[device_type]
     setting = os.environ.get(LIMIT_VARIABLE)
     if setting is not None:
         if not setting.isdigit():

@@ -112,8 +112,9 @@ def gradients(
 ) -> list[torch.Tensor | None]:
     """Gradients with respect to the scores and the terms.
 
-    Invalid points (a score or a feature is not finite) do not contribute, as in the forward pass,
-    and the gradient of their scores is 0. They occur on CUDA only, because the CPU raises.
+    Invalid points (with a score or a feature that is not finite) do not contribute, as in the
+    forward pass, and the gradient of their scores is 0. They occur on CUDA only, because the CPU
+    raises. The gradient of an infinite score, of an impossible class, is 0 too.
 
     Args:
         grad: gradient with respect to the result, (B, C, N).
@@ -129,7 +130,9 @@ def gradients(
     lattices, compat = config.lattices_of(terms[:count]), terms[count:]
     grid = grid_of(scores, lattices, config)
     unary = pack(grid, scores, config.kind)
-    invalid = ~unary[:, :channels].isfinite().all(dim=1, keepdim=True)
+    energy = unary[:, :channels]
+    impossible = energy == -float("inf")
+    invalid = energy.isnan().any(dim=1, keepdim=True) | impossible.all(dim=1, keepdim=True)
     for lattice in lattices:
         invalid |= lattice.invalid()
     messages = [
@@ -168,6 +171,7 @@ def gradients(
 
     out: list[torch.Tensor | None] = [None]
     if needs[0]:
+        total[:, :channels].masked_fill_(impossible, 0)
         out[0] = _scores_grad(unpack(grid, total, torch.empty_like(scores)), scores, config)
     out += [t.grad_features() if t.wants_features else None for t in messages]
     for term, c in zip(messages, compat, strict=True):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from segkernels import _status
 from segkernels.ops import _arguments, _dtypes
 from segkernels.ops._operator import can_read_values, match_dtype_and_layout
+from segkernels.ops.dense_crf import values
 from segkernels.ops.permutohedral.native import NORMALIZATIONS
 
 Array = npt.NDArray[Any]
@@ -28,33 +30,43 @@ def check_choices(normalization: str, method: str, function: str) -> None:
 
 
 def to_scores(given: Any, kind: str) -> torch.Tensor:
-    """Check scores and return them as a (B, C, *spatial) tensor.
+    """Check scores, a tensor or a numpy array, and return them as a tensor of the same shape.
 
-    Args:
-        given: the scores, a tensor or a numpy array.
-        kind: the name of the argument: "probs", "logits" or "unary".
+    `kind` is the name of the argument: "probs", "logits" or "unary".
     """
     if isinstance(given, np.ndarray):
         if given.dtype.kind != "f" or given.dtype.itemsize > 8:
             raise TypeError(_dtype_error(kind, str(given.dtype)))
-        array = np.ascontiguousarray(given, dtype=given.dtype.newbyteorder("="))
-        # from_numpy warns about read-only memory; a copy avoids the warning.
-        given = torch.from_numpy(array if array.flags.writeable else array.copy())
+        given = _arguments.from_numpy(given)
     if not isinstance(given, torch.Tensor):
         raise TypeError(
             f"dense_crf: {kind} must be a torch tensor or a numpy array, got {type(given).__name__}"
         )
     if given.dtype not in _dtypes.FLOATING:
         raise TypeError(_dtype_error(kind, str(given.dtype)))
-    if given.dim() not in (3, 4, 5):
+    if given.dim() not in (2, 3, 4, 5):
         raise ValueError(
-            f"dense_crf: {kind} must be (C, H, W), (B, C, H, W) or (B, C, D, H, W), "
-            f"got shape {tuple(given.shape)}"
+            f"dense_crf: {kind} must be (C, H, W), (B, C, H, W) or (B, C, D, H, W), or (H, W) for "
+            f"one class, got shape {tuple(given.shape)}"
         )
     if given.numel() == 0:
         raise ValueError(f"dense_crf: {kind} must not be empty, got shape {tuple(given.shape)}")
     _arguments.check_device(given)
-    return given.unsqueeze(0) if given.dim() == 3 else given
+    return given
+
+
+def batched(scores: torch.Tensor, points: bool) -> torch.Tensor:
+    """Return scores as (B, C, *spatial), a view; `points`: they are (N, C)."""
+    if points:
+        return scores.T.unsqueeze(0)
+    return scores[(None,) * max(0, 4 - scores.dim())]
+
+
+def are_points(scores: torch.Tensor, pairwise: Sequence[Any]) -> bool:
+    """Whether the scores are (N, C), of points without a grid: then all features are (N, d)."""
+    if scores.dim() != 2 or not pairwise:
+        return False
+    return all(getattr(term.features, "ndim", 0) == 2 for term in pairwise)
 
 
 def _check_device(tensor: torch.Tensor, name: str, device: torch.device) -> None:
@@ -66,16 +78,17 @@ def _dtype_error(kind: str, dtype: str) -> str:
     return f"dense_crf: {kind} must be float16, bfloat16, float32 or float64, got {dtype}{hint}"
 
 
-def from_tensor(out: torch.Tensor, given: Any) -> Any:
-    """Return `out` in the type, shape, dtype and layout of the scores `given`."""
+def from_tensor(out: torch.Tensor, given: Any, points: bool) -> Any:
+    """Return `out` (B, C, N) in the type, shape, dtype and layout of the scores `given`."""
+    out = out[0].T if points else out.view(given.shape)
     if isinstance(given, np.ndarray):
-        refined = out.detach().view(given.shape).numpy()
+        refined = out.detach().numpy()
         like = np.empty_like(given, subok=False)
         if refined.dtype == like.dtype and refined.strides == like.strides:
             return refined
         like[...] = refined
         return like
-    return match_dtype_and_layout(out.view(given.shape), given)
+    return match_dtype_and_layout(out, given)
 
 
 def to_sigmas(
@@ -88,12 +101,12 @@ def to_sigmas(
         if value.numel() not in (1, count) or value.dim() > 1:
             raise ValueError(_sigma_error(name, count, f"shape {tuple(value.shape)}"))
         if can_read_values(value):
-            check_sigma(value.detach().flatten().tolist(), name)
+            check_sigma(value.detach().flatten().tolist(), name, dtype)
         return value.to(device=device, dtype=dtype).expand(count)
     numbers = to_numbers(value)
     if len(numbers) not in (1, count):
         raise ValueError(_sigma_error(name, count, str(len(numbers))))
-    check_sigma(numbers, name)
+    check_sigma(numbers, name, dtype)
     if len(numbers) == 1:
         return torch.full((count,), float(numbers[0]), dtype=dtype, device=device)
     # Copying a list to the device would synchronise.
@@ -120,115 +133,139 @@ def to_numbers(value: Any) -> list[Any]:
     return [value] if isinstance(value, (int, float)) else list(value)
 
 
-def check_sigma(numbers: Sequence[Any], name: str) -> None:
-    """Raise ValueError unless the standard deviations are positive and finite."""
+def check_sigma(numbers: Sequence[Any], name: str, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the standard deviations are positive and finite in `dtype`."""
+    info = torch.finfo(dtype)
     for number in numbers:
-        if not 0 < float(number) < float("inf"):
-            raise ValueError(f"dense_crf: {name} must be positive and finite, got {number!r}")
+        if not info.tiny <= float(number) <= info.max:
+            narrow = f" in {info.dtype}" if 0 < float(number) < math.inf else ""
+            raise ValueError(
+                f"dense_crf: {name} must be positive and finite{narrow}, got {number!r}"
+            )
 
 
 def _sigma_error(name: str, count: int, got: str) -> str:
     return f"dense_crf: {name} must be a number or {count} numbers, got {got}"
 
 
-def coordinates(
-    spatial: Sequence[int],
-    sigma: Numbers,
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> torch.Tensor:
+def coordinates(spatial: Sequence[int], sigmas: torch.Tensor) -> torch.Tensor:
     """Pixel coordinates divided by their sigmas, in the order x, y, z: (1, len(spatial), N)."""
-    sigmas = to_sigmas(sigma, len(spatial), name, dtype, device)
     axes = []
     for i, size in enumerate(reversed(spatial)):
-        line = torch.arange(size, dtype=dtype, device=device) / sigmas[i]
+        line = torch.arange(size, dtype=sigmas.dtype, device=sigmas.device) / sigmas[i]
         axes.append(line.view(-1, *(1,) * i).expand(*spatial).reshape(1, 1, -1))
     return torch.cat(axes, dim=1)
 
 
-def colours(img: Any, scores: torch.Tensor, srgb: Numbers, dtype: torch.dtype) -> torch.Tensor:
-    """Image channels divided by their sigmas: (B, n, N)."""
-    image = _image(img, scores)
-    sigmas = to_sigmas(srgb, image.shape[1], "srgb", dtype, scores.device)
-    if not isinstance(srgb, torch.Tensor):  # `DenseCRF`, whose sigmas are tensors, warns itself
-        doubt = doubtful_unit(image, min(to_numbers(srgb)))
-        if doubt:
-            warnings.warn(f"dense_crf: {doubt}", stacklevel=3)
-    return image.to(scores.device).to(dtype).flatten(2) / sigmas.view(1, -1, 1)
+def colours(
+    image: torch.Tensor | Array,
+    sigmas: torch.Tensor,
+    smallest: float,
+    warn_of_unit: Callable[[str], None],
+) -> torch.Tensor:
+    """Channels of an image (B, n, *spatial) divided by their sigmas: (B, n, N).
+
+    Args:
+        image: (B, n, *spatial).
+        sigmas: (n,).
+        smallest: of the sigmas, 0 if it is not known.
+        warn_of_unit: is called with a warning if the sigmas are in another unit than the image.
+    """
+    tensor = _arguments.from_numpy(image) if isinstance(image, np.ndarray) else image
+    doubt = values.doubtful_unit(tensor, smallest)
+    if doubt:
+        warn_of_unit(doubt)
+    return flat_features(tensor, sigmas.dtype, sigmas.device) / sigmas.view(1, -1, 1)
 
 
-def _image(img: Any, scores: torch.Tensor) -> torch.Tensor:
-    """Check an image against the scores; return it as a (B, n, *spatial) tensor."""
+def flat_features(
+    features: torch.Tensor | Array, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Return features (B, d, *spatial) as (B, d, N) in `dtype` on `device`."""
+    if isinstance(features, np.ndarray):
+        features = _arguments.from_numpy(features)
+    return features.to(device).to(dtype).flatten(2)
+
+
+def to_image(img: Any, scores: torch.Tensor) -> torch.Tensor | Array:
+    """Check an image against the scores (B, C, *spatial); return it as (B, n, *spatial), a view."""
     if img is None:
         raise ValueError("dense_crf: img must be given unless compat_bilateral is None, got None")
-    rank = scores.dim()
     if isinstance(img, torch.Tensor):
-        image = img
-        if image.dtype == torch.bool or image.dtype.is_complex:
-            raise TypeError(f"dense_crf: img must hold integers or floats, got {image.dtype}")
-        _check_device(image, "img", scores.device)
-        if image.dim() == rank - 1 and scores.shape[0] == 1:
-            image = image.unsqueeze(0)
-    else:
-        if getattr(img, "mode", None) in ("P", "PA"):
+        if img.dtype == torch.bool or img.dtype.is_complex:
+            raise TypeError(f"dense_crf: img must hold integers or floats, got {img.dtype}")
+        _check_device(img, "img", scores.device)
+        if not _fits(image := _channels_first(img, scores), scores):
+            raise ValueError(_image_error(img.shape, "channels first", scores))
+        return image
+    if hasattr(img, "getbands"):  # a PIL image: its size is known before it is decoded
+        if (img.height, img.width) != scores.shape[2:] or scores.shape[0] != 1:
+            raise ValueError(_image_error((img.height, img.width), "channels last", scores))
+        if img.mode in ("P", "PA"):
             img = img.convert("RGB")  # the channel holds palette indices
-        array = np.asarray(img)
-        if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
-            raise TypeError(
-                "dense_crf: img must be a torch tensor, a numpy array or a PIL image of integers "
-                f"or floats, got {type(img).__name__} of {array.dtype}"
-            )
-        if array.ndim == rank - 2:
-            array = array[..., np.newaxis]
-        if array.ndim == rank - 1:
-            array = array[np.newaxis]
-        if array.dtype.kind in "uf" and array.dtype.itemsize > 1 and array.dtype.kind == "u":
-            array = array.astype(np.int64)
-        if not array.flags.writeable or any(s < 0 for s in array.strides):
-            array = array.copy()
-        image = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
-        image = image.movedim(-1, 1) if image.dim() == rank else image
-    if not _arguments.matches(image, scores.shape) or image.shape[1] < 1:
-        order = "channels first" if isinstance(img, torch.Tensor) else "channels last"
-        got = tuple(img.shape) if hasattr(img, "shape") else tuple(np.asarray(img).shape)
-        raise ValueError(
-            f"dense_crf: img ({order}) must match the scores' batch and spatial sizes "
-            f"{(scores.shape[0], *scores.shape[2:])}, got shape {got}"
+    array = np.asarray(img)
+    if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
+        raise TypeError(
+            "dense_crf: img must be a torch tensor, a numpy array or a PIL image of integers "
+            f"or floats, got {type(img).__name__} of {array.dtype}"
         )
+    if not _fits(image := _channels_first(array, scores), scores):
+        raise ValueError(_image_error(array.shape, "channels last", scores))
     return image
 
 
-def doubtful_unit(image: torch.Tensor, srgb: float) -> str:
-    """Return a warning if `srgb` is so large for the image's values that it has no edge, or "".
+def _channels_first(image: Any, scores: torch.Tensor) -> Any:
+    """Return an image as (B, n, *spatial), a view, if its rank allows it."""
+    rank = scores.dim()
+    array = not isinstance(image, torch.Tensor)
+    if array and image.ndim == rank - 2:
+        image = image[..., np.newaxis]
+    if image.ndim == rank - 1 and scores.shape[0] == 1:
+        image = image[np.newaxis]
+    return np.moveaxis(image, -1, 1) if array and image.ndim == rank else image
 
-    `srgb` is the smallest of the channels. Only floats in CPU memory are read.
-    """
-    floats = image.dtype.is_floating_point
-    if not floats or image.numel() == 0 or srgb < 1 or not can_read_values(image):
-        return ""
-    low, high = (float(x) for x in image.detach().aminmax())
-    limit = srgb / 4
-    if not low < high or max(-low, high) > max(1.0, limit):
-        return ""
-    effect = "so the image has almost no effect; srgb is in the unit of the image's values"
-    if low >= 0 and high <= 1:
-        return (
-            f"the image's values are from 0 to 1 and srgb is {srgb:g}, {effect}: use about 13/255"
-        )
+
+def _fits(image: torch.Tensor | Array, scores: torch.Tensor) -> bool:
+    return _arguments.matches(image, scores.shape) and image.shape[1] > 0
+
+
+def _image_error(shape: Sequence[int], order: str, scores: torch.Tensor) -> str:
+    volume = len(shape) > 3 or scores.shape[0] > 1
     return (
-        f"the image's values are from -{max(1.0, limit):g} to {max(1.0, limit):g} and srgb is "
-        f"{srgb:g}, {effect}: pass the image before its normalisation, or a smaller srgb"
+        f"dense_crf: img ({order}) must match the scores' batch and spatial sizes "
+        f"{(scores.shape[0], *scores.shape[2:])}, got shape {tuple(shape)}"
+        + ("; scores of a volume must have a batch axis, (1, C, D, H, W)" if volume else "")
     )
+
+
+def check_batch_axis(img: Any, scores: torch.Tensor, given: torch.Tensor, kind: str) -> None:
+    """Raise ValueError for a volume (C, D, H, W) that would be read as a batch of images.
+
+    Args:
+        img: as given; `to_image` has checked it.
+        scores: (B, C, H, W), or the volume.
+        given: the scores as given.
+        kind: the name of the scores.
+    """
+    if given.dim() != 4 or getattr(img, "ndim", 0) != 4:
+        return
+    # The slices D of the image are read as channels, and those of an array as images.
+    slices = img.shape[1] if isinstance(img, torch.Tensor) else img.shape[0]
+    if slices == scores.shape[1] and values.is_volume(scores, kind):
+        raise ValueError(
+            f"dense_crf: {kind} must have a batch axis for a volume, (1, C, D, H, W), got shape "
+            f"{tuple(given.shape)}, where the probabilities sum to 1 over axis 0; pass {kind}[None]"
+        )
 
 
 def to_compat(
     value: Compat, name: str, channels: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Return a compatibility as a 0-d, (C,) or (C, C) tensor."""
+    """Return a compatibility as a 0-d, (C,) or (C, C) tensor; for one class C may also be 2."""
+    limit = math.sqrt(torch.finfo(dtype).max)  # so that sums of messages do not overflow
     if isinstance(value, (int, float)):
-        if not abs(float(value)) < float("inf"):
-            raise ValueError(f"dense_crf: {name} must be finite, got {value!r}")
+        if not abs(float(value)) <= limit:
+            raise ValueError(_compat_error(name, float(value), limit, repr(value)))
         return torch.full((), float(value), dtype=dtype, device=device)
     if isinstance(value, torch.Tensor):
         compat = value
@@ -237,31 +274,66 @@ def to_compat(
         compat = compat.to(device=device, dtype=dtype)
     else:
         compat = torch.from_numpy(np.array(value, dtype=np.float64)).to(device, dtype)
-    if tuple(compat.shape) not in ((), (channels,), (channels, channels)):
+    most = max(2, channels)
+    if tuple(compat.shape) not in ((), (channels,), (channels, channels), (most,), (most, most)):
+        both = " (background and foreground)" if channels == 1 else ""
         raise ValueError(
-            f"dense_crf: {name} must be a number, a vector of {channels} or a matrix of "
-            f"{channels} x {channels}, got shape {tuple(compat.shape)}"
+            f"dense_crf: {name} must be a number, a vector of {most} or a matrix of "
+            f"{most} x {most}{both}, got shape {tuple(compat.shape)}"
         )
-    if can_read_values(compat) and not bool(torch.isfinite(compat).all()):
-        raise ValueError(f"dense_crf: {name} must be finite, got NaN or infinity")
+    if can_read_values(compat):
+        invalid = ~(compat.detach().abs() <= limit)
+        if bool(invalid.any()):
+            first = float(compat.detach()[invalid][0])
+            where = _status.first_invalid(compat.detach(), invalid)
+            raise ValueError(_compat_error(name, first, limit, where))
     return compat
 
 
+def for_two_classes(compat: torch.Tensor) -> torch.Tensor:
+    """Return the compatibility of one class for background and foreground.
+
+    A vector of one value, or a matrix of one, counts for both.
+    """
+    if compat.dim() == 0 or compat.numel() > 1:
+        return compat
+    return compat.expand(2) if compat.dim() == 1 else torch.diag(compat.flatten().expand(2))
+
+
+def _compat_error(name: str, value: float, limit: float, got: str) -> str:
+    if math.isfinite(value):
+        return f"dense_crf: {name} must be from -{limit:.2g} to {limit:.2g}, got {got}"
+    return f"dense_crf: {name} must be finite, got {got}"
+
+
 def to_features(
-    features: torch.Tensor, scores: torch.Tensor, name: str, dtype: torch.dtype
-) -> torch.Tensor:
-    """Check the features of a `PairwiseTerm` against the scores; return them as (B, d, N)."""
-    if not isinstance(features, torch.Tensor) or not features.dtype.is_floating_point:
+    features: Any, scores: torch.Tensor, points: bool, name: str
+) -> torch.Tensor | Array:
+    """Check the features of a `PairwiseTerm` against the scores; return them as (B, d, *spatial).
+
+    The result is a view. `points`: features are (N, d).
+    """
+    array = isinstance(features, np.ndarray)
+    floats = array and features.dtype.kind == "f" and features.dtype.itemsize <= 8
+    if isinstance(features, torch.Tensor):
+        floats = features.dtype.is_floating_point
+    if not floats:
         got = getattr(features, "dtype", type(features).__name__)
-        raise TypeError(f"dense_crf: {name} must be a floating-point torch tensor, got {got}")
-    _check_device(features, name, scores.device)
-    batched = features.unsqueeze(0) if features.dim() == scores.dim() - 1 else features
-    if not _arguments.matches(batched, scores.shape) or batched.shape[1] < 1:
+        raise TypeError(
+            f"dense_crf: {name} must be a torch tensor or a numpy array of floats, got {got}"
+        )
+    if not array:
+        _check_device(features, name, scores.device)
+    view = features.T if points else features
+    if view.ndim == scores.dim() - 1 and scores.shape[0] == 1:
+        view = view[None]
+    if not _fits(view, scores):
         raise ValueError(
             f"dense_crf: {name} must be (B, d, *spatial) with the scores' batch and spatial sizes "
-            f"{(scores.shape[0], *scores.shape[2:])}, got shape {tuple(features.shape)}"
+            f"{(scores.shape[0], *scores.shape[2:])}, got shape {tuple(features.shape)}; for "
+            "points without a grid, scores must be (N, C) and features (N, d)"
         )
-    return batched.to(dtype).flatten(2)
+    return view
 
 
 def to_iterations(iterations: int, function: str) -> int:

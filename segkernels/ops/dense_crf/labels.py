@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from segkernels import _status
+from segkernels.ops import _arguments
 
 Labels = TypeVar("Labels", torch.Tensor, npt.NDArray[np.generic])
 
 _OP = "probs_from_labels"
-_LABEL_OUT_OF_RANGE = 5  # kLabelOutOfRange in csrc/common/status.h
 # Dtypes converted to int64. Labels of other dtypes fit in int32, with -1 for unknown.
 _INT64_DTYPES = (torch.int64, torch.uint32, torch.uint64)
 
@@ -32,10 +32,11 @@ def probs_from_labels(
     distribution as energies.
 
     Args:
-        labels: from 0 to num_classes - 1, or `ignore_index`, of any integer dtype: a numpy array or
-            a torch tensor `(H, W)`, `(B, H, W)` or, for volumes, `(B, D, H, W)`.
-        num_classes: C, at least 1.
-        gt_prob: the probability that a label is correct, above 0 and below 1.
+        labels: from 0 to num_classes - 1, or `ignore_index`, of any integer dtype, or a bool mask
+            (False is 0, True is 1): a numpy array or a torch tensor `(H, W)`, `(B, H, W)` or, for
+            volumes, `(B, D, H, W)`.
+        num_classes: C, at least 1; at least 2 for a mask.
+        gt_prob: the probability that a label is correct, above 0 and at most 1.
         ignore_index: the label of unknown pixels, any integer. None: every pixel has a label.
 
     Returns:
@@ -43,30 +44,28 @@ def probs_from_labels(
         `(B, C, H, W)` or `(B, C, D, H, W)`. They sum to 1 over the classes.
 
     Raises:
-        TypeError: `labels` is not an array or a tensor of an integer dtype; `num_classes` or
+        TypeError: `labels` is not an array or a tensor of integers or bools; `num_classes` or
             `ignore_index` is not an integer; `gt_prob` is not a number.
-        ValueError: a wrong rank, empty labels, `num_classes` below 1, a `gt_prob` outside (0, 1),
-            or a label outside [0, C) that is not `ignore_index`. On CUDA a pixel with such a label
-            is treated as unknown, and `segkernels.check` reports it.
+        ValueError: a wrong rank, empty labels, `num_classes` below 1 (2 for a mask), a `gt_prob`
+            outside (0, 1], or a label outside [0, C) that is not `ignore_index`. On CUDA a pixel
+            with such a label is treated as unknown, and `segkernels.check` reports it.
     """
     classes = _integer("num_classes", num_classes)
     if classes < 1:
         raise ValueError(f"{_OP}: num_classes must be at least 1, got {classes}")
     ignored = None if ignore_index is None else _integer("ignore_index", ignore_index)
-    if isinstance(gt_prob, bool) or not isinstance(gt_prob, (int, float, np.floating)):
+    if isinstance(gt_prob, bool) or not isinstance(gt_prob, (int, float, np.number)):
         raise TypeError(f"{_OP}: gt_prob must be a number, got {type(gt_prob).__name__}")
-    if not 0.0 < gt_prob < 1.0:
-        raise ValueError(f"{_OP}: gt_prob must be above 0 and below 1, got {gt_prob}")
+    if not 0.0 < gt_prob <= 1.0:
+        raise ValueError(f"{_OP}: gt_prob must be above 0 and at most 1, got {gt_prob}")
 
     if isinstance(labels, np.ndarray):
-        is_integer = labels.dtype.kind in "iu"
-        _check_labels(labels.ndim, labels.shape, labels.size, is_integer, labels.dtype)
-        return _expand(_as_tensor(labels), classes, float(gt_prob), ignored).numpy()
+        _check_labels(labels, labels.size, labels.dtype.kind in "iub", classes)
+        tensor = _arguments.from_numpy(labels)
+        return _expand(tensor, classes, float(gt_prob), ignored).numpy()
     if isinstance(labels, torch.Tensor):
-        is_integer = not (
-            labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
-        )
-        _check_labels(labels.ndim, tuple(labels.shape), labels.numel(), is_integer, labels.dtype)
+        is_integer = not (labels.is_floating_point() or labels.is_complex())
+        _check_labels(labels, labels.numel(), is_integer, classes)
         return _expand(labels, classes, float(gt_prob), ignored)
     raise TypeError(
         f"{_OP}: labels must be a numpy array or a torch tensor, got {type(labels).__name__}"
@@ -79,28 +78,20 @@ def _integer(name: str, value: object) -> int:
     return int(value)
 
 
-def _check_labels(
-    rank: int, shape: tuple[int, ...], size: int, is_integer: bool, dtype: object
-) -> None:
+def _check_labels(labels: Any, size: int, is_integer: bool, classes: int) -> None:
+    shape = tuple(labels.shape)
     if not is_integer:
-        raise TypeError(f"{_OP}: labels must have an integer dtype, got {dtype}")
-    if rank not in (2, 3, 4):
+        raise TypeError(f"{_OP}: labels must hold integers or bools, got {labels.dtype}")
+    if classes == 1 and labels.dtype in (torch.bool, np.dtype(bool)):
+        raise ValueError(
+            f"{_OP}: num_classes must be at least 2 (background and foreground) for a mask, got 1"
+        )
+    if labels.ndim not in (2, 3, 4):
         raise ValueError(
             f"{_OP}: labels must be (H, W), (B, H, W) or (B, D, H, W), got shape {shape}"
         )
     if size == 0:
         raise ValueError(f"{_OP}: labels must have at least one pixel, got shape {shape}")
-
-
-def _as_tensor(labels: npt.NDArray[np.generic]) -> torch.Tensor:
-    """Return the array as a tensor, copied where torch cannot share its memory."""
-    native = labels.dtype.newbyteorder("=")
-    if labels.dtype != native or any(stride < 0 for stride in labels.strides):
-        labels = np.ascontiguousarray(labels, dtype=native)
-    elif not labels.flags.writeable:
-        # from_numpy warns about read-only memory; a copy avoids the warning.
-        labels = labels.copy()
-    return torch.from_numpy(labels)
 
 
 def _expand(
@@ -109,8 +100,12 @@ def _expand(
     wide = labels.to(torch.int64 if labels.dtype in _INT64_DTYPES else torch.int32)
     known = (wide >= 0) & (wide < classes)
     limits = torch.iinfo(wide.dtype)
-    if ignored is not None and limits.min <= ignored <= limits.max:
-        skipped = wide == ignored
+    value = ignored
+    if labels.dtype == torch.uint64 and ignored is not None:
+        # Labels from 2^63 on wrap to negative ones, which no negative ignore_index may equal.
+        value = ignored - 2**64 * (ignored >= 2**63) if 0 <= ignored < 2**64 else None
+    if value is not None and limits.min <= value <= limits.max:
+        skipped = wide == value
         _report_outside(labels, known | skipped, classes, ignored)
         known &= ~skipped
     else:
@@ -135,14 +130,12 @@ def _report_outside(
     """Report labels that are not allowed: raise on the CPU, set a status word on CUDA."""
     if labels.is_cuda:
         with _status.watch(labels, _OP) as words:
-            words[_LABEL_OUT_OF_RANGE].masked_fill_(~allowed.all(), 1)
+            words[_status.LABEL_OUT_OF_RANGE].masked_fill_(~allowed.all(), 1)
         return
     if bool(allowed.all()):
         return
-    outside = ~allowed
-    index = tuple(int(i) for i in torch.nonzero(outside)[0])
-    unless = "" if ignored is None else f" or ignore_index ({ignored})"
+    unless = "" if ignored is None else f" or ignore_index = {ignored}"
     raise ValueError(
-        f"{_OP}: labels must be in [0, {classes}){unless}, got {labels[index].item()} at {index} "
-        f"({int(outside.sum())} such pixels)"
+        f"{_OP}: labels must be from 0 to num_classes - 1 = {classes - 1}{unless}, got "
+        f"{_status.first_invalid(labels, ~allowed)}"
     )

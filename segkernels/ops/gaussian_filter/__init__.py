@@ -8,7 +8,12 @@ import torch
 
 from segkernels import _native
 from segkernels.ops import _arguments
-from segkernels.ops._operator import check_not_traced, match_dtype_and_layout, needs_dispatcher
+from segkernels.ops._operator import (
+    check_not_traced,
+    describing_features,
+    match_dtype_and_layout,
+    needs_dispatcher,
+)
 from segkernels.ops._registry import Op, register
 from segkernels.ops.gaussian_filter import operator
 from segkernels.ops.gaussian_filter.operator import Filter
@@ -110,9 +115,11 @@ def gaussian_filter(
     v, f = _flatten(values, dtype), _flatten(features, dtype)
     q = None if query_features is None else _flatten(query_features, dtype)
     plan = None
-    if not needs_dispatcher(v, f, q):  # shared by the sums of weights and the backward pass
-        plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
-    out = operator.filter_(v, f, q, Filter(precision, plan), normalization)
+    named = dict(zip(("features", "query_features"), inputs[1:], strict=False))
+    with describing_features(named, dtype):
+        if not needs_dispatcher(v, f, q):  # shared by the sums of weights and the backward pass
+            plan = Plan(f.detach(), None if q is None else q.detach(), precision, _OP)
+        out = operator.filter_(v, f, q, Filter(precision, plan), normalization)
     out = out.squeeze(0).T if values.dim() == 2 else out.view(shape)
     return (
         match_dtype_and_layout(out, values) if out.shape == values.shape else out.to(values.dtype)

@@ -161,20 +161,25 @@ def filter_(
         return multiply(values)
     if normalization == "after":
         both = multiply(torch.cat([values, ones], dim=1))
-        return both[:, :-1] / _divisor(both[:, -1:])
-    sums = _divisor(_column_sums(features, query_features, f))
+        return _divide(both[:, :-1], both[:, -1:])
+    sums = _column_sums(features, query_features, f)
     if normalization == "before":
-        return multiply(values / sums)
-    values = values * sums.rsqrt()
+        return multiply(_divide(values, sums))
+    values = _divide(values, sums, root=True)
     if query_features is None:
-        return multiply(values) * sums.rsqrt()
+        return _divide(multiply(values), sums, root=True)
     both = multiply(torch.cat([values, ones], dim=1))
-    return both[:, :-1] * _divisor(both[:, -1:]).rsqrt()
+    return _divide(both[:, :-1], both[:, -1:], root=True)
 
 
-def _divisor(sums: torch.Tensor) -> torch.Tensor:
-    """Replace sums near 0 by infinity, so that dividing by them gives 0."""
-    return sums.masked_fill(sums < MIN_WEIGHT_SUM, float("inf"))
+def _divide(x: torch.Tensor, sums: torch.Tensor, root: bool = False) -> torch.Tensor:
+    """Divide by sums of weights, or by their roots; 0 where a sum is near 0.
+
+    In float64, because powers of 1 / sum in the gradient overflow float32.
+    """
+    sums = sums.double()
+    sums = sums.masked_fill(sums < MIN_WEIGHT_SUM, float("inf"))
+    return (x / (sums.sqrt() if root else sums)).to(x.dtype)
 
 
 def _column_sums(

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from segkernels.ops import _arguments
 from segkernels.ops._operator import (
     check_not_traced,
+    describing_features,
     match_dtype_and_layout,
     needs_dispatcher,
     wants_grad,
@@ -73,11 +75,10 @@ class PermutohedralLattice:
     """
 
     def __init__(self, features: torch.Tensor, *, max_vertices: int | None = None) -> None:
-        flat, spatial = _flatten_features(features, "PermutohedralLattice")
+        self._spatial = _check_features(features, "PermutohedralLattice")
         check_max_vertices(max_vertices, "PermutohedralLattice")
         self.shape = features.shape
-        self._flat = flat
-        self._spatial = tuple(spatial)
+        self._flat = _flatten_features(features)
         self._max_vertices = max_vertices
         self._build()
 
@@ -85,12 +86,14 @@ class PermutohedralLattice:
         self._lattice: Lattice | None = None
         self._version = 0
         if self._flat.numel() > 0 and not needs_dispatcher(self._flat):
-            (self._lattice,) = native.build(
-                [self._flat.detach()],
-                self._spatial,
-                max_vertices=self._max_vertices,
-                op="PermutohedralLattice",
-            )
+            features = self._flat[0].T if len(self.shape) == 2 else self._flat.view(self.shape)
+            with describing_features({"features": features}, self._flat.dtype):
+                (self._lattice,) = native.build(
+                    [self._flat.detach()],
+                    self._spatial,
+                    max_vertices=self._max_vertices,
+                    op="PermutohedralLattice",
+                )
             self._version = _version(self._flat)
 
     def __copy__(self) -> PermutohedralLattice:
@@ -188,18 +191,20 @@ def permutohedral_filter(
     """
     function = "permutohedral_filter"
     _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, function)
-    flat_features, spatial = _flatten_features(features, function)
-    flat = _flatten_values(values, features.shape, flat_features, function)
+    spatial = _check_features(features, function)
+    flat = _flatten_values(values, features.shape, features, function)
+    flat_features = _flatten_features(features)
     if flat.numel() == 0 or flat_features.numel() == 0:
         return values.clone()
     dtype = torch.promote_types(torch.promote_types(values.dtype, features.dtype), torch.float32)
     flat, flat_features = flat.to(dtype), flat_features.to(dtype)
     lattice = None
-    if wants_grad(flat, flat_features) and not needs_dispatcher(flat, flat_features):
-        # Built here, so that the backward pass can use it too.
-        (lattice,) = native.build([flat_features.detach()], spatial, op=function)
-    record = Filter(normalization, transpose, tuple(spatial), lattice)
-    return _restore_shape(operator.filter_(flat, flat_features, record), values)
+    with describing_features({"features": features}, dtype):
+        if wants_grad(flat, flat_features) and not needs_dispatcher(flat, flat_features):
+            # Built here, so that the backward pass can use it too.
+            (lattice,) = native.build([flat_features.detach()], spatial, op=function)
+        record = Filter(normalization, transpose, spatial, lattice)
+        return _restore_shape(operator.filter_(flat, flat_features, record), values)
 
 
 def _version(features: torch.Tensor) -> int:
@@ -207,8 +212,8 @@ def _version(features: torch.Tensor) -> int:
     return 0 if features.is_inference() else features._version
 
 
-def _flatten_features(features: torch.Tensor, function: str) -> tuple[torch.Tensor, Sequence[int]]:
-    """Check features; return them as (B, d, N), contiguous, float32 or float64, and `spatial`."""
+def _check_features(features: torch.Tensor, function: str) -> tuple[int, ...]:
+    """Check features and return the sizes of their grid."""
     check_not_traced(function)
     _check_tensor(features, "features", function)
     if features.dim() < 2:
@@ -221,12 +226,19 @@ def _flatten_features(features: torch.Tensor, function: str) -> tuple[torch.Tens
             f"{function}: features must have 1 to {MAX_DIMS} channels in dimension 1, "
             f"got shape {tuple(features.shape)}"
         )
+    batch, spatial = 1, tuple(features.shape[:1])
+    if features.dim() > 2:
+        batch, spatial = features.shape[0], tuple(features.shape[2:])
+    if features.numel() > 0 and not is_compiling():
+        native.check_size(features.device, batch, spatial, features.shape[1], function)
+    return spatial
+
+
+def _flatten_features(features: torch.Tensor) -> torch.Tensor:
+    """Return checked features as (B, d, N), contiguous, float32 or float64."""
     dtype = torch.promote_types(features.dtype, torch.float32)
-    if features.dim() == 2:
-        flat, spatial = features.T.unsqueeze(0), features.shape[:1]
-    else:
-        flat, spatial = features.flatten(2), features.shape[2:]
-    return flat.to(dtype).resolve_neg().contiguous(), spatial
+    flat = features.T.unsqueeze(0) if features.dim() == 2 else features.flatten(2)
+    return flat.to(dtype).resolve_neg().contiguous()
 
 
 def _flatten_values(

@@ -12,6 +12,7 @@ in a fixed order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -341,6 +342,29 @@ class Lattice:
         return out
 
 
+def check_size(device: torch.device, batch: int, spatial: Sequence[int], dims: int, op: str) -> Any:
+    """Return the grid for lattices of `dims` features; raise ValueError for too many points.
+
+    Args:
+        device, batch, spatial, dims: as in `make_grid`.
+        op: name of the public function, for error messages.
+    """
+    points = math.prod(spatial)
+    if batch * points * (dims + 1) > _MAX_ENTRIES:
+        raise ValueError(
+            f"{op}: batch * points * (dims + 1) must be at most 2**30 in one call, got "
+            f"{batch} * {points} * {dims + 1}; split the batch or the image"
+        )
+    grid = make_grid(device, batch, spatial, dims)
+    if grid.positions * (dims + 1) >= _MAX_ENTRIES_PADDED:
+        raise ValueError(
+            f"{op}: points (padded to whole tiles) * (dims + 1) must be below 2**31 in one call, "
+            f"got {grid.positions} * {dims + 1} for {batch} images of {tuple(spatial)}; split the "
+            "batch"
+        )
+    return grid
+
+
 def build(
     features: Sequence[torch.Tensor],
     spatial: Sequence[int],
@@ -363,20 +387,8 @@ def build(
             `max_vertices` vertices.
     """
     first = features[0]
-    batch, _, points = first.shape
     dims = max(f.shape[1] for f in features)
-    if batch * points * (dims + 1) > _MAX_ENTRIES:
-        raise ValueError(
-            f"{op}: batch * points * (dims + 1) must be below 2**30 in one call, got "
-            f"{batch} * {points} * {dims + 1}; split the batch or the image"
-        )
-    grid = make_grid(first.device, batch, spatial, dims)
-    if grid.positions * (dims + 1) >= _MAX_ENTRIES_PADDED:
-        raise ValueError(
-            f"{op}: points (padded to whole tiles) * (dims + 1) must be below 2**31 in one call, "
-            f"got {grid.positions} * {dims + 1} for {batch} images of {tuple(spatial)}; split the "
-            "batch"
-        )
+    grid = check_size(first.device, len(first), spatial, dims, op)
     counts = torch.zeros(len(features), 2, dtype=torch.int32, device=first.device)
     lattices = [Lattice(f, grid, c) for f, c in zip(features, counts.unbind(), strict=True)]
     if _native.on_cuda(first.device):

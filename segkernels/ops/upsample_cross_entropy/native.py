@@ -120,7 +120,7 @@ def forward(
     none = loss.reduction == "none"
     classes = 2 if loss.binary else logits.size(1)
     with _status.watch(
-        logits, loss.name(), describe=lambda: _invalid_labels(target, classes, loss)
+        logits, loss.name(), describe=lambda _: _invalid_labels(target, classes, loss)
     ) as status:
         call = _call(logits, target, weight, pos_weight, loss, status)
         if where[0] < 0:
