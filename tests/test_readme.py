@@ -92,6 +92,53 @@ def test_pydensecrf_block_agrees(names: dict[str, Any], folder: Path) -> None:
     assert (theirs["Q"].argmax(axis=0) == names["q"].argmax(axis=0)).mean() > 0.9999
 
 
+def test_pydensecrf_pairwise_features_agree(names: dict[str, Any]) -> None:
+    crf = pytest.importorskip(
+        "pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it"
+    )
+    utils = importlib.import_module("pydensecrf.utils")
+    image, probs = names["image"], names["probs"]
+    size = image.shape[:2]
+    field = crf.DenseCRF(size[0] * size[1], 7)
+    field.setUnaryEnergy(utils.unary_from_softmax(probs))
+    place = utils.create_pairwise_gaussian(sdims=(8, 2), shape=size)
+    colour = utils.create_pairwise_bilateral((80, 60), (13, 13, 13), np.array(image), chdim=2)
+    field.addPairwiseEnergy(place, compat=3)
+    field.addPairwiseEnergy(colour, compat=10)
+    expected = np.array(field.inference(5)).reshape(probs.shape)
+    worst = np.abs(names["by_rows"] - expected).max(axis=0)
+    assert (worst > 1e-4).mean() < 0.005
+    other = segkernels.dense_crf(
+        image, probs, iterations=5, sxy_gaussian=(2, 8), sxy_bilateral=(60, 80)
+    )
+    assert np.abs(other - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 0.7}, {"clip": 1e-2}, {"clip": 1e-8}, {"clip": None}]
+)
+def test_pydensecrf_unaries_agree(options: dict[str, Any]) -> None:
+    crf = pytest.importorskip(
+        "pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it"
+    )
+    utils = importlib.import_module("pydensecrf.utils")
+    probs = np.random.default_rng(0).random((4, 40, 56), dtype=np.float32) ** 2
+    probs[0, :4] = 0
+    probs /= probs.sum(axis=0)
+    field = crf.DenseCRF2D(56, 40, 4)
+    with np.errstate(divide="ignore"):  # impossible classes
+        field.setUnaryEnergy(utils.unary_from_softmax(probs, **options))
+        if "scale" in options:
+            scores = {"probs": options["scale"] * probs + (1 - options["scale"]) / 4}
+        else:
+            clip = options["clip"]
+            scores = {"unary": -np.log(probs if clip is None else probs.clip(clip, 1))}
+    field.addPairwiseGaussian(sxy=3, compat=3)
+    expected = np.array(field.inference(5)).reshape(probs.shape)
+    found = segkernels.dense_crf(None, **scores, iterations=5, compat_bilateral=None)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_pydensecrf_labels_and_terms_agree(names: dict[str, Any]) -> None:
     crf = pytest.importorskip(
         "pydensecrf.densecrf", reason="pip install pydensecrf2 to compare with it"

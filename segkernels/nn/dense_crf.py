@@ -20,7 +20,8 @@ class DenseCRF(nn.Module):
     This is the CRF-as-RNN layer: apply it to a network's logits and train both together.
 
     Args:
-        num_classes: C.
+        num_classes: C. 1 is a foreground map, with the compatibilities of two classes; such a
+            module also takes scores of both classes.
         iterations, normalization, method: as in `dense_crf`.
         sxy_gaussian, sxy_bilateral, srgb: as in `dense_crf`; the initial values, if they are
             learned.

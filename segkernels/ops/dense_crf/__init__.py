@@ -48,8 +48,9 @@ class PairwiseTerm:
     The energy of two points i, j with labels a, b is `mu[a, b] exp(-|f_i - f_j|^2 / 2)`.
 
     Args:
-        features: `(B, d, *spatial)`, or without the batch dimension if the scores have none;
-            1 <= d <= 16, each feature already divided by its standard deviation. Differentiable.
+        features: `(B, d, *spatial)`, or without the batch dimension if the scores have none, or
+            `(N, d)` for points; 1 <= d <= 16, each feature already divided by its standard
+            deviation. A tensor, which is differentiable, or a numpy array, of floats.
         compat: the compatibility mu: a number (a Potts weight, positive values smooth), a vector of
             length C (the diagonal of mu, negative values smooth) or a C x C matrix (mu, which is
             symmetrised).
@@ -93,9 +94,17 @@ def dense_crf(
             Not needed if `compat_bilateral` is None.
         probs: class probabilities `(C, H, W)`, `(B, C, H, W)` or `(B, C, D, H, W)`, floating point,
             from 0 to 1; values below 1e-5 are raised to 1e-5. They need not sum to 1: only the
-            ratios at a pixel matter. For hard labels see `probs_from_labels`.
-        logits: instead of `probs`: log-probabilities, up to a constant per pixel.
-        unary: instead of `probs`: energies, -log p.
+            ratios at a pixel matter. Values from -0.5 to 1.5 are clipped to [0, 1], with a warning
+            for those more than 0.01 outside. For hard labels see `probs_from_labels`.
+            One class is the foreground: the result is that of channel 1 for the two classes
+            [1 - p, p]. Its shape may also be `(H, W)`. Where p is 1 in a whole image (a softmax
+            over one channel), the result is 1.
+            `(N, C)` are points without a grid: then all terms are `pairwise`, over features
+            `(N, d)`.
+        logits: instead of `probs`: log-probabilities, up to a constant per pixel; -inf for an
+            impossible class. For one class p = sigmoid(logit).
+        unary: instead of `probs`: energies, -log p; inf for an impossible class. For one class
+            relative to the background: p = sigmoid(-unary).
         iterations: number of mean-field iterations; 0 returns the normalised probabilities.
             (pydensecrf's example runs 5.)
         sxy_gaussian, sxy_bilateral: standard deviations in pixels; a number, or one per axis as
@@ -105,7 +114,9 @@ def dense_crf(
             so large that the image has no edge, a warning says so; images on CUDA are not read.
         compat_gaussian, compat_bilateral: the compatibility mu of the term: a number (a Potts
             weight, positive values smooth), a vector of length C (the diagonal of mu, negative
-            values smooth) or a C x C matrix (mu, which is symmetrised). None omits the term.
+            values smooth) or a C x C matrix (mu, which is symmetrised). For one class as for two,
+            background and foreground. At most the root of the dtype's largest number in absolute
+            value (1.8e19 in float32). None omits the term.
         normalization: of the filters: "symmetric" D^-1/2 K D^-1/2, "before" K D^-1, "after" D^-1 K,
             "none" K, with D = diag(K 1).
         pairwise: additional terms, at most 8 terms in total.
@@ -127,18 +138,27 @@ def dense_crf(
 
     Returns:
         Probabilities, or log-probabilities, with the type, shape, dtype, device and layout of
-        `probs`, `logits` or `unary`. With one class they are 1. float64 scores are computed in
-        float64, all others in float32. Differentiable once, with respect to these scores and `img`,
-        and to sigmas and compatibilities that are tensors. The gradients of image and sigmas hold
-        each point's simplex of the lattice fixed; with `method="exact"` they are exact.
+        `probs`, `logits` or `unary`. float64 scores are computed in float64, all others in float32.
+        Differentiable once, with respect to these scores and `img`, and to sigmas and
+        compatibilities that are tensors. The gradient of clipped and of infinite scores is 0. The
+        gradients of image and sigmas hold each point's simplex of the lattice fixed; with
+        `method="exact"` they are exact.
 
     Raises:
         ValueError: shapes or devices that disagree, empty inputs, sigmas that are not positive, too
-            many pixels for `method="exact"`; on the CPU also invalid values: NaN or infinity,
-            probabilities outside [0, 1], or a sigma so small that the dtype cannot hold the lattice
-            coordinates as exact integers. On CUDA `segkernels.check` reports invalid values; the
-            pixels concerned return NaN and do not affect other pixels.
+            many pixels for one call or for `method="exact"`; all these before anything of the
+            image's size is allocated. On the CPU also a volume without batch axis that would be
+            read as a batch, and invalid values, with their place and number: NaN, infinity in the
+            image or in probabilities, infinite certainty, a pixel where every class is impossible,
+            probabilities outside [-0.5, 1.5], or a sigma so small that the dtype cannot hold the
+            lattice coordinates as exact integers. On CUDA `segkernels.check` reports invalid
+            values; the pixels concerned return NaN and do not affect other pixels.
         TypeError: an unsupported type or dtype.
+
+    Warns:
+        UserWarning: probabilities more than 0.01 outside [0, 1]; on the CPU also `unary` or
+            `logits` that are from 0 to 1 and sum to 1, as probabilities do, and an image whose
+            values are far below `srgb`.
 
     Source: P. Kraehenbuehl, V. Koltun: Efficient Inference in Fully Connected CRFs with Gaussian
     Edge Potentials, NIPS 2011, equations 3 to 5 and algorithm 1.
