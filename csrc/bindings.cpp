@@ -17,6 +17,7 @@
 #include "build_config.h"
 #include "common/status.h"
 #include "dense_crf/mean_field.h"
+#include "dense_crf/product.h"
 #include "dilated_conv2d/weight_gradient.h"
 #include "gaussian_filter/gaussian_filter.h"
 #include "interpolate/interpolate.h"
@@ -155,6 +156,11 @@ void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const 
   const segkernels::GaussianFilter f{
       points_of(queries), points_of(keys), batch, dims, channels, reach, a, b, out};
   segkernels::gaussian_filter_cpu(where_of(w), f, is_double);
+}
+
+void run_product(const WhereTuple& w, Address a, int64_t a_row, int64_t a_inner, Address b,
+                 Address out, int64_t rows, int64_t inner, int64_t cols, bool is_double) {
+  segkernels::product_cpu(where_of(w), {a, a_row, a_inner, b, out, rows, inner, cols}, is_double);
 }
 
 uintptr_t status_words(int device) {
@@ -338,6 +344,7 @@ void bind_dense_crf(py::module_& m) {
 
   m.def("mean_field", &run_mean_field, py::call_guard<py::gil_scoped_release>());
   m.def("gaussian_filter", &run_gaussian_filter, py::call_guard<py::gil_scoped_release>());
+  m.def("product", &run_product, py::call_guard<py::gil_scoped_release>());
 }
 
 std::vector<std::string> words(const std::string& text) {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 
@@ -18,6 +17,7 @@ from segkernels import _status
 from segkernels.ops._operator import is_eager, needs_dispatcher, under_functorch
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
 from segkernels.ops.dense_crf.native import Config
+from segkernels.ops.dense_crf.product import product
 from segkernels.ops.dense_crf.values import ALLOWED, QUIET, invalid_scores
 from segkernels.ops.gaussian_filter.operator import Filter, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
@@ -107,11 +107,16 @@ def _filter_axis(x: torch.Tensor, axis: int, weights: torch.Tensor, radius: int)
     size = x.shape[axis]
     x = x.movedim(axis, -1)
     if weights.shape[0] == size and weights.shape[1] == size:
-        return (x @ weights).movedim(-1, axis)
+        return _multiply_rows(x, weights).movedim(-1, axis)
     blocks = -(-size // _BLOCK)
     x = torch.nn.functional.pad(x, (radius, radius + blocks * _BLOCK - size))
-    x = x.unfold(-1, weights.shape[0], _BLOCK) @ weights
+    x = _multiply_rows(x.unfold(-1, weights.shape[0], _BLOCK), weights)
     return x.flatten(-2)[..., :size].movedim(-1, axis)
+
+
+def _multiply_rows(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Multiply the last dimension of `x` by a matrix."""
+    return product(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], weights.shape[1])
 
 
 def mean_field(
@@ -135,17 +140,6 @@ def mean_field(
     if sigmas is not None:
         filters.append(SpatialFilter(config.spatial, sigmas, sigma_values))
     filters += [PointFilter(f) for f in features[len(filters) :]]
-    # Autocast would compute the matrix products in half precision. It does not accept "meta".
-    with nullcontext() if scores.is_meta else torch.autocast(scores.device.type, enabled=False):
-        return _mean_field(scores, filters, compat, config)
-
-
-def _mean_field(
-    scores: torch.Tensor,
-    filters: Sequence[PointFilter | SpatialFilter],
-    compat: Sequence[torch.Tensor],
-    config: Config,
-) -> torch.Tensor:
     outside = torch.zeros_like(scores[:, :1], dtype=torch.bool)
     if config.kind == "probs":
         outside = ((scores < -ALLOWED) | (scores > 1 + ALLOWED)).any(dim=1, keepdim=True)
@@ -184,11 +178,13 @@ def _minus_energy(scores: torch.Tensor, kind: str) -> torch.Tensor:
 
 def _mix_channels(message: torch.Tensor, compat: torch.Tensor) -> torch.Tensor:
     """Multiply the channels of (B, C, N) by mu."""
-    if compat.dim() == 0:
-        return message * -compat
-    if compat.dim() == 1:
-        return message * compat.unsqueeze(1)
-    return (compat + compat.T) / 2 @ message
+    if compat.dim() < 2:
+        # One factor per channel: the bits of a sum over all elements depend on the threads.
+        diagonal = compat if compat.dim() == 1 else -compat.expand(message.shape[1])
+        return message * diagonal.unsqueeze(1)
+    rows = message.transpose(0, 1).flatten(1)
+    mixed = product((compat + compat.T) / 2, rows)
+    return mixed.view(-1, message.shape[0], message.shape[2]).transpose(0, 1)
 
 
 def _scales(

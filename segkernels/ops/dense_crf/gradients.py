@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from segkernels.ops.dense_crf.native import Config, grid_of
+from segkernels.ops.dense_crf.product import product
 from segkernels.ops.permutohedral.native import Lattice, Normalization, pack, scaled, unpack
 
 SMALLEST_PROB = 1e-5  # kSmallestProb
@@ -56,7 +57,7 @@ class _Term:
         """Multiply the channels of the vertices' rows by A."""
         if self.compat.dim() == 1:
             return vertices * self.compat
-        return _product(vertices, self.compat)
+        return product(vertices, self.compat)
 
     def message(self, q: torch.Tensor) -> torch.Tensor:
         """Compute out S A B S^T in q."""
@@ -185,12 +186,6 @@ def gradients(
     return out
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Compute a @ b in their dtype, also under autocast: native code reads the result."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
-
-
 def _plus(a: torch.Tensor | None, b: torch.Tensor) -> torch.Tensor:
     return b if a is None else a.add_(b)
 
@@ -209,7 +204,7 @@ def _padded_compat(compat: torch.Tensor, channels: int, width: int) -> torch.Ten
 
 def _compat_grad(compat: torch.Tensor, filtered: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Gradient with respect to A: (width,) or (width, width)."""
-    return (filtered * q).sum(dim=0) if compat.dim() == 1 else _product(filtered.T, q)
+    return (filtered * q).sum(dim=0) if compat.dim() == 1 else product(filtered.T, q)
 
 
 def _unpadded_compat_grad(grad: torch.Tensor, compat: torch.Tensor, channels: int) -> torch.Tensor:

@@ -175,7 +175,10 @@ def colours(
     doubt = values.doubtful_unit(tensor, smallest)
     if doubt:
         warn_of_unit(doubt)
-    return flat_features(tensor, sigmas.dtype, sigmas.device) / sigmas.view(1, -1, 1)
+    # One divisor per row: the bits of a gradient that sums over all pixels depend on the threads.
+    ones = (1,) * (tensor.dim() - 3)
+    divisors = sigmas.view(1, -1, 1, *ones).expand(1, -1, tensor.shape[2], *ones)
+    return (tensor.to(sigmas.device).to(sigmas.dtype) / divisors).flatten(2)
 
 
 def flat_features(

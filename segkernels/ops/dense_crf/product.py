@@ -1,0 +1,54 @@
+"""Matrix products with the same bits for any number of threads.
+
+torch's on the CPU split the inner dimension over the threads, so their rounding depends on it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from segkernels import _native
+from segkernels.ops._operator import needs_dispatcher
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        b = b.contiguous()
+        out = a.new_empty(a.shape[0], b.shape[1])
+        sizes = a.shape[0], a.shape[1], b.shape[1]
+        is_double = a.dtype == torch.float64
+        _native.C().product(_native.where(a), a, *a.stride(), b, out, *sizes, is_double)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), (a, b) = grads, ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        return product(grad, b.T) if of_a else None, product(a.T, grad) if of_b else None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        (da, db), (a, b) = tangents, ctx.saved_tensors
+        parts = [
+            product(da, b) if da is not None else None,
+            product(a, db) if db is not None else None,
+        ]
+        first, *more = [part for part in parts if part is not None]
+        return first + more[0] if more else first
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Multiply matrices (M, K) and (K, N) in float32 or float64, in their dtype."""
+    if a.is_cpu and not needs_dispatcher(a, b):
+        out: torch.Tensor = _Product.apply(a, b)
+        return out
+    # Autocast would compute the product in half precision. It does not accept "meta".
+    if a.is_meta:
+        return a @ b
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
