@@ -18,9 +18,12 @@ SK_HD To bits_of(const From& from) {
   return to;
 }
 
-// V and I: float and int32_t, or vectors of as many lanes.
-template <class V, class I>
+template <int W>
 struct FloatMath {
+  using V = Vec<float, W>;
+  using I = Vec<int32_t, W>;
+  using U = Vec<uint32_t, W>;
+
   // For x <= 0, as softmax needs it: 0 below -87, and NaN for NaN.
   static SK_HD V exp_of(V x) {
     const V zero{};
@@ -37,7 +40,8 @@ struct FloatMath {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const V scale = bits_of<V>((bits_of<I>(shifted) + 127) << 23);
+    // Unsigned, because the shift drops the high bits.
+    const V scale = bits_of<V>((bits_of<U>(shifted) + 127u) << 23);
     return x < least ? zero : p * scale;
   }
 
@@ -79,11 +83,11 @@ struct MathOf<double> {
   static SK_HD double log_of(double x) { return log(x); }
 };
 template <>
-struct MathOf<float> : FloatMath<float, int32_t> {};
+struct MathOf<float> : FloatMath<1> {};
 template <>
-struct MathOf<Vec<float, 4>> : FloatMath<Vec<float, 4>, Vec<int32_t, 4>> {};
+struct MathOf<Vec<float, 4>> : FloatMath<4> {};
 template <>
-struct MathOf<Vec<float, 8>> : FloatMath<Vec<float, 8>, Vec<int32_t, 8>> {};
+struct MathOf<Vec<float, 8>> : FloatMath<8> {};
 
 template <class V>
 SK_HD V exp_of(V x) {

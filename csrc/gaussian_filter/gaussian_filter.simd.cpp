@@ -15,7 +15,7 @@ inline namespace SK_ISA {
 
 #if defined(__AVX512F__)
 template <>
-struct MathOf<Vec<float, 16>> : FloatMath<Vec<float, 16>, Vec<int32_t, 16>> {};
+struct MathOf<Vec<float, 16>> : FloatMath<16> {};
 #endif
 
 template <class T>
