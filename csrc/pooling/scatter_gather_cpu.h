@@ -352,16 +352,17 @@ struct ScatterLines {
         if (row < 0) continue;
         if (first >= 0) {
           lines = y - first;
+          count = (ys.last - first) / lines + 1;
           break;
         }
         first = y;
         code = row * w.kernel[1];
+        count = 1;
       }
       if (first < 0) return;
       at = pooled_offset(w, line, first, 0);
       step = lines * w.pooled[1] * w.channels;
       code_step = lines * w.stride[0] / w.dilation[0] * w.kernel[1];
-      count = (ys.last - first) / lines + 1;
     }
   };
 

@@ -224,6 +224,30 @@ def test_long_rows_and_many_channels(
         assert same_bits(pooled.grad, plane.flatten(2).gather(2, indices.flatten(2)).view_as(plain))
 
 
+@pytest.mark.parametrize("device", suite.DEVICES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("dilation", [2, 3, 5])
+def test_lines_in_one_dilated_window_of_many(
+    dilation: int, stride: int, layout: str, device: str
+) -> None:
+    # Near the edges a line is covered by several windows, of which only one has a cell there.
+    x = suite.with_layout(torch.randn(1, 6, 13, 4), layout)
+    ours, theirs = (x.detach().to(place).requires_grad_() for place in (device, "cpu"))
+    options = ((3, 2), (stride, 1), (1, 0), (dilation, 1))
+    values, codes = segkernels.max_pool2d(ours, *options, return_codes=True)
+    expected, indices = F.max_pool2d(theirs, *options, return_indices=True)
+    grad = torch.randn_like(expected)
+    values.backward(grad.to(device))
+    expected.backward(grad)
+    torch.testing.assert_close(ours.grad.cpu(), theirs.grad)
+    restored = segkernels.max_unpool2d(
+        values.detach(), codes, *options[:3], x.shape, dilation=(dilation, 1)
+    )
+    wanted = torch.zeros_like(x).flatten(2).scatter_(2, indices.flatten(2), expected.flatten(2))
+    assert torch.equal(restored.cpu(), wanted.view_as(x))
+
+
 def test_gradients_of_tall_windows() -> None:
     x = torch.randn(1, 20, 400, 3).contiguous(memory_format=torch.channels_last)
     ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
