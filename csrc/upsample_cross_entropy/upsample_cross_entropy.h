@@ -54,6 +54,12 @@ constexpr int kMaxPartials = SK_LIMIT(2048, 3);
 
 inline namespace SK_NS {
 
+// The mean of losses that sum to `total`, of pixels whose weights sum to `weight`. As in torch it
+// is NaN for a weight of 0, also where label smoothing makes the total positive.
+SK_HD double mean_loss(double total, double weight) {
+  return weight != 0 ? total / weight : double(NAN);
+}
+
 template <class T, int K, class P>
 struct LossForward {
   using A = Acc<T>;

@@ -28,7 +28,7 @@ void set_totals(const LossCall& call, double loss, double weight, void* totals) 
       classes += double(static_cast<const A*>(call.weight)[c]);
   }
   A* to = static_cast<A*>(totals);
-  to[0] = A(call.reduction == Reduction::kMean ? loss / weight : loss);
+  to[0] = A(call.reduction == Reduction::kMean ? mean_loss(loss, weight) : loss);
   to[1] = A(weight);
   to[2] = A(classes);
 }

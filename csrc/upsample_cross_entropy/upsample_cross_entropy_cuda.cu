@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   sum_block(sum, unused);
   if (threadIdx.x == 0) {
-    totals[0] = A(mean ? total / weight : total);
+    totals[0] = A(mean ? mean_loss(total, weight) : total);
     totals[1] = A(weight);
     totals[2] = A(sum);
   }

@@ -457,6 +457,16 @@ def test_all_pixels_ignored() -> None:
     assert not grad.any()
 
 
+@pytest.mark.parametrize("device", suite.DEVICES)
+def test_mean_of_labels_without_weight_is_nan(device: str) -> None:
+    # With label smoothing the sum of the losses is positive.
+    x, target = torch.randn(1, 3, 2, 2), torch.zeros(1, 5, 5, dtype=torch.int64)
+    kwargs = {"weight": torch.tensor([0.0, 1.0, 1.0]), "label_smoothing": 0.1}
+    assert torch.isnan(F.cross_entropy(F.interpolate(x, (5, 5)), target, **kwargs))
+    kwargs["weight"] = kwargs["weight"].to(device)
+    assert torch.isnan(segkernels.upsample_cross_entropy(x.to(device), target.to(device), **kwargs))
+
+
 @pytest.mark.parametrize("label", [-1, 3, 2**40, -(2**33)])
 def test_labels_out_of_range(label: int) -> None:
     target = torch.zeros(1, 5, 5, dtype=torch.int64)

@@ -51,7 +51,7 @@ def upsample_cross_entropy(
         ignore_index: label of pixels that are left out of the loss and the mean; inside [0, C) or
             outside.
         reduction: "mean" (the sum divided by the sum of the weights of the labels that are not
-            ignored; NaN if all are ignored, as in torch), "sum" or "none".
+            ignored; NaN if that is 0, as in torch), "sum" or "none".
         label_smoothing: from 0 to 1 (Szegedy et al. 2016, section 7), as in F.cross_entropy.
         mode: "nearest", "nearest-exact", "bilinear" or "bicubic", as in `interpolate`.
         align_corners: as in `interpolate`.
