@@ -21,8 +21,9 @@ from types import ModuleType
 from typing import Any
 
 # Threads that spin-wait for each other make small tensors three times slower. Tests about threads
-# set their own number.
+# set their own number, and their threads sleep while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import emulation
 import hypothesis

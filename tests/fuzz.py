@@ -1134,8 +1134,8 @@ def gaussian_bounds(
         columns = k / gaussian_reference.divisor(k.sum(-2, keepdim=True))
         row_error = (rows * h).sum(-1, keepdim=True)
         column_error = (columns * h).sum(-2, keepdim=True)
-        # 16: the sums over tiles, the exponential function, the division.
-        error = 16 + 4 * (h + row_error + column_error)
+        # The 64 keys of a tile are added one by one, then the tiles; so are the sums of weights.
+        error = 2 * (64 + k.shape[-1] / 64) + 4 * (h + row_error + column_error)
         # Skipped weights: less than a unit of a point's own weight in total; with queries, each is
         # below the smallest normal number.
         skipped = u
@@ -1485,8 +1485,8 @@ def by_perturbation(
     """Bounds from the change of the result when scores and compatibilities change by some units.
 
     Mean field may amplify rounding errors with every iteration, by a factor that depends on the
-    call, so this measures it. On the lattice the features stay as they are, because a change would
-    choose other simplices.
+    call, so this measures it. For exact filters in float32 the reference runs in float32 too. On
+    the lattice the features stay as they are, because a change would choose other simplices.
     """
     amount = 32 * unit(compute)
     seed = draw.random.getrandbits(62)
@@ -1494,10 +1494,10 @@ def by_perturbation(
     def bounds(cotangents: Outputs | None) -> list[Bound]:
         generator = torch.Generator().manual_seed(seed)
 
-        def run(change: bool) -> Outputs:
+        def run(change: bool, dtype: torch.dtype = reference_dtype) -> Outputs:
             leaves = {}
             for n, x in inputs.items():
-                x = x.detach().resolve_neg().to(reference_dtype)
+                x = x.detach().resolve_neg().to(dtype)
                 if change and (method == "exact" or n == "scores" or "compat" in n):
                     noise = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
                     x = x * (1 + amount * noise).to(x.dtype)
@@ -1509,6 +1509,9 @@ def by_perturbation(
 
         first = run(False)
         changes = [run(True) for _ in range(3)]
+        if compute != reference_dtype:
+            # The gradient of a saturated softmax is a difference that the dtype cannot represent.
+            changes.append(run(False, compute))
         found: list[Bound] = []
         for i, one in enumerate(first):
             change = max(largest(other[i] - one) for other in changes)
