@@ -226,7 +226,7 @@ def test_long_rows_and_many_channels(
 
 @pytest.mark.parametrize("device", suite.DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
 @pytest.mark.parametrize("dilation", [2, 3, 5])
 def test_lines_in_one_dilated_window_of_many(
     dilation: int, stride: int, layout: str, device: str
