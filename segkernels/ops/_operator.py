@@ -78,6 +78,15 @@ def check_not_traced(
     )
 
 
+def with_zero_gradients(out: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    """Return `out` with gradients of 0 for tensors that it does not depend on."""
+    if not wants_grad(*tensors):
+        return out
+    for t in tensors:
+        out = out + t.flatten()[:0].sum().to(out.dtype)
+    return out
+
+
 def surely(condition: bool) -> bool:
     """Whether a comparison of sizes is true; False where dynamic sizes leave it open.
 

@@ -14,10 +14,15 @@ from collections.abc import Sequence
 import torch
 
 from segkernels import _status
-from segkernels.ops._operator import is_eager, needs_dispatcher, under_functorch
+from segkernels.ops._operator import (
+    is_eager,
+    needs_dispatcher,
+    under_functorch,
+    with_zero_gradients,
+)
 from segkernels.ops.dense_crf.gradients import SMALLEST_PROB
 from segkernels.ops.dense_crf.native import Config
-from segkernels.ops.dense_crf.product import product
+from segkernels.ops.dense_crf.product import product, spread
 from segkernels.ops.dense_crf.values import ALLOWED, QUIET, invalid_scores
 from segkernels.ops.gaussian_filter.operator import Filter, apply
 from segkernels.ops.gaussian_filter.plan import Plan, reach
@@ -98,7 +103,7 @@ def _axis_weights(size: int, radius: int, sigma: torch.Tensor) -> torch.Tensor:
     rows, columns = (size, size) if full else (_BLOCK + 2 * radius, _BLOCK)
     row = torch.arange(rows, device=sigma.device).unsqueeze(1)
     offset = row - torch.arange(columns, device=sigma.device) - (0 if full else radius)
-    weights = (-0.5 * (offset / sigma).square()).exp()
+    weights = (-0.5 * (offset / spread(sigma.view(1), columns)).square()).exp()
     return weights.masked_fill(offset.abs() > radius, 0)
 
 
@@ -158,16 +163,18 @@ def mean_field(
     unary = unary - unary.detach().amax(dim=1, keepdim=True)
     scales = [_scales(f, n, unary) for f, n in zip(filters, config.normalization, strict=True)]
     terms = list(zip(filters, compat, scales, strict=True))
+    # Not softmax, whose bits depend on the number of threads.
     z = unary
     for _ in range(config.iterations):
         # Invalid points do not contribute, and return NaN at the end.
-        q = z.softmax(dim=1).masked_fill(invalid, 0)
+        q = z.log_softmax(dim=1).exp().masked_fill(invalid, 0)
         z = unary
         for f, mu, (before, after) in terms:
             message = f.apply(q if before is None else q * before)
             z = z - _mix_channels(message if after is None else message * after, mu)
-    out = z.log_softmax(dim=1) if config.log else z.softmax(dim=1)
-    return out.masked_fill(invalid, float("nan"))
+    out = z.log_softmax(dim=1)
+    out = (out if config.log else out.exp()).masked_fill(invalid, float("nan"))
+    return out if config.iterations > 0 else with_zero_gradients(out, *features, *compat)
 
 
 def _minus_energy(scores: torch.Tensor, kind: str) -> torch.Tensor:

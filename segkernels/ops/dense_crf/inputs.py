@@ -14,6 +14,7 @@ from segkernels import _status
 from segkernels.ops import _arguments, _dtypes
 from segkernels.ops._operator import can_read_values, match_dtype_and_layout
 from segkernels.ops.dense_crf import values
+from segkernels.ops.dense_crf.product import spread
 from segkernels.ops.permutohedral.native import NORMALIZATIONS
 
 Array = npt.NDArray[Any]
@@ -152,7 +153,8 @@ def coordinates(spatial: Sequence[int], sigmas: torch.Tensor) -> torch.Tensor:
     """Pixel coordinates divided by their sigmas, in the order x, y, z: (1, len(spatial), N)."""
     axes = []
     for i, size in enumerate(reversed(spatial)):
-        line = torch.arange(size, dtype=sigmas.dtype, device=sigmas.device) / sigmas[i]
+        line = torch.arange(size, dtype=sigmas.dtype, device=sigmas.device)
+        line = line / spread(sigmas[i : i + 1], size)[0]
         axes.append(line.view(-1, *(1,) * i).expand(*spatial).reshape(1, 1, -1))
     return torch.cat(axes, dim=1)
 
@@ -175,10 +177,8 @@ def colours(
     doubt = values.doubtful_unit(tensor, smallest)
     if doubt:
         warn_of_unit(doubt)
-    # One divisor per row: the bits of a gradient that sums over all pixels depend on the threads.
-    ones = (1,) * (tensor.dim() - 3)
-    divisors = sigmas.view(1, -1, 1, *ones).expand(1, -1, tensor.shape[2], *ones)
-    return (tensor.to(sigmas.device).to(sigmas.dtype) / divisors).flatten(2)
+    flat = flat_features(tensor, sigmas.dtype, sigmas.device)
+    return flat / spread(sigmas, flat.shape[2])
 
 
 def flat_features(

@@ -1,6 +1,7 @@
-"""Matrix products with the same bits for any number of threads.
+"""Matrix products and sums with the same bits for any number of threads.
 
-torch's on the CPU split the inner dimension over the threads, so their rounding depends on it.
+On the CPU torch splits the inner dimension of a product, and a sum over all elements (the gradient
+of a scalar), over the threads, so that rounding depends on their number.
 """
 
 from __future__ import annotations
@@ -52,3 +53,11 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return a @ b
     with torch.autocast(a.device.type, enabled=False):
         return a @ b
+
+
+def spread(scalars: torch.Tensor, count: int) -> torch.Tensor:
+    """Expand (n,) to (n, count), with a gradient that is summed in two steps, in a fixed order."""
+    if not scalars.requires_grad:
+        return scalars.unsqueeze(1).expand(-1, count)
+    blocks = scalars.unsqueeze(1).expand(-1, -(-count // 256))
+    return blocks.unsqueeze(2).expand(-1, -1, 256).flatten(1)[:, :count]

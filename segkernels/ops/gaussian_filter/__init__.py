@@ -13,6 +13,7 @@ from segkernels.ops._operator import (
     describing_features,
     match_dtype_and_layout,
     needs_dispatcher,
+    with_zero_gradients,
 )
 from segkernels.ops._registry import Op, register
 from segkernels.ops.gaussian_filter import operator
@@ -99,7 +100,7 @@ def gaussian_filter(
     spatial = queries.shape[:1] if values.dim() == 2 else queries.shape[2:]
     shape = (*spatial, values.shape[1]) if values.dim() == 2 else (*values.shape[:2], *spatial)
     if values.numel() == 0 or queries.numel() == 0:
-        return values.new_zeros(shape)
+        return with_zero_gradients(values.new_zeros(shape), *inputs)
 
     if _native.on_cuda(values.device) and values.dim() > 2 and values.shape[0] > _MAX_BATCH:
         options: Any = {"normalization": normalization, "precision": precision}

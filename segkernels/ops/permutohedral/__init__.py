@@ -15,6 +15,7 @@ from segkernels.ops._operator import (
     match_dtype_and_layout,
     needs_dispatcher,
     wants_grad,
+    with_zero_gradients,
 )
 from segkernels.ops._registry import Op, register
 from segkernels.ops.permutohedral import native, operator
@@ -159,7 +160,7 @@ class PermutohedralLattice:
         _arguments.check_choice(normalization, "normalization", NORMALIZATIONS, function)
         flat = _flatten_values(values, self.shape, self._flat, function)
         if self._flat.numel() == 0 or flat.numel() == 0:
-            return values.clone()
+            return with_zero_gradients(values.clone(), self._flat)
         record = Filter(normalization, transpose, self._spatial, self._lattice)
         out = operator.filter_(flat.to(self._flat.dtype), self._flat, record)
         return _restore_shape(out, values)
@@ -195,7 +196,7 @@ def permutohedral_filter(
     flat = _flatten_values(values, features.shape, features, function)
     flat_features = _flatten_features(features)
     if flat.numel() == 0 or flat_features.numel() == 0:
-        return values.clone()
+        return with_zero_gradients(values.clone(), features)
     dtype = torch.promote_types(torch.promote_types(values.dtype, features.dtype), torch.float32)
     flat, flat_features = flat.to(dtype), flat_features.to(dtype)
     lattice = None

@@ -17,7 +17,9 @@ EPSILON = 1e-20
 def elevate(features: torch.Tensor) -> torch.Tensor:
     """Map features (N, d) onto the plane of sum 0 in d + 1 dimensions, scaled for the blur."""
     d = features.shape[1]
-    scale = [math.sqrt(2 / 3) * (d + 1) / math.sqrt((i + 1) * (i + 2)) for i in range(d)]
+    # In the order of operations of the native code: features on a grid have ties, in which the
+    # last bit selects the simplex.
+    scale = [1 / math.sqrt((i + 2) * (i + 1)) * (math.sqrt(2 / 3) * (d + 1)) for i in range(d)]
     c = features * features.new_tensor(scale)
     total = torch.zeros_like(c[:, 0])
     elevated = []
