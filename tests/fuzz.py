@@ -1311,12 +1311,16 @@ def draw_sigma(draw: Draw, name: str, count: int, low: float, high: float, input
 
 
 def draw_scores(draw: Draw, kind: str, shape: Sequence[int]) -> torch.Tensor:
-    """Finite scores, and probabilities inside [0, 1], of at least two classes."""
+    """Scores, with impossible classes now and then, and probabilities inside [0, 1]."""
     axis = 0 if len(shape) == 3 else 1
     logits = draw.values("scores", shape, "normal", "normal", "large", "few", "ties", factor=10)
     if kind != "probs":
+        if draw.chance(0.15) and shape[axis] > 1:
+            impossible = draw.uniform(*shape) < 0.3
+            impossible.narrow(axis, 0, 1).fill_(False)
+            logits = logits.masked_fill(impossible, -math.inf)
         return logits if kind == "logits" else -logits
-    probs = logits.softmax(axis)
+    probs = logits.sigmoid() if shape[axis] == 1 else logits.softmax(axis)
     if draw.chance(0.3):
         probs = probs * (probs > 0.1)  # zeros are raised to the smallest probability
     if draw.chance(0.2):
@@ -1327,7 +1331,7 @@ def draw_scores(draw: Draw, kind: str, shape: Sequence[int]) -> torch.Tensor:
 def dense_crf(draw: Draw) -> Case:
     method = draw.show("method", draw.among("lattice", "exact"))
     kind = draw.show("kind", draw.among("probs", "logits", "unary"))
-    classes = draw.among(2, 2, 3, 4, 5, 8, 21, 24)
+    classes = draw.among(1, 2, 2, 3, 4, 5, 8, 21, 24)
     volume = draw.chance(0.15)
     sides = 5 if volume else draw.among(4, 9, 16)
     spatial = tuple(draw.among(1, draw.whole(1, sides), sides) for _ in range(3 if volume else 2))
@@ -1349,15 +1353,18 @@ def dense_crf(draw: Draw) -> Case:
     normalization = draw.show("normalization", draw.among(*NORMALIZATIONS))
     if normalization == "none":
         strength /= 10  # the weights of a pixel sum to tens
-    log = draw.show("log", draw.chance(0.3))
+    # The bounds are differences, of which the logarithm of 0 has none.
+    log = draw.show("log", draw.chance(0.3) and bool(scores.isfinite().all()))
     iterations = draw.show("iterations", 1 if large else draw.among(0, 1, 2, 3, 5))
     names: dict[str, Any] = {"compat_gaussian": None, "compat_bilateral": None}
     image: torch.Tensor | None = None
     if draw.chance(0.8):
-        names["compat_gaussian"] = draw_compat(draw, "compat_gaussian", classes, strength, inputs)
+        names["compat_gaussian"] = draw_compat(
+            draw, "compat_gaussian", max(2, classes), strength, inputs
+        )
         names["sxy_gaussian"] = draw_sigma(draw, "sxy_gaussian", len(spatial), 0.5, 4, inputs)
     if draw.chance(0.8):
-        bilateral = draw_compat(draw, "compat_bilateral", classes, strength, inputs)
+        bilateral = draw_compat(draw, "compat_bilateral", max(2, classes), strength, inputs)
         names["compat_bilateral"] = bilateral
         names["sxy_bilateral"] = draw_sigma(draw, "sxy_bilateral", len(spatial), 2, 80, inputs)
         colours = draw.among(1, 3, 3, 4)
@@ -1377,7 +1384,7 @@ def dense_crf(draw: Draw) -> Case:
         own = draw.normal(*lead, draw.among(1, 2, 5), *spatial) * draw.among(0.0, 0.3, 3.0)
         name = f"pairwise[{i}]"
         inputs[name] = draw.laid_out(name, own, draw.among(compute, torch.float32))
-        mu = draw_compat(draw, f"{name}.compat", classes, strength, inputs)
+        mu = draw_compat(draw, f"{name}.compat", max(2, classes), strength, inputs)
         terms.append((name, mu, draw.among(None, *NORMALIZATIONS)))
     draw.show("terms", terms)
     wanted = draw.wanted(*inputs)
@@ -1437,7 +1444,10 @@ def crf_by_reference(
     scores = t["scores"]
     dtype = scores.dtype
     flat = scores if scores.dim() > 3 else scores.unsqueeze(0)
-    shape, batch = flat.shape, flat.shape[0]
+    flat = torch.where(flat.isinf(), flat.detach(), flat)  # gradient 0 at impossible classes
+    batch, classes = flat.shape[:2]
+    if classes == 1:
+        flat = torch.cat([1 - flat if kind == "probs" else torch.zeros_like(flat), flat], dim=1)
 
     def tensor(value: Any) -> torch.Tensor:
         found = t[value] if isinstance(value, str) else torch.tensor(value, dtype=torch.float64)
@@ -1470,7 +1480,7 @@ def crf_by_reference(
     out = crf_reference.mean_field(
         flat.flatten(2), features, compat, kind, ways, iterations, log, method
     )
-    return out.view(shape).view(scores.shape)
+    return out[:, -classes:].reshape(scores.shape)
 
 
 def by_perturbation(

@@ -279,7 +279,7 @@ def test_types_and_layouts_of_results():
 
 
 def test_deterministic():
-    # Only for one number of threads: torch's matrix products in the spatial term depend on it.
+    # Of any number of threads: tests/test_crf_values.py.
     scores, img = uniform(1, 3, 20, 20).float(), 255 * uniform(1, 3, 20, 20).float()
     first = dense_crf(img, scores, method="exact")
     assert torch.equal(first, dense_crf(img, scores, method="exact"))

@@ -15,6 +15,7 @@ from lattice_points import raised_by_check, raises_in_call
 
 import segkernels
 from segkernels import DenseCRF, PairwiseTerm, dense_crf, permutohedral_filter
+from segkernels.ops.dense_crf.product import product
 from segkernels.ops.dense_crf.reference import mean_field as reference
 
 SIZE = (9, 11)
@@ -588,3 +589,106 @@ def test_points_need_features_alone():
     probs.requires_grad_()
     dense_crf(probs=probs, pairwise=[term], **without_image()).square().sum().backward()
     assert bool(probs.grad.any())
+
+
+# --- threads ---
+
+
+@methods
+@pytest.mark.parametrize("colours", [1, 3])
+@pytest.mark.parametrize("matrix", [False, True])
+def test_gradients_of_parameters_have_the_same_bits_for_any_number_of_threads(
+    matrix, colours, method
+):
+    """Images so large that torch splits sums and products over the threads."""
+    size = (190, 180) if method == "lattice" else (60, 70)
+    img, logits = image(1, colours, *size), torch.randn(1, 4, *size)
+    compat = torch.randn(4, 4) if matrix else torch.tensor(3.0)
+    sigmas = [torch.tensor(3.0), torch.tensor(20.0), torch.tensor(13.0)]
+    weight = torch.randn(1, 4, *size)
+    found = []
+    before = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaves = [t.clone().requires_grad_() for t in (logits, compat, *sigmas)]
+        s, mu, sxy, sxy_bilateral, srgb = leaves
+        out = dense_crf(
+            img,
+            logits=s,
+            iterations=2,
+            sxy_gaussian=sxy,
+            compat_gaussian=mu,
+            sxy_bilateral=sxy_bilateral,
+            srgb=srgb,
+            compat_bilateral=mu,
+            method=method,
+        )
+        found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("size", [(200, 210), (1, 40000)])
+def test_exact_spatial_term_has_the_same_bits_for_any_number_of_threads(size):
+    logits, weight = torch.randn(1, 3, *size), torch.randn(1, 3, *size)
+    found = []
+    before = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        leaves = [logits.clone(), torch.tensor(3.0), torch.tensor([2.0, 3.0, 4.0])]
+        s, sxy, mu = leaves = [t.requires_grad_() for t in leaves]
+        method = "exact" if size[0] > 1 else "lattice"
+        out = dense_crf(
+            None,
+            logits=s,
+            iterations=2,
+            sxy_gaussian=sxy,
+            compat_gaussian=mu,
+            compat_bilateral=None,
+            method=method,
+        )
+        found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (3, 700, 5), (64, 256, 32), (70, 300, 33), (200, 3, 90)]
+)
+def test_product(sizes, dtype):
+    rows, inner, cols = sizes
+    a, b = torch.randn(inner, rows, dtype=dtype).T, torch.randn(rows, inner, dtype=dtype)
+    c = torch.randn(inner, 2 * cols, dtype=dtype)[:, ::2]
+    eps = torch.finfo(dtype).eps
+    for left in (a, b):
+        exact = left.double() @ c.double()
+        bound = 300 * eps * (left.double().abs() @ c.double().abs())
+        assert bool(((product(left, c) - exact).abs() <= bound).all())
+    small = [t[:4, :5].double().clone().requires_grad_() for t in (b, c[:5])]
+    if inner >= 5:
+        assert torch.autograd.gradcheck(product, small, check_forward_ad=True)
+        assert torch.autograd.gradgradcheck(product, small)
+
+
+def test_empty_calls_have_gradients():
+    values, points = (
+        torch.zeros(0, 2, 5, requires_grad=True),
+        torch.zeros(0, 3, 5, requires_grad=True),
+    )
+    queries = torch.zeros(0, 3, 4, requires_grad=True)
+    leaves = [values, points, queries]
+    out = segkernels.gaussian_filter(values, points, query_features=queries)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape
+    out = permutohedral_filter(values, points)
+    assert len(torch.autograd.grad(out.sum(), leaves[:2])) == 2
+    sigma, mu = torch.tensor(3.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
+    probs = torch.rand(1, 2, *SIZE)
+    for method in METHODS:
+        out = dense_crf(
+            image(1, 3, *SIZE), probs, iterations=0, srgb=sigma, compat_bilateral=mu, method=method
+        )
+        assert [float(g) for g in torch.autograd.grad(out.sum(), (sigma, mu))] == [0, 0]

@@ -390,6 +390,36 @@ def test_gradcheck_of_queries(normalization, device):
     )
 
 
+@pytest.mark.parametrize("normalization", ["symmetric", "before", "after"])
+@pytest.mark.parametrize("far", [11.0, 11.5, 11.7])
+def test_gradients_at_queries_far_from_all_points(far, normalization, device):
+    """A query, and a point, at almost the distance where sums of weights count as 0."""
+    values = torch.tensor([[1.0], [2.0], [3.0]], device=device)
+    points = torch.tensor([[0.0], [1.0], [-far]], device=device)
+    queries = torch.tensor([[0.5], [1 + far]], device=device)
+    found = []
+    for function, dtype in (
+        (gaussian_filter, torch.float32),
+        (reference.gaussian_filter, torch.float64),
+    ):
+        leaves = [t.to(dtype).requires_grad_() for t in (values, points, queries)]
+        out = function(*leaves[:2], query_features=leaves[2], normalization=normalization)
+        weight = torch.tensor([[1.0], [2.0]], dtype=dtype, device=device)
+        found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-6)
+
+
+def test_the_gradient_of_the_report():
+    points = torch.tensor([[0.0], [1.0]], requires_grad=True)
+    queries = torch.tensor([[0.5], [12.0]], requires_grad=True)
+    values = torch.tensor([[1.0], [2.0]])
+    out = gaussian_filter(values, points, query_features=queries, normalization="symmetric")
+    out.sum().backward()
+    torch.testing.assert_close(points.grad.flatten(), torch.full((2,), -0.0883883))
+    torch.testing.assert_close(queries.grad.flatten(), torch.tensor([0.1767767, -8.5335e-13]))
+
+
 def test_gradients_of_nan_values(device):
     features, values = normal(1, 2, 70).to(device), normal(1, 2, 70).to(device)
     values[0, 1, 3] = float("nan")
