@@ -407,7 +407,8 @@ def test_gradients_at_queries_far_from_all_points(far, normalization, device):
         weight = torch.tensor([[1.0], [2.0]], dtype=dtype, device=device)
         found.append([out.detach(), *torch.autograd.grad((out * weight).sum(), leaves)])
     for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=1e-6)
+        # Half an ulp of a value of 3, times a distance of 13, cancels in float32.
+        torch.testing.assert_close(got.double(), want, rtol=2e-3, atol=5e-6)
 
 
 def test_the_gradient_of_the_report():

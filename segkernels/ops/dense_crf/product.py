@@ -45,6 +45,11 @@ class _Product(torch.autograd.Function):
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Multiply matrices (M, K) and (K, N) in float32 or float64, in their dtype."""
+    if a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        raise ValueError(
+            f"dense_crf: matrices must fit, got {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} "
+            f"{b.dtype}"
+        )
     if a.is_cpu and not needs_dispatcher(a, b):
         out: torch.Tensor = _Product.apply(a, b)
         return out
