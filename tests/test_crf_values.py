@@ -10,17 +10,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from emulation import ON_CUDA
+from emulation import DEVICES, EMULATED, ON_CUDA
 from lattice_points import raised_by_check, raises_in_call
 
 import segkernels
-from segkernels import DenseCRF, PairwiseTerm, dense_crf, permutohedral_filter
+from segkernels import DenseCRF, PairwiseTerm, _native, dense_crf, permutohedral_filter
 from segkernels.ops.dense_crf.product import product
 from segkernels.ops.dense_crf.reference import mean_field as reference
 
 SIZE = (9, 11)
 METHODS = ("lattice", "exact")
 methods = pytest.mark.parametrize("method", METHODS)
+# The emulation has no Triton, which filters float32 for "exact".
+_CASES = [
+    *(("lattice", device) for device in DEVICES),
+    *(("exact", device) for device in DEVICES if device is not EMULATED),
+]
+methods_and_devices = pytest.mark.parametrize(
+    ("method", "device"),
+    [
+        pytest.param(method, *d.values, marks=d.marks, id=f"{method}-{d.id or d.values[0]}")
+        if hasattr(d, "marks")
+        else pytest.param(method, d, id=f"{method}-{d}")
+        for method, d in _CASES
+    ],
+    indirect=["device"],
+)
 INF = float("inf")
 
 
@@ -51,7 +66,7 @@ def one_class(kind: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return scores, torch.cat([torch.zeros_like(p), scores], dim=1)
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("kind", ["probs", "logits", "unary"])
 def test_one_class_equals_two(kind, method, device):
     img = image(2, 3, *SIZE).to(device)
@@ -75,7 +90,7 @@ def test_kinds_of_one_class_agree(device):
     torch.testing.assert_close(dense_crf(img, unary=-logit), want, rtol=0, atol=1e-12)
 
 
-@methods
+@methods_and_devices
 def test_shapes_of_one_class(method, device):
     img, p = image(1, 3, *SIZE).to(device), one_class("probs", 1, *SIZE)[0].to(device)
     want = dense_crf(img, torch.cat([1 - p, p], dim=1), method=method)[0, 1]
@@ -84,7 +99,7 @@ def test_shapes_of_one_class(method, device):
             got = dense_crf(one, p.view(shape), method=method)
             assert got.shape == shape
             assert torch.equal(got.view(SIZE), want)
-    if device.type == "cpu":
+    if not _native.on_cuda(device):
         for array in (img[0].permute(1, 2, 0).numpy(), img.permute(0, 2, 3, 1).numpy()):
             got = dense_crf(array, p.view(SIZE).numpy(), method=method)
             assert np.array_equal(got, want.numpy())
@@ -98,7 +113,7 @@ def test_shapes_of_one_class(method, device):
         dense_crf(image(2, 3, *SIZE), torch.rand(2, *SIZE))
 
 
-@methods
+@methods_and_devices
 def test_one_class_that_is_certain_everywhere(method, device):
     """A softmax over one channel is 1 everywhere, and so is the result."""
     img = image(2, 3, *SIZE).to(device)
@@ -115,7 +130,7 @@ def test_one_class_that_is_certain_everywhere(method, device):
     assert bool((dense_crf(img, ones, method=method)[0] != 1).any())
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("kind", ["probs", "logits", "unary"])
 def test_gradients_of_one_class(kind, method, device):
     img, scores = image(1, 3, 4, 5).to(device), one_class(kind, 1, 4, 5)[0].to(device)
@@ -165,7 +180,7 @@ def test_impossible_class_equals_pydensecrf():
         assert bool((logs[2] == -INF).all())
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("channels", [2, 3, 8, 21])
 def test_impossible_classes_equal_very_improbable_ones(channels, dtype, method, device):
@@ -185,7 +200,7 @@ def test_impossible_classes_equal_very_improbable_ones(channels, dtype, method, 
     assert torch.equal(minus, got)
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("log", [False, True])
 def test_gradients_with_impossible_classes(log, method, device):
     img = image(1, 3, *SIZE).to(device)
@@ -223,7 +238,7 @@ def test_gradient_at_infinite_scores_is_zero_even_if_asked_for():
         assert bool(scores.grad.isfinite().all())
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("kind", ["logits", "unary"])
 def test_what_stays_invalid(kind, method, device):
     sign = 1 if kind == "logits" else -1
@@ -235,7 +250,7 @@ def test_what_stays_invalid(kind, method, device):
     ):
         scores = torch.zeros(2, 4, *SIZE).to(device)
         scores[place] = values
-        if device.type == "cpu":
+        if not _native.on_cuda(device):
             with pytest.raises(ValueError, match=re.escape(message)):
                 dense_crf(img, **{kind: scores}, method=method)
             continue
@@ -247,7 +262,7 @@ def test_what_stays_invalid(kind, method, device):
         assert torch.equal(got.isnan().any(1).cpu(), bad)
 
 
-@methods
+@methods_and_devices
 def test_large_scores_do_not_lose_precision(method, device):
     img = image(1, 3, *SIZE).to(device)
     unary = (torch.randint(0, 4096, (1, 5, *SIZE)) / 1024).to(device)  # exact after the shift
@@ -264,7 +279,7 @@ def test_large_scores_do_not_lose_precision(method, device):
 # --- clipping ---
 
 
-@methods
+@methods_and_devices
 def test_probabilities_a_little_outside_are_clipped_silently(method, device, recwarn):
     img, probs = image(2, 3, *SIZE).to(device), probabilities(2, 4, *SIZE)
     for dtype in (torch.float16, torch.float32, torch.float64):
@@ -319,12 +334,13 @@ def test_clipping_on_cuda_warns_in_check(device):
     assert got.isnan().any(1).nonzero().tolist() == [[0, 7, 4]]
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("value", [1.51, -0.51, 255.0])
 def test_probabilities_far_outside_raise(value, method, device):
     img, probs = image(2, 3, *SIZE).to(device), probabilities(2, 4, *SIZE).to(device)
     probs[0, 3, 7, 4], probs[1, 2:, 0, :3], probs[0, 0, 0, 0] = value, value, 1.2
-    where = rf"{value:g} at \[0, 3, 7, 4\] \(and 6 more\)" if device.type == "cpu" else "values out"
+    where = rf"{value:g} at \[0, 3, 7, 4\] \(and 6 more\)"
+    where = "values outside" if _native.on_cuda(device) else where
     with raises_in_call(f"dense_crf: probs must be from 0 to 1, got {where}"):
         dense_crf(img, probs, method=method)
 
@@ -545,7 +561,7 @@ def test_terms_over_arrays(device):
 # --- points without a grid ---
 
 
-@methods
+@methods_and_devices
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_points(channels, method, device):
     generator = torch.Generator().manual_seed(0)
@@ -566,7 +582,7 @@ def test_points(channels, method, device):
         method,
     )[0].T
     torch.testing.assert_close(got.cpu(), want[:, -channels:], rtol=0, atol=1e-9)
-    if device.type == "cpu":
+    if not _native.on_cuda(device):
         array = dense_crf(
             probs=probs.numpy(),
             pairwise=[PairwiseTerm(features.numpy(), 3.0)],

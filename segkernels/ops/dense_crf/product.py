@@ -50,7 +50,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             f"dense_crf: matrices must fit, got {tuple(a.shape)} {a.dtype} and {tuple(b.shape)} "
             f"{b.dtype}"
         )
-    if a.is_cpu and not needs_dispatcher(a, b):
+    if not _native.on_cuda(a.device) and not needs_dispatcher(a, b):
         out: torch.Tensor = _Product.apply(a, b)
         return out
     # Autocast would compute the product in half precision. It does not accept "meta".
