@@ -1413,7 +1413,12 @@ def dense_crf(draw: Draw) -> Case:
             t, image, names, terms, spatial, kind, normalization, iterations, log, method
         )
 
-    bounds = by_perturbation(draw, reference, inputs, wanted, compute, method, reference_dtype)
+    # dq/dp is up to 1 / sum(p).
+    sums = scores.clamp(1e-5, 1).sum(dim=-1 - len(spatial)) if kind == "probs" else torch.ones(1)
+    slope = max(1.0, 1 / float(sums.min()))
+    bounds = by_perturbation(
+        draw, reference, inputs, wanted, compute, method, reference_dtype, slope
+    )
     return Case(
         call=call,
         reference=reference,
@@ -1491,12 +1496,14 @@ def by_perturbation(
     compute: torch.dtype,
     method: str,
     reference_dtype: torch.dtype,
+    slope: float = 1.0,
 ) -> Callable[[Outputs | None], list[Bound]]:
     """Bounds from the change of the result when scores and compatibilities change by some units.
 
     Mean field may amplify rounding errors with every iteration, by a factor that depends on the
     call, so this measures it. For exact filters in float32 the reference runs in float32 too. On
     the lattice the features stay as they are, because a change would choose other simplices.
+    `slope`: of the result with respect to the scores, at most.
     """
     amount = 32 * unit(compute)
     seed = draw.random.getrandbits(62)
@@ -1525,7 +1532,7 @@ def by_perturbation(
         found: list[Bound] = []
         for i, one in enumerate(first):
             change = max(largest(other[i] - one) for other in changes)
-            scale = largest(one) if cotangents is None else gradient_scale(one, cotangents)
+            scale = largest(one) if cotangents is None else slope * gradient_scale(one, cotangents)
             found.append(4 * change + 2 * amount * max(1.0, scale))
         return found
 
