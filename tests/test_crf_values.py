@@ -455,11 +455,14 @@ def test_what_shapes_forbid_takes_no_time_and_no_memory():
     blank = torch.zeros(1)
     large, probs = blank.expand(17, n, n), blank.expand(2, n, n)
     array = np.broadcast_to(np.zeros(1, np.uint8), (n, n, 17))
+    read_only = np.broadcast_to(np.zeros(1, np.float32), (2, n, n))
     term = PairwiseTerm(blank.expand(17, n, n), 1.0)
     begin = time.perf_counter()
     for match, call in (
         ("at most 16 features, got 19", lambda: dense_crf(large, probs)),
         ("at most 16 features, got 19", lambda: dense_crf(array, probs)),
+        ("at most 16 features, got 19", lambda: dense_crf(array, read_only)),
+        ("at most 16 features, got 19", lambda: dense_crf(array, logits=read_only[:, ::-1])),
         ("at most 16 features, got 19", lambda: dense_crf(large, probs, method="exact")),
         ("at most 16 features, got 17", lambda: dense_crf(large[:3], probs, pairwise=[term])),
         (r"must be at most 2\*\*30 .*got 1 \* 900000000 \* 6", lambda: dense_crf(large[:3], probs)),

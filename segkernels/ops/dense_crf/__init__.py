@@ -231,7 +231,7 @@ def infer(
     iterations = inputs.to_iterations(iterations, "dense_crf")
     inputs.check_choices(normalization, method, "dense_crf")
     check_max_vertices(max_vertices, "dense_crf")
-    tensor = inputs.to_scores(given[kind], kind)
+    tensor = inputs.check_scores(given[kind], kind)
     points = inputs.are_points(tensor, pairwise)
     if points and not (compat_gaussian is None and compat_bilateral is None):
         raise ValueError(
@@ -252,7 +252,6 @@ def infer(
         terms.append(_Term(len(spatial), compat, normalization, make))
     if compat_bilateral is not None:
         image = inputs.to_image(img, scores)
-        inputs.check_batch_axis(img, scores, tensor, kind)
         sxy = inputs.to_sigmas(sxy_bilateral, len(spatial), "sxy_bilateral", *options)
         sigmas = inputs.to_sigmas(srgb, image.shape[1], "srgb", *options)
         compat = inputs.to_compat(compat_bilateral, "compat_bilateral", channels, *options)
@@ -297,6 +296,10 @@ def infer(
         spatial=spatial,
         max_vertices=max_vertices,
     )
+    tensor = inputs.to_tensor(given[kind])
+    scores = inputs.batched(tensor, points)
+    if compat_bilateral is not None:
+        inputs.check_batch_axis(img, scores, tensor, kind)
     doubt = values.doubtful_kind(scores, kind)
     if doubt:
         _status.warn(f"dense_crf: {doubt}")

@@ -30,15 +30,17 @@ def check_choices(normalization: str, method: str, function: str) -> None:
     _arguments.check_choice(method, "method", get_args(Method), function)
 
 
-def to_scores(given: Any, kind: str) -> torch.Tensor:
-    """Check scores, a tensor or a numpy array, and return them as a tensor of the same shape.
+def check_scores(given: Any, kind: str) -> torch.Tensor:
+    """Check scores, a tensor or a numpy array; return a tensor of their shape, dtype and device.
 
-    `kind` is the name of the argument: "probs", "logits" or "unary".
+    `to_tensor` returns the values of an array, which may be a copy. `kind` is the name of the
+    argument: "probs", "logits" or "unary".
     """
     if isinstance(given, np.ndarray):
         if given.dtype.kind != "f" or given.dtype.itemsize > 8:
             raise TypeError(_dtype_error(kind, str(given.dtype)))
-        given = _arguments.from_numpy(given)
+        one = _arguments.from_numpy(np.zeros(1, given.dtype))
+        given = one.view((1,) * given.ndim).expand(given.shape)
     if not isinstance(given, torch.Tensor):
         raise TypeError(
             f"dense_crf: {kind} must be a torch tensor or a numpy array, got {type(given).__name__}"
@@ -54,6 +56,11 @@ def to_scores(given: Any, kind: str) -> torch.Tensor:
         raise ValueError(f"dense_crf: {kind} must not be empty, got shape {tuple(given.shape)}")
     _arguments.check_device(given)
     return given
+
+
+def to_tensor(given: Any) -> torch.Tensor:
+    """Return checked scores as a tensor."""
+    return _arguments.from_numpy(given) if isinstance(given, np.ndarray) else given
 
 
 def batched(scores: torch.Tensor, points: bool) -> torch.Tensor:
