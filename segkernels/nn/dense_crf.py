@@ -111,19 +111,9 @@ class DenseCRF(nn.Module):
         max_vertices: int | None = None,
     ) -> torch.Tensor:
         """Refine a batch; arguments and result as in `dense_crf`."""
-        given = {"probs": probs, "logits": logits, "unary": unary}
-        name, scores = next(((n, s) for n, s in given.items() if s is not None), ("", None))
-        if isinstance(scores, torch.Tensor) and scores.dim() >= 3:
-            channels = scores.shape[0 if scores.dim() == 3 else 1]
-            if channels not in (self.num_classes, max(2, self.num_classes)):
-                volume = "; a volume must have a batch axis, (1, C, D, H, W)"
-                raise ValueError(
-                    f"DenseCRF: {name} must have {self.num_classes} classes, got {channels} "
-                    f"(shape {tuple(scores.shape)}){volume if scores.dim() == 4 else ''}"
-                )
         refined: torch.Tensor = infer(
             img,
-            given,
+            {"probs": probs, "logits": logits, "unary": unary},
             iterations=self.iterations,
             sxy_gaussian=self.sigma("sxy_gaussian"),
             compat_gaussian=self.compat_gaussian,
@@ -135,6 +125,7 @@ class DenseCRF(nn.Module):
             log=log,
             method=self.method,
             max_vertices=max_vertices,
+            num_classes=self.num_classes,
             warn_of_unit=self._warn_of_unit,
         )
         return refined

@@ -177,6 +177,7 @@ def dense_crf(
         log=log,
         method=method,
         max_vertices=max_vertices,
+        num_classes=None,
         warn_of_unit=lambda doubt: _status.warn(f"dense_crf: {doubt}"),
     )
 
@@ -205,6 +206,7 @@ def infer(
     log: bool,
     method: Method,
     max_vertices: int | None,
+    num_classes: int | None,
     warn_of_unit: Callable[[str], None],
 ) -> Any:
     """Compute `dense_crf`, whose arguments these are.
@@ -214,6 +216,7 @@ def infer(
 
     Args:
         given: the scores by their names, all but one None.
+        num_classes: of the `DenseCRF` that calls.
         warn_of_unit: is called with a warning if `srgb` is in another unit than the image.
     """
     check_not_traced(
@@ -240,6 +243,12 @@ def infer(
         )
     scores = inputs.batched(tensor, points)
     batch, channels, spatial = scores.shape[0], scores.shape[1], tuple(scores.shape[2:])
+    if num_classes is not None and channels not in (num_classes, max(2, num_classes)):
+        volume = "; a volume must have a batch axis, (1, C, D, H, W)" if tensor.dim() == 4 else ""
+        raise ValueError(
+            f"DenseCRF: {kind} must have {num_classes} classes, got {channels} "
+            f"(shape {tuple(tensor.shape)}){volume}"
+        )
     options = _dtypes.compute_dtype(scores.dtype), scores.device
 
     terms: list[_Term] = []

@@ -145,8 +145,8 @@ def check_sigma(numbers: Sequence[Any], name: str, dtype: torch.dtype) -> None:
     """Raise ValueError unless the standard deviations are positive and finite in `dtype`."""
     info = torch.finfo(dtype)
     for number in numbers:
-        if not info.tiny <= float(number) <= info.max:
-            narrow = f" in {info.dtype}" if 0 < float(number) < math.inf else ""
+        if not info.tiny <= number <= info.max:
+            narrow = f" in {info.dtype}" if 0 < number < math.inf else ""
             raise ValueError(
                 f"dense_crf: {name} must be positive and finite{narrow}, got {number!r}"
             )
@@ -274,8 +274,8 @@ def to_compat(
     """Return a compatibility as a 0-d, (C,) or (C, C) tensor; for one class C may also be 2."""
     limit = math.sqrt(torch.finfo(dtype).max)  # so that sums of messages do not overflow
     if isinstance(value, (int, float)):
-        if not abs(float(value)) <= limit:
-            raise ValueError(_compat_error(name, float(value), limit, repr(value)))
+        if not abs(value) <= limit:
+            raise ValueError(_compat_error(name, value, limit, repr(value)))
         return torch.full((), float(value), dtype=dtype, device=device)
     if isinstance(value, torch.Tensor):
         compat = value
@@ -311,7 +311,7 @@ def for_two_classes(compat: torch.Tensor) -> torch.Tensor:
 
 
 def _compat_error(name: str, value: float, limit: float, got: str) -> str:
-    if math.isfinite(value):
+    if abs(value) < math.inf:
         return f"dense_crf: {name} must be from -{limit:.2g} to {limit:.2g}, got {got}"
     return f"dense_crf: {name} must be finite, got {got}"
 
