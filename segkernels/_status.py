@@ -153,6 +153,8 @@ def first_invalid(values: torch.Tensor, invalid: torch.Tensor) -> str:
     position = [int(i) for i in index]
     value = values[tuple(position)].item()
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if values.dim() == 0:
+        return text
     return f"{text} at {position}" + (f" (and {count - 1} more)" if count > 1 else "")
 
 

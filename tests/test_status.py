@@ -75,6 +75,17 @@ def test_each_status_raises_its_message(code):
     assert "{" not in text
 
 
+def test_first_invalid_value():
+    values = torch.zeros(2, 3, 4)
+    values[0, 2, 1] = 1.2
+    assert _status.first_invalid(values, values > 1) == "1.2 at [0, 2, 1]"
+    values[1] = float("nan")
+    assert _status.first_invalid(values, values != 0) == "1.2 at [0, 2, 1] (and 12 more)"
+    labels = torch.tensor([3, 2**40])
+    assert _status.first_invalid(labels, labels > 3) == "1099511627776 at [1]"
+    assert _status.first_invalid(torch.tensor(5.0), torch.tensor(True)) == "5"
+
+
 def test_all_set_statuses_are_reported():
     with (
         pytest.raises(_status.StatusError) as caught,
