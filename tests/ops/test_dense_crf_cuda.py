@@ -12,6 +12,8 @@ from emulation import ON_CUDA, capture, emulated
 from lattice_points import poisoned
 
 import segkernels
+from segkernels.ops.dense_crf import mean_field
+from segkernels.ops.dense_crf.native import Config
 
 on_cuda = pytest.mark.parametrize("device", ON_CUDA)
 
@@ -51,6 +53,16 @@ def test_without_cooperative_launches(classes: int) -> None:
         with emulated(cooperative=False):
             got = segkernels.dense_crf(img, probs, **how)
         torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.emulated
+def test_one_channel_without_cooperative_launches() -> None:
+    """`dense_crf` computes one class as two, but the operator takes rows of one channel too."""
+    config = Config("logits", ("symmetric",), 2, False, (7, 9))
+    tensors = torch.randn(1, 1, 63), [torch.rand(1, 2, 63)], [torch.randn(1, 1)]
+    with emulated(cooperative=False):
+        got = mean_field(*tensors, config)
+    assert torch.equal(got, torch.ones(1, 1, 63))
 
 
 @pytest.mark.emulated
