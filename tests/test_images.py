@@ -10,15 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from segkernels.cli import images
 from segkernels.cli.files import (
     PictureError,
     check_writable,
+    encode_picture,
     make_folder,
     picture_suffixes,
-    read_image,
-    save_picture,
-    write_atomically,
+    write_files,
 )
+
+
+def read_image(path):
+    return images.read_image(path).values
+
 
 RGB = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 GREY = np.arange(24, dtype=np.uint8).reshape(4, 6)
@@ -138,7 +143,7 @@ def animated(path):
 @pytest.mark.parametrize(
     ("name", "make", "message"),
     [
-        ("a.png", lambda p: p.write_text("hello"), "IMAGE .*a.png: not a picture that Pillow"),
+        ("a.png", lambda p: p.write_text("hello"), "IMAGE .*a.png: not a picture that can"),
         ("a.png", lambda p: p.write_bytes(b""), "not a picture"),
         ("a.png", broken, "IMAGE .*a.png: (cannot be read|not a picture)"),
         ("a.png", truncated, "IMAGE .*a.png: cannot be read .*"),
@@ -150,8 +155,8 @@ def animated(path):
         ("a.npy", lambda p: np.save(p, np.zeros(3)), r"\(H, W\) or \(H, W, n\), got float64 \(3,"),
         ("a.npy", lambda p: np.save(p, np.zeros((0, 3))), r"got float64 \(0, 3\)"),
         ("a.npy", lambda p: np.save(p, GREY > 3), "expected a numeric array"),
-        ("a.npy", lambda p: np.save(p, np.full((2, 2), np.nan)), "finite values, got NaN"),
-        ("a.npy", lambda p: np.save(p, np.full((2, 2), np.inf)), "finite values, got NaN"),
+        ("a.npy", lambda p: np.save(p, np.full((2, 2), np.nan)), "nodata or NaN only"),
+        ("a.npy", lambda p: np.save(p, np.full((2, 2), np.inf)), "finite values, got infinity"),
     ],
 )
 def test_invalid_files(tmp_path, name, make, message):
@@ -179,15 +184,15 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_write_atomically_replaces(tmp_path):
+def test_write_files_replaces(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
-    write_atomically(path, lambda file: file.write(b"new"))
+    write_files({path: b"new"})
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
+def test_write_files_keeps_the_old_file_if_writing_fails(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -196,22 +201,22 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(PictureError, match=r"a.bin: cannot be written \(No space left"):
-        write_atomically(path, fail)
+        write_files({path: fail})
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["a.bin"]
 
 
-def test_write_atomically_cleans_up_if_replacing_fails(tmp_path):
+def test_write_files_cleans_up_if_replacing_fails(tmp_path):
     (tmp_path / "folder" / "inside").mkdir(parents=True)
-    with pytest.raises(PictureError, match="cannot be written"):
-        write_atomically(tmp_path / "folder", lambda file: file.write(b"x"))
+    with pytest.raises(PictureError, match="expected a file, got a folder"):
+        write_files({tmp_path / "folder": b"x"})
     assert names(tmp_path) == ["folder"]
 
 
 def test_written_files_have_usual_permissions(tmp_path):
     umask = os.umask(0o027)
     try:
-        save_picture(tmp_path / "a.png", Image.fromarray(GREY))
+        write_files({tmp_path / "a.png": encode_picture(tmp_path / "a.png", Image.fromarray(GREY))})
     finally:
         os.umask(umask)
     assert stat.S_IMODE((tmp_path / "a.png").stat().st_mode) == 0o640
@@ -220,7 +225,9 @@ def test_written_files_have_usual_permissions(tmp_path):
 def test_symbolic_link_is_followed(tmp_path):
     (tmp_path / "real.png").write_bytes(b"")
     (tmp_path / "link.png").symlink_to(tmp_path / "real.png")
-    save_picture(tmp_path / "link.png", Image.fromarray(GREY))
+    write_files(
+        {tmp_path / "link.png": encode_picture(tmp_path / "link.png", Image.fromarray(GREY))}
+    )
     assert (tmp_path / "link.png").is_symlink()
     assert np.array_equal(np.array(Image.open(tmp_path / "real.png")), GREY)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import segkernels
-from segkernels.cli import app, refine
+from segkernels.cli import app, inference
 from segkernels.cli.demo import CLASSES, UNKNOWN, accuracy, mean_iou
 from segkernels.cli.demo import scene as demo_scene
 from segkernels.cli.refine import find_device
@@ -265,7 +265,7 @@ def test_sizes_differ(tmp_path, scene):
 
 def test_unreadable_files(tmp_path, scene):
     (tmp_path / "broken.png").write_text("no picture")
-    assert "not a picture that Pillow can read" in refine_error(tmp_path, "broken.png", "grey.png")
+    assert "not a picture that can be read" in refine_error(tmp_path, "broken.png", "grey.png")
     assert "LABELS" in refine_error(tmp_path, "image.png", "broken.png")
     printed = refine_error(tmp_path, "none.png", "grey.png", code=2)
     assert "does not exist" in printed
@@ -408,7 +408,7 @@ def test_unexpected_error_does_not_stop_the_others(tmp_path, scene, folders, mon
             raise KeyError("odd")
         return real(*arguments, **parameters)
 
-    monkeypatch.setattr(refine, "dense_crf", sometimes)
+    monkeypatch.setattr(inference, "dense_crf", sometimes)
     printed = run("refine", images, labels, "-o", tmp_path / "out", code=1)
     assert "KeyError: 'odd'" in printed
     assert len(os.listdir(tmp_path / "out")) == 2

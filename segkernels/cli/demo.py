@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,20 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 
-from segkernels.cli.files import check_writable, make_folder, save_picture, write_atomically
-from segkernels.cli.label_maps import write_labels
+from segkernels.cli.console import one_line_errors, say
+from segkernels.cli.files import check_writable, encode_picture, make_folder, write_files
+from segkernels.cli.inference import Options, load, refine_labels
+from segkernels.cli.label_maps import encode_labels
 from segkernels.cli.overlay import side_by_side
-from segkernels.cli.refine import (
-    Device,
-    Options,
-    find_device,
-    load,
-    one_line_errors,
-    refine_labels,
-)
+from segkernels.cli.refine import Device, find_device
 
 Labels = npt.NDArray[np.integer[Any]]
 
@@ -72,13 +64,11 @@ def command(
         image, rough, refined, overlay, exact = (out / name for name in _FILES)
         for path in (image, rough, refined, overlay, exact):
             check_writable(path, "-o")
-        for path in (image, rough, exact):
-            with open(_SCENE / path.name, "rb") as stored:
-                write_atomically(path, partial(shutil.copyfileobj, stored))
+        write_files({path: (_SCENE / path.name).read_bytes() for path in (image, rough, exact)})
         # The rest is `segkernels refine image.png labels.png -o refined.png`.
         photograph, before = load(image, rough, options)
         done = refine_labels(photograph, before, options)
-        write_labels(refined, done.after, before)
+        write_files({refined: encode_labels(refined, done.after, before)})
 
         truth, marked = scene("truth"), scene("labels")
         painted = marked != UNKNOWN
@@ -102,16 +92,16 @@ def command(
             f"{scores[0][2]:.1%} right",
         )
         picture = side_by_side(photograph, before, done.after, names=CLASSES, notes=notes)
-        save_picture(overlay, picture)
+        write_files({overlay: encode_picture(overlay, picture)})
 
-    table = Table("against the exact labels", "before", "after", box=None, pad_edge=False)
-    for name, was, now in scores:
-        table.add_row(name, f"{was:.2%}", f"{now:.2%}")
-    Console(highlight=False).print(table)
-    typer.echo(
-        f"(unknown pixels, {1 - painted.mean():.1%} of the picture, count as wrong before)\n"
-        f"{width}x{height} pixels, {len(CLASSES)} classes, {_ITERATIONS} iterations: "
-        f"{done.seconds * 1000:.0f} ms on {options.device}\n"
-        f"wrote {', '.join(path.name for path in (image, rough, refined, exact))} and\n"
-        f"{overlay.resolve()}: look at this one"
-    )
+        table = Table("against the exact labels", "before", "after", box=None, pad_edge=False)
+        for name, was, now in scores:
+            table.add_row(name, f"{was:.2%}", f"{now:.2%}")
+        say(table)
+        say(
+            f"(unknown pixels, {1 - painted.mean():.1%} of the picture, count as wrong before)\n"
+            f"{width}x{height} pixels, {len(CLASSES)} classes, {_ITERATIONS} iterations: "
+            f"{done.seconds * 1000:.0f} ms on {options.device}\n"
+            f"wrote {', '.join(path.name for path in (image, rough, refined, exact))} and\n"
+            f"{overlay.resolve()}: look at this one"
+        )

@@ -1,4 +1,4 @@
-"""Reads photographs and arrays, and writes files atomically.
+"""Opens pictures, reads arrays, and writes files atomically.
 
 A file that cannot be used raises `PictureError` with one line: the file, what was expected, what it
 holds.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,160 +20,226 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-Photograph = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
+
+# Others that Pillow knows run programs (EPS), draw (WMF), or hold no pictures of this kind.
+_FORMATS = (
+    "AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP",
+)  # fmt: skip
+# Twice Image.MAX_IMAGE_PIXELS, as Pillow itself has it.
+_PILLOW_LIMIT = 178_956_970
+ORIENTATION = 0x0112  # EXIF's tag
+SUBFILE = 254  # TIFF's tag NewSubfileType, and its bits
+REDUCED, MASK = 1, 4
 
 
 class PictureError(Exception):
     """A file cannot be used; the message is one line."""
 
 
-def picture_suffixes() -> frozenset[str]:
-    """File endings of pictures that Pillow can read, and of arrays."""
-    readable = {s for s, name in Image.registered_extensions().items() if name in Image.OPEN}
-    return frozenset(readable) | ARRAY_SUFFIXES
+class OptionError(PictureError):
+    """An option is missing or wrong; the message is one line."""
 
 
-def read_image(path: Path) -> Photograph:
-    """Read a photograph as an array (H, W, n), with n = 1 for grey and n = 3 for colour.
+@dataclass(frozen=True)
+class Reading:
+    """How the user wants pictures to be read.
 
-    The EXIF orientation is applied. Values are from 0 to 255 for every bit depth (uint8, or float32
-    for 16 bits a channel). The alpha channel is dropped; transparent pixels keep the file's colour.
-    Floating-point pictures and ``.npy`` / ``.npz`` arrays (H, W) or (H, W, n) become float32 and
-    keep their scale.
-
-    Raises:
-        PictureError: the file cannot be read, or is not a photograph as described.
+    Attributes:
+        ignore_exif: do not apply the EXIF orientation.
+        bits: of the values in pictures of 16 bits; None: all 16.
+        max_pixels: pictures with more are refused, before they are decoded.
     """
-    if path.suffix.lower() in ARRAY_SUFFIXES:
-        pixels = read_array(path, "IMAGE")
-        if pixels.dtype.kind not in "uif" or pixels.ndim not in (2, 3) or pixels.size == 0:
+
+    ignore_exif: bool = False
+    bits: int | None = None
+    max_pixels: int = _PILLOW_LIMIT
+
+    def check_pixels(self, size: tuple[int, int], where: str) -> None:
+        """Raise `PictureError`, which starts with `where`, for a picture that is too large."""
+        width, height = size
+        if width * height > self.max_pixels:
             raise PictureError(
-                f"IMAGE {path}: expected a numeric array (H, W) or (H, W, n), "
-                f"got {pixels.dtype} {pixels.shape}"
+                f"{where}: {width}x{height} is {width * height} pixels, more than --max-pixels "
+                f"{self.max_pixels} (a limit, because a small file can claim any size); pass a "
+                "larger one, or --tile for a large scene"
             )
-        photograph: Photograph = pixels.reshape(*pixels.shape[:2], -1)
-        if photograph.dtype != np.uint8:
-            photograph = photograph.astype(np.float32)
-    else:
-        photograph = _photograph(open_picture(path, "IMAGE"), path)
-    if not np.isfinite(photograph).all():
-        raise PictureError(f"IMAGE {path}: expected finite values, got NaN or infinity")
-    return photograph
 
 
-def _photograph(picture: Image.Image, path: Path) -> Photograph:
-    mode = picture.mode
-    if mode == "F":
-        return np.array(picture, np.float32)[..., None]
-    if mode.startswith("I"):
-        # 16-bit grey: "I;16" and its byte orders, or "I" from older releases of Pillow.
-        grey = np.array(picture)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise PictureError(
-                f"IMAGE {path}: expected 8 or 16 bits a channel, "
-                f"got values from {grey.min()} to {grey.max()}"
-            )
-        scaled: Photograph = grey.astype(np.float32)[..., None] / np.float32(257)
-        return scaled
-    if mode in ("1", "L", "LA"):
-        return np.array(picture.convert("L"))[..., None]
-    try:
-        return np.array(picture.convert("RGB"))
-    except ValueError as error:
-        raise PictureError(f"IMAGE {path}: Pillow's mode {mode} is not supported") from error
+@dataclass(frozen=True)
+class Opened:
+    """A decoded picture.
+
+    Attributes:
+        picture: upright, unless `Reading.ignore_exif`.
+        orientation: of EXIF, which has been applied; 1 if there was nothing to do.
+    """
+
+    picture: Image.Image
+    orientation: int = 1
 
 
-def open_picture(path: Path, role: str) -> Image.Image:
+def picture_formats() -> list[str]:
+    """The formats of pictures that are opened, among those that Pillow was built with."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def picture_suffixes() -> frozenset[str]:
+    """File endings of the pictures that are opened, and of arrays."""
+    formats = picture_formats()
+    suffixes = {s for s, name in Image.registered_extensions().items() if name in formats}
+    return frozenset(suffixes) | ARRAY_SUFFIXES
+
+
+def open_picture(path: Path, role: str, reading: Reading) -> Opened:
     """Decode the only picture in a file and apply its EXIF orientation.
 
     `role` (IMAGE, LABELS) starts the error messages.
     """
     try:
-        with Image.open(path) as opened:
-            frames = getattr(opened, "n_frames", 1)
+        with Image.open(path, formats=picture_formats()) as opened:
+            reading.check_pixels(opened.size, f"{role} {path}")
+            frames = _frames(opened)
             if frames != 1 and opened.format != "MPO":
                 # MPO is a phone's JPEG: the picture, then a preview.
                 raise PictureError(f"{role} {path}: expected one picture, got {frames} frames")
             opened.load()
-            picture = ImageOps.exif_transpose(opened)
-            picture.format = opened.format
-            return picture
+            orientation = 1 if reading.ignore_exif else _orientation(opened)
+            picture: Image.Image = opened
+            if orientation != 1:
+                picture = ImageOps.exif_transpose(opened)
+                picture.format = opened.format
+            return Opened(picture, orientation)
     except PictureError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"{role} {path}: not a picture that Pillow can read") from None
+        raise PictureError(
+            f"{role} {path}: not a picture that can be read ({', '.join(picture_formats())})"
+        ) from None
     except Exception as error:
         # Decoders raise many types: OSError, SyntaxError, struct.error, ValueError...
-        raise PictureError(f"{role} {path}: cannot be read ({_reason(error)})") from error
+        raise PictureError(f"{role} {path}: cannot be read ({reason(error)})") from error
+
+
+def _frames(opened: Image.Image) -> int:
+    """The number of pictures in a file, without the overviews of a TIFF."""
+    frames: int = getattr(opened, "n_frames", 1)
+    if frames == 1 or opened.format != "TIFF":
+        return frames
+    pictures = []
+    for frame in range(frames):
+        opened.seek(frame)
+        if not int(opened.tag_v2.get(SUBFILE, 0)) & REDUCED:  # type: ignore[attr-defined]
+            pictures.append(frame)
+    opened.seek(pictures[0] if pictures else 0)
+    return len(pictures)
+
+
+def _orientation(opened: Image.Image) -> int:
+    value = opened.getexif().get(ORIENTATION, 1)
+    return value if value in range(1, 9) else 1
+
+
+def upright(array: Any, orientation: int) -> Any:
+    """Apply an EXIF orientation to an array (H, W, ...), or to None."""
+    if array is None or orientation == 1:
+        return array
+    turned = array.swapaxes(0, 1) if orientation >= 5 else array
+    if orientation in (3, 4, 7, 8):
+        turned = turned[::-1]
+    if orientation in (2, 3, 6, 7):
+        turned = turned[:, ::-1]
+    return np.ascontiguousarray(turned)
+
+
+def read_arrays(path: Path, role: str) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays in a ``.npz`` file by name, or the one in a ``.npy`` file as "".
+
+    `role` starts the error messages.
+    """
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except Exception as error:
+        # OSError, ValueError, BadZipFile, zlib.error, MemoryError...
+        raise PictureError(
+            f"{role} {path}: not a readable numpy array ({reason(error)})"
+        ) from error
 
 
 def read_array(path: Path, role: str) -> npt.NDArray[Any]:
     """Read the only array in a ``.npy`` or ``.npz`` file; `role` starts the error messages."""
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded:
-            names = list(loaded.files)
-            if len(names) != 1:
-                raise PictureError(f"{role} {path}: expected one array, got {names}")
-            array: npt.NDArray[Any] = loaded[names[0]]
-            return array
-    except PictureError:
-        raise
-    except Exception as error:
-        # OSError, ValueError, BadZipFile, zlib.error...
-        raise PictureError(
-            f"{role} {path}: not a readable numpy array ({_reason(error)})"
-        ) from error
+    arrays = read_arrays(path, role)
+    if len(arrays) != 1:
+        raise PictureError(f"{role} {path}: expected one array, got {list(arrays)}")
+    (array,) = arrays.values()
+    return array
 
 
-def save_picture(path: Path, picture: Image.Image, **options: Any) -> None:
-    """Write a picture atomically, in the format of the path's ending."""
+def encode_picture(path: Path, picture: Image.Image, **options: Any) -> bytes:
+    """The file of a picture, in the format of the path's ending."""
     name = Image.registered_extensions()[path.suffix.lower()]
-    write_atomically(path, lambda file: picture.save(file, format=name, **options))
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a temporary file with `write`, then rename it to `path`."""
-    target = path.resolve()
-    # open() instead of tempfile, which would restrict the permissions.
-    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    buffer = io.BytesIO()
     try:
-        # Encoders seek, so they write to memory: a full disk then leaves no partial file.
-        buffer = io.BytesIO()
-        write(buffer)
-        with open(part, "xb") as file:
-            file.write(buffer.getbuffer())
-        os.replace(part, target)
+        picture.save(buffer, format=name, **options)
+    except Exception as error:
+        # Encoders raise many types, as decoders do.
+        raise PictureError(f"{path}: cannot be written ({reason(error)})") from error
+    return buffer.getvalue()
+
+
+def write_files(files: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) -> None:
+    """Write files, each as bytes or with a function that writes to an open file.
+
+    All are written under temporary names and then renamed: what was there before stays until all
+    are whole.
+
+    Raises:
+        PictureError: a file cannot be written, or would replace what is no regular file.
+    """
+    parts: dict[Path, Path] = {}
+    path = Path()
+    try:
+        for path, content in files.items():
+            target = resolve(path, "")
+            _check_kind(path, target, "")
+            # open() instead of tempfile, which would restrict the permissions.
+            part = target.with_name(f".{uuid.uuid4().hex}.part")
+            parts[part] = target
+            with open(part, "xb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+        for part, target in parts.items():
+            os.replace(part, target)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise PictureError(f"{path}: cannot be written ({_reason(error)})") from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        raise PictureError(f"{path}: cannot be written ({reason(error)})") from error
+    finally:
+        for part in parts:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 def check_writable(path: Path, option: str) -> None:
     """Raise `PictureError` before any work if a file could not be written; leave no trace."""
     try:
-        target = path.resolve()
-        if target.is_dir():
-            raise PictureError(f"{option} {path}: expected a file, got a folder")
+        target = resolve(path, f"{option} ")
+        _check_kind(path, target, f"{option} ")
         if not target.parent.is_dir():
             raise PictureError(f"{option} {path}: there is no folder {target.parent}")
-        with suppress(FileNotFoundError):
-            os.stat(target)  # the file system may reject the name
-            if not os.access(target, os.W_OK):
-                raise PictureError(f"{option} {path}: cannot be written (it is read-only)")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PictureError(f"{option} {path}: cannot be written (it is read-only)")
         probe = target.with_name(f".{uuid.uuid4().hex}.part")
         with open(probe, "xb"):
             pass
         probe.unlink()
     except OSError as error:
-        raise PictureError(f"{option} {path}: cannot be written ({_reason(error)})") from error
+        raise PictureError(f"{option} {path}: cannot be written ({reason(error)})") from error
 
 
 def make_folder(folder: Path, option: str) -> None:
@@ -179,11 +247,32 @@ def make_folder(folder: Path, option: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise PictureError(f"{option} {folder}: cannot be made ({_reason(error)})") from error
+        raise PictureError(f"{option} {folder}: cannot be made ({reason(error)})") from error
     check_writable(folder / "probe", option)
 
 
-def _reason(error: Exception) -> str:
+def resolve(path: Path, start: str) -> Path:
+    """The absolute path without links; `start` starts the error message."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise PictureError(f"{start}{path}: {reason(error)}") from error
+
+
+def _check_kind(path: Path, target: Path, start: str) -> None:
+    """Raise `PictureError` if `target` is anything but a regular file or nothing."""
+    try:
+        mode = os.stat(target).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        raise PictureError(f"{start}{path}: expected a file, got {kind}")
+
+
+def reason(error: BaseException) -> str:
+    """One line on an error, for a message."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).strip().split("\n")[0] or type(error).__name__

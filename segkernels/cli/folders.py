@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
+from typing import TypeVar
 
-from segkernels.cli.files import PictureError, picture_suffixes
+from segkernels.cli.files import PictureError, Reading, picture_suffixes, reason
+from segkernels.cli.label_maps import read_stored
+from segkernels.cli.unknown import Format, Meaning, Unknown, judge
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,26 +35,28 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One result without its arrays, for the summary; `doubt` is a warning or ""."""
+    """One result without its arrays, for the summary; `doubts` are warnings by their kind."""
 
     filled: int
     changed: int
     pixels: int
+    missing: int
     seconds: float
-    doubt: str
+    doubts: dict[str, str]
 
 
 @dataclass
 class Totals:
-    """Sums over all results; `failed` has a reason for each file name."""
+    """Sums over all results; `failed` has the names of files."""
 
     refined: int = 0
     filled: int = 0
     changed: int = 0
     pixels: int = 0
+    missing: int = 0
     crf_seconds: float = 0.0
-    doubted: bool = False
-    failed: dict[str, str] = field(default_factory=dict)
+    doubted: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
         """Count one more result."""
@@ -55,13 +64,18 @@ class Totals:
         self.filled += outcome.filled
         self.changed += outcome.changed
         self.pixels += outcome.pixels
+        self.missing += outcome.missing
         self.crf_seconds += outcome.seconds
+        self.doubted.update(outcome.doubts.keys())
 
 
 def pair_files(images: Path, labels: Path) -> Pairs:
     """Find photographs and label maps whose names differ only in the ending.
 
     Hidden files, folders, and files whose ending is neither a picture's nor an array's are skipped.
+
+    Raises:
+        PictureError: a folder cannot be listed.
     """
     photographs, maps = _by_stem(images), _by_stem(labels)
     pairs = Pairs()
@@ -84,10 +98,63 @@ def pair_files(images: Path, labels: Path) -> Pairs:
 def _by_stem(folder: Path) -> dict[str, list[Path]]:
     suffixes = picture_suffixes()
     files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file():
-            files.setdefault(path.stem, []).append(path)
-    return files
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                wanted = path.suffix.lower() in suffixes and not entry.name.startswith(".")
+                # A broken link is a file that fails.
+                if wanted and not _is_folder(entry):
+                    files.setdefault(path.stem, []).append(path)
+    except OSError as error:
+        raise PictureError(f"{folder}: cannot be listed ({reason(error)})") from error
+    return {stem: sorted(paths) for stem, paths in files.items()}
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def judge_folder(
+    jobs: list[tuple[Path, Path]],
+    folder: Path,
+    meaning: Meaning,
+    reading: Reading,
+    track: Callable[[Iterable[object]], Iterable[object]],
+) -> dict[Format, Unknown]:
+    """Decide on unknown pixels with the values of all label maps together, by format.
+
+    Label maps that cannot be read have no say: `process` reports them.
+
+    Raises:
+        OptionError: the user must say which pixels are unknown.
+    """
+    counts: dict[Format, Counter[int]] = {}
+    if meaning.unknown != ("auto",):
+        return {}
+
+    def look(labels: Path) -> tuple[Format, dict[int, int]] | None:
+        try:
+            stored = read_stored(labels, reading)
+        except Exception:
+            return None
+        exact = stored.ready is None and (not stored.lossy or meaning.num_classes is not None)
+        # A photograph among the labels has a million values, and will be refused.
+        return (stored.format, stored.counts) if exact and len(stored.counts) < 1 << 12 else None
+
+    with ThreadPoolExecutor(_workers()) as files:
+        for future in track(_in_order(files, look, [(labels,) for _, labels in jobs])):
+            assert isinstance(future, Future)
+            seen = future.result()
+            if seen is not None:
+                counts.setdefault(seen[0], Counter()).update(seen[1])
+    return {
+        format: judge(f"LABELS {folder}", format, dict(total), meaning, len(counts) == 1)
+        for format, total in counts.items()
+    }
 
 
 def process(
@@ -95,35 +162,76 @@ def process(
     work: Callable[[Path, Path, Executor], Outcome],
     complain: Callable[[str, str], None],
     totals: Totals,
-) -> Iterator[Path]:
+) -> Generator[Path, None, None]:
     """Run all jobs, count them in `totals`, and yield the label map of each finished one.
 
     `work(image, labels, one_thread)` runs on several threads, which read and write files. It
     submits what is parallel itself to `one_thread`. A bad file does not stop the others: `complain`
-    gets the kind of trouble and the text at once.
+    gets the kind of trouble and the text at once. An exception here (a signal) stops those that
+    have not begun their CRF; the others are finished and counted.
     """
-    with (
-        ThreadPoolExecutor(1) as one_thread,
-        ThreadPoolExecutor(min(4, (os.cpu_count() or 1) + 1)) as files,
-    ):
-        started = [(files.submit(work, *job, one_thread), job[1]) for job in jobs]
+
+    def report(image: Path, labels: Path) -> Outcome | str:
+        # An exception that left here would keep the arrays of its frames until it is reported.
         try:
-            for future, labels in started:
-                try:
-                    outcome = future.result()
-                except Exception as error:
-                    reason = str(error)
-                    if not isinstance(error, PictureError):
-                        reason = f"LABELS {labels}: {type(error).__name__}: {error}"
-                    totals.failed[labels.name] = reason
-                    complain("Error", reason)
-                else:
-                    totals.add(outcome)
-                    if outcome.doubt and not totals.doubted:
-                        # Once: the rest of a folder is probably the same.
-                        totals.doubted = True
-                        complain("Warning", outcome.doubt)
+            return work(image, labels, one_thread)
+        except BaseException as error:
+            if stopping.is_set():
+                raise CancelledError from None
+            if isinstance(error, PictureError):
+                return str(error)
+            return f"LABELS {labels}: {type(error).__name__}: {reason(error)}"
+
+    def count(result: Outcome | str, labels: Path) -> None:
+        if isinstance(result, str):
+            totals.failed.append(labels.name)
+            complain("Error", result)
+            return
+        for kind, text in result.doubts.items():
+            # Once: the rest of a folder is probably the same.
+            if not totals.doubted[kind]:
+                complain("Warning", text)
+        totals.add(result)
+
+    stopping = Event()
+    waiting: deque[Future[Outcome | str]] = deque()
+    names = iter([labels for _, labels in jobs])
+    with ThreadPoolExecutor(1) as one_thread, ThreadPoolExecutor(_workers()) as files:
+        try:
+            for future in _in_order(files, report, jobs, waiting):
+                labels = next(names)
+                count(future.result(), labels)
                 yield labels
         except BaseException:
-            files.shutdown(wait=False, cancel_futures=True)
+            stopping.set()
+            one_thread.shutdown(wait=False, cancel_futures=True)
+            files.shutdown(wait=True, cancel_futures=True)
+            for future, labels in zip(waiting, names, strict=False):
+                if not future.cancelled() and future.exception() is None:
+                    count(future.result(), labels)
             raise
+
+
+def _in_order(
+    executor: Executor,
+    work: Callable[..., T],
+    jobs: Iterable[tuple[Path, ...]],
+    waiting: deque[Future[T]] | None = None,
+) -> Iterator[Future[T]]:
+    """Run jobs and yield their finished futures in order; few are in memory at any time.
+
+    `waiting` holds those that are not yielded yet.
+    """
+    waiting = deque() if waiting is None else waiting
+    for job in jobs:
+        waiting.append(executor.submit(work, *job))
+        if len(waiting) >= 2 * _workers():
+            waiting[0].exception()  # waits
+            yield waiting.popleft()
+    while waiting:
+        waiting[0].exception()
+        yield waiting.popleft()
+
+
+def _workers() -> int:
+    return min(4, (os.cpu_count() or 1) + 1)

@@ -1,67 +1,51 @@
 """Reads label maps, and writes refined ones in the same format.
 
 Labels are palette pictures (PASCAL VOC), colour pictures (annotations painted by hand), greyscale
-pictures of indices, and numpy arrays of labels or of a network's probabilities. All become a
-`LabelMap`, which records the format.
+pictures of indices, and numpy arrays of labels or of a network's probabilities. Reading takes two
+steps: `read_stored` reads what a file holds, and `Stored.label_map` says which of its values are
+classes and which mark unknown pixels. Between them `judge` decides on the values of all the maps in
+a folder together, for one map may lack what the others show.
 """
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageColor
+from PIL import Image
 
 from segkernels.cli.files import (
     ARRAY_SUFFIXES,
+    OptionError,
     PictureError,
+    Reading,
+    encode_picture,
     open_picture,
-    read_array,
-    save_picture,
+    read_arrays,
 )
+from segkernels.cli.images import read_bands
+from segkernels.cli.palettes import Colour, Palette
+from segkernels.cli.unknown import BLACK, LARGEST_INDEX, Format, Kind, Meaning, Unknown, judge, rgb
 
-Colour = tuple[int, int, int]
 Positions = npt.NDArray[np.int32]
 
 # Lossless formats that a label map can be written in.
 LABEL_OUTPUTS = (".png", ".tif", ".tiff")
 
 _LOSSY_FORMATS = frozenset({"JPEG", "MPO", "JPEG2000"})
-_LARGEST_INDEX = 65535  # of a 16-bit picture
 # A map with more values is a photograph or a lossy copy, unless num_classes is given.
 _MOST_VALUES = 256
 # A map with more values whose rarer half covers few pixels (_RARE_SHARE) was resampled.
 _MANY_VALUES = 40
 _RARE_SHARE = 0.01
-_BLACK = (0, 0, 0)
-_PASCAL_VOC_START = (0, 0, 0, 128, 0, 0, 0, 128, 0)
 _PROBABILITY_SLACK = 1e-3
-
-
-@dataclass(frozen=True)
-class Meaning:
-    """How the user wants label maps to be read.
-
-    Attributes:
-        unknown: the values of unlabelled pixels: indices, colours (a CSS name or ``#rrggbb``), or
-            "none". "auto" is, if the map uses it: black in a colour picture; index 255, or else
-            black, in a palette picture, except in PASCAL VOC's palette, where black is a class; 255
-            (65535 in 16 bits) in a greyscale picture; 255 and -1 in an array. Pixels less than half
-            opaque are always unknown.
-        num_classes: the number of classes. Default: the classes that the map uses.
-        alone: whether this is the only map. Then "auto" reads a map of two values as a mask, in
-            which both are classes. Among many maps such a map may lack the other classes, so there
-            it is an error.
-    """
-
-    unknown: tuple[str, ...] = ("auto",)
-    num_classes: int | None = None
-    alone: bool = True
+_BLOCK = 1 << 22  # pixels that are worked on at a time, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -76,22 +60,32 @@ class LabelMap:
         colours: (len(keys), 3) uint8, colours to draw the classes with.
         num_classes: the number of classes for the CRF; at least len(keys).
         unknown: a description of the values that were read as unknown.
-        probs: (C, H, W) float32 if `kind` is "probabilities".
+        indices: the class index of each key; None for colours without a palette.
+        void: the value in the file of a pixel without a class; None for a transparent one.
+        doubt: a warning, or "".
+        probs: float32, (C, H, W), or the foreground (1, H, W) of two classes.
+        foreground_shape: of the array that held the foreground; else None.
         mode: Pillow's mode of the picture, or of one that can hold the array's indices.
         palette: of a palette picture.
+        orientation: of EXIF, if it was applied; else 1.
         save_options: for Pillow.
     """
 
     path: Path
-    kind: Literal["palette", "colour", "index", "probabilities"]
+    kind: Kind
     positions: Positions
     keys: tuple[int, ...] | tuple[Colour, ...]
     colours: npt.NDArray[np.uint8]
     num_classes: int
     unknown: str
+    indices: tuple[int, ...] | None
+    void: int | Colour | None
+    doubt: str = ""
     probs: npt.NDArray[np.float32] | None = None
+    foreground_shape: tuple[int, ...] | None = None
     mode: str = "L"
     palette: tuple[int, ...] = ()
+    orientation: int = 1
     save_options: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,50 +95,248 @@ class LabelMap:
         return width, height
 
 
-def read_labels(path: Path, meaning: Meaning | None = None) -> LabelMap:
+@dataclass(frozen=True)
+class Stored:
+    """A label map as its file stores it.
+
+    Attributes:
+        path: the file.
+        format: how it represents classes.
+        values: (H, W) integers: indices, or colours 0xrrggbb.
+        counts: the number of pixels, at least half opaque, of each value; 0 for an index that only
+            transparent pixels have.
+        opaque: (H, W); None: everywhere.
+        mode, orientation, save_options: as in `LabelMap`.
+        lossy: the format of a picture whose values are not exact, or "".
+        ready: the map, if there is nothing to decide: probabilities. Then there are no values.
+    """
+
+    path: Path
+    format: Format
+    values: npt.NDArray[np.integer[Any]]
+    counts: dict[int, int]
+    opaque: npt.NDArray[np.bool_] | None = None
+    mode: str = "L"
+    orientation: int = 1
+    save_options: dict[str, Any] = field(default_factory=dict)
+    lossy: str = ""
+    ready: LabelMap | None = None
+
+    def label_map(self, meaning: Meaning, unknown: Unknown | None = None) -> LabelMap:
+        """The classes of this map.
+
+        Args:
+            meaning: as the user gave it.
+            unknown: what `judge` decided; None: it decides on this map alone.
+        """
+        if self.ready is not None:
+            self._check_ready(self.ready, meaning)
+            return self.ready
+        if self.lossy and meaning.num_classes is None:
+            raise PictureError(
+                f"LABELS {self.path}: {self.lossy} is lossy and invents colours along every edge; "
+                "save the labels as PNG (or pass --num-classes if the colours are still exact)"
+            )
+        if self.format.kind == "colour":
+            self._refuse_noise(meaning)
+        if unknown is None:
+            unknown = judge(f"LABELS {self.path}", self.format, self.counts, meaning)
+        if self.format.kind != "colour":
+            # After judge, which says more on a mask with grey levels.
+            self._refuse_noise(meaning)
+        if unknown.error:
+            raise PictureError(f"LABELS {self.path}: {unknown.error}")
+        used = sorted(self.counts)
+        dropped = unknown.values.intersection(used)
+        shown = [self.format.show(value) for value in sorted(dropped)]
+        words = ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "") or unknown.note or "none"
+        if len(dropped) == len(used):
+            raise PictureError(
+                f"LABELS {self.path}: expected labelled pixels, got unknown ones only ({words})"
+            )
+        classes = [value for value in used if value not in dropped]
+        if self.format.kind == "colour":
+            rest = self._colour_classes(classes, meaning)
+        else:
+            classes = self._index_classes(classes, unknown, words, meaning)
+            colours = distinct_colours(classes)
+            if self.format.kind == "palette":
+                colours = np.array([rgb(self.format.colour(i)) for i in classes], np.uint8)
+            rest = {
+                "keys": tuple(classes),
+                "indices": tuple(classes),
+                "colours": _named_colours(colours, classes, meaning.palette),
+                "num_classes": len(classes),
+            }
+        return LabelMap(
+            path=self.path,
+            kind="index" if self.format.kind == "array" else self.format.kind,
+            positions=self._positions(classes),
+            unknown=words,
+            void=self._void(classes, sorted(dropped)),
+            doubt=unknown.doubt,
+            mode=self.mode,
+            palette=self.format.palette,
+            orientation=self.orientation,
+            save_options=self.save_options,
+            **rest,
+        )
+
+    def _check_ready(self, ready: LabelMap, meaning: Meaning) -> None:
+        if meaning.unknown != ("auto",):
+            raise PictureError(
+                f"LABELS {self.path}: --unknown cannot name pixels in an array of probabilities; "
+                "an unknown pixel has equal ones"
+            )
+        if meaning.num_classes not in (None, ready.num_classes):
+            assert ready.probs is not None
+            raise PictureError(
+                f"LABELS {self.path}: expected probabilities of {meaning.num_classes} classes "
+                f"(C, H, W), got shape {ready.probs.shape}"
+            )
+
+    def _refuse_noise(self, meaning: Meaning) -> None:
+        """Raise for a photograph, and for a label map that was compressed or resized."""
+        what = "colours" if self.format.kind == "colour" else "values"
+        number = len(self.counts)
+        if meaning.num_classes is not None:
+            if self.format.kind == "colour" and number > meaning.num_classes + _MOST_VALUES:
+                # Checked before any work on single colours: a photograph has a million.
+                raise _too_many_colours(self.path, number, meaning.num_classes)
+            return
+        counts = np.sort(list(self.counts.values()))
+        if number > _MOST_VALUES:
+            found = f"{number} {what}"
+        elif number > _MANY_VALUES and counts[: number // 2].sum() < _RARE_SHARE * counts.sum():
+            found = f"{number} {what}, half of them on less than {_RARE_SHARE:.0%} of the pixels"
+        else:
+            return
+        raise PictureError(
+            f"LABELS {self.path}: expected a few {what}, one a class, got {found}: a photograph, "
+            "or labels saved as JPEG or resized with smoothing? Pass --num-classes if these are "
+            "classes"
+        )
+
+    def _colour_classes(self, classes: list[int], meaning: Meaning) -> dict[str, Any]:
+        indices = None
+        if meaning.palette is not None:
+            known = meaning.palette.indices
+            strange = [value for value in classes if rgb(value) not in known]
+            if strange:
+                value = max(strange, key=self.counts.__getitem__)
+                more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+                raise PictureError(
+                    f"LABELS {self.path}: expected colours of --palette {meaning.palette.name}, "
+                    f"got {self.format.show(value)} ({self.counts[value]} pixels){more}"
+                )
+            indices = tuple(known[rgb(value)] for value in classes)
+        if meaning.num_classes is not None and len(classes) > meaning.num_classes:
+            raise _too_many_colours(self.path, len(classes), meaning.num_classes)
+        keys = tuple(rgb(value) for value in classes)
+        return {
+            "keys": keys,
+            "indices": indices,
+            "colours": np.array(keys, np.uint8),
+            "num_classes": max(meaning.num_classes or 0, len(keys)),
+        }
+
+    def _index_classes(
+        self, used: list[int], unknown: Unknown, words: str, meaning: Meaning
+    ) -> list[int]:
+        """The indices of the classes: those that are used, or all of `Meaning.num_classes`."""
+        if meaning.num_classes is None:
+            if used[0] < 0:
+                raise PictureError(
+                    f"LABELS {self.path}: expected indices from 0, got {used[0]}; if it marks "
+                    f"unknown pixels, pass --unknown {used[0]}"
+                )
+            return used
+        count = meaning.num_classes
+        if self.format.kind == "palette" and count > 256:
+            raise OptionError(
+                f"LABELS {self.path}: expected at most 256 classes in a picture with a palette, "
+                f"got --num-classes {count}"
+            )
+        wrong = [index for index in used if not 0 <= index < count]
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise PictureError(
+                f"LABELS {self.path}: expected indices in [0, {count}) for the {count} classes "
+                f"given, got {wrong[0]}{more} (unknown: {words})"
+            )
+        return [index for index in range(count) if index not in unknown.values]
+
+    def _positions(self, classes: list[int]) -> Positions:
+        least, most = int(self.values.min()), int(self.values.max())
+        # Of 2^24 colours, calloc does not touch the pages of those that are absent.
+        table = np.zeros(most - least + 1, np.int16 if len(classes) < 32767 else np.int32)
+        for position, value in enumerate(classes):
+            if least <= value <= most:
+                table[value - least] = position + 1
+        positions = np.empty(self.values.shape, np.int32)
+        for rows in _blocks(self.values):
+            positions[rows] = table[self.values[rows].astype(np.int64) - least]
+        positions -= 1
+        if self.opaque is not None:
+            positions[~self.opaque] = -1
+            if not (positions >= 0).any():
+                raise PictureError(
+                    f"LABELS {self.path}: expected labelled pixels, got unknown ones only"
+                )
+        return positions
+
+    def _void(self, classes: list[int], dropped: list[int]) -> int | Colour | None:
+        """The value for pixels without a class: the map's own, or one that is no class."""
+        if self.format.kind == "colour":
+            value = dropped[0] if dropped else BLACK
+            return None if value in classes or self.opaque is not None else rgb(value)
+        for value in (*dropped, self.format.highest):
+            if value >= 0 and value not in classes:
+                return value
+        return _free_index(classes, self.format.highest)
+
+
+def read_labels(
+    path: Path, meaning: Meaning | None = None, reading: Reading | None = None
+) -> LabelMap:
     """Read a label map.
 
     Args:
         path: a palette picture (classes are its indices), a colour picture (its colours), a
             greyscale or 1-bit picture (its values), or ``.npy`` / ``.npz`` with integer labels
-            (H, W) or probabilities (C, H, W).
+            (H, W), probabilities (C, H, W), or the foreground's probability (H, W) or (1, H, W).
         meaning: which pixels are unknown, and the number of classes.
+        reading: of pictures.
 
     Raises:
         PictureError: the file cannot be read, or is not a label map as described.
     """
-    meaning = meaning or Meaning()
-    if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _from_array(path, read_array(path, "LABELS"), meaning)
-    picture = open_picture(path, "LABELS")
-    if picture.format in _LOSSY_FORMATS and meaning.num_classes is None:
-        raise PictureError(
-            f"LABELS {path}: {picture.format} is lossy and invents colours along every edge; save "
-            "the labels as PNG (or pass --num-classes if the colours are still exact)"
-        )
-    if picture.mode == "P":
-        return _from_palette(path, picture, meaning)
-    if picture.mode in ("1", "L", "LA") or picture.mode.startswith("I"):
-        return _from_grey(path, picture, meaning)
-    if picture.mode in ("RGB", "RGBA", "PA"):
-        return _from_colours(path, picture, meaning)
-    raise PictureError(
-        f"LABELS {path}: expected a palette, colour, greyscale or 1-bit picture, "
-        f"got Pillow's mode {picture.mode}"
-    )
+    return read_stored(path, reading or Reading()).label_map(meaning or Meaning())
 
 
-def write_labels(path: Path, positions: npt.NDArray[Any], like: LabelMap) -> None:
-    """Write `positions` (H, W), indices into ``like.keys``, in the format of `like`."""
-    dtype = {"1": np.bool_, "I": np.uint16}.get(like.mode[0], np.uint8)
-    keys = np.array(like.keys)
+def encode_labels(path: Path, positions: npt.NDArray[Any], like: LabelMap) -> bytes:
+    """The file of `positions` (H, W), indices into ``like.keys``, in the format of `like`.
+
+    -1 is a pixel without a class, and becomes ``like.void``.
+    """
+    none = positions < 0
+    void = like.void if none.any() else None
+    # The last one is position -1.
+    keys = np.array([*like.keys, like.keys[0] if void is None else void])
+    mode = like.mode
+    if like.kind != "colour":
+        if int(keys.max()) > 255 or mode[0] == "I":
+            mode = "I;16"
+        elif mode == "1" and int(keys.max()) > 1:
+            mode = "L"
+    dtype = {"1": np.bool_, "I;16": np.uint16}.get(mode, np.uint8)
     picture = Image.fromarray(keys.astype(dtype)[positions])
-    if like.kind == "palette":
+    if mode == "P":
         missing = 3 * (int(keys.max()) + 1) - len(like.palette)
         picture.putpalette((*like.palette, *[0] * missing))
-    elif like.mode in ("LA", "RGBA"):
-        picture.putalpha(255)
-    save_picture(path, picture, **like.save_options)
+    elif mode in ("LA", "RGBA") or (none.any() and like.void is None):
+        picture.putalpha(Image.fromarray(np.where(none, np.uint8(0), np.uint8(255))))
+    return encode_picture(path, picture, **like.save_options)
 
 
 def distinct_colours(classes: Iterable[int]) -> npt.NDArray[np.uint8]:
@@ -163,302 +355,203 @@ def distinct_colours(classes: Iterable[int]) -> npt.NDArray[np.uint8]:
 # --- file formats
 
 
-def _from_array(path: Path, values: npt.NDArray[Any], meaning: Meaning) -> LabelMap:
-    if values.size and values.dtype.kind == "f" and values.ndim == 3:
-        return _from_probabilities(path, values, meaning)
-    if not (values.size and values.dtype.kind in "uib" and values.ndim == 2):
-        raise PictureError(
-            f"LABELS {path}: expected float probabilities (C, H, W) or integer labels (H, W), "
-            f"got {values.dtype} {values.shape}"
-        )
-    indices = _Indices(path, values.astype(np.uint8) if values.dtype == np.bool_ else values)
-    keys, unknown = indices.classes(meaning, lambda used: {255, -1}, indices.named)
-    return indices.label_map(keys, unknown, mode="L" if max(keys) <= 255 else "I;16")
+def read_stored(path: Path, reading: Reading) -> Stored:
+    """Read what a file holds, without a decision on unknown pixels.
+
+    Raises:
+        PictureError: the file cannot be read, or cannot be a label map.
+    """
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        return _from_arrays(path, read_arrays(path, "LABELS"))
+    bands = read_bands(path, "LABELS", reading)
+    if bands is not None:
+        return _from_arrays(path, {"": bands[..., 0] if bands.shape[2] == 1 else bands})
+    opened = open_picture(path, "LABELS", reading)
+    picture = opened.picture
+    lossy = str(picture.format) if picture.format in _LOSSY_FORMATS else ""
+    rest: dict[str, Any] = {"orientation": opened.orientation, "lossy": lossy}
+    mode = picture.mode
+    if mode == "P":
+        # A transparent index is an ordinary class, and stays transparent.
+        options = {key: value for key, value in picture.info.items() if key == "transparency"}
+        format = Format("palette", palette=tuple(picture.getpalette("RGB") or ()))
+        return _indices(path, format, np.array(picture), mode="P", save_options=options, **rest)
+    if mode == "LA":
+        grey, alpha = np.moveaxis(np.array(picture), -1, 0)
+        return _indices(path, Format("index"), grey, alpha >= 128, mode=mode, **rest)
+    if mode in ("1", "L") or mode.startswith("I"):
+        values = np.array(picture)
+        format = Format("index", LARGEST_INDEX if mode.startswith("I") else 255)
+        values = values.astype(np.uint8) if mode == "1" else values
+        return _indices(path, format, values, mode=mode, **rest)
+    if mode in ("RGB", "RGBA", "PA"):
+        return _from_colours(path, picture, rest)
+    raise PictureError(
+        f"LABELS {path}: expected a palette, colour, greyscale or 1-bit picture, "
+        f"got Pillow's mode {mode}"
+    )
 
 
-def _from_probabilities(path: Path, values: npt.NDArray[Any], meaning: Meaning) -> LabelMap:
-    count = values.shape[0]
-    if meaning.unknown != ("auto",):
+def _indices(
+    path: Path,
+    format: Format,
+    values: npt.NDArray[Any],
+    opaque: npt.NDArray[np.bool_] | None = None,
+    **rest: Any,
+) -> Stored:
+    least, most = int(values.min()), int(values.max())
+    if least < -LARGEST_INDEX or most > LARGEST_INDEX:
         raise PictureError(
-            f"LABELS {path}: --unknown cannot name pixels in an array of probabilities; an unknown "
-            "pixel has equal ones"
+            f"LABELS {path}: expected indices from 0 to {LARGEST_INDEX}, "
+            f"got values from {least} to {most}"
         )
-    if meaning.num_classes not in (None, count):
+    tally = np.zeros(most - least + 1, np.int64)
+    present = np.zeros(most - least + 1, bool)
+    for rows in _blocks(values):
+        places = values[rows].astype(np.int64).ravel() - least
+        every = np.bincount(places, minlength=len(tally))
+        present |= every > 0
+        if opaque is not None:
+            every = np.bincount(places[opaque[rows].ravel()], minlength=len(tally))
+        tally += every
+    counts = {int(i) + least: int(tally[i]) for i in np.flatnonzero(present)}
+    if not tally.any():
+        raise PictureError(f"LABELS {path}: expected labelled pixels, got transparent ones only")
+    return Stored(path, format, values, counts, opaque, **rest)
+
+
+def _from_colours(path: Path, picture: Image.Image, rest: dict[str, Any]) -> Stored:
+    opaque = None
+    if picture.mode != "RGB":
+        opaque = np.array(picture.convert("RGBA").getchannel("A")) >= 128
+    rgb = np.asarray(picture.convert("RGB"))
+    codes = np.empty(rgb.shape[:2], np.int32)
+    counts: Counter[int] = Counter()
+    for rows in _blocks(codes):
+        wide = rgb[rows].astype(np.int32)
+        codes[rows] = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
+        seen = codes[rows] if opaque is None else codes[rows][opaque[rows]]
+        found, numbers = _tally(seen)
+        counts.update(dict(zip(found.tolist(), numbers.tolist(), strict=True)))
+    if not counts:
+        raise PictureError(f"LABELS {path}: expected labelled pixels, got transparent ones only")
+    mode = "RGB" if opaque is None else "RGBA"
+    return Stored(path, Format("colour"), codes, dict(counts), opaque, mode=mode, **rest)
+
+
+def _from_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> Stored:
+    """Labels or probabilities in an array, or the result of `segkernels refine -o out.npz`."""
+    keys: npt.NDArray[Any] | None = None
+    if "probs" in arrays and len(arrays) == 2:
+        keys = arrays.get("indices", arrays.get("colours"))
+    if keys is None and len(arrays) != 1:
+        raise PictureError(f"LABELS {path}: expected one array, got {list(arrays)}")
+    values = arrays["probs"] if keys is not None else next(iter(arrays.values()))
+    if values.size and values.dtype.kind == "f" and values.ndim in (2, 3):
+        ready = _from_probabilities(path, values, keys)
+        return Stored(path, Format("probabilities"), np.empty((0, 0), int), {}, ready=ready)
+    if not (values.size and values.dtype.kind in "uib" and values.ndim == 2 and keys is None):
         raise PictureError(
-            f"LABELS {path}: expected probabilities of {meaning.num_classes} classes (C, H, W), "
-            f"got shape {values.shape}"
+            f"LABELS {path}: expected float probabilities (C, H, W), those of the foreground "
+            f"(H, W), or integer labels (H, W), got {values.dtype} {values.shape}"
         )
-    if count > _LARGEST_INDEX + 1:
+    values = values.astype(np.uint8) if values.dtype == np.bool_ else values
+    mode = "L" if int(values.max()) <= 255 else "I;16"
+    return _indices(path, Format("array"), values, mode=mode)
+
+
+def _from_probabilities(
+    path: Path, values: npt.NDArray[Any], keys: npt.NDArray[Any] | None
+) -> LabelMap:
+    probs = np.ascontiguousarray(values if values.ndim == 3 else values[None], np.float32)
+    foreground = len(probs) == 1 and keys is None
+    count = 2 if foreground else len(probs)
+    if count > LARGEST_INDEX + 1:
         raise PictureError(f"LABELS {path}: expected at most 65536 classes, got {count}")
-    probs = np.ascontiguousarray(values, np.float32)
     least, most = float(probs.min()), float(probs.max())
     if not np.isfinite([least, most]).all():
         raise PictureError(f"LABELS {path}: expected finite probabilities, got NaN or infinity")
     if least < 0 or most > 1 + _PROBABILITY_SLACK:
+        cure = "a sigmoid first; labels need integers" if foreground else "a softmax first"
         raise PictureError(
             f"LABELS {path}: expected probabilities between 0 and 1, got values from {least:.6g} "
-            f"to {most:.6g} (logits need a softmax first)"
+            f"to {most:.6g} (logits need {cure})"
         )
+    indices: tuple[int, ...] | None = tuple(range(count))
+    colours = distinct_colours(range(count))
+    own: tuple[int, ...] | tuple[Colour, ...] = tuple(range(count))
+    if keys is not None:
+        if keys.dtype.kind not in "ui" or keys.shape not in ((count,), (count, 3)):
+            raise PictureError(
+                f"LABELS {path}: expected one index or colour for each of {count} classes, "
+                f"got {keys.dtype} {keys.shape}"
+            )
+        limit = LARGEST_INDEX if keys.ndim == 1 else 255
+        rows = keys.tolist()
+        if keys.min() < 0 or keys.max() > limit or len({str(row) for row in rows}) < count:
+            raise PictureError(
+                f"LABELS {path}: expected different indices from 0 to 65535, or colours"
+            )
+        if keys.ndim == 2:
+            own, indices, colours = tuple(map(tuple, rows)), None, keys.astype(np.uint8)
+        else:
+            own = indices = tuple(rows)
+            colours = distinct_colours(indices)
+    is_colour = indices is None
+    highest = 255 if is_colour else max(indices or (0,))
+    positions = (probs[0] > 0.5) if foreground else probs.argmax(axis=0)
     return LabelMap(
         path=path,
-        kind="probabilities",
-        positions=probs.argmax(axis=0).astype(np.int32),
-        keys=tuple(range(count)),
-        colours=distinct_colours(range(count)),
+        kind="colour" if is_colour else "probabilities",
+        positions=positions.astype(np.int32),
+        keys=own,
+        colours=colours,
         num_classes=count,
         unknown="none (probabilities)",
+        indices=indices,
+        void=None if is_colour else _free_index(range(highest + 1), 255),
         probs=np.minimum(probs, 1),
-        mode="L" if count <= 256 else "I;16",
+        foreground_shape=values.shape if foreground else None,
+        mode="RGB" if is_colour else "L" if highest <= 255 else "I;16",
     )
 
 
-def _from_grey(path: Path, picture: Image.Image, meaning: Meaning) -> LabelMap:
-    values = np.array(picture)
-    opaque = None
-    if picture.mode == "LA":
-        values, opaque = values[..., 0], values[..., 1] >= 128
-    indices = _Indices(path, values.astype(np.uint8) if picture.mode == "1" else values, opaque)
-    if meaning.num_classes is None:
-        _refuse_noise(path, indices.counts, "values")
-    highest = 65535 if picture.mode.startswith("I") else 255
-    keys, unknown = indices.classes(meaning, lambda used: {highest}, indices.named)
-    return indices.label_map(keys, unknown, mode=picture.mode)
+def _tally(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """The different codes and the number of each.
+
+    Labels are runs of one colour: sorting the runs is far faster than sorting the pixels.
+    """
+    flat = codes.ravel()
+    if not flat.size:
+        return flat, flat
+    starts = np.flatnonzero(np.r_[True, flat[1:] != flat[:-1]])
+    lengths = np.diff(np.r_[starts, flat.size])
+    found, runs = np.unique(flat[starts], return_inverse=True)
+    return found, np.bincount(runs, weights=lengths).astype(np.int64)
 
 
-def _from_palette(path: Path, picture: Image.Image, meaning: Meaning) -> LabelMap:
-    palette = tuple(picture.getpalette("RGB") or ())
-    indices = _Indices(path, np.array(picture))
-    shown = {index: _palette_colour(palette, index) for index in indices.used}
-
-    def automatic(used: Collection[int]) -> set[int]:
-        if 255 in used:
-            return {255}
-        if palette[: len(_PASCAL_VOC_START)] == _PASCAL_VOC_START:
-            return set()
-        return {index for index in used if shown[index] == _BLACK}
-
-    def named(word: str) -> set[int]:
-        if _is_integer(word):
-            return {int(word)}
-        colour = _colour(word)
-        return {index for index in indices.used if shown[index] == colour}
-
-    def show(index: Any) -> str:
-        return f"index {index} ({_name(_palette_colour(palette, index))})"
-
-    keys, unknown = indices.classes(meaning, automatic, named, show)
-    colours = np.array([_palette_colour(palette, key) for key in keys], np.uint8)
-    # A transparent index is an ordinary class, and stays transparent.
-    options = {key: value for key, value in picture.info.items() if key == "transparency"}
-    return indices.label_map(
-        keys,
-        unknown,
-        kind="palette",
-        mode="P",
-        colours=colours,
-        palette=palette,
-        save_options=options,
-    )
+def _free_index(taken: Collection[int], highest: int) -> int:
+    """The highest index up to `highest` that is no class; if all are, that of 16 bits."""
+    known = set(taken)
+    return next((index for index in range(highest, -1, -1) if index not in known), LARGEST_INDEX)
 
 
-def _from_colours(path: Path, picture: Image.Image, meaning: Meaning) -> LabelMap:
-    opaque = None
-    if picture.mode != "RGB":
-        opaque = np.array(picture.convert("RGBA").getchannel("A")) >= 128
-    rgb = picture.convert("RGB")
-    wide = np.asarray(rgb).astype(np.int32)
-    codes = wide[..., 0] << 16 | wide[..., 1] << 8 | wide[..., 2]
-    found, counts = _tally(path, rgb, codes, opaque, meaning)
-    if meaning.num_classes is None:
-        _refuse_noise(path, counts, "colours")
-    elif len(found) > meaning.num_classes + _MOST_VALUES:
-        # Checked before any work on single colours: a photograph has a million.
-        raise _too_many_colours(path, len(found), meaning.num_classes)
-    used = [(code >> 16, code >> 8 & 255, code & 255) for code in found.tolist()]
-
-    def named(word: str) -> set[Colour]:
-        if _is_integer(word):
-            raise PictureError(
-                f"LABELS {path}: --unknown takes a colour, such as black or #000000, for a colour "
-                f"label map, got {word!r}"
-            )
-        return {_colour(word)}
-
-    dropped, words = _split(path, used, meaning, lambda used: {_BLACK}, named)
-    keys = tuple(colour for colour in used if colour not in dropped)
-    if meaning.num_classes is not None and len(keys) > meaning.num_classes:
-        raise _too_many_colours(path, len(keys), meaning.num_classes)
-    # A table of all 2^24 colours: calloc does not touch the pages of absent ones.
-    table = np.zeros(1 << 24, np.int16 if len(keys) < 32767 else np.int32)
-    for position, (red, green, blue) in enumerate(keys):
-        table[red << 16 | green << 8 | blue] = position + 1
-    positions = table[codes].astype(np.int32) - 1
-    _forget_transparent(path, positions, opaque)
-    return LabelMap(
-        path=path,
-        kind="colour",
-        positions=positions,
-        keys=keys,
-        colours=np.array(keys, np.uint8),
-        num_classes=max(meaning.num_classes or 0, len(keys)),
-        unknown=words,
-        mode="RGB" if opaque is None else "RGBA",
-    )
+def _named_colours(
+    colours: npt.NDArray[np.uint8], classes: list[int], palette: Palette | None
+) -> npt.NDArray[np.uint8]:
+    """The colours of class indices, those of `palette` where it has them."""
+    if palette is None:
+        return colours
+    known = {index: colour for colour, index in palette.indices.items()}
+    own = zip(classes, colours.tolist(), strict=True)
+    return np.array([known.get(index, colour) for index, colour in own], np.uint8).reshape(-1, 3)
 
 
-def _tally(
-    path: Path,
-    rgb: Image.Image,
-    codes: npt.NDArray[np.int32],
-    opaque: npt.NDArray[np.bool_] | None,
-    meaning: Meaning,
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """The colours in the picture as ascending codes, and the number of pixels of each."""
-    if opaque is not None:
-        if not opaque.any():
-            raise PictureError(
-                f"LABELS {path}: expected labelled pixels, got transparent ones only"
-            )
-        return np.unique(codes[opaque], return_counts=True)
-    # Pillow counts up to a limit in one pass. Sorting all codes precedes an error only.
-    listed = rgb.getcolors((meaning.num_classes or 0) + _MOST_VALUES)
-    if listed is None:
-        return np.unique(codes, return_counts=True)
-    rows = np.array([(*colour, count) for count, colour in listed])  # type: ignore[misc]
-    found = rows[:, 0] << 16 | rows[:, 1] << 8 | rows[:, 2]
-    order = np.argsort(found)
-    return found[order], rows[order, 3]
-
-
-def _name(value: Any) -> str:
-    if not isinstance(value, tuple):
-        return f"index {value}"
-    return "black" if value == _BLACK else "#{:02x}{:02x}{:02x}".format(*value)
-
-
-class _Indices:
-    """A map whose pixel values are class indices."""
-
-    def __init__(
-        self, path: Path, values: npt.NDArray[Any], opaque: npt.NDArray[np.bool_] | None = None
-    ) -> None:
-        self.path, self.opaque = path, opaque
-        self.least, self.most = int(values.min()), int(values.max())
-        if self.least < -_LARGEST_INDEX or self.most > _LARGEST_INDEX:
-            raise PictureError(
-                f"LABELS {path}: expected indices from 0 to {_LARGEST_INDEX}, "
-                f"got values from {self.least} to {self.most}"
-            )
-        self.shifted = values.astype(np.int64) - self.least
-        tally = np.bincount(self.shifted.ravel())
-        places = np.flatnonzero(tally)
-        self.counts = tally[places]
-        self.used: list[int] = (places + self.least).tolist()
-
-    def named(self, word: str) -> set[int]:
-        if not _is_integer(word):
-            raise PictureError(
-                f"LABELS {self.path}: --unknown takes an index for labels without colours, "
-                f"got {word!r}"
-            )
-        return {int(word)}
-
-    def classes(
-        self,
-        meaning: Meaning,
-        automatic: Callable[[Collection[int]], set[int]],
-        named: Callable[[str], set[int]],
-        show: Callable[[Any], str] = _name,
-    ) -> tuple[tuple[int, ...], str]:
-        """The indices that are classes, and a description of the unknown ones."""
-        dropped, words = _split(self.path, self.used, meaning, automatic, named, show)
-        keys = [index for index in self.used if index not in dropped]
-        count = meaning.num_classes
-        if count is None:
-            if keys[0] < 0:
-                raise PictureError(
-                    f"LABELS {self.path}: expected indices from 0, got {keys[0]}; if it marks "
-                    f"unknown pixels, pass --unknown {keys[0]}"
-                )
-            return tuple(keys), words
-        wrong = [index for index in keys if not 0 <= index < count]
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise PictureError(
-                f"LABELS {self.path}: expected indices in [0, {count}) for the {count} classes "
-                f"given, got {wrong[0]}{more} (unknown: {words})"
-            )
-        return tuple(index for index in range(count) if index not in dropped), words
-
-    def label_map(self, keys: tuple[int, ...], unknown: str, **rest: Any) -> LabelMap:
-        table = np.full(self.most - self.least + 1, -1, np.int32)
-        for position, index in enumerate(keys):
-            if self.least <= index <= self.most:
-                table[index - self.least] = position
-        positions = table[self.shifted]
-        _forget_transparent(self.path, positions, self.opaque)
-        defaults: dict[str, Any] = {"kind": "index", "colours": distinct_colours(keys)}
-        return LabelMap(
-            path=self.path,
-            positions=positions,
-            keys=keys,
-            num_classes=len(keys),
-            unknown=unknown,
-            **{**defaults, **rest},
-        )
-
-
-# --- unknown values, and pictures that are not label maps
-
-
-def _split(
-    path: Path,
-    used: list[Any],
-    meaning: Meaning,
-    automatic: Callable[[Collection[Any]], set[Any]],
-    named: Callable[[str], set[Any]],
-    show: Callable[[Any], str] = _name,
-) -> tuple[set[Any], str]:
-    """The values of unknown pixels, and a description of those that the map uses."""
-
-    def words(values: Collection[Any]) -> str:
-        shown = [show(value) for value in sorted(values)]
-        return ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "")
-
-    if meaning.unknown == ("auto",):
-        dropped = automatic(used) & set(used)
-        if dropped and len(used) == 2:
-            if meaning.alone:
-                return set(), f"none ({words(dropped)} is one of just two values, so a class)"
-            raise PictureError(
-                f"LABELS {path}: just one class beside {words(dropped)}, which marks unknown "
-                "pixels; pass --unknown none if that is a class, or --unknown with its value"
-            )
-    elif meaning.unknown == ("none",):
-        dropped = set()
-    else:
-        dropped = {value for word in meaning.unknown for value in named(word)}
-    if dropped.issuperset(used):
-        raise PictureError(
-            f"LABELS {path}: expected labelled pixels, got unknown ones only ({words(used)})"
-        )
-    return dropped, words(dropped & set(used)) or "none"
-
-
-def _refuse_noise(path: Path, counts: npt.NDArray[Any], what: str) -> None:
-    """Raise for a photograph, and for a label map that was compressed or resized."""
-    number = len(counts)
-    rare = np.sort(counts)[: number // 2].sum()
-    if number > _MOST_VALUES:
-        found = f"{number} {what}"
-    elif number > _MANY_VALUES and rare < _RARE_SHARE * counts.sum():
-        found = f"{number} {what}, half of them on less than {_RARE_SHARE:.0%} of the pixels"
-    else:
-        return
-    raise PictureError(
-        f"LABELS {path}: expected a few {what}, one a class, got {found}: a photograph, or labels "
-        "saved as JPEG or resized with smoothing? Pass --num-classes if these are classes"
-    )
+def _blocks(values: npt.NDArray[Any]) -> Iterator[slice]:
+    """Slices of rows that hold a bounded number of pixels."""
+    step = max(1, _BLOCK // max(values.shape[1], 1))
+    for start in range(0, values.shape[0], step):
+        yield slice(start, start + step)
 
 
 def _too_many_colours(path: Path, found: int, num_classes: int) -> PictureError:
@@ -466,32 +559,3 @@ def _too_many_colours(path: Path, found: int, num_classes: int) -> PictureError:
         f"LABELS {path}: expected at most {num_classes} colours for the {num_classes} classes "
         f"given, got {found} (labels saved as JPEG or resized with smoothing have more)"
     )
-
-
-def _forget_transparent(
-    path: Path, positions: Positions, opaque: npt.NDArray[np.bool_] | None
-) -> None:
-    if opaque is None:
-        return
-    positions[~opaque] = -1
-    if not (positions >= 0).any():
-        raise PictureError(f"LABELS {path}: expected labelled pixels, got unknown ones only")
-
-
-def _palette_colour(palette: tuple[int, ...], index: int) -> Colour:
-    colour = palette[3 * index : 3 * index + 3]
-    return (colour[0], colour[1], colour[2]) if len(colour) == 3 else _BLACK
-
-
-def _is_integer(word: str) -> bool:
-    return word.removeprefix("-").isdecimal()
-
-
-def _colour(word: str) -> Colour:
-    try:
-        colour = ImageColor.getrgb(word)
-    except ValueError:
-        raise PictureError(
-            f"--unknown: expected none, an index or a colour (black, #000000), got {word!r}"
-        ) from None
-    return colour[0], colour[1], colour[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from segkernels.cli.images import Photograph
 from segkernels.cli.label_maps import LabelMap, distinct_colours
 
 # Limits of a panel's longer side in pixels: edges must be visible, any viewer must open it.
@@ -22,7 +24,7 @@ _ALIKE = 110  # colours at a smaller distance look the same once blended
 
 
 def side_by_side(
-    photograph: npt.NDArray[Any],
+    photograph: Photograph,
     before: LabelMap,
     after: npt.NDArray[Any],
     *,
@@ -32,9 +34,9 @@ def side_by_side(
     """Draw image, labels before and labels after in a row, with titles.
 
     Args:
-        photograph: (H, W, n), as `files.read_image` returns it.
+        photograph: as `images.read_image` returns it.
         before: the labels before. Unknown pixels are dimmed and striped.
-        after: (H, W) positions in ``before.keys``.
+        after: (H, W) positions in ``before.keys``; -1, without data, is striped too.
         names: class names for a legend. Default: no legend.
         notes: a note beside each title.
     """
@@ -65,6 +67,7 @@ def side_by_side(
         left = _MARGIN + column * (size[0] + _GAP)
         base = _MARGIN + 20
         draw.text((left, base), name, _INK, title, anchor="ls")
+        note = os.fsencode(note).decode("utf-8", "replace")  # names of files may not be text
         room = size[0] - draw.textlength(name, title) - 12
         if note and draw.textlength(note, small) <= room:
             draw.text((left + size[0], base), note, _FAINT, small, anchor="rs")
@@ -74,16 +77,22 @@ def side_by_side(
     return page
 
 
-def _displayed(photograph: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def _displayed(photograph: Photograph) -> npt.NDArray[np.uint8]:
     """The photograph as (H, W, 3) uint8; other dtypes are stretched from minimum to maximum."""
-    channels = photograph if photograph.shape[2] in (1, 3) else photograph[..., :3]
+    # Of a large scene some rows and columns are enough.
+    step = max(1, max(photograph.values.shape[:2]) // (4 * _LARGEST))
+    channels: npt.NDArray[Any] = photograph.values[::step, ::step]
+    channels = channels if channels.shape[2] in (1, 3) else channels[..., :3]
     if channels.shape[2] != 3:
         channels = np.repeat(channels[..., :1], 3, axis=2)
     if channels.dtype == np.uint8:
         return np.ascontiguousarray(channels)
-    least, most = float(channels.min()), float(channels.max())
+    present = channels
+    if photograph.missing is not None and not photograph.missing[::step, ::step].all():
+        present = channels[~photograph.missing[::step, ::step]]
+    least, most = float(present.min()), float(present.max())
     stretched = (channels - least) * (255 / max(most - least, 1e-30))
-    return np.asarray(stretched.round(), np.uint8)
+    return np.asarray(stretched.clip(0, 255).round(), np.uint8)
 
 
 def _told_apart(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -4,87 +4,43 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import IO, Annotated, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import typer
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from segkernels import _native, _status
+from segkernels import _native
+from segkernels.cli.console import complain, error_console, one_line_errors, say
 from segkernels.cli.files import (
     PictureError,
+    Reading,
     check_writable,
+    encode_picture,
     make_folder,
-    read_image,
-    save_picture,
-    write_atomically,
+    resolve,
+    write_files,
 )
-from segkernels.cli.folders import Outcome, Pairs, Totals, pair_files, process
-from segkernels.cli.label_maps import LABEL_OUTPUTS, LabelMap, Meaning, read_labels, write_labels
+from segkernels.cli.folders import Outcome, Pairs, Totals, judge_folder, pair_files, process
+from segkernels.cli.inference import Options, Refined, Sigma, doubts, load, refine_labels
+from segkernels.cli.label_maps import LABEL_OUTPUTS, LabelMap, encode_labels
 from segkernels.cli.overlay import side_by_side
-from segkernels.ops.dense_crf import dense_crf, probs_from_labels
+from segkernels.cli.palettes import known_palettes, read_palette
+from segkernels.cli.unknown import LARGEST_INDEX, Format, Meaning, Unknown, check_unknown
 
-Sigma = float | tuple[float, ...]
-_SRGB = 13.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line says besides the files.
-
-    Attributes:
-        device: "cpu" or "cuda".
-        gt_prob: as in `segkernels.probs_from_labels`.
-        meaning: what the labels mean.
-        crf: keyword arguments of `segkernels.dense_crf`; the others have its defaults.
-    """
-
-    device: str = "cpu"
-    gt_prob: float = 0.7
-    meaning: Meaning = field(default_factory=Meaning)
-    crf: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Refined:
-    """One refined label map.
-
-    Attributes:
-        photograph: (H, W, n).
-        before: the labels as they were.
-        after: (H, W) positions in ``before.keys``.
-        probs: (C, H, W) float32.
-        seconds: of the CRF, with the copies to and from the device, without the files.
-    """
-
-    photograph: npt.NDArray[Any]
-    before: LabelMap
-    after: npt.NDArray[np.int32]
-    probs: npt.NDArray[np.float32]
-    seconds: float
-
-    @property
-    def filled(self) -> int:
-        """Number of pixels that were unknown."""
-        return int((self.before.positions < 0).sum())
-
-    @property
-    def changed(self) -> int:
-        """Number of labelled pixels whose class changed."""
-        known = self.before.positions >= 0
-        return int((known & (self.after != self.before.positions)).sum())
+_ARRAY_OUTPUTS = (".npy", ".npz")
+_OVERLAY_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+_LARGEST_ARRAY = 10**9  # bytes of a .npy, which holds classes that do not exist, too
+_TILED_PIXELS = 1 << 32
 
 
 class Device(str, Enum):
@@ -111,37 +67,16 @@ class Method(str, Enum):
     exact = "exact"
 
 
-_error = Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def complain(kind: str, text: str) -> None:
-    """Print one line to standard error, with `kind` in colour on a terminal."""
-    style = "bold red" if kind == "Error" else "yellow"
-    _error.print(f"[{style}]{kind}:[/{style}]", end=" ")
-    _error.print(text, markup=False)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn a `PictureError` into one line on standard error and exit code 1."""
-    try:
-        with warnings.catch_warnings():
-            # Photographs of 90 megapixels are common. Pillow still refuses 180 as a bomb.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            yield
-    except PictureError as error:
-        complain("Error", str(error))
-        raise typer.Exit(1) from error
-
-
-def _sigma(text: str, option: str) -> Sigma:
+def _sigma(text: str, option: str, most: int | None = None) -> Sigma:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or not all(math.isfinite(v) and v > 0 for v in values):
+    known = all(math.isfinite(v) and v > 0 for v in values)
+    if not values or not known or len(values) > (most or len(values)):
+        several = "several" if most is None else f"{most}"
         raise typer.BadParameter(
-            f"expected a number above 0, or several with commas between, got {text!r}",
+            f"expected a number above 0, or {several} with commas between, got {text[:60]!r}",
             param_hint=option,
         )
     return values[0] if len(values) == 1 else values
@@ -163,6 +98,7 @@ def _probability(value: float, option: str) -> float:
 
 _CRF_PANEL = "The CRF"
 _LABEL_PANEL = "What the labels mean"
+_FILE_PANEL = "How files are read"
 
 
 def command(
@@ -173,9 +109,9 @@ def command(
         Path,
         typer.Argument(
             exists=True,
-            help="Its labels: a palette, colour or greyscale picture, or .npy/.npz of "
-            "probabilities (C, H, W) or labels (H, W). Or a folder with a file of the same name, "
-            "but for the ending, for each photograph.",
+            help="Its labels: a palette, colour or greyscale picture, or .npy/.npz of labels "
+            "(H, W), probabilities (C, H, W) or a foreground's probability (H, W). Or a folder "
+            "with a file of the same name, but for the ending, for each photograph.",
         ),
     ],
     out: Annotated[
@@ -183,8 +119,9 @@ def command(
         typer.Option(
             "-o",
             "--output",
-            help="The refined labels, in the same palette: .png, .tif, or .npy for probabilities. "
-            "With folders: a folder.",
+            help="The refined labels, in the same palette: .png or .tif. Or probabilities: .npy "
+            "with a channel for each index, .npz with those of the classes that exist and their "
+            "indices. With folders: a folder.",
         ),
     ],
     overlay: Annotated[
@@ -198,7 +135,7 @@ def command(
             metavar="INDEX|COLOUR|none",
             help="Value of unlabelled pixels; may be repeated. Default: black in colour labels, "
             "255 or black in palette labels (in PASCAL VOC's palette black is a class), 255 in "
-            "greyscale ones.",
+            "greyscale ones; but of just two values both are classes.",
             rich_help_panel=_LABEL_PANEL,
         ),
     ] = None,
@@ -206,7 +143,18 @@ def command(
         int | None,
         typer.Option(
             min=1,
+            max=LARGEST_INDEX + 1,
             help="Number of classes. Default: those that the labels use.",
+            rich_help_panel=_LABEL_PANEL,
+        ),
+    ] = None,
+    palette: Annotated[
+        str | None,
+        typer.Option(
+            metavar=f"{'|'.join(known_palettes())}|FILE",
+            help="The colours of the classes, of which black may be one. A file has a line with a "
+            "colour (128 0 0 or #800000) and a name for each class, or is a picture with a "
+            "palette; the colour of a class named ignore is unknown.",
             rich_help_panel=_LABEL_PANEL,
         ),
     ] = None,
@@ -216,8 +164,54 @@ def command(
             help="Probability that a label is right, between 0 and 1.", rich_help_panel=_LABEL_PANEL
         ),
     ] = 0.7,
+    ignore_exif: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-exif",
+            help="Take pictures as they are stored, not turned by their EXIF orientation.",
+            rich_help_panel=_FILE_PANEL,
+        ),
+    ] = False,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            max=16,
+            help="Bits of the values in a 16-bit photograph: 12 for values from 0 to 4095. "
+            "Default: 16.",
+            rich_help_panel=_FILE_PANEL,
+        ),
+    ] = None,
+    max_pixels: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Refuse larger pictures. Default: {Reading.max_pixels}, as Pillow does; with "
+            f"--tile {_TILED_PIXELS}.",
+            rich_help_panel=_FILE_PANEL,
+        ),
+    ] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help="Refine a large scene in tiles of this many pixels a side: less memory, and no "
+            "limit on the scene. Default: at once.",
+            rich_help_panel=_FILE_PANEL,
+        ),
+    ] = None,
+    overlap: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pixels around a tile that take part in it. Default: 3 times the largest reach "
+            "of the kernels.",
+            rich_help_panel=_FILE_PANEL,
+        ),
+    ] = None,
     iterations: Annotated[
-        int, typer.Option(min=0, help="Mean-field iterations.", rich_help_panel=_CRF_PANEL)
+        int,
+        typer.Option(min=0, max=10**6, help="Mean-field iterations.", rich_help_panel=_CRF_PANEL),
     ] = 10,
     sxy_gaussian: Annotated[
         str,
@@ -243,8 +237,8 @@ def command(
         typer.Option(
             metavar="SIGMA",
             help="Reach of the colour kernel in intensities: one number, or one a channel. "
-            "Pictures of any bit depth are on the scale 0 to 255; floating-point images keep "
-            "their own.",
+            "Pictures of 8 and 16 bits are on the scale 0 to 255; signed and floating-point "
+            "images keep their own.",
             rich_help_panel=_CRF_PANEL,
         ),
     ] = "13",
@@ -265,30 +259,55 @@ def command(
 ) -> None:
     """Refine rough labels of a photograph with a dense CRF.
 
-    Exit codes: 0, all refined; 1, a file failed; 2, the command was not understood.
+    Exit codes: 0, all refined; 1, a file failed; 2, the command was not understood, or must say
+    what the labels mean; 128 + n, stopped by signal n.
     """
-    options = Options(
-        gt_prob=_probability(gt_prob, "--gt-prob"),
-        meaning=Meaning(tuple(unknown or ("auto",)), num_classes, alone=not labels.is_dir()),
-        crf={
-            "iterations": iterations,
-            "sxy_gaussian": _sigma(sxy_gaussian, "--sxy-gaussian"),
-            "compat_gaussian": _weight(compat_gaussian, "--compat-gaussian"),
-            "sxy_bilateral": _sigma(sxy_bilateral, "--sxy-bilateral"),
-            "srgb": _sigma(srgb, "--srgb"),
-            "compat_bilateral": _weight(compat_bilateral, "--compat-bilateral"),
-            "normalization": normalization.value,
-            "method": method.value,
-        },
-    )
-    if image.is_dir() != labels.is_dir():
-        raise typer.BadParameter("expected two files or two folders, got one of each")
-    with one_line_errors():
-        options = replace(options, device=find_device(device.value))
-        if image.is_dir():
+    if overlap is not None and tile is None:
+        raise typer.BadParameter("expected --tile with it", param_hint="--overlap")
+    crf = {
+        "iterations": iterations,
+        "sxy_gaussian": _sigma(sxy_gaussian, "--sxy-gaussian", 2),
+        "compat_gaussian": _weight(compat_gaussian, "--compat-gaussian"),
+        "sxy_bilateral": _sigma(sxy_bilateral, "--sxy-bilateral", 2),
+        "srgb": _sigma(srgb, "--srgb"),
+        "compat_bilateral": _weight(compat_bilateral, "--compat-bilateral"),
+        "normalization": normalization.value,
+        "method": method.value,
+    }
+    if max_pixels is None:
+        max_pixels = Reading.max_pixels if tile is None else _TILED_PIXELS
+    with one_line_errors(), _pillow_limit(max_pixels):
+        check_unknown(unknown or [])
+        folders = image.is_dir()
+        if folders != labels.is_dir():
+            raise typer.BadParameter("expected two files or two folders, got one of each")
+        options = Options(
+            device=find_device(device.value),
+            gt_prob=_probability(gt_prob, "--gt-prob"),
+            meaning=Meaning(
+                tuple(unknown or ("auto",)), num_classes, read_palette(palette) if palette else None
+            ),
+            reading=Reading(ignore_exif, bits, max_pixels),
+            crf=crf,
+            tile=tile,
+            overlap=overlap,
+            keep_probs=not folders and out.suffix.lower() in _ARRAY_OUTPUTS,
+        )
+        if folders:
             _refine_folders(image, labels, out, overlay, options)
         else:
             _refine_one(image, labels, out, overlay, options)
+
+
+@contextmanager
+def _pillow_limit(max_pixels: int) -> Iterator[None]:
+    """Let Pillow open what `Reading.check_pixels` allows."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max(max_pixels, before or 0)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _refine_one(
@@ -296,101 +315,148 @@ def _refine_one(
 ) -> None:
     _check_outputs(out, overlay, inputs=(image, labels))
     photograph, before = load(image, labels, options)
-    if before.kind == "colour" and out.suffix.lower() == ".npy":
-        raise PictureError(
-            f"-o {out}: probabilities need an order of classes, which colours do not have; write a "
-            "picture, or give the labels as indices"
-        )
-    if said := doubt(image, photograph, options):
-        complain("Warning", said)
-    done = refine_labels(photograph, before, options)
+    _check_array(out, before)
+    for text in doubts(image, photograph, before, options).values():
+        complain("Warning", text)
+
+    def track(windows: Iterable[Any]) -> Iterable[Any]:
+        windows = list(windows)
+        return progress.track(windows) if len(windows) > 1 else windows
+
+    with _progress() as progress:
+        done = refine_labels(photograph, before, options, track)
     write_refined(done, image, out, overlay)
     width, height = done.before.size
-    typer.echo(
+    say(
         f"{image.name}: {width}x{height}, {len(done.before.keys)} classes, "
         f"unknown: {done.before.unknown}"
     )
-    typer.echo(
+    if done.missing:
+        share = done.missing / done.after.size
+        say(f"no data in {done.missing} pixels ({share:.2%}), written as {_void(done, out)}")
+    labelled = max(done.after.size - done.missing - done.filled, 1)
+    say(
         f"filled {done.filled} unknown pixels, changed {done.changed} labelled ones "
-        f"({done.changed / max(done.after.size - done.filled, 1):.2%}); "
-        f"CRF {done.seconds:.3g} s on {options.device}"
+        f"({done.changed / labelled:.2%}); CRF {done.seconds:.3g} s on {options.device}"
     )
-    typer.echo(f"wrote {out}" + (f" and {overlay}" if overlay else ""))
+    say(f"wrote {out}" + (f" and {overlay}" if overlay else ""))
 
 
 def _check_outputs(out: Path, overlay: Path | None, inputs: tuple[Path, ...]) -> None:
-    if out.suffix.lower() not in (*LABEL_OUTPUTS, ".npy"):
+    if out.suffix.lower() not in (*LABEL_OUTPUTS, *_ARRAY_OUTPUTS):
         raise typer.BadParameter(
             f"expected a file that ends in {', '.join(LABEL_OUTPUTS)} (formats that keep labels "
-            f"exactly) or .npy, got {out}",
+            f"exactly), .npy or .npz, got {out}",
             param_hint="-o",
         )
     if overlay is not None:
         name = Image.registered_extensions().get(overlay.suffix.lower())
-        if name not in Image.SAVE:
+        if overlay.suffix.lower() not in _OVERLAY_OUTPUTS or name not in Image.SAVE:
             raise typer.BadParameter(
                 f"expected a picture such as overlay.png or overlay.jpg, got {overlay}",
                 param_hint="--overlay",
             )
-        if overlay.resolve() == out.resolve():
+        if resolve(overlay, "--overlay ") == resolve(out, "-o "):
             raise typer.BadParameter("expected another file than -o's", param_hint="--overlay")
     for option, path in (("-o", out), ("--overlay", overlay)):
         if path is None:
             continue
-        if path.resolve() in [given.resolve() for given in inputs]:
+        if resolve(path, f"{option} ") in [resolve(given, "") for given in inputs]:
             raise typer.BadParameter(f"{path} is an input and would be lost", param_hint=option)
         check_writable(path, option)
+
+
+def _check_array(out: Path, before: LabelMap) -> None:
+    """Raise `PictureError` where ``.npy`` cannot hold the probabilities."""
+    if out.suffix.lower() != ".npy":
+        return
+    if before.indices is None:
+        raise PictureError(
+            f"-o {out}: probabilities need an order of classes, which colours do not have; write "
+            "a picture or .npz, pass --palette, or give the labels as indices"
+        )
+    width, height = before.size
+    count = 1 if before.foreground_shape is not None else max(before.indices) + 1
+    size = 4 * count * height * width
+    if size > _LARGEST_ARRAY:
+        raise PictureError(
+            f"-o {out}: {count} channels of {width}x{height} are {size / 1e9:.3g} GB, more than "
+            f"{_LARGEST_ARRAY / 1e9:g} GB; write .npz, which holds the {len(before.keys)} classes "
+            "that exist and their indices"
+        )
 
 
 def _refine_folders(
     images: Path, labels: Path, out: Path, overlay: Path | None, options: Options
 ) -> None:
-    if images.resolve() == labels.resolve():
+    if resolve(images, "") == resolve(labels, ""):
         raise typer.BadParameter("expected two folders, got the same one twice")
     for option, folder in (("-o", out), ("--overlay", overlay)):
         if folder is None:
             continue
-        if folder.resolve() in (images.resolve(), labels.resolve()):
+        if resolve(folder, f"{option} ") in (resolve(images, ""), resolve(labels, "")):
             raise typer.BadParameter(f"{folder} holds the inputs", param_hint=option)
-        make_folder(folder, option)
-    if overlay is not None and overlay.resolve() == out.resolve():
+    if overlay is not None and resolve(overlay, "--overlay ") == resolve(out, "-o "):
         raise typer.BadParameter("expected another folder than -o's", param_hint="--overlay")
+    pairs = pair_files(images, labels)
+    judged: Mapping[Format, Unknown] = {}
 
     def work(image: Path, labels: Path, one_thread: Executor) -> Outcome:
-        photograph, before = load(image, labels, options)
+        photograph, before = load(image, labels, options, judged)
         done = one_thread.submit(refine_labels, photograph, before, options).result()
         picture = None if overlay is None else overlay / f"{image.stem}.jpg"
         write_refined(done, image, out / f"{image.stem}.png", picture)
-        said = doubt(image, photograph, options)
-        return Outcome(done.filled, done.changed, done.after.size, done.seconds, said)
+        said = doubts(image, photograph, before, options)
+        pixels = done.after.size
+        return Outcome(done.filled, done.changed, pixels, done.missing, done.seconds, said)
 
-    pairs = pair_files(images, labels)
+    count = len(pairs.jobs)
+    if count:
+        with _progress("reading labels") as progress:
+            judged = judge_folder(
+                pairs.jobs,
+                labels,
+                options.meaning,
+                options.reading,
+                lambda steps: progress.track(steps, total=count),
+            )
+        for unknown in judged.values():
+            if unknown.doubt:
+                complain("Warning", unknown.doubt)
+        judged = {format: replace(unknown, doubt="") for format, unknown in judged.items()}
     for failure in pairs.failed.values():
         complain("Error", failure)
-    if not pairs.jobs:
+    if not count:
         raise PictureError(
             f"no photograph in {images} has usable labels of the same name, but for the ending, in "
             f"{labels}"
         )
-    progress = Progress(
-        TextColumn("refining"),
+    make_folder(out, "-o")
+    if overlay is not None:
+        make_folder(overlay, "--overlay")
+    totals = Totals()
+    started = time.perf_counter()
+    try:
+        with _progress() as progress, closing(process(pairs.jobs, work, complain, totals)) as steps:
+            for _ in progress.track(steps, total=count):
+                pass
+    finally:
+        totals.failed += pairs.failed
+        seconds = time.perf_counter() - started
+        _summarise(pairs, totals, seconds, out, overlay, options.device)
+    if totals.failed:
+        raise typer.Exit(1)
+
+
+def _progress(what: str = "refining") -> Progress:
+    return Progress(
+        TextColumn(what),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        console=_error,
-        disable=not _error.is_terminal,
+        console=error_console,
+        disable=not error_console.is_terminal,
     )
-    totals = Totals()
-    started = time.perf_counter()
-    with progress:
-        steps = process(pairs.jobs, work, complain, totals)
-        for _ in progress.track(steps, total=len(pairs.jobs)):
-            pass
-    seconds = time.perf_counter() - started
-    totals.failed.update(pairs.failed)
-    _summarise(pairs, totals, seconds, out, overlay, options.device)
-    if totals.failed:
-        raise typer.Exit(1)
 
 
 def _summarise(
@@ -400,19 +466,36 @@ def _summarise(
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     table.add_row("refined", f"{totals.refined}")
+    rest = len(pairs.jobs) + len(pairs.failed) - totals.refined - len(totals.failed)
+    if rest:
+        table.add_row("not done", f"{rest}")
     if totals.failed:
-        table.add_row("failed", f"{len(totals.failed)}: " + _some(list(totals.failed)))
+        table.add_row("failed", f"{len(totals.failed)}: " + _some(totals.failed))
     if pairs.unlabelled:
         table.add_row(
             "no labels", f"{len(pairs.unlabelled)} photographs: " + _some(pairs.unlabelled)
         )
+    for kind, number in totals.doubted.items():
+        table.add_row("warned", f"{number} pairs: {_DOUBTS[kind]}")
     if totals.refined:
-        labelled = max(totals.pixels - totals.filled, 1)
+        if totals.missing:
+            share = totals.missing / totals.pixels
+            table.add_row("no data", f"{share:.2%} of the pixels")
+        labelled = max(totals.pixels - totals.missing - totals.filled, 1)
         table.add_row("filled", f"{totals.filled / totals.pixels:.2%} of the pixels, were unknown")
         table.add_row("changed", f"{totals.changed / labelled:.2%} of the labelled pixels")
         table.add_row("time", f"{seconds:.3g} s; CRF {totals.crf_seconds:.3g} s on {device}")
         table.add_row("wrote", f"{out}" + (f" and {overlay}" if overlay else ""))
-    Console(highlight=False, markup=False).print(table)
+    say(table)
+
+
+# The kinds of inference.doubts.
+_DOUBTS = {
+    "values": "16-bit values that do not use 16 bits",
+    "unknown": "values read as unknown that may be a class",
+    "exif": "photographs turned by their EXIF orientation, unlike their labels",
+    "srgb": "values in another unit than --srgb",
+}
 
 
 def _some(names: list[str]) -> str:
@@ -420,105 +503,57 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= 5 else f"{shown}, ..."
 
 
-def load(image: Path, labels: Path, options: Options) -> tuple[npt.NDArray[Any], LabelMap]:
-    """Read a photograph (`files.read_image`) and its labels (`label_maps.read_labels`).
-
-    Raises:
-        PictureError: a file cannot be used, or the sizes differ.
-    """
-    before = read_labels(labels, options.meaning)
-    photograph = read_image(image)
-    _check_sizes(image, photograph, before)
-    return photograph, before
-
-
-def refine_labels(photograph: npt.NDArray[Any], before: LabelMap, options: Options) -> Refined:
-    """Run the dense CRF on what `load` returned.
-
-    Raises:
-        PictureError: the CRF rejects its input, or runs out of memory.
-    """
-    started = time.perf_counter()
-    try:
-        probs = _crf(photograph, before, options)
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise PictureError(f"{before.path}: {reason}") from error
-    seconds = time.perf_counter() - started
-    after = probs[: len(before.keys)].argmax(axis=0).astype(np.int32)
-    return Refined(photograph, before, after, probs, seconds)
-
-
-def _crf(
-    photograph: npt.NDArray[Any], before: LabelMap, options: Options
-) -> npt.NDArray[np.float32]:
-    device = torch.device(options.device)
-    with torch.no_grad():
-        image = torch.from_numpy(photograph).to(device).float().permute(2, 0, 1)
-        if before.probs is not None:
-            probs = torch.from_numpy(before.probs).to(device)
-        else:
-            marked = torch.from_numpy(before.positions).to(device)
-            probs = probs_from_labels(marked, before.num_classes, options.gt_prob, ignore_index=-1)
-        refined = dense_crf(image, probs, **options.crf)
-        if device.type == "cuda":
-            _status.check(device)
-        result: npt.NDArray[np.float32] = refined.cpu().numpy()
-        return result
-
-
-def _check_sizes(image: Path, photograph: npt.NDArray[Any], labels: LabelMap) -> None:
-    height, width = photograph.shape[:2]
-    if (width, height) == labels.size:
-        return
-    hint = ""
-    if (height, width) == labels.size:
-        hint = "; one is turned by 90 degrees, as labels are that ignore the EXIF orientation"
-    elif labels.probs is not None:
-        hint = f"; the array is {labels.probs.shape}, read as (C, H, W)"
-    raise PictureError(
-        f"sizes differ (width x height): IMAGE {image} is {width}x{height}, "
-        f"LABELS {labels.path} is {labels.size[0]}x{labels.size[1]}{hint}"
-    )
-
-
-def doubt(image: Path, photograph: npt.NDArray[Any], options: Options) -> str:
-    """A warning where `srgb` is too large for the image to have any edge, or ""."""
-    srgb = options.crf.get("srgb", _SRGB)
-    least_srgb = min(srgb) if isinstance(srgb, tuple) else srgb
-    least, most = float(photograph.min()), float(photograph.max())
-    if most - least >= 2 * least_srgb:
-        return ""
-    return (
-        f"IMAGE {image} has values from {least:.4g} to {most:.4g}, and --srgb {least_srgb:g} is in "
-        "the same units, so all of it looks alike; a picture in [0, 1] wants --srgb 0.05 (13/255)"
-    )
-
-
 def write_refined(done: Refined, image: Path, out: Path, overlay: Path | None) -> None:
-    """Write the labels, or their probabilities where `out` is ``.npy``, and the overlay.
+    """Write the labels, or their probabilities where `out` is an array, and the overlay.
 
     Raises:
         PictureError: a file cannot be written. A file that was there before is unchanged.
     """
-    if out.suffix.lower() == ".npy":
-        write_atomically(out, lambda file: np.save(file, _by_index(done)))
+    files: dict[Path, bytes | Callable[[IO[bytes]], object]] = {}
+    if out.suffix.lower() in _ARRAY_OUTPUTS:
+        files[out] = _array_writer(done, out)
     else:
-        write_labels(out, done.after, done.before)
+        files[out] = encode_labels(out, done.after, done.before)
     if overlay is not None:
         size = "{}x{}".format(*done.before.size)
         notes = (f"{image.name}, {size}", _before_note(done), _after_note(done))
         picture = side_by_side(done.photograph, done.before, done.after, notes=notes)
         options = {"quality": 92} if overlay.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-        save_picture(overlay, picture, **options)
+        files[overlay] = encode_picture(overlay, picture, **options)
+    write_files(files)
 
 
-def _by_index(done: Refined) -> npt.NDArray[np.float32]:
-    """Probabilities with class c in channel c, and 0 for classes that the labels lack."""
-    keys = [int(key) for key in done.before.keys if not isinstance(key, tuple)]
-    whole = np.zeros((max(keys) + 1, *done.probs.shape[1:]), np.float32)
-    whole[keys] = done.probs
-    return whole
+def _array_writer(done: Refined, out: Path) -> Callable[[IO[bytes]], object]:
+    """A function that writes the probabilities to a file.
+
+    ``.npy``: class c is channel c, 0 for classes that the labels lack; a foreground has the shape
+    that it was given in. ``.npz``: "probs" (K, H, W) of the classes that exist, and their "indices"
+    (K,), or "colours" (K, 3).
+    """
+    before, probs = done.before, done.probs
+    assert probs is not None
+    if out.suffix.lower() == ".npz":
+        keys = np.array(before.keys if before.indices is None else before.indices)
+        name = "colours" if before.indices is None else "indices"
+        arrays: Any = {"probs": probs, name: keys.astype(np.uint8 if keys.ndim == 2 else np.int32)}
+        return lambda file: np.savez(file, **arrays)
+    assert before.indices is not None
+    if before.foreground_shape is not None:
+        whole = probs[1].reshape(before.foreground_shape)
+    else:
+        whole = np.zeros((max(before.indices) + 1, *probs.shape[1:]), np.float32)
+        whole[list(before.indices)] = probs
+    return lambda file: np.save(file, whole)
+
+
+def _void(done: Refined, out: Path) -> str:
+    """How pixels without data are written, in words."""
+    if out.suffix.lower() in _ARRAY_OUTPUTS:
+        return "NaN"
+    void = done.before.void
+    if isinstance(void, tuple):
+        return "#{:02x}{:02x}{:02x}".format(*void)
+    return "transparent" if void is None else f"index {void}"
 
 
 def _before_note(done: Refined) -> str:
@@ -528,7 +563,7 @@ def _before_note(done: Refined) -> str:
 
 
 def _after_note(done: Refined) -> str:
-    known = done.after.size - done.filled
+    known = done.after.size - done.missing - done.filled
     return f"{done.changed / max(known, 1):.1%} of the labels changed"
 
 

@@ -1,0 +1,327 @@
+"""Reads photographs and scenes as arrays.
+
+Pillow reads pictures; tifffile (extra ``tiff``) reads what Pillow cannot or reads wrongly: TIFF of
+other bands than grey or RGB, and of other types than 8 bits, 16-bit grey and float32 grey.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from segkernels.cli.files import (
+    ARRAY_SUFFIXES,
+    MASK,
+    ORIENTATION,
+    REDUCED,
+    SUBFILE,
+    PictureError,
+    Reading,
+    open_picture,
+    read_array,
+    reason,
+    upright,
+)
+
+Values = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+
+# TIFF tags, and the values of ExtraSamples that mean alpha.
+_BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _FORMAT, _NODATA = 258, 262, 277, 338, 339, 42113
+_ALPHA = (1, 2)
+# The samples without alpha that Pillow reads, by PhotometricInterpretation.
+_SAMPLES_OF = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
+_INSTALL = 'pip install "segkernels[tiff]"'
+# 16-bit values below this are probably 10, 12 or 14 bits in a wider file.
+_DIM = 1 << 14
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A photograph or a scene.
+
+    Attributes:
+        values: (H, W, n), one channel for grey, three for colour, or all bands.
+        missing: (H, W), True where there are no data; None: nowhere.
+        orientation: of EXIF, if it was applied; else 1.
+        doubt: a warning, or "".
+    """
+
+    values: Values
+    missing: Mask | None = None
+    orientation: int = 1
+    doubt: str = ""
+
+
+def read_image(path: Path, reading: Reading | None = None) -> Photograph:
+    """Read a photograph.
+
+    The EXIF orientation is applied. Values of 8-bit and 16-bit pictures are from 0 to 255 (uint8,
+    or float32 for 16 bits). An alpha channel is dropped; transparent pixels keep the file's colour,
+    except that those of a TIFF have no data. Signed integers, floats, and arrays ``.npy`` or
+    ``.npz``, (H, W) or (H, W, n), become float32 and keep their scale, unless `Reading.bits` is
+    given.
+
+    No data have the pixels that GDAL's nodata value, a TIFF's mask or NaN marks. An array of bands
+    has none where a band is NaN.
+
+    Raises:
+        PictureError: the file cannot be read, or is not a photograph as described.
+    """
+    reading = reading or Reading()
+    if path.suffix.lower() in ARRAY_SUFFIXES:
+        values = read_array(path, "IMAGE")
+        if values.dtype.kind not in "uif" or values.ndim not in (2, 3) or values.size == 0:
+            raise PictureError(
+                f"IMAGE {path}: expected a numeric array (H, W) or (H, W, n), "
+                f"got {values.dtype} {values.shape}"
+            )
+        values = values.reshape(*values.shape[:2], -1)
+        scaled = values.dtype.kind != "f" and values.dtype.itemsize > 1 and reading.bits is not None
+        return _photograph(path, values, reading, scaled=scaled)
+    if _is_tiff(path):
+        return _read_tiff(path, reading)
+    opened = open_picture(path, "IMAGE", reading)
+    picture = opened.picture
+    if picture.format == "PNG":
+        _check_deep_colour(path, picture, reading)
+    return _photograph(
+        path,
+        _pixels(picture, path),
+        reading,
+        scaled=picture.mode.startswith("I"),
+        orientation=opened.orientation,
+    )
+
+
+def read_bands(path: Path, role: str, reading: Reading) -> npt.NDArray[Any] | None:
+    """The array of a TIFF whose type or bands Pillow cannot read; None if Pillow reads the file."""
+    if not _is_tiff(path) or _pillow_suits(path) is None:
+        return None
+    return _decode(path, role, reading)[0]
+
+
+def _photograph(
+    path: Path,
+    values: npt.NDArray[Any],
+    reading: Reading,
+    *,
+    scaled: bool,
+    missing: Mask | None = None,
+    orientation: int = 1,
+) -> Photograph:
+    """A photograph of values (H, W, n); `scaled`: of unsigned integers, to [0, 255]."""
+    doubt = ""
+    if values.dtype != np.uint8:
+        if values.dtype.kind == "f":
+            nan = np.isnan(values).any(axis=2)
+            if nan.any():
+                missing = nan if missing is None else missing | nan
+        if scaled:
+            values, doubt = _scale(path, values, reading.bits)
+        with np.errstate(over="ignore"):  # float64 beyond float32 is found below
+            values = values.astype(np.float32)
+    if missing is not None and not missing.any():
+        missing = None
+    if missing is not None:
+        if missing.all():
+            raise PictureError(f"IMAGE {path}: expected pixels with data, got nodata or NaN only")
+        values = np.where(missing[..., None], values.dtype.type(0), values)
+    if values.dtype != np.uint8 and not np.isfinite(values).all():
+        raise PictureError(f"IMAGE {path}: expected finite values, got infinity")
+    return Photograph(values, missing, orientation, doubt)
+
+
+def _scale(
+    path: Path, values: npt.NDArray[Any], bits: int | None
+) -> tuple[npt.NDArray[np.float32], str]:
+    """Scale integers of `bits` bits to [0, 255]; also a doubt on values of fewer bits, or ""."""
+    least, most = int(values.min()), int(values.max())
+    full = (1 << (bits or 16)) - 1
+    if least < 0 or most > full:
+        expected = "8 or 16 bits a channel" if bits is None else f"values of --bits {bits}"
+        raise PictureError(f"IMAGE {path}: expected {expected}, got values from {least} to {most}")
+    doubt = ""
+    if bits is None and 0 < most < _DIM:
+        doubt = (
+            f"IMAGE {path} has 16-bit values from {least} to {most}, read as 0 to 65535, so all of "
+            f"it is dark; pass --bits {max(most.bit_length(), 8)} if that is its depth"
+        )
+    return values.astype(np.float32) / np.float32(full / 255), doubt
+
+
+# --- pictures
+
+
+def _pixels(picture: Image.Image, path: Path) -> npt.NDArray[Any]:
+    mode = picture.mode
+    if mode == "F" or mode.startswith("I"):
+        # 16-bit grey: "I;16" and its byte orders, or "I" from older releases of Pillow.
+        return np.array(picture)[..., None]
+    if mode in ("1", "L", "LA"):
+        return np.array(picture.convert("L"))[..., None]
+    try:
+        return np.array(picture.convert("RGB"))
+    except ValueError as error:
+        raise PictureError(f"IMAGE {path}: Pillow's mode {mode} is not supported") from error
+
+
+def _check_deep_colour(path: Path, picture: Image.Image, reading: Reading) -> None:
+    """Raise `PictureError` if Pillow cuts off the bits of a PNG's 16-bit colours that matter."""
+    with open(path, "rb") as file:
+        depth = file.read(25)[24:]
+    if depth != b"\x10" or picture.mode.startswith("I"):
+        return
+    most = int(np.array(picture.convert("RGB")).max())
+    if most >= _DIM >> 8 and reading.bits is None:
+        return
+    raise PictureError(
+        f"IMAGE {path}: a PNG of 16-bit colours with values below {(most + 1) << 8}, of which "
+        f"Pillow keeps the upper 8 bits; save it as TIFF ({_INSTALL}) or .npy, and pass --bits"
+    )
+
+
+# --- TIFF
+
+
+def _is_tiff(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    except OSError:
+        return False  # the reader says why
+
+
+def _pillow_suits(path: Path) -> str | None:
+    """None if Pillow reads all of a TIFF, or what it holds that Pillow would drop or change."""
+    try:
+        with Image.open(path, formats=("TIFF",)) as opened:
+            tags = opened.tag_v2
+            bits = tuple(tags.get(_BITS, (1,)))
+            samples = int(tags.get(_SAMPLES, 1))
+            kinds = set(tags.get(_FORMAT, (1,)))
+            alphas = [value for value in tags.get(_EXTRA, ()) if value in _ALPHA]
+            photometric = int(tags.get(_PHOTOMETRIC, 1))
+            for frame in range(1, opened.n_frames):
+                opened.seek(frame)
+                if int(opened.tag_v2.get(SUBFILE, 0)) & MASK:
+                    return "a mask"
+    except Exception as error:
+        return f"what Pillow cannot read: {reason(error)}"
+    bands = samples - len(alphas)
+    usual = bands == _SAMPLES_OF.get(photometric) and len(alphas) < 2
+    if kinds == {1} and max(bits) <= 8 and usual:
+        return None
+    if (kinds, bits, samples) in (({1}, (16,), 1), ({3}, (32,), 1)):
+        return None
+    kind = {1: "uint", 2: "int", 3: "float"}.get(max(kinds), "type ")
+    return f"{bands} band{'s' if bands > 1 else ''} of {kind}{max(bits)}"
+
+
+def _read_tiff(path: Path, reading: Reading) -> Photograph:
+    if _pillow_suits(path) is not None:
+        values, missing, orientation = _decode(path, "IMAGE", reading)
+        wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
+        return _photograph(
+            path,
+            values,
+            reading,
+            scaled=wide and (values.dtype == np.uint16 or reading.bits is not None),
+            missing=missing,
+            orientation=orientation,
+        )
+    opened = open_picture(path, "IMAGE", reading)
+    picture = opened.picture
+    values = _pixels(picture, path)
+    missing = None
+    if picture.mode in ("LA", "RGBA", "PA"):
+        missing = np.array(picture.getchannel("A")) == 0
+    with Image.open(path, formats=("TIFF",)) as header:
+        stored = header.tag_v2.get(_NODATA)
+    missing = _either(missing, _nodata(values, stored))
+    return _photograph(
+        path,
+        values,
+        reading,
+        scaled=picture.mode.startswith("I"),
+        missing=missing,
+        orientation=opened.orientation,
+    )
+
+
+def _decode(path: Path, role: str, reading: Reading) -> tuple[npt.NDArray[Any], Mask | None, int]:
+    """The bands (H, W, n) of a TIFF without alpha, where it has no data, and its orientation."""
+    try:
+        tifffile: Any = importlib.import_module("tifffile")
+    except ImportError as error:
+        raise PictureError(
+            f"{role} {path}: a TIFF of {_pillow_suits(path)} needs tifffile: {_INSTALL}; or save "
+            "its bands as .npy (H, W, n)"
+        ) from error
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            pages = [page for page in tiff.pages if not page.subfiletype & REDUCED]
+            masks = [page for page in pages if page.subfiletype & MASK]
+            pages = [page for page in pages if not page.subfiletype & MASK]
+            if len(pages) != 1:
+                raise PictureError(f"{role} {path}: expected one picture, got {len(pages)} frames")
+            (page,) = pages
+            if set(page.axes) - set("YXS"):
+                raise PictureError(f"{role} {path}: expected (H, W, bands), got axes {page.axes}")
+            reading.check_pixels((page.imagewidth, page.imagelength), f"{role} {path}")
+            values = page.asarray()
+            if values.dtype.kind not in "buif" or values.size == 0:
+                raise PictureError(
+                    f"{role} {path}: expected integers or floats, got {values.dtype} {values.shape}"
+                )
+            if page.axes == "SYX":
+                values = np.moveaxis(values, 0, -1)
+            values = values.reshape(*values.shape[:2], -1)
+            extra = [int(kind) for kind in page.extrasamples]
+            first = values.shape[2] - len(extra)
+            alphas = [first + i for i, kind in enumerate(extra) if kind in _ALPHA]
+            tags: dict[int, Any] = {tag.code: tag.value for tag in page.tags}
+            missing = None
+            if masks:
+                missing = masks[0].asarray().reshape(values.shape[:2]) == 0
+    except PictureError:
+        raise
+    except Exception as error:
+        raise PictureError(f"{role} {path}: cannot be read ({reason(error)})") from error
+    for alpha in alphas:
+        missing = _either(missing, values[..., alpha] == 0)
+    if alphas:
+        values = np.delete(values, alphas, axis=2)
+    missing = _either(missing, _nodata(values, tags.get(_NODATA)))
+    orientation: int = tags.get(ORIENTATION, 1)
+    if orientation not in range(1, 9) or reading.ignore_exif:
+        orientation = 1
+    return upright(values, orientation), upright(missing, orientation), orientation
+
+
+def _nodata(values: npt.NDArray[Any], stored: Any) -> Mask | None:
+    """Where values (H, W, n) are GDAL's nodata value, which `stored` holds as text.
+
+    A nodata value of unsigned integers, such as 0, may be an ordinary value of one band, so there
+    all bands must have it; other types have room for one that no band uses.
+    """
+    try:
+        value = float(str(stored).strip(" \0"))
+    except ValueError:
+        return None
+    with np.errstate(over="ignore"):
+        equal = values == (values.dtype.type(value) if values.dtype.kind == "f" else value)
+    found: Mask = equal.all(axis=2) if values.dtype.kind == "u" else equal.any(axis=2)
+    return found if found.any() else None
+
+
+def _either(first: Mask | None, second: Mask | None) -> Mask | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return first | second

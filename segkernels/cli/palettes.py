@@ -1,0 +1,115 @@
+"""The colours of classes: those of known data sets, and those that a file lists.
+
+The known ones are in ``palettes/``, one file each, in the format that `read_palette` describes.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageColor
+
+from segkernels.cli.files import OptionError, reason
+
+Colour = tuple[int, int, int]
+
+_KNOWN = Path(__file__).resolve().parent / "palettes"
+_NUMBERS = re.compile(r"(?<![\w#.])\d+(?:[\s,;:]+\d+)*(?![\w.])")
+_HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
+_IGNORED = re.compile(r"\b(ignore|ignored)\b", re.IGNORECASE)
+_LARGEST_FILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Palette:
+    """The colours of classes.
+
+    Attributes:
+        name: as the user gave it.
+        indices: the class index of each colour. Of two classes with one colour it is the first.
+        ignored: colours of unknown pixels.
+    """
+
+    name: str
+    indices: dict[Colour, int]
+    ignored: frozenset[Colour] = frozenset()
+
+
+def known_palettes() -> list[str]:
+    """The names of the known palettes."""
+    return sorted(path.stem for path in _KNOWN.glob("*.txt"))
+
+
+def read_palette(name: str) -> Palette:
+    """The known palette called `name`, or the palette in the file `name`.
+
+    A file is a picture with a palette, or text with one class on each line: its colour, as three
+    numbers from 0 to 255 or as ``#rrggbb``, and its name, in any order. So are CVAT's
+    ``labelmap.txt``, a CSV file of names and colours, and GIMP's ``.gpl``. The first line with a
+    colour is class 0. The colour of a class named "ignore" marks unknown pixels. Lines before the
+    first colour, empty lines, and comments, which begin with ``#`` and hold no colour, are skipped.
+
+    Raises:
+        OptionError: there is no such palette or file, or it is not as described.
+    """
+    known = _KNOWN / f"{name}.txt"
+    if name in known_palettes():
+        return _from_text(name, known.read_text(encoding="utf-8"))
+    path = Path(name)
+    try:
+        if not path.is_file():
+            raise OptionError(
+                f"--palette: expected {', '.join(known_palettes())} or a file, got {name}"
+            )
+        start = path.read_bytes()[:_LARGEST_FILE]
+        if b"\0" not in start:
+            return _from_text(name, start.decode("utf-8", "replace"))
+        with Image.open(path, formats=("PNG", "GIF", "TIFF", "BMP")) as picture:
+            values = picture.getpalette("RGB") or []
+    except OptionError:
+        raise
+    except Exception as error:
+        raise OptionError(f"--palette {name}: cannot be read ({reason(error)})") from error
+    channels = iter(values)
+    return _numbered(name, list(zip(channels, channels, channels, strict=True)))
+
+
+def _from_text(name: str, text: str) -> Palette:
+    colours: list[Colour] = []
+    ignored: set[Colour] = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or (line.lstrip().startswith("#") and not _HEX.match(line.lstrip())):
+            continue
+        found = _colours_in(line)
+        if not found and not colours:
+            continue  # a heading
+        if len(found) != 1 or max(found[0]) > 255:
+            raise OptionError(
+                f"--palette {name}: line {number}: expected one colour, as 128 0 0 or #800000, "
+                f"got {line.strip()[:60]!r}"
+            )
+        colours += found
+        if _IGNORED.search(line):
+            ignored.update(found)
+    return _numbered(name, colours, ignored)
+
+
+def _colours_in(line: str) -> list[Colour]:
+    """The colours in a line: #rrggbb, and runs of numbers, of which there should be three."""
+    found = [ImageColor.getrgb(match[0])[:3] for match in _HEX.finditer(line)]
+    for match in _NUMBERS.finditer(line):
+        run = [int(part[:4]) for part in re.split(r"[\s,;:]+", match[0])]
+        if len(run) >= 3:
+            found.append((run[0], run[1], run[2] if len(run) == 3 else 256))
+    return found
+
+
+def _numbered(name: str, colours: list[Colour], ignored: set[Colour] | None = None) -> Palette:
+    if not colours:
+        raise OptionError(f"--palette {name}: expected the colours of classes, found none")
+    indices: dict[Colour, int] = {}
+    for index, colour in enumerate(colours):
+        indices.setdefault(colour, index)
+    return Palette(name, indices, frozenset(ignored or ()))
