@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -61,6 +62,8 @@ def one_line_errors() -> Iterator[None]:
     lack of memory, and 128 + the number of a signal: 130 for Ctrl-C, 143 for SIGTERM.
     """
     streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
+    for name in ("PIL", "tifffile"):
+        logging.getLogger(name).addHandler(logging.NullHandler())
     for stream in streams:
         # File names may not be text.
         with suppress(AttributeError, ValueError):
@@ -70,6 +73,8 @@ def one_line_errors() -> Iterator[None]:
             # The limit of pixels is Reading.max_pixels, and inference.doubts warns of srgb.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", r"dense_crf: .*srgb", UserWarning)
+            # Decoders warn and log before they fail, or read on without what is broken.
+            warnings.filterwarnings("ignore", module=r"PIL\.|tifffile")
             yield
     except (PictureError, OSError, MemoryError) as error:
         complain("Error", str(error) or type(error).__name__)

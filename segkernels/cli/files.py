@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 
@@ -29,6 +29,15 @@ _FORMATS = (
 # Twice Image.MAX_IMAGE_PIXELS, as Pillow itself has it.
 _PILLOW_LIMIT = 178_956_970
 ORIENTATION = 0x0112  # EXIF's tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SUBFILE = 254  # TIFF's tag NewSubfileType, and its bits
 REDUCED, MASK = 1, 4
 
@@ -104,12 +113,18 @@ def open_picture(path: Path, role: str, reading: Reading) -> Opened:
             if frames != 1 and opened.format != "MPO":
                 # MPO is a phone's JPEG: the picture, then a preview.
                 raise PictureError(f"{role} {path}: expected one picture, got {frames} frames")
+            stored = _orientation(opened)
             opened.load()
-            orientation = 1 if reading.ignore_exif else _orientation(opened)
+            now = _orientation(opened)  # 1 for TIFF, which Pillow turns itself
             picture: Image.Image = opened
-            if orientation != 1:
-                picture = ImageOps.exif_transpose(opened)
-                picture.format = opened.format
+            orientation = stored
+            if reading.ignore_exif:
+                orientation = 1
+                if now != stored:
+                    picture = opened.transpose(_TURNS[{6: 8, 8: 6}.get(stored, stored)])
+            elif now != 1:
+                picture = opened.transpose(_TURNS[now])
+            picture.format = opened.format
             return Opened(picture, orientation)
     except PictureError:
         raise

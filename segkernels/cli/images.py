@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from segkernels.cli.files import (
     ARRAY_SUFFIXES,
@@ -37,6 +37,7 @@ _BITS, _PHOTOMETRIC, _SAMPLES, _EXTRA, _FORMAT, _NODATA = 258, 262, 277, 338, 33
 _ALPHA = (1, 2)
 # The samples without alpha that Pillow reads, by PhotometricInterpretation.
 _SAMPLES_OF = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3, 8: 3}
+_MOST_DIRECTORIES = 1000
 _INSTALL = 'pip install "segkernels[tiff]"'
 # 16-bit values below this are probably 10, 12 or 14 bits in a wider file.
 _DIM = 1 << 14
@@ -198,20 +199,35 @@ def _is_tiff(path: Path) -> bool:
         return False  # the reader says why
 
 
+def _directories(path: Path) -> list[TiffImagePlugin.ImageFileDirectory_v2]:
+    """The tags of each picture in a TIFF."""
+    found: list[TiffImagePlugin.ImageFileDirectory_v2] = []
+    seen = {0}
+    with open(path, "rb") as file:
+        header = file.read(8)
+        header += file.read(8) if b"+" in header[2:4] else b""
+        place = TiffImagePlugin.ImageFileDirectory_v2(header).next
+        while place not in seen and len(found) < _MOST_DIRECTORIES:
+            seen.add(place)
+            file.seek(place)
+            found.append(TiffImagePlugin.ImageFileDirectory_v2(header))
+            found[-1].load(file)
+            place = found[-1].next
+    return found
+
+
 def _pillow_suits(path: Path) -> str | None:
     """None if Pillow reads all of a TIFF, or what it holds that Pillow would drop or change."""
     try:
-        with Image.open(path, formats=("TIFF",)) as opened:
-            tags = opened.tag_v2
-            bits = tuple(tags.get(_BITS, (1,)))
-            samples = int(tags.get(_SAMPLES, 1))
-            kinds = set(tags.get(_FORMAT, (1,)))
-            alphas = [value for value in tags.get(_EXTRA, ()) if value in _ALPHA]
-            photometric = int(tags.get(_PHOTOMETRIC, 1))
-            for frame in range(1, opened.n_frames):
-                opened.seek(frame)
-                if int(opened.tag_v2.get(SUBFILE, 0)) & MASK:
-                    return "a mask"
+        directories = _directories(path)
+        tags = directories[0]
+        bits = tuple(tags.get(_BITS, (1,)))
+        samples = int(tags.get(_SAMPLES, 1))
+        kinds = set(tags.get(_FORMAT, (1,)))
+        alphas = [value for value in tags.get(_EXTRA, ()) if value in _ALPHA]
+        photometric = int(tags.get(_PHOTOMETRIC, 1))
+        if any(int(other.get(SUBFILE, 0)) & MASK for other in directories):
+            return "a mask"
     except Exception as error:
         return f"what Pillow cannot read: {reason(error)}"
     bands = samples - len(alphas)
@@ -242,9 +258,7 @@ def _read_tiff(path: Path, reading: Reading) -> Photograph:
     missing = None
     if picture.mode in ("LA", "RGBA", "PA"):
         missing = np.array(picture.getchannel("A")) == 0
-    with Image.open(path, formats=("TIFF",)) as header:
-        stored = header.tag_v2.get(_NODATA)
-    missing = _either(missing, _nodata(values, stored))
+    missing = _either(missing, _nodata(values, _directories(path)[0].get(_NODATA)))
     return _photograph(
         path,
         values,

@@ -261,7 +261,7 @@ def _terms(image: torch.Tensor, window: _Window, options: Options) -> list[Pairw
     def sigmas(name: str, count: int) -> tuple[float, ...]:
         given = _numbers(options.term(name))
         if len(given) not in (1, count):
-            raise ValueError(f"{name} must be one number or {count}, got {len(given)}")
+            raise ValueError(f"{name} must be a number or {count} numbers, got {len(given)}")
         return given if len(given) == count else given * count
 
     def coordinates(name: str) -> torch.Tensor:

@@ -16,7 +16,6 @@ from segkernels.cli.files import OptionError, reason
 Colour = tuple[int, int, int]
 
 _KNOWN = Path(__file__).resolve().parent / "palettes"
-_NUMBERS = re.compile(r"(?<![\w#.])\d+(?:[\s,;:]+\d+)*(?![\w.])")
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _IGNORED = re.compile(r"\b(ignore|ignored)\b", re.IGNORECASE)
 _LARGEST_FILE = 1 << 20
@@ -99,10 +98,18 @@ def _from_text(name: str, text: str) -> Palette:
 def _colours_in(line: str) -> list[Colour]:
     """The colours in a line: #rrggbb, and runs of numbers, of which there should be three."""
     found = [ImageColor.getrgb(match[0])[:3] for match in _HEX.finditer(line)]
-    for match in _NUMBERS.finditer(line):
-        run = [int(part[:4]) for part in re.split(r"[\s,;:]+", match[0])]
+    # Cells with commas between, or words.
+    cells = re.split(r"[,;:]", line)
+    cells = re.sub(r"[\[\](){}\"']", " ", line).split() if len(cells) == 1 else cells
+    run: list[int] = []
+    for cell in [*cells, "end"]:
+        words = cell.strip("[](){}\"' \t").split()
+        if words and all(word.isdecimal() for word in words):
+            run += [int(word[:4]) for word in words]
+            continue
         if len(run) >= 3:
             found.append((run[0], run[1], run[2] if len(run) == 3 else 256))
+        run = []
     return found
 
 

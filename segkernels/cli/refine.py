@@ -381,8 +381,8 @@ def _check_array(out: Path, before: LabelMap) -> None:
     if size > _LARGEST_ARRAY:
         raise PictureError(
             f"-o {out}: {count} channels of {width}x{height} are {size / 1e9:.3g} GB, more than "
-            f"{_LARGEST_ARRAY / 1e9:g} GB; write .npz, which holds the {len(before.keys)} classes "
-            "that exist and their indices"
+            f"{_LARGEST_ARRAY / 1e9:.3g} GB; write .npz, which holds the {len(before.keys)} "
+            "classes that exist and their indices"
         )
 
 

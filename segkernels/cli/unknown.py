@@ -96,7 +96,7 @@ def judge(
 
     - in a colour picture black, unless there is a palette: then the palette's ignored colours;
     - in a palette picture index 255, or else black, except in PASCAL VOC's palette, where black is
-      a class;
+      a class, and in a palette of grey levels;
     - 255 (65535 in 16 bits) in a greyscale picture; 255 and -1 in an array.
 
     But if there are just two values, and no maps of another format, both are classes. If 255 may be
@@ -117,18 +117,23 @@ def judge(
     used = set(counts)
     if meaning.unknown == ("none",):
         return Unknown(frozenset())
+    ignored: frozenset[int] = frozenset()
+    if format.kind == "colour" and meaning.palette is not None:
+        ignored = frozenset(map(_code_of, meaning.palette.ignored))
     if meaning.unknown != ("auto",):
         values = [_values_of(where, word, format, used) for word in meaning.unknown]
-        return Unknown(frozenset().union(*values))
+        return Unknown(ignored.union(*values))
     if format.kind == "colour":
         if meaning.palette is not None:
-            return Unknown(frozenset(map(_code_of, meaning.palette.ignored)))
+            return Unknown(ignored)
         return _judge_black(where, format, counts, {BLACK} & used, alone)
     always = {-1} & used if format.kind == "array" else set()
     if format.highest in used:
         return _judge_highest(where, format, counts, always, meaning, alone)
     voc = format.palette[: len(_PASCAL_VOC_START)] == _PASCAL_VOC_START
-    if format.kind != "palette" or voc or meaning.palette is not None:
+    # A palette of all grey levels in order is no palette: the picture was greyscale.
+    grey = format.palette[:30] == tuple(i // 3 for i in range(30))
+    if format.kind != "palette" or voc or grey or meaning.palette is not None:
         return Unknown(frozenset(always))
     black = {index for index in used if format.colour(index) == BLACK}
     return _judge_black(where, format, counts, black, alone)
@@ -141,6 +146,13 @@ def _judge_black(
         return Unknown(frozenset(black))
     if len(counts) == 2:
         return _two_values(format, black, frozenset(), alone)
+    colours = {rgb(v if format.kind == "colour" else format.colour(v)) for v in counts}
+    if all(red == green == blue for red, green, blue in colours):
+        raise OptionError(
+            f"{where}: all colours are grey, so black may be a class, as in a mask or in indices "
+            "saved as colours, or mark unknown pixels: pass --unknown none|black|white; none if "
+            "all are classes"
+        )
     share = sum(counts[value] for value in black) / sum(counts.values())
     options = (
         f"pass --palette {'|'.join(known_palettes())}|FILE for labels in these colours, --unknown "
@@ -151,7 +163,6 @@ def _judge_black(
             f"{where}: black is on {share:.0%} of the pixels, as the background of VOC, CVAT and "
             f"labelme masks is, and may be a class: {options}"
         )
-    colours = {rgb(v if format.kind == "colour" else format.colour(v)) for v in counts}
     doubt = ""
     if colours <= set(read_palette("voc").indices):
         doubt = f"{where}: these are PASCAL VOC's colours, and black is read as unknown; {options}"
