@@ -259,7 +259,7 @@ def command(
 ) -> None:
     """Refine rough labels of a photograph with a dense CRF.
 
-    Exit codes: 0, all refined; 1, a file failed; 2, an option is wrong or missing; 128 + n, signal n.
+    Exit codes: 0, all done; 1, a file failed; 2, an option is wrong or missing; 128 + n, signal n.
     """
     if overlap is not None and tile is None:
         raise typer.BadParameter("expected --tile with it", param_hint="--overlap")
