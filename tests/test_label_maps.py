@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import zipfile
 
+import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -378,8 +381,6 @@ def test_invalid_files(tmp_path):
     assert f"LABELS {tmp_path / 'a.png'}: not a picture" in error(tmp_path / "a.png")
     Image.new("CMYK", (2, 2)).save(tmp_path / "b.tif")
     assert "got Pillow's mode CMYK" in error(tmp_path / "b.tif")
-    Image.fromarray(np.zeros((2, 2), np.float32)).save(tmp_path / "c.tif")
-    assert "got Pillow's mode F" in error(tmp_path / "c.tif")
 
 
 @given(st.data())
@@ -409,3 +410,121 @@ def test_error_names_the_file(tmp_path):
     path = tmp_path / "some labels [1].png"
     path.write_text("x")
     assert re.match(rf"LABELS {re.escape(str(path))}: ", error(path))
+
+
+def deep_png(path, values):
+    """A PNG of 16 bits a channel."""
+    path.write_bytes(imagecodecs.png_encode(np.array(values, np.uint16)))
+    return path
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_deep_png_is_rejected(tmp_path, channels):
+    """Pillow keeps the upper 8 bits, so that classes merge."""
+    path = deep_png(tmp_path / "a.png", np.full((4, 5, channels), 300))
+    assert "a PNG of 16 bits a channel, of which Pillow keeps the upper 8" in error(path)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_transparent_value(tmp_path, mode):
+    """A PNG of greys or colours may name one that is transparent."""
+    rows = np.array([[0, 1, 2, 3]], np.uint8)
+    transparent: int | tuple[int, int, int] = 3
+    if mode == "RGB":
+        rows, transparent = np.array([RED, GREEN, BLUE, WHITE], np.uint8)[rows], WHITE
+    Image.fromarray(rows).save(tmp_path / "a.png", transparency=transparent)
+    labels = read_labels(tmp_path / "a.png")
+    assert (labels.positions < 0).tolist() == [[False, False, False, True]]
+    write_labels(tmp_path / "b.png", np.array([[0, 1, 2, 2]]), labels)
+    assert np.array(Image.open(tmp_path / "b.png"))[..., -1].tolist() == [[255] * 4]
+
+
+def test_index_beyond_the_palette_is_a_class(tmp_path):
+    path = palette_map(tmp_path / "a.png", [[0, 1, 2, 3]], [*RED, *GREEN, *BLUE])
+    assert len(Image.open(path).getpalette()) == 9
+    labels = read_labels(path)
+    assert labels.keys == (0, 1, 2, 3)
+    assert labels.unknown == "none"
+
+
+def test_one_bit_values_are_classes(tmp_path):
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "a.png")
+    labels = read_labels(tmp_path / "a.png")
+    assert labels.keys == (0, 1)
+    assert labels.unknown == "none"
+
+
+def test_float_tiff_is_probabilities(tmp_path):
+    foreground = np.array([[0.25, 0.75]], np.float32)
+    for dtype in (np.float16, np.float32, np.float64):
+        tifffile.imwrite(tmp_path / "a.tif", foreground.astype(dtype))
+        labels = read_labels(tmp_path / "a.tif")
+        assert labels.foreground_shape == (1, 2)
+        assert labels.positions.tolist() == [[0, 1]]
+    probs = np.random.default_rng(0).dirichlet(np.ones(5), (6, 7)).astype(np.float32)
+    for bands, layout in ((np.moveaxis(probs, -1, 0), "separate"), (probs, "contig")):
+        tifffile.imwrite(tmp_path / "a.tif", bands, photometric="minisblack", planarconfig=layout)
+        labels = read_labels(tmp_path / "a.tif")
+        assert np.array_equal(labels.probs, np.moveaxis(probs, -1, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_transparent_pixels_of_tiff(tmp_path, dtype):
+    rows = np.dstack([[[0, 1, 2]], [[255, 255, 0]]]).astype(dtype)
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        rows,
+        photometric="minisblack",
+        planarconfig="contig",
+        extrasamples=["unassalpha"],
+    )
+    assert read_labels(tmp_path / "a.tif").positions.tolist() == [[0, 1, -1]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
+@pytest.mark.parametrize("orientation", [1, 2, 6])
+def test_orientation_of_tiff(tmp_path, dtype, orientation):
+    """As the photograph's, which has the same tag."""
+    rows = np.array([[0, 1, 0], [1, 1, 0]], dtype)
+    tifffile.imwrite(tmp_path / "a.tif", rows, extratags=[(274, "H", 1, orientation, True)])
+    labels = read_labels(tmp_path / "a.tif")
+    assert labels.orientation == orientation
+    turned = {1: rows, 2: rows[:, ::-1], 6: np.rot90(rows, -1)}[orientation]
+    assert np.array_equal(labels.positions, turned)
+
+
+def test_pixels_without_data_in_probabilities(tmp_path):
+    """As `segkernels refine -o out.npz` writes them; in other arrays NaN is an error."""
+    probs = np.array([[[0.75, 0.25, np.nan]], [[0.25, 0.75, np.nan]]], np.float32)
+    np.savez(tmp_path / "a.npz", probs=probs, indices=np.array([3, 9]))
+    labels = read_labels(tmp_path / "a.npz")
+    assert labels.keys == (3, 9)
+    assert labels.positions.tolist() == [[0, 1, -1]]
+    assert labels.probs[:, 0, 2].tolist() == [0.5, 0.5]
+    assert labels.unknown == "1 pixels without data"
+    assert "expected finite" in error(array_map(tmp_path / "a.npy", probs))
+    probs[0, 0, 2] = 0.5
+    np.savez(tmp_path / "a.npz", probs=probs, indices=np.array([3, 9]))
+    assert "expected finite" in error(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"probs": np.full((2, 1, 1), 0.5), "indices": np.array([0])},
+        {"probs": np.full((2, 1, 1), 0.5), "indices": np.array([4, 4])},
+        {"probs": np.full((2, 1, 1), 0.5), "indices": np.array([0, 65536])},
+        {"probs": np.full((2, 1, 1), 0.5), "indices": np.array([0.0, 1.0])},
+        {"probs": np.full((2, 1, 1), 0.5), "colours": np.full((2, 3), 7)},
+        {"probs": np.full((2, 1, 1), 0.5), "names": np.array([0, 1])},
+    ],
+)
+def test_invalid_keys_of_probabilities(tmp_path, arrays):
+    np.savez(tmp_path / "a.npz", **arrays)
+    assert "expected" in error(tmp_path / "a.npz")
+
+
+def test_archive_without_arrays(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    assert "not a readable numpy array (a.txt is no array)" in error(tmp_path / "a.npz")

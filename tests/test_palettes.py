@@ -55,6 +55,7 @@ def test_known_palettes():
         "name,r,g,b\nbackground,0,0,0\nroad,128,0,0\nignore,7,8,9\n",
         "name,r,g,b\r\n0,background,0, 0, 0\r\n1,road 2,128, 0, 0\r\n2,ignore,7, 8, 9\r\n",
         "GIMP Palette\nName: mine\nColumns: 4\n#\n  0   0   0 sky\n128   0   0 a\n7 8 9\tIgnore\n",
+        "\ufeff0,0,0,background\n128,0,0,road\n7,8,9,ignore\n",
         "#000000 background\n\n# and\n#800000\nignore #070809\n",
     ],
 )

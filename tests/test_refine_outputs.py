@@ -113,6 +113,31 @@ def test_one_class_is_everywhere(tmp_path, truth):
     assert (np.array(Image.open(tmp_path / "out.png")) == 9).all()
 
 
+def test_one_class_and_missing_pixels(tmp_path):
+    """The class is everywhere but where there are no data, and arrays can be read again."""
+    image = np.full((HEIGHT, WIDTH, 3), 90, np.float32)
+    image[:7] = np.nan
+    np.save(tmp_path / "image.npy", image)
+    Image.fromarray(np.zeros((HEIGHT, WIDTH), np.uint8)).save(tmp_path / "labels.png")
+    files = (tmp_path / "image.npy", tmp_path / "labels.png")
+    run("refine", *files, "-o", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as written:
+        assert np.isnan(written["probs"][:, :7]).all()
+        assert (written["probs"][:, 7:] == 1).all()
+    run("refine", tmp_path / "image.npy", tmp_path / "out.npz", "-o", tmp_path / "out.png")
+    assert (np.array(Image.open(tmp_path / "out.png"))[7:] == 0).all()
+    # One channel alone would be read as the foreground.
+    run("refine", *files, "-o", tmp_path / "out.npy")
+    assert np.load(tmp_path / "out.npy").shape == (2, HEIGHT, WIDTH)
+
+
+def test_huge_sigmas(tmp_path, truth):
+    Image.fromarray(truth).save(tmp_path / "labels.png")
+    for options in (("--sxy-gaussian", 1e30), ("--sxy-bilateral", 1e30, "--tile", 20)):
+        refine_to(tmp_path, "labels.png", "out.png", *options)
+    assert inference.Options(crf={"sxy_bilateral": 1e308}).reach() >= 1 << 31
+
+
 # --- foreground probabilities
 
 
@@ -157,9 +182,7 @@ def test_orientation_that_keeps_the_size(tmp_path, truth, orientation):
     rough[:, 26] = 0
     Image.fromarray(rough).save(tmp_path / "labels.png")
     printed = refine_to(tmp_path, "labels.png", "out.png")
-    assert (
-        f"was turned by its EXIF orientation {orientation}, and LABELS labels.png has 1" in printed
-    )
+    assert f"has EXIF orientation {orientation}, LABELS labels.png has 1" in printed
     assert "pass --ignore-exif" in printed
     printed = refine_to(tmp_path, "labels.png", "out.png", "--ignore-exif")
     assert "Warning" not in printed

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import struct
+
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -13,6 +17,7 @@ import segkernels
 from segkernels.cli import images
 from segkernels.cli.files import PictureError, Reading
 from segkernels.cli.images import read_image
+from segkernels.cli.label_maps import read_labels
 
 HEIGHT, WIDTH = 40, 60
 RGB = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
@@ -152,8 +157,6 @@ def test_bits_do_not_change_eight_bit_pictures(tmp_path):
 
 def save_deep_png(path, values):
     """A PNG of 16-bit colours, which Pillow cannot write."""
-    import imagecodecs
-
     path.write_bytes(imagecodecs.png_encode(values))
 
 
@@ -252,6 +255,22 @@ def test_no_data_at_all(tmp_path):
         read_image(tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("bits", [None, 12])
+def test_nodata_is_no_value_of_the_scene(tmp_path, bits):
+    """12-bit data whose nodata value is 65535."""
+    scene = np.random.default_rng(2).integers(0, 4096, (HEIGHT, WIDTH, 3)).astype(np.uint16)
+    scene[LEFT] = 65535
+    scene[0, 20] = 4095
+    tifffile.imwrite(tmp_path / "a.tif", scene, photometric="rgb", **nodata(65535))
+    photograph = read_image(tmp_path / "a.tif", Reading(bits=bits))
+    assert np.array_equal(photograph.missing, LEFT)
+    wanted = scene * (255 / 4095) if bits else scene / 257
+    np.testing.assert_allclose(photograph.values[~LEFT], wanted[~LEFT], rtol=1e-6)
+    assert ("to 4095, read as 0 to 65535" in photograph.doubt) == (bits is None)
+    tifffile.imwrite(tmp_path / "b.tif", scene[..., 0], **nodata(65535))
+    assert np.array_equal(read_image(tmp_path / "b.tif", Reading(bits=bits)).missing, LEFT)
+
+
 # --- errors
 
 
@@ -281,6 +300,19 @@ def test_truncated(tmp_path, size):
     with pytest.raises(PictureError) as caught:
         read_image(tmp_path / "a.tif")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tag", [258, 262, 277, 338])
+@pytest.mark.parametrize("kind", [2, 7, 12])
+def test_tags_of_odd_types(tmp_path, tag, kind):
+    tifffile.imwrite(tmp_path / "a.tif", BANDS[..., :4], photometric="rgb", extrasamples=[0])
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    place = content.index(struct.pack("<HH", tag, 3))
+    content[place + 2] = kind
+    (tmp_path / "a.tif").write_bytes(content)
+    for read in (read_image, read_labels):
+        with contextlib.suppress(PictureError):
+            read(tmp_path / "a.tif")
 
 
 def test_complex_values(tmp_path):

@@ -268,3 +268,25 @@ def test_black_of_a_folder(folders):
     for name in "abc":
         before, after = (np.array(Image.open(f / f"{name}.png")) for f in (labels, out))
         assert np.array_equal(before, after), name
+
+
+def test_folder_of_masks_of_one_and_eight_bits(folders):
+    """A picture of one bit cannot hold 255, so it says nothing about it."""
+    images, labels, out, save_pair = folders
+    save_pair("a", block(0, 255))
+    save_pair("b", block(0, 255))
+    Image.open(labels / "b.png").convert("1").save(labels / "b.png")
+    printed = run("refine", images, labels, "-o", out, code=1)
+    assert "a.png: just one class beside index 255, which marks unknown pixels" in printed
+    run("refine", images, labels, "-o", out, "--unknown", "none")
+    assert np.array_equal(np.array(Image.open(out / "a.png")), block(0, 255))
+    assert np.array_equal(np.array(Image.open(out / "b.png")), block(0, 255) > 0)
+
+
+def test_masks_among_maps_of_more_values_warn(folders):
+    images, labels, out, save_pair = folders
+    save_pair("a", block(0, 255))
+    save_pair("b", block(0, 1))
+    printed = run("refine", images, labels, "-o", out)
+    assert "1 maps (a.png) have just one class beside index 255" in printed
+    assert "pass --unknown none if it is a class" in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -34,7 +35,18 @@ def complain(kind: str, text: str) -> None:
     style = "bold red" if kind == "Error" else "yellow"
     with suppress(OSError, ValueError):  # standard error is closed
         error_console.print(f"[{style}]{kind}:[/{style}]", end=" ")
-        error_console.print(" ".join(text.splitlines()), markup=False)
+        error_console.print(one_line(text), markup=False)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks, which names of files may have."""
+    return " ".join(text.splitlines())
+
+
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """Raise what `say` reports. By default rich exits without a word."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def say(what: Any) -> None:
@@ -44,7 +56,7 @@ def say(what: Any) -> None:
         PictureError: it is closed or full.
     """
     try:
-        Console(highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(what)
+        _Output(highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(what)
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError) as error:

@@ -107,7 +107,8 @@ def open_picture(path: Path, role: str, reading: Reading) -> Opened:
     `role` (IMAGE, LABELS) starts the error messages.
     """
     try:
-        with Image.open(path, formats=picture_formats()) as opened:
+        # Of a path Pillow may map the memory, and then misreads greyscale TIFF with an orientation.
+        with open(path, "rb") as file, Image.open(file, formats=picture_formats()) as opened:
             reading.check_pixels(opened.size, f"{role} {path}")
             frames = _frames(opened)
             if frames != 1 and opened.format != "MPO":
@@ -151,6 +152,14 @@ def _frames(opened: Image.Image) -> int:
     return len(pictures)
 
 
+def is_deep(path: Path, picture: Image.Image) -> bool:
+    """Whether a picture is a PNG of 16 bits a channel, of which Pillow keeps the upper 8."""
+    if picture.format != "PNG" or picture.mode.startswith("I"):
+        return False
+    with open(path, "rb") as file:
+        return file.read(25)[24:] == b"\x10"
+
+
 def _orientation(opened: Image.Image) -> int:
     value = opened.getexif().get(ORIENTATION, 1)
     return value if value in range(1, 9) else 1
@@ -178,7 +187,11 @@ def read_arrays(path: Path, role: str) -> dict[str, npt.NDArray[Any]]:
         if isinstance(loaded, np.ndarray):
             return {"": loaded}
         with loaded:
-            return {name: loaded[name] for name in loaded.files}
+            arrays = {name: loaded[name] for name in loaded.files}
+        strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+        if strange:
+            raise ValueError(f"{strange[0]} is no array")
+        return arrays
     except Exception as error:
         # OSError, ValueError, BadZipFile, zlib.error, MemoryError...
         raise PictureError(
@@ -221,7 +234,7 @@ def write_files(files: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) -> 
     try:
         for path, content in files.items():
             target = resolve(path, "")
-            _check_kind(path, target, "")
+            check_kind(path, "")
             # open() instead of tempfile, which would restrict the permissions.
             part = target.with_name(f".{uuid.uuid4().hex}.part")
             parts[part] = target
@@ -244,7 +257,7 @@ def check_writable(path: Path, option: str) -> None:
     """Raise `PictureError` before any work if a file could not be written; leave no trace."""
     try:
         target = resolve(path, f"{option} ")
-        _check_kind(path, target, f"{option} ")
+        check_kind(path, f"{option} ")
         if not target.parent.is_dir():
             raise PictureError(f"{option} {path}: there is no folder {target.parent}")
         if target.exists() and not os.access(target, os.W_OK):
@@ -274,12 +287,12 @@ def resolve(path: Path, start: str) -> Path:
         raise PictureError(f"{start}{path}: {reason(error)}") from error
 
 
-def _check_kind(path: Path, target: Path, start: str) -> None:
-    """Raise `PictureError` if `target` is anything but a regular file or nothing."""
+def check_kind(path: Path, start: str) -> None:
+    """Raise `PictureError` if a path leads to anything but a regular file or nothing."""
     try:
-        mode = os.stat(target).st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # what opens it says why
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         kind = kinds.get(stat.S_IFMT(mode), "a device")

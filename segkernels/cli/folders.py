@@ -6,7 +6,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
@@ -132,9 +132,10 @@ def judge_folder(
     Raises:
         OptionError: the user must say which pixels are unknown.
     """
-    counts: dict[Format, Counter[int]] = {}
     if meaning.unknown != ("auto",):
         return {}
+    counts: dict[Format, Counter[int]] = {}
+    pairs_of: dict[Format, dict[str, set[int]]] = {}  # the maps of two values
 
     def look(labels: Path) -> tuple[Format, dict[int, int]] | None:
         try:
@@ -145,16 +146,35 @@ def judge_folder(
         # A photograph among the labels has a million values, and will be refused.
         return (stored.format, stored.counts) if exact and len(stored.counts) < 1 << 12 else None
 
+    names = iter([labels.name for _, labels in jobs])
     with ThreadPoolExecutor(_workers()) as files:
         for future in track(_in_order(files, look, [(labels,) for _, labels in jobs])):
             assert isinstance(future, Future)
-            seen = future.result()
+            name, seen = next(names), future.result()
             if seen is not None:
-                counts.setdefault(seen[0], Counter()).update(seen[1])
-    return {
-        format: judge(f"LABELS {folder}", format, dict(total), meaning, len(counts) == 1)
-        for format, total in counts.items()
-    }
+                format, values = seen
+                counts.setdefault(format, Counter()).update(values)
+                if len(values) == 2:
+                    pairs_of.setdefault(format, {})[name] = set(values)
+    judged = {}
+    for format, total in counts.items():
+        unknown = judge(f"LABELS {folder}", format, dict(total), meaning, len(counts) == 1)
+        lonely = [n for n, two in pairs_of.get(format, {}).items() if two & unknown.values]
+        if lonely and not (unknown.doubt or unknown.error):
+            unknown = replace(unknown, doubt=_one_class(folder, format, unknown, lonely))
+        judged[format] = unknown
+    return judged
+
+
+def _one_class(folder: Path, format: Format, unknown: Unknown, names: list[str]) -> str:
+    """A warning on maps that would be masks of two classes if there were no others."""
+    marks = " or ".join(format.show(value) for value in sorted(unknown.values))
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"LABELS {folder}: {len(names)} maps ({shown}) have just one class beside {marks}, which "
+        "is read as unknown because other maps have more values; pass --unknown none if it is a "
+        "class"
+    )
 
 
 def process(

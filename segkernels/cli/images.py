@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from segkernels.cli.files import (
     SUBFILE,
     PictureError,
     Reading,
+    check_kind,
+    is_deep,
     open_picture,
     read_array,
     reason,
@@ -60,6 +62,22 @@ class Photograph:
     doubt: str = ""
 
 
+class Bands(NamedTuple):
+    """What a TIFF holds.
+
+    Attributes:
+        values: (H, W, n), without alpha.
+        missing: (H, W), True where alpha or a mask is 0; None: nowhere.
+        orientation: as in `Photograph`.
+        nodata: GDAL's nodata value as text, or None.
+    """
+
+    values: npt.NDArray[Any]
+    missing: Mask | None
+    orientation: int
+    nodata: Any
+
+
 def read_image(path: Path, reading: Reading | None = None) -> Photograph:
     """Read a photograph.
 
@@ -76,6 +94,7 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
         PictureError: the file cannot be read, or is not a photograph as described.
     """
     reading = reading or Reading()
+    check_kind(path, "IMAGE ")  # opening a FIFO would wait for a writer
     if path.suffix.lower() in ARRAY_SUFFIXES:
         values = read_array(path, "IMAGE")
         if values.dtype.kind not in "uif" or values.ndim not in (2, 3) or values.size == 0:
@@ -90,8 +109,7 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
         return _read_tiff(path, reading)
     opened = open_picture(path, "IMAGE", reading)
     picture = opened.picture
-    if picture.format == "PNG":
-        _check_deep_colour(path, picture, reading)
+    _check_deep_colour(path, picture, reading)
     return _photograph(
         path,
         _pixels(picture, path),
@@ -101,11 +119,11 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
     )
 
 
-def read_bands(path: Path, role: str, reading: Reading) -> npt.NDArray[Any] | None:
-    """The array of a TIFF whose type or bands Pillow cannot read; None if Pillow reads the file."""
+def read_bands(path: Path, role: str, reading: Reading) -> Bands | None:
+    """The bands of a TIFF that Pillow cannot read or would change; None for any other file."""
     if not _is_tiff(path) or _pillow_suits(path) is None:
         return None
-    return _decode(path, role, reading)[0]
+    return _decode(path, role, reading)
 
 
 def _photograph(
@@ -119,23 +137,22 @@ def _photograph(
 ) -> Photograph:
     """A photograph of values (H, W, n); `scaled`: of unsigned integers, to [0, 255]."""
     doubt = ""
-    if values.dtype != np.uint8:
-        if values.dtype.kind == "f":
-            nan = np.isnan(values).any(axis=2)
-            if nan.any():
-                missing = nan if missing is None else missing | nan
-        if scaled:
-            values, doubt = _scale(path, values, reading.bits)
-        with np.errstate(over="ignore"):  # float64 beyond float32 is found below
-            values = values.astype(np.float32)
+    if values.dtype.kind == "f":
+        missing = _either(missing, np.isnan(values).any(axis=2))
     if missing is not None and not missing.any():
         missing = None
     if missing is not None:
         if missing.all():
             raise PictureError(f"IMAGE {path}: expected pixels with data, got nodata or NaN only")
-        values = np.where(missing[..., None], values.dtype.type(0), values)
-    if values.dtype != np.uint8 and not np.isfinite(values).all():
-        raise PictureError(f"IMAGE {path}: expected finite values, got infinity")
+        # A value that others have, too.
+        values = np.where(missing[..., None], values[~missing][0], values)
+    if scaled:
+        values, doubt = _scale(path, values, reading.bits)
+    if values.dtype != np.uint8:
+        with np.errstate(over="ignore"):  # float64 beyond float32
+            values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise PictureError(f"IMAGE {path}: expected finite values, got infinity")
     return Photograph(values, missing, orientation, doubt)
 
 
@@ -175,9 +192,7 @@ def _pixels(picture: Image.Image, path: Path) -> npt.NDArray[Any]:
 
 def _check_deep_colour(path: Path, picture: Image.Image, reading: Reading) -> None:
     """Raise `PictureError` if Pillow cuts off the bits of a PNG's 16-bit colours that matter."""
-    with open(path, "rb") as file:
-        depth = file.read(25)[24:]
-    if depth != b"\x10" or picture.mode.startswith("I"):
+    if not is_deep(path, picture):
         return
     most = int(np.array(picture.convert("RGB")).max())
     if most >= _DIM >> 8 and reading.bits is None:
@@ -228,29 +243,30 @@ def _pillow_suits(path: Path) -> str | None:
         photometric = int(tags.get(_PHOTOMETRIC, 1))
         if any(int(other.get(SUBFILE, 0)) & MASK for other in directories):
             return "a mask"
+        bands = samples - len(alphas)
+        usual = bands == _SAMPLES_OF.get(photometric) and len(alphas) < 2
+        if kinds == {1} and max(bits) <= 8 and usual:
+            return None
+        if (kinds, bits, samples) in (({1}, (16,), 1), ({3}, (32,), 1)):
+            return None
+        kind = {1: "uint", 2: "int", 3: "float"}.get(max(kinds), "type ")
+        return f"{bands} band{'s' if bands > 1 else ''} of {kind}{max(bits)}"
     except Exception as error:
         return f"what Pillow cannot read: {reason(error)}"
-    bands = samples - len(alphas)
-    usual = bands == _SAMPLES_OF.get(photometric) and len(alphas) < 2
-    if kinds == {1} and max(bits) <= 8 and usual:
-        return None
-    if (kinds, bits, samples) in (({1}, (16,), 1), ({3}, (32,), 1)):
-        return None
-    kind = {1: "uint", 2: "int", 3: "float"}.get(max(kinds), "type ")
-    return f"{bands} band{'s' if bands > 1 else ''} of {kind}{max(bits)}"
 
 
 def _read_tiff(path: Path, reading: Reading) -> Photograph:
-    if _pillow_suits(path) is not None:
-        values, missing, orientation = _decode(path, "IMAGE", reading)
-        wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
+    bands = read_bands(path, "IMAGE", reading)
+    if bands is not None:
+        values, dtype = bands.values, bands.values.dtype
+        wide = dtype.kind == "u" and dtype.itemsize > 1
         return _photograph(
             path,
             values,
             reading,
-            scaled=wide and (values.dtype == np.uint16 or reading.bits is not None),
-            missing=missing,
-            orientation=orientation,
+            scaled=wide and (dtype == np.uint16 or reading.bits is not None),
+            missing=_either(bands.missing, _nodata(values, bands.nodata)),
+            orientation=bands.orientation,
         )
     opened = open_picture(path, "IMAGE", reading)
     picture = opened.picture
@@ -269,8 +285,7 @@ def _read_tiff(path: Path, reading: Reading) -> Photograph:
     )
 
 
-def _decode(path: Path, role: str, reading: Reading) -> tuple[npt.NDArray[Any], Mask | None, int]:
-    """The bands (H, W, n) of a TIFF without alpha, where it has no data, and its orientation."""
+def _decode(path: Path, role: str, reading: Reading) -> Bands:
     try:
         tifffile: Any = importlib.import_module("tifffile")
     except ImportError as error:
@@ -312,11 +327,11 @@ def _decode(path: Path, role: str, reading: Reading) -> tuple[npt.NDArray[Any], 
         missing = _either(missing, values[..., alpha] == 0)
     if alphas:
         values = np.delete(values, alphas, axis=2)
-    missing = _either(missing, _nodata(values, tags.get(_NODATA)))
     orientation: int = tags.get(ORIENTATION, 1)
     if orientation not in range(1, 9) or reading.ignore_exif:
         orientation = 1
-    return upright(values, orientation), upright(missing, orientation), orientation
+    values, missing = upright(values, orientation), upright(missing, orientation)
+    return Bands(values, missing, orientation, tags.get(_NODATA))
 
 
 def _nodata(values: npt.NDArray[Any], stored: Any) -> Mask | None:
@@ -325,8 +340,9 @@ def _nodata(values: npt.NDArray[Any], stored: Any) -> Mask | None:
     A nodata value of unsigned integers, such as 0, may be an ordinary value of one band, so there
     all bands must have it; other types have room for one that no band uses.
     """
+    text = str(stored).strip(" \0")
     try:
-        value = float(str(stored).strip(" \0"))
+        value = int(text) if text.removeprefix("-").isdecimal() else float(text)
     except ValueError:
         return None
     with np.errstate(over="ignore"):

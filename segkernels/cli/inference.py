@@ -67,7 +67,7 @@ class Options:
         if self.overlap is not None:
             return self.overlap
         sigmas = (*_numbers(self.term("sxy_gaussian")), *_numbers(self.term("sxy_bilateral")))
-        return math.ceil(3 * max(sigmas))
+        return math.ceil(min(3 * max(sigmas), 2.0**31))  # beyond any picture
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def refine_labels(
 
 def _windows(height: int, width: int, options: Options) -> list[_Window]:
     """The tiles, of nearly equal sizes, in rows."""
-    reach = options.reach()
+    reach = options.reach() if options.tile is not None else 0
 
     def parts(size: int) -> Iterator[tuple[slice, slice]]:
         number = -(-size // (options.tile or size))
@@ -213,6 +213,8 @@ def _refine_window(
         scores = _scores(before, window, options).to(device)  # (C, h, w)
         if before.num_classes == 1:
             refined = torch.ones_like(scores)
+            if missing is not None:
+                refined[:, torch.from_numpy(missing).to(device)] = math.nan
         elif missing is None and values.shape == photograph.values.shape:
             refined = dense_crf(image, scores, **options.crf)
         else:
@@ -308,9 +310,9 @@ def doubts(
     found = {"values": photograph.doubt, "unknown": before.doubt}
     if photograph.orientation != before.orientation:
         found["exif"] = (
-            f"IMAGE {image} was turned by its EXIF orientation {photograph.orientation}, and "
-            f"LABELS {before.path.name} has {before.orientation}; pass --ignore-exif if the labels "
-            "were made on the picture as it is stored"
+            f"IMAGE {image} has EXIF orientation {photograph.orientation}, LABELS "
+            f"{before.path.name} has {before.orientation}, and each was turned by its own; pass "
+            "--ignore-exif if the labels were made on the picture as it is stored"
         )
     if not photograph.doubt:
         found["srgb"] = _doubtful_srgb(image, photograph, options)

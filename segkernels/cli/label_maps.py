@@ -12,7 +12,7 @@ from __future__ import annotations
 import colorsys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from segkernels.cli.files import (
     OptionError,
     PictureError,
     Reading,
+    check_kind,
     encode_picture,
+    is_deep,
     open_picture,
     read_arrays,
 )
@@ -161,7 +163,7 @@ class Stored:
             classes = self._index_classes(classes, unknown, words, meaning)
             colours = distinct_colours(classes)
             if self.format.kind == "palette":
-                colours = np.array([rgb(self.format.colour(i)) for i in classes], np.uint8)
+                colours = np.array([rgb(self.format.colour(i) or BLACK) for i in classes], np.uint8)
             rest = {
                 "keys": tuple(classes),
                 "indices": tuple(classes),
@@ -290,10 +292,10 @@ class Stored:
         if self.format.kind == "colour":
             value = dropped[0] if dropped else BLACK
             return None if value in classes or self.opaque is not None else rgb(value)
-        for value in (*dropped, self.format.highest):
+        for value in (*dropped, max(self.format.highest, 255)):
             if value >= 0 and value not in classes:
                 return value
-        return _free_index(classes, self.format.highest)
+        return _free_index(classes, max(self.format.highest, 255))
 
 
 def read_labels(
@@ -361,16 +363,33 @@ def read_stored(path: Path, reading: Reading) -> Stored:
     Raises:
         PictureError: the file cannot be read, or cannot be a label map.
     """
+    check_kind(path, "LABELS ")
     if path.suffix.lower() in ARRAY_SUFFIXES:
         return _from_arrays(path, read_arrays(path, "LABELS"))
     bands = read_bands(path, "LABELS", reading)
     if bands is not None:
-        return _from_arrays(path, {"": bands[..., 0] if bands.shape[2] == 1 else bands})
+        values = np.moveaxis(bands.values, -1, 0)  # (C, H, W)
+        return _from_arrays(
+            path,
+            {"": values[0] if len(values) == 1 else values},
+            None if bands.missing is None else ~bands.missing,
+            bands.orientation,
+        )
     opened = open_picture(path, "LABELS", reading)
     picture = opened.picture
+    if is_deep(path, picture):
+        raise PictureError(
+            f"LABELS {path}: a PNG of 16 bits a channel, of which Pillow keeps the upper 8; save "
+            "it with 8 bits, or as 16-bit greyscale without alpha"
+        )
     lossy = str(picture.format) if picture.format in _LOSSY_FORMATS else ""
     rest: dict[str, Any] = {"orientation": opened.orientation, "lossy": lossy}
+    if "transparency" in picture.info and picture.mode in ("L", "RGB"):
+        # A value that stands for transparent pixels.
+        picture = picture.convert({"L": "LA", "RGB": "RGBA"}[picture.mode])
     mode = picture.mode
+    if mode == "F":
+        return _from_arrays(path, {"": np.array(picture)}, None, opened.orientation)
     if mode == "P":
         # A transparent index is an ordinary class, and stays transparent.
         options = {key: value for key, value in picture.info.items() if key == "transparency"}
@@ -379,11 +398,12 @@ def read_stored(path: Path, reading: Reading) -> Stored:
     if mode == "LA":
         grey, alpha = np.moveaxis(np.array(picture), -1, 0)
         return _indices(path, Format("index"), grey, alpha >= 128, mode=mode, **rest)
-    if mode in ("1", "L") or mode.startswith("I"):
-        values = np.array(picture)
-        format = Format("index", LARGEST_INDEX if mode.startswith("I") else 255)
-        values = values.astype(np.uint8) if mode == "1" else values
-        return _indices(path, format, values, mode=mode, **rest)
+    if mode == "1":
+        values = np.array(picture).astype(np.uint8)
+        return _indices(path, Format("index", 1), values, mode=mode, **rest)
+    if mode == "L" or mode.startswith("I"):
+        format = Format("index", 255 if mode == "L" else LARGEST_INDEX)
+        return _indices(path, format, np.array(picture), mode=mode, **rest)
     if mode in ("RGB", "RGBA", "PA"):
         return _from_colours(path, picture, rest)
     raise PictureError(
@@ -439,7 +459,12 @@ def _from_colours(path: Path, picture: Image.Image, rest: dict[str, Any]) -> Sto
     return Stored(path, Format("colour"), codes, dict(counts), opaque, mode=mode, **rest)
 
 
-def _from_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> Stored:
+def _from_arrays(
+    path: Path,
+    arrays: dict[str, npt.NDArray[Any]],
+    opaque: npt.NDArray[np.bool_] | None = None,
+    orientation: int = 1,
+) -> Stored:
     """Labels or probabilities in an array, or the result of `segkernels refine -o out.npz`."""
     keys: npt.NDArray[Any] | None = None
     if "probs" in arrays and len(arrays) == 2:
@@ -448,7 +473,8 @@ def _from_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> Stored:
         raise PictureError(f"LABELS {path}: expected one array, got {list(arrays)}")
     values = arrays["probs"] if keys is not None else next(iter(arrays.values()))
     if values.size and values.dtype.kind == "f" and values.ndim in (2, 3):
-        ready = _from_probabilities(path, values, keys)
+        ready = _from_probabilities(path, values, keys, opaque)
+        ready = replace(ready, orientation=orientation)
         return Stored(path, Format("probabilities"), np.empty((0, 0), int), {}, ready=ready)
     if not (values.size and values.dtype.kind in "uib" and values.ndim == 2 and keys is None):
         raise PictureError(
@@ -457,17 +483,28 @@ def _from_arrays(path: Path, arrays: dict[str, npt.NDArray[Any]]) -> Stored:
         )
     values = values.astype(np.uint8) if values.dtype == np.bool_ else values
     mode = "L" if int(values.max()) <= 255 else "I;16"
-    return _indices(path, Format("array"), values, mode=mode)
+    return _indices(path, Format("array"), values, opaque, mode=mode, orientation=orientation)
 
 
 def _from_probabilities(
-    path: Path, values: npt.NDArray[Any], keys: npt.NDArray[Any] | None
+    path: Path,
+    values: npt.NDArray[Any],
+    keys: npt.NDArray[Any] | None,
+    opaque: npt.NDArray[np.bool_] | None,
 ) -> LabelMap:
-    probs = np.ascontiguousarray(values if values.ndim == 3 else values[None], np.float32)
+    probs = np.array(values if values.ndim == 3 else values[None], np.float32)
     foreground = len(probs) == 1 and keys is None
     count = 2 if foreground else len(probs)
     if count > LARGEST_INDEX + 1:
         raise PictureError(f"LABELS {path}: expected at most 65536 classes, got {count}")
+    unknown: npt.NDArray[np.bool_] = np.zeros(probs.shape[1:], bool)
+    if keys is not None:
+        # Pixels without data, as refine writes them. Elsewhere NaN is an error of the network.
+        unknown |= np.isnan(probs).all(axis=0)
+    if opaque is not None:
+        unknown |= ~opaque
+    if not unknown.all():
+        probs[:, unknown] = 1 / count
     least, most = float(probs.min()), float(probs.max())
     if not np.isfinite([least, most]).all():
         raise PictureError(f"LABELS {path}: expected finite probabilities, got NaN or infinity")
@@ -477,43 +514,49 @@ def _from_probabilities(
             f"LABELS {path}: expected probabilities between 0 and 1, got values from {least:.6g} "
             f"to {most:.6g} (logits need {cure})"
         )
-    indices: tuple[int, ...] | None = tuple(range(count))
-    colours = distinct_colours(range(count))
-    own: tuple[int, ...] | tuple[Colour, ...] = tuple(range(count))
-    if keys is not None:
-        if keys.dtype.kind not in "ui" or keys.shape not in ((count,), (count, 3)):
-            raise PictureError(
-                f"LABELS {path}: expected one index or colour for each of {count} classes, "
-                f"got {keys.dtype} {keys.shape}"
-            )
-        limit = LARGEST_INDEX if keys.ndim == 1 else 255
-        rows = keys.tolist()
-        if keys.min() < 0 or keys.max() > limit or len({str(row) for row in rows}) < count:
-            raise PictureError(
-                f"LABELS {path}: expected different indices from 0 to 65535, or colours"
-            )
-        if keys.ndim == 2:
-            own, indices, colours = tuple(map(tuple, rows)), None, keys.astype(np.uint8)
-        else:
-            own = indices = tuple(rows)
-            colours = distinct_colours(indices)
-    is_colour = indices is None
-    highest = 255 if is_colour else max(indices or (0,))
-    positions = (probs[0] > 0.5) if foreground else probs.argmax(axis=0)
+    positions = ((probs[0] > 0.5) if foreground else probs.argmax(axis=0)).astype(np.int32)
+    positions[unknown] = -1
+    number = int(unknown.sum())
+    rest = _classes(path, np.arange(count) if keys is None else keys, count)
     return LabelMap(
         path=path,
-        kind="colour" if is_colour else "probabilities",
-        positions=positions.astype(np.int32),
-        keys=own,
-        colours=colours,
+        positions=positions,
         num_classes=count,
-        unknown="none (probabilities)",
-        indices=indices,
-        void=None if is_colour else _free_index(range(highest + 1), 255),
+        unknown=f"{number} pixels without data" if number else "none (probabilities)",
         probs=np.minimum(probs, 1),
         foreground_shape=values.shape if foreground else None,
-        mode="RGB" if is_colour else "L" if highest <= 255 else "I;16",
+        **rest,
     )
+
+
+def _classes(path: Path, keys: npt.NDArray[Any], count: int) -> dict[str, Any]:
+    """The part of a `LabelMap` that follows from the indices (K,) or colours (K, 3)."""
+    if keys.dtype.kind not in "ui" or keys.shape not in ((count,), (count, 3)):
+        raise PictureError(
+            f"LABELS {path}: expected one index or colour for each of {count} classes, "
+            f"got {keys.dtype} {keys.shape}"
+        )
+    limit = LARGEST_INDEX if keys.ndim == 1 else 255
+    if keys.min() < 0 or keys.max() > limit or len(np.unique(keys, axis=0)) < count:
+        raise PictureError(f"LABELS {path}: expected different indices from 0 to 65535, or colours")
+    if keys.ndim == 2:
+        return {
+            "kind": "colour",
+            "keys": tuple(map(tuple, keys.tolist())),
+            "indices": None,
+            "colours": keys.astype(np.uint8),
+            "void": None,
+            "mode": "RGB",
+        }
+    indices = tuple(keys.tolist())
+    return {
+        "kind": "probabilities",
+        "keys": indices,
+        "indices": indices,
+        "colours": distinct_colours(indices),
+        "void": _free_index(indices, 255),
+        "mode": "L" if max(indices) <= 255 else "I;16",
+    }
 
 
 def _tally(codes: npt.NDArray[np.int32]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

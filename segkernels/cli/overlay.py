@@ -67,7 +67,8 @@ def side_by_side(
         left = _MARGIN + column * (size[0] + _GAP)
         base = _MARGIN + 20
         draw.text((left, base), name, _INK, title, anchor="ls")
-        note = os.fsencode(note).decode("utf-8", "replace")  # names of files may not be text
+        # Names of files may not be text, or have several lines.
+        note = " ".join(os.fsencode(note).decode("utf-8", "replace").split())
         room = size[0] - draw.textlength(name, title) - 12
         if note and draw.textlength(note, small) <= room:
             draw.text((left + size[0], base), note, _FAINT, small, anchor="rs")

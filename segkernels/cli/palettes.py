@@ -64,7 +64,7 @@ def read_palette(name: str) -> Palette:
             )
         start = path.read_bytes()[:_LARGEST_FILE]
         if b"\0" not in start:
-            return _from_text(name, start.decode("utf-8", "replace"))
+            return _from_text(name, start.decode("utf-8-sig", "replace"))
         with Image.open(path, formats=("PNG", "GIF", "TIFF", "BMP")) as picture:
             values = picture.getpalette("RGB") or []
     except OptionError:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from segkernels import _native
-from segkernels.cli.console import complain, error_console, one_line_errors, say
+from segkernels.cli.console import complain, error_console, one_line, one_line_errors, say
 from segkernels.cli.files import (
     PictureError,
     Reading,
@@ -327,7 +327,7 @@ def _refine_one(
     write_refined(done, image, out, overlay)
     width, height = done.before.size
     say(
-        f"{image.name}: {width}x{height}, {len(done.before.keys)} classes, "
+        f"{one_line(image.name)}: {width}x{height}, {len(done.before.keys)} classes, "
         f"unknown: {done.before.unknown}"
     )
     if done.missing:
@@ -338,7 +338,7 @@ def _refine_one(
         f"filled {done.filled} unknown pixels, changed {done.changed} labelled ones "
         f"({done.changed / labelled:.2%}); CRF {done.seconds:.3g} s on {options.device}"
     )
-    say(f"wrote {out}" + (f" and {overlay}" if overlay else ""))
+    say(one_line(f"wrote {out}" + (f" and {overlay}" if overlay else "")))
 
 
 def _check_outputs(out: Path, overlay: Path | None, inputs: tuple[Path, ...]) -> None:
@@ -375,7 +375,7 @@ def _check_array(out: Path, before: LabelMap) -> None:
             "a picture or .npz, pass --palette, or give the labels as indices"
         )
     width, height = before.size
-    count = 1 if before.foreground_shape is not None else max(before.indices) + 1
+    count = 1 if before.foreground_shape is not None else max(*before.indices, 1) + 1
     size = 4 * count * height * width
     if size > _LARGEST_ARRAY:
         raise PictureError(
@@ -498,7 +498,7 @@ _DOUBTS = {
 
 
 def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
+    shown = one_line(", ".join(names[:5]))
     return shown if len(names) <= 5 else f"{shown}, ..."
 
 
@@ -540,7 +540,9 @@ def _array_writer(done: Refined, out: Path) -> Callable[[IO[bytes]], object]:
     if before.foreground_shape is not None:
         whole = probs[1].reshape(before.foreground_shape)
     else:
-        whole = np.zeros((max(before.indices) + 1, *probs.shape[1:]), np.float32)
+        # Of one class alone there are two channels: one would be read as the foreground.
+        channels = max(*before.indices, 1) + 1
+        whole = np.zeros((channels, *probs.shape[1:]), np.float32)
         whole[list(before.indices)] = probs
     return lambda file: np.save(file, whole)
 

@@ -48,7 +48,8 @@ class Format:
 
     Attributes:
         kind: how the file represents classes.
-        highest: the value that may mark unknown pixels, 255 or 65535.
+        highest: the highest value, 255 or 65535, which may mark unknown pixels; 1 in pictures of
+            one bit, where it does not.
         palette: of a palette picture.
     """
 
@@ -61,13 +62,14 @@ class Format:
         if self.kind == "colour":
             return _name(value)
         if self.kind == "palette":
-            return f"index {value} ({_name(self.colour(value))})"
+            colour = self.colour(value)
+            return f"index {value} ({'no colour' if colour is None else _name(colour)})"
         return f"index {value}"
 
-    def colour(self, index: int) -> int:
-        """The colour of an index in the palette, 0xrrggbb."""
+    def colour(self, index: int) -> int | None:
+        """The colour of an index in the palette, 0xrrggbb; None if it has none."""
         channels = self.palette[3 * index : 3 * index + 3] if index >= 0 else ()
-        return _code(*channels) if len(channels) == 3 else BLACK
+        return _code(*channels) if len(channels) == 3 else None
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def judge(
             return Unknown(ignored)
         return _judge_black(where, format, counts, {BLACK} & used, alone)
     always = {-1} & used if format.kind == "array" else set()
-    if format.highest in used:
+    if format.highest in used and format.highest > 1:
         return _judge_highest(where, format, counts, always, meaning, alone)
     voc = format.palette[: len(_PASCAL_VOC_START)] == _PASCAL_VOC_START
     # A palette of all grey levels in order is no palette: the picture was greyscale.
@@ -146,7 +148,8 @@ def _judge_black(
         return Unknown(frozenset(black))
     if len(counts) == 2:
         return _two_values(format, black, frozenset(), alone)
-    colours = {rgb(v if format.kind == "colour" else format.colour(v)) for v in counts}
+    codes = [value if format.kind == "colour" else format.colour(value) for value in counts]
+    colours = {rgb(code) for code in codes if code is not None}
     if all(red == green == blue for red, green, blue in colours):
         raise OptionError(
             f"{where}: all colours are grey, so black may be a class, as in a mask or in indices "
