@@ -190,8 +190,8 @@ class Stored:
                 f"LABELS {self.path}: --unknown cannot name pixels in an array of probabilities; "
                 "an unknown pixel has equal ones"
             )
-        if meaning.num_classes not in (None, ready.num_classes):
-            assert ready.probs is not None
+        assert ready.probs is not None
+        if meaning.num_classes not in (None, ready.num_classes, len(ready.probs)):
             raise PictureError(
                 f"LABELS {self.path}: expected probabilities of {meaning.num_classes} classes "
                 f"(C, H, W), got shape {ready.probs.shape}"
