@@ -301,7 +301,9 @@ def test_grey_alpha_is_unknown(tmp_path):
     image = Image.fromarray(np.array([[0, 1, 2]], np.uint8))
     image.putalpha(Image.fromarray(np.array([[255, 0, 200]], np.uint8)))
     image.save(tmp_path / "a.png")
-    assert read_labels(tmp_path / "a.png").positions.tolist() == [[0, -1, 2]]
+    labels = read_labels(tmp_path / "a.png")
+    assert labels.positions.tolist() == [[0, -1, 1]]
+    assert labels.keys == (0, 2)  # 1 is no class
 
 
 # --- arrays
@@ -436,7 +438,9 @@ def test_transparent_value(tmp_path, mode):
     labels = read_labels(tmp_path / "a.png")
     assert (labels.positions < 0).tolist() == [[False, False, False, True]]
     write_labels(tmp_path / "b.png", np.array([[0, 1, 2, 2]]), labels)
-    assert np.array(Image.open(tmp_path / "b.png"))[..., -1].tolist() == [[255] * 4]
+    written = Image.open(tmp_path / "b.png")
+    assert written.mode == {"L": "L", "RGB": "RGBA"}[mode]
+    assert np.array(written.convert("RGBA"))[..., 3].tolist() == [[255] * 4]
 
 
 def test_index_beyond_the_palette_is_a_class(tmp_path):

@@ -285,7 +285,7 @@ def test_without_tifffile(tmp_path, monkeypatch):
     with pytest.raises(PictureError) as caught:
         read_image(tmp_path / "a.tif")
     assert "a TIFF of 7 bands of uint8 needs tifffile" in str(caught.value)
-    assert 'pip install "segkernels[tiff]"; or save its bands as .npy (H, W, n)' in str(
+    assert 'pip install "segkernels[tiff]"; or save it as .npy (H, W, n)' in str(
         caught.value
     )
     with pytest.raises(PictureError, match="a TIFF of 1 band of int16 needs tifffile"):

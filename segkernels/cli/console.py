@@ -19,6 +19,10 @@ from rich.console import Console
 
 from segkernels.cli.files import OptionError, PictureError, reason
 
+# What decoders log would be printed beside the error.
+for _name in ("PIL", "tifffile"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -74,8 +78,6 @@ def one_line_errors() -> Iterator[None]:
     lack of memory, and 128 + the number of a signal: 130 for Ctrl-C, 143 for SIGTERM.
     """
     streams: tuple[Any, ...] = (sys.stdout, sys.stderr)
-    for name in ("PIL", "tifffile"):
-        logging.getLogger(name).addHandler(logging.NullHandler())
     for stream in streams:
         # File names may not be text.
         with suppress(AttributeError, ValueError):

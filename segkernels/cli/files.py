@@ -152,12 +152,17 @@ def _frames(opened: Image.Image) -> int:
     return len(pictures)
 
 
+def png_depth(path: Path, picture: Image.Image) -> int:
+    """The bits a channel of a PNG; 8 for other formats."""
+    if picture.format != "PNG":
+        return 8
+    with open(path, "rb") as file:
+        return file.read(25)[24]
+
+
 def is_deep(path: Path, picture: Image.Image) -> bool:
     """Whether a picture is a PNG of 16 bits a channel, of which Pillow keeps the upper 8."""
-    if picture.format != "PNG" or picture.mode.startswith("I"):
-        return False
-    with open(path, "rb") as file:
-        return file.read(25)[24:] == b"\x10"
+    return png_depth(path, picture) == 16 and not picture.mode.startswith("I")
 
 
 def _orientation(opened: Image.Image) -> int:
@@ -234,7 +239,7 @@ def write_files(files: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) -> 
     try:
         for path, content in files.items():
             target = resolve(path, "")
-            check_kind(path, "")
+            _check_target(path, "")
             # open() instead of tempfile, which would restrict the permissions.
             part = target.with_name(f".{uuid.uuid4().hex}.part")
             parts[part] = target
@@ -257,15 +262,10 @@ def check_writable(path: Path, option: str) -> None:
     """Raise `PictureError` before any work if a file could not be written; leave no trace."""
     try:
         target = resolve(path, f"{option} ")
-        check_kind(path, f"{option} ")
+        _check_target(path, f"{option} ")
         if not target.parent.is_dir():
             raise PictureError(f"{option} {path}: there is no folder {target.parent}")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PictureError(f"{option} {path}: cannot be written (it is read-only)")
-        probe = target.with_name(f".{uuid.uuid4().hex}.part")
-        with open(probe, "xb"):
-            pass
-        probe.unlink()
+        _probe(target.parent)
     except OSError as error:
         raise PictureError(f"{option} {path}: cannot be written ({reason(error)})") from error
 
@@ -276,7 +276,18 @@ def make_folder(folder: Path, option: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PictureError(f"{option} {folder}: cannot be made ({reason(error)})") from error
-    check_writable(folder / "probe", option)
+    try:
+        _probe(folder)
+    except OSError as error:
+        raise PictureError(f"{option} {folder}: cannot be written ({reason(error)})") from error
+
+
+def _probe(folder: Path) -> None:
+    """Make a file in a folder and remove it."""
+    probe = folder / f".{uuid.uuid4().hex}.part"
+    with open(probe, "xb"):
+        pass
+    probe.unlink()
 
 
 def resolve(path: Path, start: str) -> Path:
@@ -285,6 +296,13 @@ def resolve(path: Path, start: str) -> Path:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
         raise PictureError(f"{start}{path}: {reason(error)}") from error
+
+
+def _check_target(path: Path, start: str) -> None:
+    """Raise `PictureError` if a file that is there must not be replaced."""
+    check_kind(path, start)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PictureError(f"{start}{path}: cannot be written (it is read-only)")
 
 
 def check_kind(path: Path, start: str) -> None:

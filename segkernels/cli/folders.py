@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from segkernels.cli.files import PictureError, Reading, picture_suffixes, reason
 from segkernels.cli.label_maps import read_stored
-from segkernels.cli.unknown import Format, Meaning, Unknown, judge
+from segkernels.cli.unknown import BLACK, Format, Meaning, Unknown, judge
 
 T = TypeVar("T")
 
@@ -159,16 +159,37 @@ def judge_folder(
     judged = {}
     for format, total in counts.items():
         unknown = judge(f"LABELS {folder}", format, dict(total), meaning, len(counts) == 1)
-        lonely = [n for n, two in pairs_of.get(format, {}).items() if two & unknown.values]
+        marks = {value for value in unknown.values if value >= 0}
+        lonely = [n for n, two in pairs_of.get(format, {}).items() if two & marks]
         if lonely and not (unknown.doubt or unknown.error):
-            unknown = replace(unknown, doubt=_one_class(folder, format, unknown, lonely))
+            unknown = replace(unknown, doubt=_one_class(folder, format, marks, lonely))
         judged[format] = unknown
+    return _compare_palettes(folder, judged, counts)
+
+
+def _compare_palettes(
+    folder: Path, judged: dict[Format, Unknown], counts: Mapping[Format, Collection[int]]
+) -> dict[Format, Unknown]:
+    """Add a warning where black is a class with one palette and unknown with another."""
+    unknown = {
+        format: {format.colour(index) == BLACK and index in judged[format].values for index in used}
+        for format, used in counts.items()
+        if format.kind == "palette" and BLACK in map(format.colour, used)
+    }
+    kept = [format for format, marks in unknown.items() if True not in marks]
+    lost = [format for format, marks in unknown.items() if True in marks]
+    if kept and lost and not judged[lost[0]].error:
+        doubt = (
+            f"LABELS {folder}: the palettes differ: black is a class in some maps, as in PASCAL "
+            "VOC's palette, and unknown in others; pass --unknown none or --unknown black"
+        )
+        judged[lost[0]] = replace(judged[lost[0]], doubt=doubt)
     return judged
 
 
-def _one_class(folder: Path, format: Format, unknown: Unknown, names: list[str]) -> str:
+def _one_class(folder: Path, format: Format, values: set[int], names: list[str]) -> str:
     """A warning on maps that would be masks of two classes if there were no others."""
-    marks = " or ".join(format.show(value) for value in sorted(unknown.values))
+    marks = " or ".join(format.show(value) for value in sorted(values))
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
         f"LABELS {folder}: {len(names)} maps ({shown}) have just one class beside {marks}, which "

@@ -7,6 +7,7 @@ other bands than grey or RGB, and of other types than 8 bits, 16-bit grey and fl
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,9 +122,17 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
 
 def read_bands(path: Path, role: str, reading: Reading) -> Bands | None:
     """The bands of a TIFF that Pillow cannot read or would change; None for any other file."""
-    if not _is_tiff(path) or _pillow_suits(path) is None:
+    if not _is_tiff(path) or _pillow_suits(path, role) is None:
         return None
     return _decode(path, role, reading)
+
+
+def stored_nodata(path: Path) -> float | None:
+    """GDAL's nodata value of a TIFF; None for any other file."""
+    try:
+        return _number(_directories(path)[0].get(_NODATA)) if _is_tiff(path) else None
+    except Exception:
+        return None  # what decodes the file says why
 
 
 def _photograph(
@@ -195,7 +204,7 @@ def _check_deep_colour(path: Path, picture: Image.Image, reading: Reading) -> No
     if not is_deep(path, picture):
         return
     most = int(np.array(picture.convert("RGB")).max())
-    if most >= _DIM >> 8 and reading.bits is None:
+    if most >= _DIM >> 8 and reading.bits in (None, 16):
         return
     raise PictureError(
         f"IMAGE {path}: a PNG of 16-bit colours with values below {(most + 1) << 8}, of which "
@@ -231,7 +240,7 @@ def _directories(path: Path) -> list[TiffImagePlugin.ImageFileDirectory_v2]:
     return found
 
 
-def _pillow_suits(path: Path) -> str | None:
+def _pillow_suits(path: Path, role: str) -> str | None:
     """None if Pillow reads all of a TIFF, or what it holds that Pillow would drop or change."""
     try:
         directories = _directories(path)
@@ -245,6 +254,8 @@ def _pillow_suits(path: Path) -> str | None:
             return "a mask"
         bands = samples - len(alphas)
         usual = bands == _SAMPLES_OF.get(photometric) and len(alphas) < 2
+        if role == "LABELS" and usual and photometric in (0, 1) and 1 < max(bits) < 8:
+            return f"{max(bits)}-bit indices"  # Pillow scales them to 255
         if kinds == {1} and max(bits) <= 8 and usual:
             return None
         if (kinds, bits, samples) in (({1}, (16,), 1), ({3}, (32,), 1)):
@@ -259,13 +270,13 @@ def _read_tiff(path: Path, reading: Reading) -> Photograph:
     bands = read_bands(path, "IMAGE", reading)
     if bands is not None:
         values, dtype = bands.values, bands.values.dtype
-        wide = dtype.kind == "u" and dtype.itemsize > 1
+        wide = dtype.kind in "ui" and dtype.itemsize > 1
         return _photograph(
             path,
             values,
             reading,
             scaled=wide and (dtype == np.uint16 or reading.bits is not None),
-            missing=_either(bands.missing, _nodata(values, bands.nodata)),
+            missing=_either(bands.missing, _nodata(values, _number(bands.nodata))),
             orientation=bands.orientation,
         )
     opened = open_picture(path, "IMAGE", reading)
@@ -274,7 +285,17 @@ def _read_tiff(path: Path, reading: Reading) -> Photograph:
     missing = None
     if picture.mode in ("LA", "RGBA", "PA"):
         missing = np.array(picture.getchannel("A")) == 0
-    missing = _either(missing, _nodata(values, _directories(path)[0].get(_NODATA)))
+    tags = _directories(path)[0]
+    nodata = _number(tags.get(_NODATA))
+    if nodata is not None and picture.mode == "P":
+        missing = _either(missing, np.array(picture) == nodata)
+    elif nodata is not None:
+        depth = tags.get(_BITS, (1,))[0]
+        if depth < 8:  # Pillow scales to 255
+            nodata *= 255 // ((1 << depth) - 1)
+        if tags.get(_PHOTOMETRIC) == 0 and depth <= 8:  # white is 0
+            nodata = 255 - nodata
+        missing = _either(missing, _nodata(values, nodata))
     return _photograph(
         path,
         values,
@@ -290,8 +311,8 @@ def _decode(path: Path, role: str, reading: Reading) -> Bands:
         tifffile: Any = importlib.import_module("tifffile")
     except ImportError as error:
         raise PictureError(
-            f"{role} {path}: a TIFF of {_pillow_suits(path)} needs tifffile: {_INSTALL}; or save "
-            "its bands as .npy (H, W, n)"
+            f"{role} {path}: a TIFF of {_pillow_suits(path, role)} needs tifffile: {_INSTALL}; or "
+            f"save it as .npy ({'H, W' if role == 'LABELS' else 'H, W, n'})"
         ) from error
     try:
         with tifffile.TiffFile(path) as tiff:
@@ -322,7 +343,9 @@ def _decode(path: Path, role: str, reading: Reading) -> Bands:
     except PictureError:
         raise
     except Exception as error:
-        raise PictureError(f"{role} {path}: cannot be read ({reason(error)})") from error
+        # Compressed files need imagecodecs.
+        cure = f"; {_INSTALL}" if importlib.util.find_spec("imagecodecs") is None else ""
+        raise PictureError(f"{role} {path}: cannot be read ({reason(error)}){cure}") from error
     for alpha in alphas:
         missing = _either(missing, values[..., alpha] == 0)
     if alphas:
@@ -334,16 +357,22 @@ def _decode(path: Path, role: str, reading: Reading) -> Bands:
     return Bands(values, missing, orientation, tags.get(_NODATA))
 
 
-def _nodata(values: npt.NDArray[Any], stored: Any) -> Mask | None:
-    """Where values (H, W, n) are GDAL's nodata value, which `stored` holds as text.
+def _number(stored: Any) -> float | None:
+    """The number in GDAL's tag, which is text; None if there is none."""
+    text = str(stored).strip(" \0")
+    try:
+        return int(text) if text.removeprefix("-").isdecimal() else float(text)
+    except ValueError:
+        return None
+
+
+def _nodata(values: npt.NDArray[Any], value: float | None) -> Mask | None:
+    """Where values (H, W, n) are the nodata value.
 
     A nodata value of unsigned integers, such as 0, may be an ordinary value of one band, so there
     all bands must have it; other types have room for one that no band uses.
     """
-    text = str(stored).strip(" \0")
-    try:
-        value = int(text) if text.removeprefix("-").isdecimal() else float(text)
-    except ValueError:
+    if value is None:
         return None
     with np.errstate(over="ignore"):
         equal = values == (values.dtype.type(value) if values.dtype.kind == "f" else value)

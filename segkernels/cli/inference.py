@@ -331,7 +331,9 @@ def _doubtful_srgb(image: Path, photograph: Photograph, options: Options) -> str
         "same units"
     )
     if most - least < 2 * srgb:
-        return f"{units}, so all of it looks alike; a picture in [0, 1] wants --srgb 0.05 (13/255)"
+        unit = values.dtype != np.uint8 and least >= -1 and most <= 1
+        hint = "; a picture in [0, 1] wants --srgb 0.05 (13/255)" if unit else ""
+        return f"{units}, so all of it looks alike{hint}"
     if most - least > 20 * 255 * srgb / _TERMS["srgb"]:
         wanted = (most - least) * _TERMS["srgb"] / 255
         return (

@@ -29,11 +29,23 @@ from segkernels.cli.files import (
     encode_picture,
     is_deep,
     open_picture,
+    png_depth,
     read_arrays,
 )
-from segkernels.cli.images import read_bands
+from segkernels.cli.images import read_bands, stored_nodata
 from segkernels.cli.palettes import Colour, Palette
-from segkernels.cli.unknown import BLACK, LARGEST_INDEX, Format, Kind, Meaning, Unknown, judge, rgb
+from segkernels.cli.unknown import (
+    BLACK,
+    LARGEST_INDEX,
+    Format,
+    Kind,
+    Meaning,
+    Unknown,
+    colour_name,
+    judge,
+    rgb,
+)
+from segkernels.cli.unknown import code as _code
 
 Positions = npt.NDArray[np.int32]
 
@@ -105,10 +117,10 @@ class Stored:
         path: the file.
         format: how it represents classes.
         values: (H, W) integers: indices, or colours 0xrrggbb.
-        counts: the number of pixels, at least half opaque, of each value; 0 for an index that only
-            transparent pixels have.
+        counts: the number of pixels, at least half opaque, of each value.
         opaque: (H, W); None: everywhere.
         mode, orientation, save_options: as in `LabelMap`.
+        nodata: GDAL's nodata value in a TIFF, or None.
         lossy: the format of a picture whose values are not exact, or "".
         ready: the map, if there is nothing to decide: probabilities. Then there are no values.
     """
@@ -121,6 +133,7 @@ class Stored:
     mode: str = "L"
     orientation: int = 1
     save_options: dict[str, Any] = field(default_factory=dict)
+    nodata: float | None = None
     lossy: str = ""
     ready: LabelMap | None = None
 
@@ -133,6 +146,9 @@ class Stored:
         """
         if self.ready is not None:
             self._check_ready(self.ready, meaning)
+            if self.ready.indices is None and meaning.palette is not None:
+                codes = [_code(*colour) for colour in self.ready.colours.tolist()]
+                return replace(self.ready, indices=self._in_palette(codes, meaning.palette))
             return self.ready
         if self.lossy and meaning.num_classes is None:
             raise PictureError(
@@ -175,8 +191,8 @@ class Stored:
             kind="index" if self.format.kind == "array" else self.format.kind,
             positions=self._positions(classes),
             unknown=words,
-            void=self._void(classes, sorted(dropped)),
-            doubt=unknown.doubt,
+            void=self._void(classes, [*sorted(dropped), *sorted(unknown.values)]),
+            doubt=unknown.doubt or self._doubtful_nodata(classes, meaning),
             mode=self.mode,
             palette=self.format.palette,
             orientation=self.orientation,
@@ -220,18 +236,7 @@ class Stored:
         )
 
     def _colour_classes(self, classes: list[int], meaning: Meaning) -> dict[str, Any]:
-        indices = None
-        if meaning.palette is not None:
-            known = meaning.palette.indices
-            strange = [value for value in classes if rgb(value) not in known]
-            if strange:
-                value = max(strange, key=self.counts.__getitem__)
-                more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
-                raise PictureError(
-                    f"LABELS {self.path}: expected colours of --palette {meaning.palette.name}, "
-                    f"got {self.format.show(value)} ({self.counts[value]} pixels){more}"
-                )
-            indices = tuple(known[rgb(value)] for value in classes)
+        indices = None if meaning.palette is None else self._in_palette(classes, meaning.palette)
         if meaning.num_classes is not None and len(classes) > meaning.num_classes:
             raise _too_many_colours(self.path, len(classes), meaning.num_classes)
         keys = tuple(rgb(value) for value in classes)
@@ -241,6 +246,19 @@ class Stored:
             "colours": np.array(keys, np.uint8),
             "num_classes": max(meaning.num_classes or 0, len(keys)),
         }
+
+    def _in_palette(self, classes: list[int], palette: Palette) -> tuple[int, ...]:
+        """The class indices of colours."""
+        strange = [value for value in classes if rgb(value) not in palette.indices]
+        if strange:
+            value = max(strange, key=lambda code: self.counts.get(code, 0))
+            number = f" ({self.counts[value]} pixels)" if value in self.counts else ""
+            more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+            raise PictureError(
+                f"LABELS {self.path}: expected colours of --palette {palette.name}, got "
+                f"{colour_name(value)}{number}{more}"
+            )
+        return tuple(palette.indices[rgb(value)] for value in classes)
 
     def _index_classes(
         self, used: list[int], unknown: Unknown, words: str, meaning: Meaning
@@ -292,10 +310,24 @@ class Stored:
         if self.format.kind == "colour":
             value = dropped[0] if dropped else BLACK
             return None if value in classes or self.opaque is not None else rgb(value)
-        for value in (*dropped, max(self.format.highest, 255)):
-            if value >= 0 and value not in classes:
+        highest = max(self.format.highest, 255)
+        for value in (*dropped, highest):
+            if 0 <= value <= highest and value not in classes:
                 return value
-        return _free_index(classes, max(self.format.highest, 255))
+        return _free_index(classes, highest)
+
+    def _doubtful_nodata(self, classes: list[int], meaning: Meaning) -> str:
+        """A warning where GDAL's nodata value is read as a class, or ""."""
+        if (
+            self.nodata not in classes
+            or self.format.kind == "colour"
+            or meaning.unknown != ("auto",)
+        ):
+            return ""
+        return (
+            f"LABELS {self.path}: the file's nodata value, {self.nodata:g}, is read as a class; "
+            f"pass --unknown {self.nodata:g} if it marks unknown pixels"
+        )
 
 
 def read_labels(
@@ -373,7 +405,8 @@ def read_stored(path: Path, reading: Reading) -> Stored:
             path,
             {"": values[0] if len(values) == 1 else values},
             None if bands.missing is None else ~bands.missing,
-            bands.orientation,
+            orientation=bands.orientation,
+            nodata=stored_nodata(path),
         )
     opened = open_picture(path, "LABELS", reading)
     picture = opened.picture
@@ -383,13 +416,14 @@ def read_stored(path: Path, reading: Reading) -> Stored:
             "it with 8 bits, or as 16-bit greyscale without alpha"
         )
     lossy = str(picture.format) if picture.format in _LOSSY_FORMATS else ""
-    rest: dict[str, Any] = {"orientation": opened.orientation, "lossy": lossy}
-    if "transparency" in picture.info and picture.mode in ("L", "RGB"):
-        # A value that stands for transparent pixels.
-        picture = picture.convert({"L": "LA", "RGB": "RGBA"}[picture.mode])
+    rest: dict[str, Any] = {"orientation": opened.orientation, "nodata": stored_nodata(path)}
+    rest["lossy"] = lossy
+    transparent = picture.info.get("transparency")  # a value that stands for transparent pixels
+    if picture.mode == "RGB" and transparent is not None:
+        picture = picture.convert("RGBA")
     mode = picture.mode
     if mode == "F":
-        return _from_arrays(path, {"": np.array(picture)}, None, opened.orientation)
+        return _from_arrays(path, {"": np.array(picture)}, orientation=opened.orientation)
     if mode == "P":
         # A transparent index is an ordinary class, and stays transparent.
         options = {key: value for key, value in picture.info.items() if key == "transparency"}
@@ -398,12 +432,16 @@ def read_stored(path: Path, reading: Reading) -> Stored:
     if mode == "LA":
         grey, alpha = np.moveaxis(np.array(picture), -1, 0)
         return _indices(path, Format("index"), grey, alpha >= 128, mode=mode, **rest)
-    if mode == "1":
-        values = np.array(picture).astype(np.uint8)
-        return _indices(path, Format("index", 1), values, mode=mode, **rest)
-    if mode == "L" or mode.startswith("I"):
-        format = Format("index", 255 if mode == "L" else LARGEST_INDEX)
-        return _indices(path, format, np.array(picture), mode=mode, **rest)
+    if mode in ("1", "L") or mode.startswith("I"):
+        values = np.array(picture)
+        highest = {"1": 1, "L": 255}.get(mode, LARGEST_INDEX)
+        if mode == "1":
+            values = values.astype(np.uint8)
+        elif mode == "L":
+            # Pillow scales the values of 2 and 4 bits to 255.
+            values = values // (255 // ((1 << min(png_depth(path, picture), 8)) - 1))
+        opaque = None if transparent is None else values != transparent
+        return _indices(path, Format("index", highest), values, opaque, mode=mode, **rest)
     if mode in ("RGB", "RGBA", "PA"):
         return _from_colours(path, picture, rest)
     raise PictureError(
@@ -426,16 +464,11 @@ def _indices(
             f"got values from {least} to {most}"
         )
     tally = np.zeros(most - least + 1, np.int64)
-    present = np.zeros(most - least + 1, bool)
     for rows in _blocks(values):
-        places = values[rows].astype(np.int64).ravel() - least
-        every = np.bincount(places, minlength=len(tally))
-        present |= every > 0
-        if opaque is not None:
-            every = np.bincount(places[opaque[rows].ravel()], minlength=len(tally))
-        tally += every
-    counts = {int(i) + least: int(tally[i]) for i in np.flatnonzero(present)}
-    if not tally.any():
+        seen = values[rows] if opaque is None else values[rows][opaque[rows]]
+        tally += np.bincount(seen.ravel().astype(np.int64) - least, minlength=len(tally))
+    counts = {int(i) + least: int(tally[i]) for i in np.flatnonzero(tally)}
+    if not counts:
         raise PictureError(f"LABELS {path}: expected labelled pixels, got transparent ones only")
     return Stored(path, format, values, counts, opaque, **rest)
 
@@ -463,7 +496,9 @@ def _from_arrays(
     path: Path,
     arrays: dict[str, npt.NDArray[Any]],
     opaque: npt.NDArray[np.bool_] | None = None,
+    *,
     orientation: int = 1,
+    nodata: float | None = None,
 ) -> Stored:
     """Labels or probabilities in an array, or the result of `segkernels refine -o out.npz`."""
     keys: npt.NDArray[Any] | None = None
@@ -483,7 +518,8 @@ def _from_arrays(
         )
     values = values.astype(np.uint8) if values.dtype == np.bool_ else values
     mode = "L" if int(values.max()) <= 255 else "I;16"
-    return _indices(path, Format("array"), values, opaque, mode=mode, orientation=orientation)
+    rest = {"mode": mode, "orientation": orientation, "nodata": nodata}
+    return _indices(path, Format("array"), values, opaque, **rest)
 
 
 def _from_probabilities(
@@ -507,7 +543,10 @@ def _from_probabilities(
         probs[:, unknown] = 1 / count
     least, most = float(probs.min()), float(probs.max())
     if not np.isfinite([least, most]).all():
-        raise PictureError(f"LABELS {path}: expected finite probabilities, got NaN or infinity")
+        hint = "" if keys is not None else " (for pixels without data, .npz can be read again)"
+        raise PictureError(
+            f"LABELS {path}: expected finite probabilities, got NaN or infinity{hint}"
+        )
     if least < 0 or most > 1 + _PROBABILITY_SLACK:
         cure = "a sigmoid first; labels need integers" if foreground else "a softmax first"
         raise PictureError(

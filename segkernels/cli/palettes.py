@@ -17,6 +17,7 @@ Colour = tuple[int, int, int]
 
 _KNOWN = Path(__file__).resolve().parent / "palettes"
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
+_HEX_LIKE = re.compile(r"#[0-9a-fA-F]{3,8}\b")
 _IGNORED = re.compile(r"\b(ignore|ignored)\b", re.IGNORECASE)
 _LARGEST_FILE = 1 << 20
 
@@ -62,8 +63,11 @@ def read_palette(name: str) -> Palette:
             raise OptionError(
                 f"--palette: expected {', '.join(known_palettes())} or a file, got {name}"
             )
-        start = path.read_bytes()[:_LARGEST_FILE]
+        with open(path, "rb") as file:
+            start = file.read(_LARGEST_FILE + 1)
         if b"\0" not in start:
+            if len(start) > _LARGEST_FILE:
+                raise OptionError(f"--palette {name}: expected at most {_LARGEST_FILE} bytes")
             return _from_text(name, start.decode("utf-8-sig", "replace"))
         with Image.open(path, formats=("PNG", "GIF", "TIFF", "BMP")) as picture:
             values = picture.getpalette("RGB") or []
@@ -79,11 +83,12 @@ def _from_text(name: str, text: str) -> Palette:
     colours: list[Colour] = []
     ignored: set[Colour] = set()
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or (line.lstrip().startswith("#") and not _HEX.match(line.lstrip())):
+        if not line.strip() or (line.lstrip()[0] == "#" and not _HEX_LIKE.match(line.lstrip())):
             continue
         found = _colours_in(line)
-        if not found and not colours:
-            continue  # a heading
+        heading = not colours and "#" not in line and len(re.findall(r"\d+", line)) < 2
+        if not found and heading:
+            continue
         if len(found) != 1 or max(found[0]) > 255:
             raise OptionError(
                 f"--palette {name}: line {number}: expected one colour, as 128 0 0 or #800000, "

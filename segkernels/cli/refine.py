@@ -284,7 +284,9 @@ def command(
             device=find_device(device.value),
             gt_prob=_probability(gt_prob, "--gt-prob"),
             meaning=Meaning(
-                tuple(unknown or ("auto",)), num_classes, read_palette(palette) if palette else None
+                unknown=tuple(unknown or ("auto",)),
+                num_classes=num_classes,
+                palette=None if palette is None else read_palette(palette),
             ),
             reading=Reading(ignore_exif, bits, max_pixels),
             crf=crf,
@@ -312,7 +314,9 @@ def _pillow_limit(max_pixels: int) -> Iterator[None]:
 def _refine_one(
     image: Path, labels: Path, out: Path, overlay: Path | None, options: Options
 ) -> None:
-    _check_outputs(out, overlay, inputs=(image, labels))
+    palette = options.meaning.palette
+    inputs = (image, labels, Path(palette.name)) if palette else (image, labels)
+    _check_outputs(out, overlay, inputs)
     photograph, before = load(image, labels, options)
     _check_array(out, before)
     for text in doubts(image, photograph, before, options).values():
@@ -398,13 +402,18 @@ def _refine_folders(
     if overlay is not None and resolve(overlay, "--overlay ") == resolve(out, "-o "):
         raise typer.BadParameter("expected another folder than -o's", param_hint="--overlay")
     pairs = pair_files(images, labels)
+    inputs = (resolve(images, ""), resolve(labels, ""))
     judged: Mapping[Format, Unknown] = {}
 
     def work(image: Path, labels: Path, one_thread: Executor) -> Outcome:
         photograph, before = load(image, labels, options, judged)
         done = one_thread.submit(refine_labels, photograph, before, options).result()
         picture = None if overlay is None else overlay / f"{image.stem}.jpg"
-        write_refined(done, image, out / f"{image.stem}.png", picture)
+        result = out / f"{image.stem}.png"
+        for path in (result, picture):
+            if path is not None and resolve(path, "").parent in inputs:
+                raise PictureError(f"{path}: leads to an input, which would be lost")
+        write_refined(done, image, result, picture)
         said = doubts(image, photograph, before, options)
         pixels = done.after.size
         return Outcome(done.filled, done.changed, pixels, done.missing, done.seconds, said)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import ImageColor
 
-from segkernels.cli.files import OptionError, PictureError
+from segkernels.cli.files import OptionError
 from segkernels.cli.palettes import Colour, Palette, known_palettes, read_palette
 
 Kind = Literal["palette", "colour", "index", "array", "probabilities"]
@@ -60,16 +60,16 @@ class Format:
     def show(self, value: int) -> str:
         """A value in words. Colours are 0xrrggbb."""
         if self.kind == "colour":
-            return _name(value)
+            return colour_name(value)
         if self.kind == "palette":
             colour = self.colour(value)
-            return f"index {value} ({'no colour' if colour is None else _name(colour)})"
+            return f"index {value} ({'no colour' if colour is None else colour_name(colour)})"
         return f"index {value}"
 
     def colour(self, index: int) -> int | None:
         """The colour of an index in the palette, 0xrrggbb; None if it has none."""
         channels = self.palette[3 * index : 3 * index + 3] if index >= 0 else ()
-        return _code(*channels) if len(channels) == 3 else None
+        return code(*channels) if len(channels) == 3 else None
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def judge(
         return Unknown(frozenset())
     ignored: frozenset[int] = frozenset()
     if format.kind == "colour" and meaning.palette is not None:
-        ignored = frozenset(map(_code_of, meaning.palette.ignored))
+        ignored = frozenset(code(*colour) for colour in meaning.palette.ignored)
     if meaning.unknown != ("auto",):
         values = [_values_of(where, word, format, used) for word in meaning.unknown]
         return Unknown(ignored.union(*values))
@@ -129,7 +129,9 @@ def judge(
         if meaning.palette is not None:
             return Unknown(ignored)
         return _judge_black(where, format, counts, {BLACK} & used, alone)
-    always = {-1} & used if format.kind == "array" else set()
+    always = set(ignored)
+    if format.kind == "array":
+        always |= {-1} & used
     if format.highest in used and format.highest > 1:
         return _judge_highest(where, format, counts, always, meaning, alone)
     voc = format.palette[: len(_PASCAL_VOC_START)] == _PASCAL_VOC_START
@@ -230,16 +232,16 @@ def _values_of(where: str, word: str, format: Format, used: set[int]) -> set[int
     """The values that a word of --unknown means in a map with the values `used`."""
     if word.removeprefix("-").isdecimal():
         if format.kind == "colour":
-            raise PictureError(
+            raise OptionError(
                 f"{where}: --unknown takes a colour, such as black or #000000, for a colour label "
                 f"map, got {word!r}"
             )
         return {int(word)}
     if format.kind not in ("colour", "palette"):
-        raise PictureError(
+        raise OptionError(
             f"{where}: --unknown takes an index for labels without colours, got {word!r}"
         )
-    colour = _code_of(_named_colour(word))
+    colour = code(*_named_colour(word))
     if format.kind == "colour":
         return {colour}
     return {index for index in used if format.colour(index) == colour}
@@ -272,12 +274,9 @@ def _named_colour(word: str) -> Colour:
     return red, green, blue
 
 
-def _code(red: int, green: int, blue: int) -> int:
+def code(red: int, green: int, blue: int) -> int:
+    """The colour as 0xrrggbb."""
     return red << 16 | green << 8 | blue
-
-
-def _code_of(colour: Colour) -> int:
-    return _code(*colour)
 
 
 def rgb(code: int) -> Colour:
@@ -285,5 +284,6 @@ def rgb(code: int) -> Colour:
     return code >> 16, code >> 8 & 255, code & 255
 
 
-def _name(code: int) -> str:
+def colour_name(code: int) -> str:
+    """A colour in words."""
     return "black" if code == BLACK else f"#{code:06x}"
