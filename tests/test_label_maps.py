@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import struct
 import zipfile
+import zlib
 
 import imagecodecs
 import numpy as np
@@ -532,3 +534,57 @@ def test_archive_without_arrays(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
         archive.writestr("a.txt", "hello")
     assert "not a readable numpy array (a.txt is no array)" in error(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_of_few_bits(tmp_path, bits):
+    """The indices are those in the file; Pillow scales them to 255."""
+    rows = (np.arange(48).reshape(6, 8) % (1 << bits)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", rows, bitspersample=bits)
+    path = tmp_path / "a.png"
+    packed = np.zeros((6, 8 * bits // 8), np.uint8)
+    for i in range(8 // bits):
+        packed |= rows[:, i :: 8 // bits] << (8 - bits * (i + 1))
+    lines = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", 8, 6, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + b"".join(
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+            for kind, data in chunks
+        )
+    )
+    for name in ("a.png", "a.tif"):
+        labels = read_labels(tmp_path / name)
+        assert labels.keys == tuple(range(1 << bits)), name
+        assert np.array_equal(labels.positions, rows), name
+
+
+@pytest.mark.parametrize(("mode", "value"), [("1", 0), ("I;16", 300)])
+def test_transparent_value_of_other_depths(tmp_path, mode, value):
+    rows = np.array([[300, 1, 2]], np.uint16) if mode != "1" else np.array([[False, True, True]])
+    Image.fromarray(rows).save(tmp_path / "a.png", transparency=value)
+    assert (read_labels(tmp_path / "a.png").positions < 0).tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16])
+def test_nodata_of_labels_warns(tmp_path, dtype):
+    """A class may be the nodata value, as 0 is in many rasterised maps."""
+    tag = {"extratags": [(42113, "s", 0, "0", True)]}
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[0, 1, 2]], dtype), **tag)
+    labels = read_labels(tmp_path / "a.tif")
+    assert labels.keys == (0, 1, 2)
+    assert "nodata value, 0, is read as a class; pass --unknown 0" in labels.doubt
+    assert read_labels(tmp_path / "a.tif", Meaning(("0",))).doubt == ""
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[3, 1, 2]], dtype), **tag)
+    assert read_labels(tmp_path / "a.tif").doubt == ""
+
+
+def test_void_is_the_unknown_value(tmp_path):
+    """Pixels without data get the value that is unknown, whether this map uses it or not."""
+    path = grey_map(tmp_path / "a.png", [[3, 4]])
+    assert read_labels(path, Meaning(("0",))).void == 0
+    assert read_labels(path, Meaning(("300",))).void == 255
+    assert read_labels(path).void == 255
+    assert read_labels(grey_map(path, [[3, 255]])).void == 254

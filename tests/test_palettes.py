@@ -92,6 +92,9 @@ def test_pictures(tmp_path):
         (b"0 128 64 128 road\n", "line 1: expected one colour"),
         (b"1 2 " + b"3" * 5000, "line 1: expected one colour"),
         (b"\0\0\0\0", "cannot be read"),
+        (b"#00000 a\n#800000 b\n", "line 1: expected one colour"),
+        (b"0, 0, 0 a\n1 2 3 b\n", "line 1: expected one colour"),
+        (b"1 2 3 a\n" * (1 << 18), "expected at most 1048576 bytes"),
     ],
 )
 def test_invalid_files(tmp_path, content, message):
@@ -127,3 +130,32 @@ def test_command(tmp_path):
     assert (
         run("refine", *files, "-o", tmp_path / "x.png", "--palette", "x", code=2).count("\n") == 1
     )
+
+
+def test_colours_of_probabilities(tmp_path):
+    """The colours in a .npz of refine have indices in a palette, as those of a picture."""
+    probs = np.full((2, 4, 6), 0.5, np.float32)
+    Image.new("RGB", (6, 4)).save(tmp_path / "image.png")
+    np.savez(tmp_path / "a.npz", probs=probs, colours=np.array([voc_colour(3), voc_colour(1)]))
+    files = (tmp_path / "image.png", tmp_path / "a.npz", "-o", tmp_path / "out.npy")
+    assert "pass --palette" in run("refine", *files, code=1)
+    run("refine", *files, "--palette", "voc")
+    assert np.load(tmp_path / "out.npy").shape == (4, 4, 6)
+    printed = run("refine", *files, "--palette", "cityscapes", code=1)
+    assert "expected colours of --palette cityscapes, got #" in printed
+
+
+def test_palette_file_is_not_overwritten(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1]], np.uint8))
+    picture.putpalette([0, 0, 0, 128, 0, 0])
+    picture.save(tmp_path / "palette.png")
+    Image.new("RGB", (2, 1)).save(tmp_path / "image.png")
+    files = (tmp_path / "image.png", tmp_path / "palette.png")
+    Image.open(files[1]).save(tmp_path / "labels.png")
+    files = (tmp_path / "image.png", tmp_path / "labels.png", "-o", tmp_path / "palette.png")
+    assert "is an input" in run("refine", *files, "--palette", tmp_path / "palette.png", code=2)
+
+
+def test_empty_name():
+    with pytest.raises(OptionError, match="expected ade20k"):
+        read_palette("")

@@ -640,3 +640,31 @@ def test_two_processes_on_one_folder(truth):
     assert inside("over") == sorted(f"{i}.jpg" for i in range(20))
     assert all(np.array_equal(written(f"out/{i}.png"), truth) for i in range(20))
     assert all(written(f"over/{i}.jpg").ndim == 3 for i in range(20))
+
+
+# --- files that must not be replaced
+
+
+def test_outputs_that_lead_to_inputs(truth):
+    fill(["a", "b"])
+    os.mkdir("out")
+    before = Path("labels/a.png").read_bytes()
+    os.symlink("../labels/a.png", "out/a.png")
+    printed = run("refine", "images", "labels", "-o", "out", code=1)
+    assert "Error: out/a.png: leads to an input, which would be lost\n" in printed
+    assert Path("labels/a.png").read_bytes() == before
+    assert inside("out") == ["a.png", "b.png"]
+
+
+def test_read_only_outputs_of_folders(truth, monkeypatch):
+    """As an ordinary user sees them: root may write anywhere."""
+    fill(["a", "b"])
+    os.mkdir("out")
+    Path("out/a.png").write_bytes(b"old")
+    real = os.access
+    monkeypatch.setattr(
+        files.os, "access", lambda path, mode: Path(path).name != "a.png" and real(path, mode)
+    )
+    printed = run("refine", "images", "labels", "-o", "out", code=1)
+    assert "Error: out/a.png: cannot be written (it is read-only)\n" in printed
+    assert Path("out/a.png").read_bytes() == b"old"

@@ -164,6 +164,7 @@ def test_png_of_deep_colours(tmp_path):
     """Pillow reads the upper 8 bits, of which 12-bit values use 4."""
     save_deep_png(tmp_path / "a.png", RGB.astype(np.uint16) * 257)
     assert np.array_equal(read_image(tmp_path / "a.png").values, RGB)
+    assert np.array_equal(read_image(tmp_path / "a.png", Reading(bits=16)).values, RGB)
     save_deep_png(tmp_path / "a.png", RGB.astype(np.uint16) * 16)
     message = "a PNG of 16-bit colours with values below 4096, of which Pillow keeps the upper 8"
     with pytest.raises(PictureError, match=message):
@@ -208,6 +209,36 @@ def test_nodata_value_of_colours(tmp_path):
     scene[0, 20] = (0, 5, 9)  # a colour
     tifffile.imwrite(tmp_path / "a.tif", scene, photometric="rgb", **nodata(0))
     check_missing(tmp_path / "a.tif", LEFT, scene)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("value", [0, 3, 15])
+def test_nodata_value_is_the_stored_one(tmp_path, bits, photometric, value):
+    """Pillow scales 4 bits to 8 and inverts pictures where white is 0."""
+    grey = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 16).astype(np.uint8)
+    tifffile.imwrite(
+        tmp_path / "a.tif", grey, photometric=photometric, bitspersample=bits, **nodata(value)
+    )
+    assert np.array_equal(read_image(tmp_path / "a.tif").missing, grey == value)
+
+
+def test_nodata_value_of_a_palette(tmp_path):
+    indices = (np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) % 4).astype(np.uint8)
+    picture = Image.fromarray(indices)
+    picture.putpalette([255, 255, 255, 9, 9, 9, 0, 0, 0, 8, 8, 8])
+    picture.save(tmp_path / "a.tif", tiffinfo={NODATA: "0"})
+    assert np.array_equal(read_image(tmp_path / "a.tif").missing, indices == 0)
+
+
+def test_bits_of_signed_values(tmp_path):
+    signed = RGB[..., 0].astype(np.int16) * 16
+    tifffile.imwrite(tmp_path / "a.tif", signed)
+    np.save(tmp_path / "a.npy", signed)
+    for name in ("a.tif", "a.npy"):
+        values = read_image(tmp_path / name, Reading(bits=12)).values[..., 0]
+        np.testing.assert_allclose(values, signed * (255 / 4095), rtol=1e-6)
+        assert np.array_equal(read_image(tmp_path / name).values[..., 0], signed)
 
 
 def test_nan_is_no_data(tmp_path):
@@ -285,9 +316,7 @@ def test_without_tifffile(tmp_path, monkeypatch):
     with pytest.raises(PictureError) as caught:
         read_image(tmp_path / "a.tif")
     assert "a TIFF of 7 bands of uint8 needs tifffile" in str(caught.value)
-    assert 'pip install "segkernels[tiff]"; or save it as .npy (H, W, n)' in str(
-        caught.value
-    )
+    assert 'pip install "segkernels[tiff]"; or save it as .npy (H, W, n)' in str(caught.value)
     with pytest.raises(PictureError, match="a TIFF of 1 band of int16 needs tifffile"):
         read_image(tmp_path / "c.tif")
     assert np.array_equal(read_image(tmp_path / "b.tif").values, RGB)

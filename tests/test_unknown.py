@@ -290,3 +290,35 @@ def test_masks_among_maps_of_more_values_warn(folders):
     printed = run("refine", images, labels, "-o", out)
     assert "1 maps (a.png) have just one class beside index 255" in printed
     assert "pass --unknown none if it is a class" in printed
+
+
+def test_ignored_colour_of_a_palette_picture(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1, 5]], np.uint8))
+    picture.putpalette([*BLACK, *VOC_RED, 1, 1, 1, 2, 2, 2, 3, 3, 3, *VOC_BORDER])
+    picture.save(tmp_path / "a.png")
+    labels = read_labels(tmp_path / "a.png", Meaning(palette=read_palette("voc")))
+    assert labels.keys == (0, 1)
+    assert labels.unknown == "index 5 (#e0e0c0)"
+
+
+def test_palettes_of_a_folder_that_disagree_on_black(folders):
+    images, labels, out, save_pair = folders
+    for name, palette in {"a": [*BLACK, *VOC_RED, *VOC_GREEN], "b": [*BLACK, *RED, *GREEN]}.items():
+        save_pair(name, block(0, 1, 2, 2, 1))
+        picture = Image.open(labels / f"{name}.png")
+        picture.putpalette(palette)
+        picture.save(labels / f"{name}.png")
+    printed = run("refine", images, labels, "-o", out)
+    assert "the palettes differ: black is a class in some maps" in printed
+    printed = run("refine", images, labels, "-o", out, "--unknown", "none")
+    assert "Warning" not in printed
+
+
+def test_minus_one_does_not_warn(tmp_path):
+    images, labels = tmp_path / "images", tmp_path / "labels"
+    images.mkdir()
+    labels.mkdir()
+    for name, values in {"a": (-1, 2), "b": (-1, 0, 2)}.items():
+        np.save(labels / f"{name}.npy", block(*values))
+        Image.fromarray(COLOURS[block(*values)]).save(images / f"{name}.png")
+    assert "Warning" not in run("refine", images, labels, "-o", tmp_path / "out")

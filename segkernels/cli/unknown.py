@@ -120,8 +120,10 @@ def judge(
     if meaning.unknown == ("none",):
         return Unknown(frozenset())
     ignored: frozenset[int] = frozenset()
-    if format.kind == "colour" and meaning.palette is not None:
+    if meaning.palette is not None:
         ignored = frozenset(code(*colour) for colour in meaning.palette.ignored)
+        if format.kind != "colour":
+            ignored = frozenset(index for index in used if format.colour(index) in ignored)
     if meaning.unknown != ("auto",):
         values = [_values_of(where, word, format, used) for word in meaning.unknown]
         return Unknown(ignored.union(*values))
