@@ -370,7 +370,7 @@ def test_probabilities(tmp_path, dtype):
             "got values from 0.5 to 3 (logits need a sigmoid first; labels need int",
         ),
         (np.zeros((0, 2, 2)), {}, "got float64 (0, 2, 2)"),
-        (np.zeros((1, 2, 2), int), {}, "got int64 (1, 2, 2)"),
+        (np.zeros((1, 1, 2, 2), int), {}, "got int64 (1, 1, 2, 2)"),
         ([[1 + 2j]], {}, "got complex128 (1, 1)"),
         (np.full((2, 1, 1), 0.5), {"num_classes": 3}, "of 3 classes (C, H, W), got shape (2, 1, 1"),
         (np.full((2, 1, 1), 0.5), {"unknown": ("0",)}, "--unknown cannot name pixels in an array"),

@@ -43,6 +43,9 @@ def test_known_palettes():
     assert ade.indices[120, 120, 120] == 1  # wall
     assert ade.indices[140, 140, 140] == 7  # road; the skyscraper, 49, has its colour
     assert ade.indices[92, 0, 255] == 150  # flag
+    assert (city.names[0], city.names[18], len(city.names)) == ("road", "bicycle", 29)
+    assert (ade.names[0], ade.names[7], ade.names[49]) == ("other", "road", "skyscraper")
+    assert len(ade.names) == 151
     assert not city.ignored
     assert not ade.ignored
 
@@ -65,6 +68,32 @@ def test_text_files(tmp_path, text):
     palette = read_palette(str(path))
     assert palette.indices == {(0, 0, 0): 0, (128, 0, 0): 1, (7, 8, 9): 2}
     assert palette.ignored == {(7, 8, 9)}
+    assert palette.names[2].lower() == "ignore"
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("128 0 0 traffic  light", "traffic light"),
+        ("128 0 0 class 1", "class 1"),
+        ("route 66 b 128 0 0", "route 66 b"),
+        ("128\t0\t0\tsky", "sky"),
+        ("4,traffic light 2,128,0,0", "traffic light 2"),
+        ("person:128,0,0:head,hand:walk", "person"),
+        ('"traffic light": [128, 0, 0],', "traffic light"),
+        ("#800000 'road'", "road"),
+        ("a b #800000", "a b"),
+        ("#800000", None),
+        ("128 0 0", None),
+        ("128,0,0,,", None),
+    ],
+)
+def test_names(tmp_path, line, name):
+    path = tmp_path / "colours.txt"
+    path.write_text(f"1 2 3 first\n{line}\n")
+    palette = read_palette(str(path))
+    assert palette.indices == {(1, 2, 3): 0, (128, 0, 0): 1}
+    assert palette.names == {0: "first"} | ({} if name is None else {1: name})
 
 
 def test_first_of_two_classes_with_one_colour(tmp_path):

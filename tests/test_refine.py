@@ -17,7 +17,7 @@ import segkernels
 from segkernels.cli import app, inference
 from segkernels.cli.demo import CLASSES, UNKNOWN, accuracy, mean_iou
 from segkernels.cli.demo import scene as demo_scene
-from segkernels.cli.refine import find_device
+from segkernels.cli.options import find_device
 
 RED, GREEN, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 0)
 
@@ -428,7 +428,7 @@ def test_folder_errors(tmp_path, scene, folders):
     out = tmp_path / "out"
     printed = words(run("refine", images, tmp_path / "grey.png", "-o", out, code=2))
     assert "expected two files or two folders, got one of each" in printed
-    assert "got the same one twice" in words(run("refine", images, images, "-o", out, code=2))
+    assert "the same files" in words(run("refine", images, images, "-o", out, code=2))
     assert "holds the inputs" in words(run("refine", images, labels, "-o", labels, code=2))
     twice = run("refine", images, labels, "-o", out, "--overlay", out, code=2)
     assert "expected another folder than -o's" in words(twice)

@@ -23,8 +23,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from segkernels.cli import app, files, folders, refine
+from segkernels.cli import app, files, folders, outputs, refine
 from segkernels.cli.files import PictureError, write_files
+from segkernels.cli.pairing import Job
 
 PAIR = ("refine", "image.png", "labels.png")
 NO_TEXT = os.fsdecode(b"caf\xe9")  # the bytes are no UTF-8
@@ -396,7 +397,7 @@ def test_without_the_overlay_there_are_no_labels(truth, monkeypatch):
 
     for function in ("side_by_side", "encode_picture"):
         with monkeypatch.context() as patch:
-            patch.setattr(refine, function, fail)
+            patch.setattr(outputs, function, fail)
             printed = error(*PAIR, "-o", "out.png", "--overlay", "overlay.png")
         assert printed == "Error: overlay.png: cannot be written (no codec)\n"
         assert inside() == ["image.png", "labels.png"]
@@ -448,16 +449,16 @@ def peak(work):
 
 @pytest.mark.parametrize("kind", [PictureError, ValueError])
 def test_failed_pairs_leave_no_arrays(kind):
-    def work(image, labels, one_thread):
+    def work(job, run):
         held = np.zeros(1 << 22, np.uint8)
-        raise kind(f"{labels}: {len(held)}")
+        raise kind(f"{job.labels}: {len(held)}")
 
-    jobs = [(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(200)]
+    jobs = [Job((Path(f"{i}.jpg"),), Path(f"{i}.png"), f"{i}") for i in range(200)]
     totals, lines = folders.Totals(), []
 
     def process():
-        steps = folders.process(jobs, work, lambda kind, text: lines.append(text), totals)
-        assert list(steps) == [labels for _, labels in jobs]
+        steps = folders.process(jobs, work, 0, lambda kind, text: lines.append(text), totals)
+        assert list(steps) == jobs
 
     assert peak(process) < 64e6
     assert totals.failed == [f"{i}.png" for i in range(200)]

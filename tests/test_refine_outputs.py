@@ -9,7 +9,7 @@ from PIL import Image
 from test_refine import run
 
 import segkernels
-from segkernels.cli import inference, refine
+from segkernels.cli import inference, label_maps
 
 HEIGHT, WIDTH = 40, 60
 COLOURS = np.array([(60, 90, 150), (180, 150, 70), (90, 200, 90)])
@@ -51,7 +51,7 @@ def test_classes_that_the_format_cannot_hold(tmp_path, truth, mode, most, writte
     assert before.keys == tuple(range(most))
     positions = (np.arange(HEIGHT * WIDTH) % most).reshape(HEIGHT, WIDTH)
     (tmp_path / "out.png").write_bytes(
-        refine.encode_labels(tmp_path / "out.png", positions, before)
+        label_maps.encode_labels(tmp_path / "out.png", positions, before)
     )
     after = Image.open(tmp_path / "out.png")
     assert after.mode == written
@@ -275,7 +275,7 @@ def test_terms_of_tiles_are_those_of_dense_crf(blobs):
     image, _, rough = blobs
     crf = {"srgb": (9.0, 10.0, 11.0), "sxy_gaussian": (2.0, 4.0), "sxy_bilateral": 30.0}
     options = inference.Options(crf=crf, tile=1000)
-    (window,) = inference._windows(*rough.shape, options)
+    (window,) = inference._windows(rough.shape, options)
     pixels = torch.from_numpy(image).permute(2, 0, 1).float()
     probs = torch.from_numpy(segkernels.probs_from_labels(rough, 3, ignore_index=255))
     terms = inference._terms(pixels, window, options)

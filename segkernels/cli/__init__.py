@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from segkernels._version import __version__
-from segkernels.cli import bench, demo, info, models, refine
+from segkernels.cli import bench, demo, evaluate, info, models, refine
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 
@@ -33,6 +33,7 @@ def _root(
 app.command("info")(info.command)
 app.command("models")(models.command)
 app.command("refine")(refine.command)
+app.command("evaluate")(evaluate.command)
 app.command("demo")(demo.command)
 app.command("bench")(bench.command)
 

@@ -84,11 +84,7 @@ def one_line_errors() -> Iterator[None]:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _signals_raise(), warnings.catch_warnings():
-            # The limit of pixels is Reading.max_pixels, and inference.doubts warns of srgb.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", r"dense_crf: .*srgb", UserWarning)
-            # Decoders warn and log before they fail, or read on without what is broken.
-            warnings.filterwarnings("ignore", module=r"PIL\.|tifffile")
+            ignore_warnings()
             yield
     except (PictureError, OSError, MemoryError) as error:
         complain("Error", str(error) or type(error).__name__)
@@ -96,6 +92,15 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt as error:
         complain("Error", "interrupted")
         raise typer.Exit(128 + getattr(error, "signum", signal.SIGINT)) from error
+
+
+def ignore_warnings() -> None:
+    """Ignore warnings of libraries that the command gives itself, or cannot help."""
+    # The limit of pixels is Reading.max_pixels, and inference.doubts warns of srgb.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    warnings.filterwarnings("ignore", r"dense_crf: .*srgb", UserWarning)
+    # Decoders warn and log before they fail, or read on without what is broken.
+    warnings.filterwarnings("ignore", module=r"PIL\.|tifffile|nibabel")
 
 
 @contextmanager

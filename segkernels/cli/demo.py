@@ -18,8 +18,8 @@ from segkernels.cli.console import one_line_errors, say
 from segkernels.cli.files import check_writable, encode_picture, make_folder, write_files
 from segkernels.cli.inference import Options, load, refine_labels
 from segkernels.cli.label_maps import encode_labels
+from segkernels.cli.options import Device, find_device
 from segkernels.cli.overlay import side_by_side
-from segkernels.cli.refine import Device, find_device
 
 Labels = npt.NDArray[np.integer[Any]]
 

@@ -7,10 +7,13 @@ holds.
 from __future__ import annotations
 
 import io
+import math
 import os
+import re
+import socket
 import stat
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
+VOLUME_SUFFIXES = frozenset({".nii", ".nii.gz"})
 
 # Others that Pillow knows run programs (EPS), draw (WMF), or hold no pictures of this kind.
 _FORMATS = (
@@ -40,6 +44,7 @@ _TURNS = {
 }
 SUBFILE = 254  # TIFF's tag NewSubfileType, and its bits
 REDUCED, MASK = 1, 4
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:64]
 
 
 class PictureError(Exception):
@@ -57,21 +62,33 @@ class Reading:
     Attributes:
         ignore_exif: do not apply the EXIF orientation.
         bits: of the values in pictures of 16 bits; None: all 16.
-        max_pixels: pictures with more are refused, before they are decoded.
+        max_pixels: pictures and volumes with more are refused, before they are decoded.
+        scores_key: the name of the labels' array in a ``.npz`` with several: the scores (K, H, W).
+            None: the only one.
+        indices_key: the name of the array (K,) with the class indices of the scores. None: k.
+        background: adds class 0, the background, with this score at every pixel to the scores in a
+            label file. Then channel k is class index + 1.
+        ignore_affine: do not compare where the voxels of volumes are.
     """
 
     ignore_exif: bool = False
     bits: int | None = None
     max_pixels: int = _PILLOW_LIMIT
+    scores_key: str | None = None
+    indices_key: str | None = None
+    background: float | None = None
+    ignore_affine: bool = False
 
-    def check_pixels(self, size: tuple[int, int], where: str) -> None:
+    def check_pixels(self, size: tuple[int, ...], where: str) -> None:
         """Raise `PictureError`, which starts with `where`, for a picture that is too large."""
-        width, height = size
-        if width * height > self.max_pixels:
+        if math.prod(size) > self.max_pixels:
+            unit, tile = (
+                ("voxels", "") if len(size) == 3 else ("pixels", ", or --tile for a large scene")
+            )
             raise PictureError(
-                f"{where}: {width}x{height} is {width * height} pixels, more than --max-pixels "
+                f"{where}: {size_words(size)} is {math.prod(size)} {unit}, more than --max-pixels "
                 f"{self.max_pixels} (a limit, because a small file can claim any size); pass a "
-                "larger one, or --tile for a large scene"
+                f"larger one{tile}"
             )
 
 
@@ -95,10 +112,20 @@ def picture_formats() -> list[str]:
 
 
 def picture_suffixes() -> frozenset[str]:
-    """File endings of the pictures that are opened, and of arrays."""
+    """File endings of the pictures that are opened, of arrays and of volumes."""
     formats = picture_formats()
     suffixes = {s for s, name in Image.registered_extensions().items() if name in formats}
-    return frozenset(suffixes) | ARRAY_SUFFIXES
+    return frozenset(suffixes) | ARRAY_SUFFIXES | VOLUME_SUFFIXES
+
+
+def ending(path: Path) -> str:
+    """The ending of a file's name in lower case, of which ".nii.gz" is one."""
+    return ".nii.gz" if path.name.lower().endswith(".nii.gz") else path.suffix.lower()
+
+
+def size_words(size: tuple[int, ...]) -> str:
+    """A size in words."""
+    return "x".join(map(str, size))
 
 
 def open_picture(path: Path, role: str, reading: Reading) -> Opened:
@@ -182,40 +209,78 @@ def upright(array: Any, orientation: int) -> Any:
     return np.ascontiguousarray(turned)
 
 
-def read_arrays(path: Path, role: str) -> dict[str, npt.NDArray[Any]]:
-    """Read the arrays in a ``.npz`` file by name, or the one in a ``.npy`` file as "".
+def read_arrays(
+    path: Path, role: str, expected: str, choose: Callable[[list[str]], Sequence[str]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Read some of the arrays in a ``.npz`` file by name, or the one in a ``.npy`` file as "".
 
-    `role` starts the error messages.
+    Args:
+        path: the file.
+        role: the start of error messages.
+        expected: the arrays that are expected, in words.
+        choose: returns the names to read, of those in the file. An error lists what the file holds
+            if there are none, or if the file lacks one.
     """
     try:
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            return {"": loaded}
-        with loaded:
-            arrays = {name: loaded[name] for name in loaded.files}
+            names, held = [""], f"one without a name, {loaded.dtype} {loaded.shape}"
+            arrays = {"": loaded} if choose(names) == names else {}
+        else:
+            with loaded:
+                wanted = choose(loaded.files)
+                known = set(wanted) <= set(loaded.files)
+                arrays = {name: loaded[name] for name in wanted} if known else {}
+                held = "" if arrays else f"{loaded.files}{_held(loaded)}"
+        if not arrays:
+            raise PictureError(f"{role} {path}: expected {expected}, got {held}")
         strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
         if strange:
             raise ValueError(f"{strange[0]} is no array")
         return arrays
+    except PictureError:
+        raise
     except Exception as error:
         # OSError, ValueError, BadZipFile, zlib.error, MemoryError...
+        if "Object arrays" in str(error):
+            raise PictureError(
+                f"{role} {path}: not a readable numpy array (it holds pickled objects, which can "
+                "run programs); if you trust it, convert a dictionary to .npz: "
+                "np.savez(path, **np.load(path, allow_pickle=True).item()), or if its keys are "
+                "class indices: d = np.load(path, allow_pickle=True).item(); np.savez(path, "
+                "scores=np.stack(list(d.values())), indices=np.array(list(d)))"
+            ) from None
         raise PictureError(
             f"{role} {path}: not a readable numpy array ({reason(error)})"
         ) from error
 
 
+def _held(loaded: Any) -> str:
+    """The names, dtypes and shapes of the arrays in a ``.npz`` file, from their headers."""
+    shown = []
+    for name in loaded.files:
+        member = name if name in loaded.zip.namelist() else f"{name}.npy"
+        with loaded.zip.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_2_0
+            if version == (1, 0):
+                read = np.lib.format.read_array_header_1_0
+            shape, _, dtype = read(file)
+        shown.append(f"{name} {dtype} {shape}")
+    return f": {', '.join(shown)}" if shown else ""
+
+
 def read_array(path: Path, role: str) -> npt.NDArray[Any]:
     """Read the only array in a ``.npy`` or ``.npz`` file; `role` starts the error messages."""
-    arrays = read_arrays(path, role)
-    if len(arrays) != 1:
-        raise PictureError(f"{role} {path}: expected one array, got {list(arrays)}")
-    (array,) = arrays.values()
+    (array,) = read_arrays(
+        path, role, "one array", lambda names: names if len(names) == 1 else []
+    ).values()
     return array
 
 
 def encode_picture(path: Path, picture: Image.Image, **options: Any) -> bytes:
     """The file of a picture, in the format of the path's ending."""
-    name = Image.registered_extensions()[path.suffix.lower()]
+    name = Image.registered_extensions()[ending(path)]
     buffer = io.BytesIO()
     try:
         picture.save(buffer, format=name, **options)
@@ -241,7 +306,7 @@ def write_files(files: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) -> 
             target = resolve(path, "")
             _check_target(path, "")
             # open() instead of tempfile, which would restrict the permissions.
-            part = target.with_name(f".{uuid.uuid4().hex}.part")
+            part = target.with_name(f".{uuid.uuid4().hex}.{_HOST}.{os.getpid()}.part")
             parts[part] = target
             with open(part, "xb") as file:
                 if callable(content):
@@ -256,6 +321,20 @@ def write_files(files: Mapping[Path, bytes | Callable[[IO[bytes]], object]]) -> 
         for part in parts:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_files` left in a folder when its process was killed."""
+    mine = re.compile(rf"\.[0-9a-f]{{32}}\.{re.escape(_HOST)}\.(\d+)\.part")
+    for below, _, names in os.walk(folder):
+        for match in filter(None, map(mine.fullmatch, names)):
+            try:
+                os.kill(int(match[1]), 0)
+            except ProcessLookupError:
+                with suppress(OSError):
+                    os.unlink(os.path.join(below, match[0]))
+            except (OSError, OverflowError):
+                pass  # it runs, as another user
 
 
 def check_writable(path: Path, option: str) -> None:

@@ -1,55 +1,69 @@
-"""Folders of photographs and label maps: pairing by name, and processing all pairs at once."""
+"""Processes the pairs of a folder: in threads, or in several processes."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import (
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+)
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
-from threading import Event
-from typing import TypeVar
+from threading import Thread
+from typing import Any, Protocol, TypeVar
 
-from segkernels.cli.files import PictureError, Reading, picture_suffixes, reason
+import torch
+from PIL import Image
+
+from segkernels.cli.console import ignore_warnings
+from segkernels.cli.files import PictureError, Reading, reason
 from segkernels.cli.label_maps import read_stored
+from segkernels.cli.metrics import Metrics, Score
+from segkernels.cli.pairing import Job
 from segkernels.cli.unknown import BLACK, Format, Meaning, Unknown, judge
 
+J = TypeVar("J")
 T = TypeVar("T")
+Run = Callable[..., Any]
 
-
-@dataclass
-class Pairs:
-    """The contents of two folders.
-
-    Attributes:
-        jobs: photographs with their labels, ordered by name.
-        unlabelled: names of photographs without labels.
-        failed: names that cannot be used, and why.
-    """
-
-    jobs: list[tuple[Path, Path]] = field(default_factory=list)
-    unlabelled: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
+_FILE_THREADS = min(4, (os.cpu_count() or 1) + 1)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One result without its arrays, for the summary; `doubts` are warnings by their kind."""
+    """One result without its arrays, for the summary.
 
-    filled: int
-    changed: int
-    pixels: int
-    missing: int
-    seconds: float
+    `doubts` are warnings by their kind, `scores` the agreement with the truth by its name.
+    """
+
     doubts: dict[str, str]
+    scores: dict[str, Score] = field(default_factory=dict)
+    filled: int = 0
+    changed: int = 0
+    pixels: int = 0
+    missing: int = 0
+    seconds: float = 0.0
 
 
 @dataclass
 class Totals:
-    """Sums over all results; `failed` has the names of files."""
+    """Sums over all results; `failed` has the names of files.
 
-    refined: int = 0
+    `metrics` has the names of `Outcome.scores`.
+    """
+
+    metrics: dict[str, Metrics] = field(default_factory=dict)
+    done: int = 0
     filled: int = 0
     changed: int = 0
     pixels: int = 0
@@ -59,8 +73,14 @@ class Totals:
     failed: list[str] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
-        """Count one more result."""
-        self.refined += 1
+        """Count one more result.
+
+        Raises:
+            PictureError: its classes are colours and those of the others indices, or the converse.
+        """
+        for name, score in outcome.scores.items():
+            self.metrics[name].add(score)
+        self.done += 1
         self.filled += outcome.filled
         self.changed += outcome.changed
         self.pixels += outcome.pixels
@@ -69,57 +89,9 @@ class Totals:
         self.doubted.update(outcome.doubts.keys())
 
 
-def pair_files(images: Path, labels: Path) -> Pairs:
-    """Find photographs and label maps whose names differ only in the ending.
-
-    Hidden files, folders, and files whose ending is neither a picture's nor an array's are skipped.
-
-    Raises:
-        PictureError: a folder cannot be listed.
-    """
-    photographs, maps = _by_stem(images), _by_stem(labels)
-    pairs = Pairs()
-    for stem in sorted(photographs.keys() | maps.keys()):
-        found = photographs.get(stem, []), maps.get(stem, [])
-        if not found[0]:
-            name = found[1][0].name
-            pairs.failed[name] = f"LABELS {found[1][0]}: no photograph of that name in {images}"
-        elif not found[1]:
-            pairs.unlabelled.append(found[0][0].name)
-        elif len(found[0]) > 1 or len(found[1]) > 1:
-            several = max(found, key=len)
-            names = ", ".join(path.name for path in several)
-            pairs.failed[stem] = f"{several[0].parent}: several files named {stem}: {names}"
-        else:
-            pairs.jobs.append((found[0][0], found[1][0]))
-    return pairs
-
-
-def _by_stem(folder: Path) -> dict[str, list[Path]]:
-    suffixes = picture_suffixes()
-    files: dict[str, list[Path]] = {}
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                path = Path(entry.path)
-                wanted = path.suffix.lower() in suffixes and not entry.name.startswith(".")
-                # A broken link is a file that fails.
-                if wanted and not _is_folder(entry):
-                    files.setdefault(path.stem, []).append(path)
-    except OSError as error:
-        raise PictureError(f"{folder}: cannot be listed ({reason(error)})") from error
-    return {stem: sorted(paths) for stem, paths in files.items()}
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
 def judge_folder(
-    jobs: list[tuple[Path, Path]],
+    role: str,
+    paths: list[Path],
     folder: Path,
     meaning: Meaning,
     reading: Reading,
@@ -127,7 +99,8 @@ def judge_folder(
 ) -> dict[Format, Unknown]:
     """Decide on unknown pixels with the values of all label maps together, by format.
 
-    Label maps that cannot be read have no say: `process` reports them.
+    `role`, LABELS or TRUTH, starts the messages. Label maps that cannot be read have no say:
+    `process` reports them.
 
     Raises:
         OptionError: the user must say which pixels are unknown.
@@ -146,9 +119,9 @@ def judge_folder(
         # A photograph among the labels has a million values, and will be refused.
         return (stored.format, stored.counts) if exact and len(stored.counts) < 1 << 12 else None
 
-    names = iter([labels.name for _, labels in jobs])
-    with ThreadPoolExecutor(_workers()) as files:
-        for future in track(_in_order(files, look, [(labels,) for _, labels in jobs])):
+    names = iter([path.name for path in paths])
+    with ThreadPoolExecutor(_FILE_THREADS) as files:
+        for future in track(_in_order(files, look, paths, 2 * _FILE_THREADS)):
             assert isinstance(future, Future)
             name, seen = next(names), future.result()
             if seen is not None:
@@ -158,17 +131,17 @@ def judge_folder(
                     pairs_of.setdefault(format, {})[name] = set(values)
     judged = {}
     for format, total in counts.items():
-        unknown = judge(f"LABELS {folder}", format, dict(total), meaning, len(counts) == 1)
+        unknown = judge(f"{role} {folder}", format, dict(total), meaning, len(counts) == 1)
         marks = {value for value in unknown.values if value >= 0}
         lonely = [n for n, two in pairs_of.get(format, {}).items() if two & marks]
         if lonely and not (unknown.doubt or unknown.error):
-            unknown = replace(unknown, doubt=_one_class(folder, format, marks, lonely))
+            unknown = replace(unknown, doubt=_one_class(f"{role} {folder}", format, marks, lonely))
         judged[format] = unknown
-    return _compare_palettes(folder, judged, counts)
+    return _compare_palettes(f"{role} {folder}", judged, counts)
 
 
 def _compare_palettes(
-    folder: Path, judged: dict[Format, Unknown], counts: Mapping[Format, Collection[int]]
+    where: str, judged: dict[Format, Unknown], counts: Mapping[Format, Collection[int]]
 ) -> dict[Format, Unknown]:
     """Add a warning where black is a class with one palette and unknown with another."""
     unknown = {
@@ -180,93 +153,171 @@ def _compare_palettes(
     lost = [format for format, marks in unknown.items() if True in marks]
     if kept and lost and not judged[lost[0]].error:
         doubt = (
-            f"LABELS {folder}: the palettes differ: black is a class in some maps, as in PASCAL "
+            f"{where}: the palettes differ: black is a class in some maps, as in PASCAL "
             "VOC's palette, and unknown in others; pass --unknown none or --unknown black"
         )
         judged[lost[0]] = replace(judged[lost[0]], doubt=doubt)
     return judged
 
 
-def _one_class(folder: Path, format: Format, values: set[int], names: list[str]) -> str:
+def _one_class(where: str, format: Format, values: set[int], names: list[str]) -> str:
     """A warning on maps that would be masks of two classes if there were no others."""
     marks = " or ".join(format.show(value) for value in sorted(values))
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"LABELS {folder}: {len(names)} maps ({shown}) have just one class beside {marks}, which "
+        f"{where}: {len(names)} maps ({shown}) have just one class beside {marks}, which "
         "is read as unknown because other maps have more values; pass --unknown none if it is a "
         "class"
     )
 
 
+class Work(Protocol):
+    """What is done for a pair; worker processes receive a copy."""
+
+    def __call__(self, job: Job, run: Run) -> Outcome:
+        """Read the files of a job, compute, and write the results.
+
+        What is parallel itself is called with `run(function, *arguments)`.
+        """
+
+
 def process(
-    jobs: list[tuple[Path, Path]],
-    work: Callable[[Path, Path, Executor], Outcome],
+    jobs: list[Job],
+    work: Work,
+    workers: int,
     complain: Callable[[str, str], None],
     totals: Totals,
-) -> Generator[Path, None, None]:
-    """Run all jobs, count them in `totals`, and yield the label map of each finished one.
+) -> Generator[Job, None, None]:
+    """Run all jobs, count them in `totals`, and yield each finished one, in order.
 
-    `work(image, labels, one_thread)` runs on several threads, which read and write files. It
-    submits what is parallel itself to `one_thread`. A bad file does not stop the others: `complain`
-    gets the kind of trouble and the text at once. An exception here (a signal) stops those that
-    have not begun their CRF; the others are finished and counted.
+    With `workers` 0 threads of this process read and write files, and one thread computes; else
+    there are that many processes with one thread each. A bad file does not stop the others:
+    `complain` gets the kind of trouble and the text at once. An exception here (a signal) stops the
+    jobs that have not begun to compute; the others are finished and counted.
+
+    Raises:
+        PictureError: a worker process ended.
     """
 
-    def report(image: Path, labels: Path) -> Outcome | str:
-        # An exception that left here would keep the arrays of its frames until it is reported.
+    def count(result: Outcome | str, job: Job) -> None:
         try:
-            return work(image, labels, one_thread)
-        except BaseException as error:
-            if stopping.is_set():
-                raise CancelledError from None
-            if isinstance(error, PictureError):
-                return str(error)
-            return f"LABELS {labels}: {type(error).__name__}: {reason(error)}"
-
-    def count(result: Outcome | str, labels: Path) -> None:
-        if isinstance(result, str):
-            totals.failed.append(labels.name)
-            complain("Error", result)
+            if isinstance(result, str):
+                raise PictureError(result)
+            known = +totals.doubted
+            totals.add(result)
+        except PictureError as error:
+            totals.failed.append(job.labels.name)
+            complain("Error", str(error))
             return
         for kind, text in result.doubts.items():
             # Once: the rest of a folder is probably the same.
-            if not totals.doubted[kind]:
+            if not known[kind]:
                 complain("Warning", text)
-        totals.add(result)
 
-    stopping = Event()
     waiting: deque[Future[Outcome | str]] = deque()
-    names = iter([labels for _, labels in jobs])
-    with ThreadPoolExecutor(1) as one_thread, ThreadPoolExecutor(_workers()) as files:
+    names = iter(jobs)
+    with _executor(work, workers) as (executor, do, stop):
         try:
-            for future in _in_order(files, report, jobs, waiting):
-                labels = next(names)
-                count(future.result(), labels)
-                yield labels
+            for future in _in_order(executor, do, jobs, 2 * (workers or _FILE_THREADS), waiting):
+                job = next(names)
+                try:
+                    count(future.result(), job)
+                except BrokenProcessPool as error:
+                    raise PictureError(
+                        "a worker process ended, perhaps for lack of memory; pass fewer --workers, "
+                        "and --skip-existing to go on"
+                    ) from error
+                yield job
         except BaseException:
-            stopping.set()
+            stop()
+            for future, job in zip(waiting, names, strict=False):
+                if not future.cancelled() and future.exception() is None:
+                    count(future.result(), job)
+            raise
+
+
+@contextmanager
+def _executor(
+    work: Work, workers: int
+) -> Iterator[tuple[Executor, Callable[[Job], Outcome | str], Callable[[], None]]]:
+    """An executor, the function for it, and a function that stops it."""
+    if workers:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _start, (work, Image.MAX_IMAGE_PIXELS)) as pool:
+            yield pool, _in_worker, lambda: pool.shutdown(wait=True, cancel_futures=True)
+        return
+    with ThreadPoolExecutor(1) as one_thread, ThreadPoolExecutor(_FILE_THREADS) as files:
+
+        def run(function: Callable[..., T], *arguments: Any) -> T:
+            try:
+                future = one_thread.submit(function, *arguments)
+            except RuntimeError:  # it is shut down
+                raise CancelledError from None
+            return future.result()
+
+        def stop() -> None:
             one_thread.shutdown(wait=False, cancel_futures=True)
             files.shutdown(wait=True, cancel_futures=True)
-            for future, labels in zip(waiting, names, strict=False):
-                if not future.cancelled() and future.exception() is None:
-                    count(future.result(), labels)
-            raise
+
+        yield files, lambda job: _report(work, job, run), stop
+
+
+def _report(work: Work, job: Job, run: Run) -> Outcome | str:
+    """The outcome of a job, or what is wrong with its files."""
+    # An exception that left here would keep the arrays of its frames until it is reported.
+    try:
+        return work(job, run)
+    except CancelledError:
+        raise
+    except PictureError as error:
+        return str(error)
+    except BaseException as error:
+        return f"LABELS {job.labels}: {type(error).__name__}: {reason(error)}"
+
+
+# --- worker processes
+
+_work: Work
+
+
+def _start(work: Work, max_image_pixels: int | None) -> None:
+    """Prepare a worker process."""
+    global _work
+    _work = work
+    Image.MAX_IMAGE_PIXELS = max_image_pixels
+    torch.set_num_threads(1)
+    ignore_warnings()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    # Else it would wait for ever for the next job if the parent is killed.
+    Thread(target=follow, daemon=True).start()
+
+
+def _in_worker(job: Job) -> Outcome | str:
+    return _report(_work, job, lambda function, *arguments: function(*arguments))
 
 
 def _in_order(
     executor: Executor,
-    work: Callable[..., T],
-    jobs: Iterable[tuple[Path, ...]],
+    work: Callable[[J], T],
+    jobs: Iterable[J],
+    ahead: int,
     waiting: deque[Future[T]] | None = None,
 ) -> Iterator[Future[T]]:
-    """Run jobs and yield their finished futures in order; few are in memory at any time.
+    """Run jobs and yield their finished futures in order; at most `ahead` are in memory.
 
     `waiting` holds those that are not yielded yet.
     """
     waiting = deque() if waiting is None else waiting
     for job in jobs:
-        waiting.append(executor.submit(work, *job))
-        if len(waiting) >= 2 * _workers():
+        with _signals_blocked():
+            waiting.append(executor.submit(work, job))
+        if len(waiting) >= ahead:
             waiting[0].exception()  # waits
             yield waiting.popleft()
     while waiting:
@@ -274,5 +325,16 @@ def _in_order(
         yield waiting.popleft()
 
 
-def _workers() -> int:
-    return min(4, (os.cpu_count() or 1) + 1)
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Let processes that start here ignore the signals that ask this one to stop.
+
+    They finish their files when this process stops.
+    """
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,4 +1,4 @@
-"""Reads photographs and scenes as arrays.
+"""Reads photographs, scenes and volumes as arrays.
 
 Pillow reads pictures; tifffile (extra ``tiff``) reads what Pillow cannot or reads wrongly: TIFF of
 other bands than grey or RGB, and of other types than 8 bits, 16-bit grey and float32 grey.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +26,15 @@ from segkernels.cli.files import (
     PictureError,
     Reading,
     check_kind,
+    ending,
     is_deep,
     open_picture,
     read_array,
     reason,
+    size_words,
     upright,
 )
+from segkernels.cli.volumes import Grid, check_places, is_volume, read_volume
 
 Values = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -48,19 +52,43 @@ _DIM = 1 << 14
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph or a scene.
+    """A photograph, a scene or a volume.
 
     Attributes:
-        values: (H, W, n), one channel for grey, three for colour, or all bands.
-        missing: (H, W), True where there are no data; None: nowhere.
+        values: (H, W, n) or (X, Y, Z, n), one channel for grey, three for colour, or all bands.
+        missing: (H, W) or (X, Y, Z), True where there are no data; None: nowhere.
         orientation: of EXIF, if it was applied; else 1.
         doubt: a warning, or "".
+        grid: of a volume; else None.
+        cautions: more warnings, by the kinds of `inference.doubts`.
     """
 
     values: Values
     missing: Mask | None = None
     orientation: int = 1
     doubt: str = ""
+    grid: Grid | None = None
+    cautions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) or (X, Y, Z)."""
+        return self.values.shape[:-1]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """(width, height) or (X, Y, Z)."""
+        return self.shape[::-1] if len(self.shape) == 2 else self.shape
+
+    @property
+    def spacing(self) -> tuple[float, ...] | None:
+        """Of the voxels along the axes of a volume, in mm."""
+        return None if self.grid is None else self.grid.spacing
+
+    @property
+    def affine(self) -> npt.NDArray[np.float64] | None:
+        """(4, 4), from the indices of a voxel to mm."""
+        return None if self.grid is None else self.grid.affine
 
 
 class Bands(NamedTuple):
@@ -88,6 +116,9 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
     ``.npz``, (H, W) or (H, W, n), become float32 and keep their scale, unless `Reading.bits` is
     given.
 
+    A NIfTI volume, (X, Y, Z) or (X, Y, Z, n) or of RGB colours, becomes float32 on the file's own
+    scale.
+
     No data have the pixels that GDAL's nodata value, a TIFF's mask or NaN marks. An array of bands
     has none where a band is NaN.
 
@@ -96,7 +127,19 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
     """
     reading = reading or Reading()
     check_kind(path, "IMAGE ")  # opening a FIFO would wait for a writer
-    if path.suffix.lower() in ARRAY_SUFFIXES:
+    if is_volume(path):
+        if reading.bits is not None:
+            raise PictureError(
+                f"IMAGE {path}: --bits is for pictures; a volume keeps its own scale"
+            )
+        values, grid = read_volume(path, "IMAGE", reading)
+        if values.dtype.kind != "f":
+            values = values.astype(np.float32)
+        cautions = grid.cautions(f"IMAGE {path}")
+        return replace(
+            _photograph(path, values, reading, scaled=False), grid=grid, cautions=cautions
+        )
+    if ending(path) in ARRAY_SUFFIXES:
         values = read_array(path, "IMAGE")
         if values.dtype.kind not in "uif" or values.ndim not in (2, 3) or values.size == 0:
             raise PictureError(
@@ -117,6 +160,49 @@ def read_image(path: Path, reading: Reading | None = None) -> Photograph:
         reading,
         scaled=picture.mode.startswith("I"),
         orientation=opened.orientation,
+    )
+
+
+def read_images(paths: Sequence[Path], reading: Reading | None = None) -> Photograph:
+    """Read several images of the same size as one photograph with all their channels.
+
+    Raises:
+        PictureError: a file cannot be used, or the sizes or the places of voxels differ.
+    """
+    reading = reading or Reading()
+    found = [read_image(path, reading) for path in paths]
+    first = found[0]
+    if len(found) == 1:
+        return first
+    missing = None
+    cautions: dict[str, str] = {}
+    for path, other in zip(paths, found, strict=True):
+        names = f"IMAGE {paths[0]}", f"IMAGE {path}"
+        if other.shape != first.shape:
+            raise PictureError(
+                "sizes of images differ: "
+                f"{names[0]} is {size_words(first.size)}, {names[1]} is {size_words(other.size)}"
+            )
+        cautions.update(other.cautions)
+        if first.grid is not None and other.grid is not None and not reading.ignore_affine:
+            cautions.update(check_places(names[0], first.grid, names[1], other.grid))
+        if other.orientation != first.orientation:
+            cautions["exif"] = (
+                f"{names[0]} has EXIF orientation {first.orientation}, {names[1]} has "
+                f"{other.orientation}, and each was turned by its own; pass --ignore-exif if they "
+                "belong together as they are stored"
+            )
+        missing = _either(missing, other.missing)
+    if missing is not None and missing.all():
+        shown = ", ".join(map(str, paths))
+        raise PictureError(f"IMAGE {shown}: expected pixels with data in all of them, got none")
+    return Photograph(
+        np.concatenate([other.values for other in found], axis=-1),
+        missing,
+        first.orientation,
+        next((other.doubt for other in found if other.doubt), ""),
+        first.grid,
+        cautions,
     )
 
 
@@ -144,10 +230,10 @@ def _photograph(
     missing: Mask | None = None,
     orientation: int = 1,
 ) -> Photograph:
-    """A photograph of values (H, W, n); `scaled`: of unsigned integers, to [0, 255]."""
+    """A photograph of values (*, n); `scaled`: of unsigned integers, to [0, 255]."""
     doubt = ""
     if values.dtype.kind == "f":
-        missing = _either(missing, np.isnan(values).any(axis=2))
+        missing = _either(missing, np.isnan(values).any(axis=-1))
     if missing is not None and not missing.any():
         missing = None
     if missing is not None:

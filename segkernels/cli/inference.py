@@ -1,28 +1,34 @@
-"""Runs the dense CRF on a photograph and its labels: whole or in tiles, without missing pixels."""
+"""Runs the dense CRF on a photograph and its labels: whole or in tiles, without missing pixels.
+
+Arrays of pixels have the shape (H, W), or (X, Y, Z) for a volume, in the order of the file's axes.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from segkernels import _status
-from segkernels.cli.files import PictureError, Reading, reason
-from segkernels.cli.images import Photograph, read_image
-from segkernels.cli.label_maps import LabelMap, read_stored
+from segkernels.cli.files import PictureError, Reading, reason, size_words
+from segkernels.cli.images import Photograph, read_images
+from segkernels.cli.label_maps import LabelMap, not_labels, read_stored
 from segkernels.cli.unknown import Format, Meaning, Unknown
+from segkernels.cli.volumes import AxialSlice, Grid, check_places
 from segkernels.ops.dense_crf import PairwiseTerm, dense_crf, probs_from_labels
 
 Sigma = float | tuple[float, ...]
 
 _MAX_ENTRIES = 1 << 30  # pixels * (features + 1) in one call of dense_crf
+_STRETCH = 1.05  # labels whose sides have another ratio, by more than this, cause a warning
 # The defaults of dense_crf.
 _TERMS: dict[str, Any] = {
     "sxy_gaussian": 3.0,
@@ -42,11 +48,13 @@ class Options:
         gt_prob: as in `segkernels.probs_from_labels`.
         meaning: what the labels mean.
         reading: how pictures are read.
-        crf: keyword arguments of `segkernels.dense_crf`; the others have its defaults.
+        crf: keyword arguments of `segkernels.dense_crf`; the others have its defaults. For a volume
+            the sigmas of positions are in mm: a number, or one for each of the file's axes.
         tile: the side of the tiles in pixels; None: the whole picture at once.
         overlap: how far a tile's input reaches beyond it, in pixels; None: three times the largest
             of the sigmas in pixels.
         keep_probs: also return the probabilities.
+        resize: stretch labels of another size to the photograph's.
     """
 
     device: str = "cpu"
@@ -57,6 +65,7 @@ class Options:
     tile: int | None = None
     overlap: int | None = None
     keep_probs: bool = False
+    resize: bool = False
 
     def term(self, name: str) -> Any:
         """A parameter of the CRF."""
@@ -77,8 +86,8 @@ class Refined:
     Attributes:
         photograph: as it was read.
         before: the labels as they were.
-        after: (H, W) positions in ``before.keys``; -1 where the photograph has no data.
-        probs: (C, H, W) float32, NaN where the photograph has no data; None unless
+        after: positions in ``before.keys``; -1 where the photograph has no data.
+        probs: (C, *shape) float32, NaN where the photograph has no data; None unless
             `Options.keep_probs`.
         seconds: of the CRF, with the copies to and from the device, without the files.
     """
@@ -109,40 +118,77 @@ class Refined:
 class _Window(NamedTuple):
     """Part of a picture: the rows and columns of a tile, and those of its input."""
 
-    tile: tuple[slice, slice]
-    input: tuple[slice, slice]
+    tile: tuple[slice, ...]
+    input: tuple[slice, ...]
 
     @property
-    def inner(self) -> tuple[slice, slice]:
+    def inner(self) -> tuple[slice, ...]:
         """The tile within its input."""
-        rows, columns = (
+        return tuple(
             slice(tile.start - around.start, tile.stop - around.start)
             for tile, around in zip(self.tile, self.input, strict=True)
         )
-        return rows, columns
 
 
 def load(
-    image: Path, labels: Path, options: Options, judged: Mapping[Format, Unknown] | None = None
+    image: Path | Sequence[Path],
+    labels: Path,
+    options: Options,
+    judged: Mapping[Format, Unknown] | None = None,
 ) -> tuple[Photograph, LabelMap]:
-    """Read a photograph (`images.read_image`) and its labels (`label_maps.read_labels`).
+    """Read a photograph (`images.read_images`) and its labels (`label_maps.read_labels`).
 
     `judged` is what `label_maps.judge` decided for a folder; without, it decides on these labels.
 
     Raises:
-        PictureError: a file cannot be used, the sizes differ, or the scene needs tiles.
+        PictureError: a file cannot be used, the sizes or the places of voxels differ, or the scene
+            needs tiles.
     """
     stored = read_stored(labels, options.reading)
     before = stored.label_map(options.meaning, (judged or {}).get(stored.format))
-    photograph = read_image(image, options.reading)
-    _check_sizes(image, photograph, before)
-    height, width, bands = photograph.values.shape
-    if options.tile is None and height * width * (bands + 3) > _MAX_ENTRIES:
+    paths = (image,) if isinstance(image, Path) else tuple(image)
+    photograph = read_images(paths, options.reading)
+    if options.resize:
+        before = stretched(before, photograph.shape, options.reading.ignore_affine)
+    where = f"IMAGE {_names(image)}"
+    _check_sizes(where, photograph, before)
+    if photograph.grid is not None:
+        before = _placed(where, photograph.grid, before, options)
+    axes, bands = len(photograph.shape), photograph.values.shape[-1]
+    size = size_words(photograph.size)
+    if math.prod(photograph.shape) * (axes + bands + 1) <= _MAX_ENTRIES:
+        return photograph, before
+    if axes == 3:
         raise PictureError(
-            f"IMAGE {image}: {width}x{height} pixels of {bands} bands are more than one call takes "
+            f"{where}: {size} voxels of {bands} channels are more than one call "
+            "takes (voxels x (channels + 4) <= 2^30); resample it, or cut out a part"
+        )
+    if options.tile is None:
+        raise PictureError(
+            f"{where}: {size} pixels of {bands} bands are more than one call takes "
             f"(pixels x (bands + 3) <= 2^30); pass --tile 4096, say"
         )
     return photograph, before
+
+
+def _names(image: Path | Sequence[Path]) -> str:
+    return str(image) if isinstance(image, Path) else ", ".join(map(str, image))
+
+
+def _placed(where: str, grid: Grid, before: LabelMap, options: Options) -> LabelMap:
+    """The labels of a volume, compared with the image's grid, and with a header to write."""
+    if options.tile is not None:
+        raise PictureError(f"{where}: --tile is for pictures; a volume is refined at once")
+    own = before.grid
+    if own is None:
+        return replace(before, grid=grid.for_labels())
+    cautions = before.cautions
+    if not options.reading.ignore_affine:
+        found = check_places(where, grid, f"LABELS {before.path}", own)
+        cautions = {**cautions, **found}
+    if own.shape != grid.shape:  # resized
+        own = grid.for_labels(own.header.get_data_dtype())
+    return replace(before, grid=own, cautions=cautions)
 
 
 def refine_labels(
@@ -156,33 +202,44 @@ def refine_labels(
     Raises:
         PictureError: the CRF rejects its input, or runs out of memory.
     """
-    height, width = before.positions.shape
+    shape = before.positions.shape
     count = len(before.keys)
     started = time.perf_counter()
     try:
-        after = np.full((height, width), -1, np.int32)
+        if photograph.spacing is not None:
+            options = _in_voxels(photograph.spacing, options)
+        after = np.full(shape, -1, np.int32)
         probs = None
         if options.keep_probs:
-            probs = np.full((count, height, width), np.nan, np.float32)
-        for window in track(_windows(height, width, options)):
+            probs = np.full((count, *shape), np.nan, np.float32)
+        for window in track(_windows(shape, options)):
             refined = _refine_window(photograph, before, window, options)
             if refined is None:
                 continue
-            inner_rows, inner_columns = window.inner
-            inner = refined[:count, inner_rows, inner_columns]
+            part = slice(count), *window.inner
+            inner = refined[part]
             here = inner.argmax(axis=0).astype(np.int32)
             if photograph.missing is not None:
                 here[photograph.missing[window.tile]] = -1
             after[window.tile] = here
             if probs is not None:
-                rows, columns = window.tile
-                probs[:, rows, columns] = inner
+                part = slice(None), *window.tile
+                probs[part] = inner
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise PictureError(f"{before.path}: {reason(error)}") from error
     return Refined(photograph, before, after, probs, time.perf_counter() - started)
 
 
-def _windows(height: int, width: int, options: Options) -> list[_Window]:
+def _in_voxels(spacing: tuple[float, ...], options: Options) -> Options:
+    """The options with sigmas as `dense_crf` takes them: in voxels, from the last axis on."""
+    crf = dict(options.crf)
+    for name in ("sxy_gaussian", "sxy_bilateral"):
+        sigmas = zip(_sigmas(options, name, len(spacing)), spacing, strict=True)
+        crf[name] = tuple(sigma / edge for sigma, edge in sigmas)[::-1]
+    return replace(options, crf=crf)
+
+
+def _windows(shape: tuple[int, ...], options: Options) -> list[_Window]:
     """The tiles, of nearly equal sizes, in rows."""
     reach = options.reach() if options.tile is not None else 0
 
@@ -192,31 +249,31 @@ def _windows(height: int, width: int, options: Options) -> list[_Window]:
             start, stop = size * i // number, size * (i + 1) // number
             yield slice(start, stop), slice(max(0, start - reach), min(size, stop + reach))
 
+    boxes = itertools.product(*(list(parts(size)) for size in shape))
     return [
-        _Window((rows, columns), (all_rows, all_columns))
-        for rows, all_rows in parts(height)
-        for columns, all_columns in parts(width)
+        _Window(tuple(tile for tile, _ in box), tuple(around for _, around in box)) for box in boxes
     ]
 
 
 def _refine_window(
     photograph: Photograph, before: LabelMap, window: _Window, options: Options
 ) -> npt.NDArray[np.float32] | None:
-    """Probabilities (C, h, w) of a window's input, NaN without data; None if all of it has none."""
+    """Probabilities (C, *shape) of a window's input, NaN without data; None if none has data."""
     values = photograph.values[window.input]
     missing = None if photograph.missing is None else photograph.missing[window.input]
     if missing is not None and missing.all():
         return None
     device = torch.device(options.device)
     with torch.no_grad():
-        image = torch.from_numpy(values).to(device).float().permute(2, 0, 1)  # (n, h, w)
-        scores = _scores(before, window, options).to(device)  # (C, h, w)
+        image = torch.from_numpy(values).to(device).float().movedim(-1, 0)
+        scores = _scores(before, window, options).to(device)
         if before.num_classes == 1:
             refined = torch.ones_like(scores)
             if missing is not None:
                 refined[:, torch.from_numpy(missing).to(device)] = math.nan
         elif missing is None and values.shape == photograph.values.shape:
-            refined = dense_crf(image, scores, **options.crf)
+            batch = (None,) * (len(window.input) - 2)  # an axis that volumes must have
+            refined = dense_crf(image[batch], scores[batch], **options.crf).view(scores.shape)
         else:
             terms = _terms(image, window, options)
             rest = {name: value for name, value in options.crf.items() if name not in _TERMS}
@@ -243,10 +300,10 @@ def _refine_window(
 
 def _scores(before: LabelMap, window: _Window, options: Options) -> torch.Tensor:
     if before.probs is not None:
-        rows, columns = window.input
-        return torch.from_numpy(np.ascontiguousarray(before.probs[:, rows, columns]))
-    marked = torch.from_numpy(np.ascontiguousarray(before.positions[window.input]))
-    return probs_from_labels(marked, before.num_classes, options.gt_prob, ignore_index=-1)
+        part = slice(None), *window.input
+        return torch.from_numpy(np.ascontiguousarray(before.probs[part]))
+    marked = torch.from_numpy(np.ascontiguousarray(before.positions[window.input]))[None]
+    return probs_from_labels(marked, before.num_classes, options.gt_prob, ignore_index=-1)[0]
 
 
 def _terms(image: torch.Tensor, window: _Window, options: Options) -> list[PairwiseTerm]:
@@ -260,74 +317,157 @@ def _terms(image: torch.Tensor, window: _Window, options: Options) -> list[Pairw
         for part in window.input
     ]
 
-    def sigmas(name: str, count: int) -> tuple[float, ...]:
-        given = _numbers(options.term(name))
-        if len(given) not in (1, count):
-            raise ValueError(f"{name} must be a number or {count} numbers, got {len(given)}")
-        return given if len(given) == count else given * count
-
     def coordinates(name: str) -> torch.Tensor:
-        sx, sy = sigmas(name, 2)
-        y, x = torch.meshgrid(axes[0] / sy, axes[1] / sx, indexing="ij")
-        return torch.stack([x, y])
+        sigmas = _sigmas(options, name, len(axes))[::-1]
+        lines = [axis / sigma for axis, sigma in zip(axes, sigmas, strict=True)]
+        return torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1])
 
-    colours = torch.tensor(sigmas("srgb", len(image)), device=image.device)
-    bilateral = torch.cat([coordinates("sxy_bilateral"), image / colours.view(-1, 1, 1)])
+    colours = torch.tensor(_sigmas(options, "srgb", len(image)), device=image.device)
+    scaled = image / colours.view(-1, *[1] * len(axes))
+    bilateral = torch.cat([coordinates("sxy_bilateral"), scaled])
     return [
         PairwiseTerm(coordinates("sxy_gaussian"), options.term("compat_gaussian")),
         PairwiseTerm(bilateral, options.term("compat_bilateral")),
     ]
 
 
+def _sigmas(options: Options, name: str, count: int) -> tuple[float, ...]:
+    given = _numbers(options.term(name))
+    if len(given) not in (1, count):
+        raise ValueError(f"{name} must be a number or {count} numbers, got {len(given)}")
+    return given if len(given) == count else given * count
+
+
 def _numbers(sigma: Sigma) -> tuple[float, ...]:
     return tuple(sigma) if isinstance(sigma, tuple) else (float(sigma),)
 
 
-def _check_sizes(image: Path, photograph: Photograph, labels: LabelMap) -> None:
-    height, width = photograph.values.shape[:2]
-    if (width, height) == labels.size:
+def stretched(before: LabelMap, shape: tuple[int, ...], ignore_affine: bool = False) -> LabelMap:
+    """The labels stretched to a shape, unless they are turned or have other axes.
+
+    Another ratio of the sides is a caution, except in volumes with an affine.
+    """
+    old = before.positions.shape
+    if old in (shape, shape[::-1]) or len(old) != len(shape):
+        return before
+    resized = before.resized(shape)
+    scales = [new / was for new, was in zip(shape, old, strict=True)]
+    compared = before.grid is not None and not ignore_affine  # by `_placed`
+    if max(scales) <= _STRETCH * min(scales) or compared:
+        return resized
+    text = (
+        f"LABELS {before.path} is {size_words(before.size)}, stretched to "
+        f"{size_words(resized.size)}, which has another ratio of the sides; if they are of a part "
+        "of the picture, cut or pad them instead"
+    )
+    return replace(resized, cautions={**before.cautions, "resize": text})
+
+
+def _check_sizes(where: str, photograph: Photograph, labels: LabelMap) -> None:
+    shape, own = photograph.shape, labels.positions.shape
+    if shape == own:
         return
-    hint = ""
+    if len(shape) != len(own):
+        _refuse_axes(where, photograph, labels)
+    hint = "; pass --resize to stretch LABELS to IMAGE"
     if labels.foreground_shape is None and labels.probs is not None:
-        hint = f"; the array is {labels.probs.shape}, read as (C, H, W)"
-    if (height, width) == labels.size:
+        letters = "C, H, W" if len(own) == 2 else "C, X, Y, Z"
+        hint = f"; the array is {labels.probs.shape}, read as ({letters})" + hint
+    if shape == own[::-1]:
         hint = "; one is turned by 90 degrees"
+        if len(shape) == 3:
+            hint = "; the axes of LABELS are (Z, Y, X), as of nnU-Net's arrays; transpose them"
         if photograph.orientation >= 5:
             hint += (
                 f": IMAGE was, by its EXIF orientation {photograph.orientation}; pass "
                 "--ignore-exif if LABELS belong to the picture as it is stored"
             )
+    order = "width x height" if len(shape) == 2 else "X x Y x Z"
     raise PictureError(
-        f"sizes differ (width x height): IMAGE {image} is {width}x{height}, "
-        f"LABELS {labels.path} is {labels.size[0]}x{labels.size[1]}{hint}"
+        f"sizes differ ({order}): {where} is {size_words(photograph.size)}, "
+        f"LABELS {labels.path} is {size_words(labels.size)}{hint}"
     )
 
 
+def _refuse_axes(where: str, photograph: Photograph, labels: LabelMap) -> NoReturn:
+    """Raise for a picture and a volume."""
+    if len(photograph.shape) == 2 and labels.grid is None:
+        shape = labels.positions.shape if labels.probs is None else labels.probs.shape
+        dtype = "integers" if labels.probs is None else "floats"
+        raise not_labels(labels.path, dtype, shape)
+    kinds = {2: "a picture", 3: "a volume"}
+    array = "" if labels.probs is None else f", an array {labels.probs.shape}"
+    raise PictureError(
+        f"{where} is {kinds[len(photograph.shape)]} of {size_words(photograph.size)}, "
+        f"LABELS {labels.path} is {kinds[labels.positions.ndim]} of {size_words(labels.size)}"
+        f"{array}; the labels of a volume are NIfTI, or an array of integers (X, Y, Z) or floats "
+        "(C, X, Y, Z)"
+    )
+
+
+def middle_slice(
+    done: Refined, truth: LabelMap | None = None
+) -> tuple[Refined, LabelMap | None, str]:
+    """The axial slice of a refined volume that shows most, as a picture, and which one it is.
+
+    It is the slice with the most voxels that changed, or else, whose class is not the most frequent
+    one. The truth is cut, too.
+    """
+    before, after = done.before.positions, done.after
+    interesting = (after != before) & (after >= 0)
+    if not interesting.any():
+        most = np.bincount(after[after >= 0], minlength=1).argmax()
+        interesting = (after != most) & (after >= 0)
+    axial = AxialSlice(interesting, done.photograph.grid)
+    missing = done.photograph.missing
+    photograph = Photograph(
+        axial.cut(done.photograph.values), None if missing is None else axial.cut(missing)
+    )
+    cut = replace(
+        done,
+        photograph=photograph,
+        before=done.before.cut(axial),
+        after=axial.cut(after),
+        probs=None,
+    )
+    return cut, None if truth is None else truth.cut(axial), axial.note
+
+
 def doubts(
-    image: Path, photograph: Photograph, before: LabelMap, options: Options
+    image: Path | Sequence[Path], photograph: Photograph, before: LabelMap, options: Options
 ) -> dict[str, str]:
     """Warnings on a photograph and its labels, by their kind."""
+    where = f"IMAGE {_names(image)}"
     found = {"values": photograph.doubt, "unknown": before.doubt}
     if photograph.orientation != before.orientation:
         found["exif"] = (
-            f"IMAGE {image} has EXIF orientation {photograph.orientation}, LABELS "
+            f"{where} has EXIF orientation {photograph.orientation}, LABELS "
             f"{before.path.name} has {before.orientation}, and each was turned by its own; pass "
             "--ignore-exif if the labels were made on the picture as it is stored"
         )
     if not photograph.doubt:
-        found["srgb"] = _doubtful_srgb(image, photograph, options)
+        found["srgb"] = _doubtful_srgb(where, photograph, options)
+    found.update(photograph.cautions)
+    found.update(before.cautions)
     return {kind: text for kind, text in found.items() if text}
 
 
-def _doubtful_srgb(image: Path, photograph: Photograph, options: Options) -> str:
+def _doubtful_srgb(where: str, photograph: Photograph, options: Options) -> str:
     """A warning where `srgb` is in another unit than the image, or ""."""
-    srgb = min(_numbers(options.term("srgb")))
+    sigmas = _numbers(options.term("srgb"))
+    srgb = min(sigmas)
     values = photograph.values
     if photograph.missing is not None:
         values = values[~photograph.missing]
+    if len(sigmas) == values.shape[-1] > 1:
+        # The channel that differs most in its own unit.
+        channels = values.reshape(-1, len(sigmas))
+        ranges = (channels.max(axis=0).astype(float) - channels.min(axis=0)) / sigmas
+        chosen = int(ranges.argmax())
+        values, srgb = channels[:, chosen], sigmas[chosen]
     least, most = float(values.min()), float(values.max())
     units = (
-        f"IMAGE {image} has values from {least:.4g} to {most:.4g}, and --srgb {srgb:g} is in the "
+        f"{where} has values from {least:.4g} to {most:.4g}, and --srgb {srgb:g} is in the "
         "same units"
     )
     if most - least < 2 * srgb:

@@ -1,10 +1,10 @@
 """Reads label maps, and writes refined ones in the same format.
 
 Labels are palette pictures (PASCAL VOC), colour pictures (annotations painted by hand), greyscale
-pictures of indices, and numpy arrays of labels or of a network's probabilities. Reading takes two
-steps: `read_stored` reads what a file holds, and `Stored.label_map` says which of its values are
-classes and which mark unknown pixels. Between them `judge` decides on the values of all the maps in
-a folder together, for one map may lack what the others show.
+pictures of indices, and numpy arrays and NIfTI volumes of labels or of a network's probabilities.
+Reading takes two steps: `read_stored` reads what a file holds, and `Stored.label_map` says which of
+its values are classes and which mark unknown pixels. Between them `judge` decides on the values of
+all the maps in a folder together, for one map may lack what the others show.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from segkernels.cli.files import (
@@ -27,6 +28,7 @@ from segkernels.cli.files import (
     Reading,
     check_kind,
     encode_picture,
+    ending,
     is_deep,
     open_picture,
     png_depth,
@@ -46,11 +48,14 @@ from segkernels.cli.unknown import (
     rgb,
 )
 from segkernels.cli.unknown import code as _code
+from segkernels.cli.volumes import AxialSlice, Grid, encode_volume, is_volume, read_volume
+from segkernels.ops.interpolate import interpolate
 
 Positions = npt.NDArray[np.int32]
 
-# Lossless formats that a label map can be written in.
+# Lossless formats that a label map can be written in: pictures, and volumes.
 LABEL_OUTPUTS = (".png", ".tif", ".tiff")
+VOLUME_OUTPUTS = (".nii.gz", ".nii")
 
 _LOSSY_FORMATS = frozenset({"JPEG", "MPO", "JPEG2000"})
 # A map with more values is a photograph or a lossy copy, unless num_classes is given.
@@ -69,7 +74,8 @@ class LabelMap:
     Attributes:
         path: the file.
         kind: how the file represents classes.
-        positions: (H, W), the position of each pixel's class in `keys`; -1 if it is unknown.
+        positions: (H, W) or (X, Y, Z), the position of each pixel's class in `keys`; -1 if it is
+            unknown.
         keys: the value of each class in the file: an index, or a colour if `kind` is "colour".
         colours: (len(keys), 3) uint8, colours to draw the classes with.
         num_classes: the number of classes for the CRF; at least len(keys).
@@ -77,12 +83,14 @@ class LabelMap:
         indices: the class index of each key; None for colours without a palette.
         void: the value in the file of a pixel without a class; None for a transparent one.
         doubt: a warning, or "".
-        probs: float32, (C, H, W), or the foreground (1, H, W) of two classes.
+        probs: float32, (C, *shape), or the foreground (1, *shape) of two classes.
         foreground_shape: of the array that held the foreground; else None.
         mode: Pillow's mode of the picture, or of one that can hold the array's indices.
         palette: of a palette picture.
         orientation: of EXIF, if it was applied; else 1.
         save_options: for Pillow.
+        cautions: more warnings, by the kinds of `inference.doubts`.
+        grid: of a volume, with the header to write; None for pictures and arrays.
     """
 
     path: Path
@@ -101,12 +109,50 @@ class LabelMap:
     palette: tuple[int, ...] = ()
     orientation: int = 1
     save_options: dict[str, Any] = field(default_factory=dict)
+    cautions: dict[str, str] = field(default_factory=dict)
+    grid: Grid | None = None
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(width, height)."""
-        height, width = self.positions.shape
-        return width, height
+    def size(self) -> tuple[int, ...]:
+        """(width, height) or (X, Y, Z)."""
+        shape = self.positions.shape
+        return shape[::-1] if len(shape) == 2 else shape
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Endings of the files that it can be written in, the usual one first."""
+        return LABEL_OUTPUTS if self.positions.ndim == 2 else VOLUME_OUTPUTS
+
+    def cut(self, axial: AxialSlice) -> LabelMap:
+        """A slice of a volume as a picture, without probabilities."""
+        return replace(self, positions=axial.cut(self.positions), probs=None, grid=None)
+
+    def resized(self, shape: tuple[int, ...]) -> LabelMap:
+        """The map stretched to another shape of pixels.
+
+        A label is that of the nearest pixel. Probabilities are interpolated linearly, with
+        antialiasing along axes that shrink, and unknown pixels stay unknown.
+        """
+        old = self.positions.shape
+        # The pixel that holds the centre of the new one, as "nearest-exact" of torch.
+        nearest = np.ix_(
+            *((2 * np.arange(n) + 1) * o // (2 * n) for n, o in zip(shape, old, strict=True))
+        )
+        positions = self.positions[nearest]
+        if self.probs is None:
+            return replace(self, positions=positions)
+        probs = _interpolate(self.probs, shape)
+        foreground = self.foreground_shape
+        if foreground is not None:
+            foreground = (*foreground[: -len(shape)], *shape)
+        return replace(
+            self,
+            positions=np.where(
+                positions < 0, positions, _most_likely(probs, foreground is not None)
+            ),
+            probs=probs,
+            foreground_shape=foreground,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,10 +162,10 @@ class Stored:
     Attributes:
         path: the file.
         format: how it represents classes.
-        values: (H, W) integers: indices, or colours 0xrrggbb.
+        values: (H, W) or (X, Y, Z) integers: indices, or colours 0xrrggbb.
         counts: the number of pixels, at least half opaque, of each value.
         opaque: (H, W); None: everywhere.
-        mode, orientation, save_options: as in `LabelMap`.
+        mode, orientation, save_options, grid: as in `LabelMap`.
         nodata: GDAL's nodata value in a TIFF, or None.
         lossy: the format of a picture whose values are not exact, or "".
         ready: the map, if there is nothing to decide: probabilities. Then there are no values.
@@ -136,13 +182,17 @@ class Stored:
     nodata: float | None = None
     lossy: str = ""
     ready: LabelMap | None = None
+    grid: Grid | None = None
 
-    def label_map(self, meaning: Meaning, unknown: Unknown | None = None) -> LabelMap:
+    def label_map(
+        self, meaning: Meaning, unknown: Unknown | None = None, *, blank: bool = False
+    ) -> LabelMap:
         """The classes of this map.
 
         Args:
             meaning: as the user gave it.
             unknown: what `judge` decided; None: it decides on this map alone.
+            blank: accept a map without labelled pixels.
         """
         if self.ready is not None:
             self._check_ready(self.ready, meaning)
@@ -168,7 +218,7 @@ class Stored:
         dropped = unknown.values.intersection(used)
         shown = [self.format.show(value) for value in sorted(dropped)]
         words = ", ".join(shown[:8]) + (", ..." if len(shown) > 8 else "") or unknown.note or "none"
-        if len(dropped) == len(used):
+        if len(dropped) == len(used) and not blank:
             raise PictureError(
                 f"LABELS {self.path}: expected labelled pixels, got unknown ones only ({words})"
             )
@@ -179,7 +229,8 @@ class Stored:
             classes = self._index_classes(classes, unknown, words, meaning)
             colours = distinct_colours(classes)
             if self.format.kind == "palette":
-                colours = np.array([rgb(self.format.colour(i) or BLACK) for i in classes], np.uint8)
+                known = [rgb(self.format.colour(i) or BLACK) for i in classes]
+                colours = np.array(known, np.uint8).reshape(-1, 3)
             rest = {
                 "keys": tuple(classes),
                 "indices": tuple(classes),
@@ -189,7 +240,7 @@ class Stored:
         return LabelMap(
             path=self.path,
             kind="index" if self.format.kind == "array" else self.format.kind,
-            positions=self._positions(classes),
+            positions=self._positions(classes, blank),
             unknown=words,
             void=self._void(classes, [*sorted(dropped), *sorted(unknown.values)]),
             doubt=unknown.doubt or self._doubtful_nodata(classes, meaning),
@@ -197,11 +248,12 @@ class Stored:
             palette=self.format.palette,
             orientation=self.orientation,
             save_options=self.save_options,
+            grid=self.grid,
             **rest,
         )
 
     def _check_ready(self, ready: LabelMap, meaning: Meaning) -> None:
-        if meaning.unknown != ("auto",):
+        if meaning.unknown != ("auto",) and not meaning.shared:
             raise PictureError(
                 f"LABELS {self.path}: --unknown cannot name pixels in an array of probabilities; "
                 "an unknown pixel has equal ones"
@@ -225,6 +277,8 @@ class Stored:
         counts = np.sort(list(self.counts.values()))
         if number > _MOST_VALUES:
             found = f"{number} {what}"
+        elif self.values.ndim == 3:
+            return  # atlases have many small classes
         elif number > _MANY_VALUES and counts[: number // 2].sum() < _RARE_SHARE * counts.sum():
             found = f"{number} {what}, half of them on less than {_RARE_SHARE:.0%} of the pixels"
         else:
@@ -243,7 +297,7 @@ class Stored:
         return {
             "keys": keys,
             "indices": indices,
-            "colours": np.array(keys, np.uint8),
+            "colours": np.array(keys, np.uint8).reshape(-1, 3),
             "num_classes": max(meaning.num_classes or 0, len(keys)),
         }
 
@@ -265,7 +319,7 @@ class Stored:
     ) -> list[int]:
         """The indices of the classes: those that are used, or all of `Meaning.num_classes`."""
         if meaning.num_classes is None:
-            if used[0] < 0:
+            if used and used[0] < 0:
                 raise PictureError(
                     f"LABELS {self.path}: expected indices from 0, got {used[0]}; if it marks "
                     f"unknown pixels, pass --unknown {used[0]}"
@@ -286,7 +340,7 @@ class Stored:
             )
         return [index for index in range(count) if index not in unknown.values]
 
-    def _positions(self, classes: list[int]) -> Positions:
+    def _positions(self, classes: list[int], blank: bool) -> Positions:
         least, most = int(self.values.min()), int(self.values.max())
         # Of 2^24 colours, calloc does not touch the pages of those that are absent.
         table = np.zeros(most - least + 1, np.int16 if len(classes) < 32767 else np.int32)
@@ -299,7 +353,7 @@ class Stored:
         positions -= 1
         if self.opaque is not None:
             positions[~self.opaque] = -1
-            if not (positions >= 0).any():
+            if not (blank or (positions >= 0).any()):
                 raise PictureError(
                     f"LABELS {self.path}: expected labelled pixels, got unknown ones only"
                 )
@@ -339,8 +393,15 @@ def read_labels(
         path: a palette picture (classes are its indices), a colour picture (its colours), a
             greyscale or 1-bit picture (its values), or ``.npy`` / ``.npz`` with integer labels
             (H, W), probabilities (C, H, W), or the foreground's probability (H, W) or (1, H, W).
+            Or a volume: NIfTI with labels (X, Y, Z), integers or floats without a fraction, with
+            probabilities (X, Y, Z, C), or the foreground's (X, Y, Z); or an array with integer
+            labels (X, Y, Z) or probabilities (C, X, Y, Z).
         meaning: which pixels are unknown, and the number of classes.
-        reading: of pictures.
+        reading: of pictures and arrays.
+
+    Probabilities need not sum to 1: class activation maps, say, are passed on as they are. A score
+    of 0 does not make a class impossible, because `segkernels.dense_crf` raises scores below 1e-5
+    to 1e-5, as pydensecrf's ``unary_from_softmax`` does.
 
     Raises:
         PictureError: the file cannot be read, or is not a label map as described.
@@ -349,14 +410,26 @@ def read_labels(
 
 
 def encode_labels(path: Path, positions: npt.NDArray[Any], like: LabelMap) -> bytes:
-    """The file of `positions` (H, W), indices into ``like.keys``, in the format of `like`.
+    """The file of `positions`, indices into ``like.keys``, in the format of `like`.
 
     -1 is a pixel without a class, and becomes ``like.void``.
     """
+    if is_volume(path) != (positions.ndim == 3):
+        kind = "a volume" if positions.ndim == 3 else "a picture"
+        raise PictureError(
+            f"{path}: {kind} of labels is written as {' or '.join(like.outputs)}, "
+            f"got {ending(path) or 'no ending'}"
+        )
     none = positions < 0
     void = like.void if none.any() else None
     # The last one is position -1.
     keys = np.array([*like.keys, like.keys[0] if void is None else void])
+    if positions.ndim == 3:
+        if like.grid is None:
+            raise PictureError(
+                f"{path}: the header of a volume is needed, and {like.path} has none"
+            )
+        return encode_volume(path, keys, positions, like.grid)
     mode = like.mode
     if like.kind != "colour":
         if int(keys.max()) > 255 or mode[0] == "I":
@@ -396,14 +469,38 @@ def read_stored(path: Path, reading: Reading) -> Stored:
         PictureError: the file cannot be read, or cannot be a label map.
     """
     check_kind(path, "LABELS ")
-    if path.suffix.lower() in ARRAY_SUFFIXES:
-        return _from_arrays(path, read_arrays(path, "LABELS"))
+    _check_scores(path, reading)
+    stored = _read(path, reading)
+    if reading.background is not None and stored.ready is None:
+        raise PictureError(
+            f"LABELS {path}: --background adds a class to scores, and these are labels; expected "
+            "float scores (K, H, W)"
+        )
+    return stored
+
+
+def _check_scores(path: Path, reading: Reading) -> None:
+    """Raise `PictureError` for options on scores that do not fit the file or each other."""
+    if reading.background is not None and not 0 <= reading.background <= 1:
+        raise OptionError(f"--background: expected a score from 0 to 1, got {reading.background}")
+    if reading.indices_key is not None and reading.scores_key is None:
+        raise OptionError("--indices-key: expected --scores-key with it")
+    if reading.scores_key is not None and ending(path) != ".npz":
+        raise PictureError(f"LABELS {path}: --scores-key names an array in a .npz file")
+
+
+def _read(path: Path, reading: Reading) -> Stored:
+    if is_volume(path):
+        return _from_volume(path, reading)
+    if ending(path) in ARRAY_SUFFIXES:
+        return _from_arrays(path, _named_arrays(path, reading), reading, axes=(2, 3))
     bands = read_bands(path, "LABELS", reading)
     if bands is not None:
         values = np.moveaxis(bands.values, -1, 0)  # (C, H, W)
         return _from_arrays(
             path,
             {"": values[0] if len(values) == 1 else values},
+            reading,
             None if bands.missing is None else ~bands.missing,
             orientation=bands.orientation,
             nodata=stored_nodata(path),
@@ -423,7 +520,7 @@ def read_stored(path: Path, reading: Reading) -> Stored:
         picture = picture.convert("RGBA")
     mode = picture.mode
     if mode == "F":
-        return _from_arrays(path, {"": np.array(picture)}, orientation=opened.orientation)
+        return _from_arrays(path, {"": np.array(picture)}, reading, orientation=opened.orientation)
     if mode == "P":
         # A transparent index is an ordinary class, and stays transparent.
         options = {key: value for key, value in picture.info.items() if key == "transparency"}
@@ -492,30 +589,74 @@ def _from_colours(path: Path, picture: Image.Image, rest: dict[str, Any]) -> Sto
     return Stored(path, Format("colour"), codes, dict(counts), opaque, mode=mode, **rest)
 
 
+def _from_volume(path: Path, reading: Reading) -> Stored:
+    values, grid = read_volume(path, "LABELS", reading)
+    whole = np.ascontiguousarray(np.moveaxis(values, -1, 0))  # (C, X, Y, Z)
+    if len(whole) == 1 and np.abs(whole).max() < 1 << 30 and np.array_equal(whole, whole.round()):
+        # Floats without a fraction are labels, too.
+        whole = whole[0] if whole.dtype.kind != "f" else whole[0].astype(np.int32)
+    stored = _from_arrays(path, {"": whole}, reading, axes=(3,))
+    if stored.ready is None:
+        return replace(stored, grid=grid)
+    return replace(stored, ready=replace(stored.ready, grid=grid.for_labels()))
+
+
+def _named_arrays(path: Path, reading: Reading) -> dict[str, npt.NDArray[Any]]:
+    """The arrays that `_from_arrays` takes."""
+    if reading.scores_key is None:
+        return read_arrays(
+            path,
+            "LABELS",
+            "one array (or --scores-key with the name of one)",
+            lambda names: names if len(names) == 1 or _is_refined(names) else [],
+        )
+    keys = [key for key in (reading.scores_key, reading.indices_key) if key is not None]
+    arrays = read_arrays(path, "LABELS", f"arrays named {' and '.join(keys)}", lambda _: keys)
+    if len(arrays) == 1:
+        return arrays
+    return {"probs": arrays[keys[0]], "indices": arrays[keys[1]]}
+
+
+def not_labels(path: Path, dtype: object, shape: tuple[int, ...]) -> PictureError:
+    """The error for an array of another shape or dtype."""
+    return PictureError(
+        f"LABELS {path}: expected float probabilities (C, H, W), those of the foreground "
+        f"(H, W), or integer labels (H, W), got {dtype} {shape}; for a volume, (C, X, Y, Z) or "
+        "(X, Y, Z)"
+    )
+
+
+def _is_refined(names: Collection[str]) -> bool:
+    """Whether arrays of these names are what `segkernels refine -o out.npz` writes."""
+    return set(names) in ({"probs", "indices"}, {"probs", "colours"})
+
+
 def _from_arrays(
     path: Path,
     arrays: dict[str, npt.NDArray[Any]],
+    reading: Reading,
     opaque: npt.NDArray[np.bool_] | None = None,
     *,
     orientation: int = 1,
     nodata: float | None = None,
+    axes: tuple[int, ...] = (2,),
 ) -> Stored:
-    """Labels or probabilities in an array, or the result of `segkernels refine -o out.npz`."""
+    """Labels or probabilities in an array, or the result of `segkernels refine -o out.npz`.
+
+    `axes` are the numbers of axes that labels may have: 3 for volumes.
+    """
     keys: npt.NDArray[Any] | None = None
-    if "probs" in arrays and len(arrays) == 2:
+    if _is_refined(arrays):
         keys = arrays.get("indices", arrays.get("colours"))
-    if keys is None and len(arrays) != 1:
-        raise PictureError(f"LABELS {path}: expected one array, got {list(arrays)}")
     values = arrays["probs"] if keys is not None else next(iter(arrays.values()))
-    if values.size and values.dtype.kind == "f" and values.ndim in (2, 3):
-        ready = _from_probabilities(path, values, keys, opaque)
+    floats = values.ndim - 1 in axes or values.ndim == 2
+    if values.size and values.dtype.kind == "f" and floats:
+        ready = _from_probabilities(path, values, keys, reading, opaque)
         ready = replace(ready, orientation=orientation)
         return Stored(path, Format("probabilities"), np.empty((0, 0), int), {}, ready=ready)
-    if not (values.size and values.dtype.kind in "uib" and values.ndim == 2 and keys is None):
-        raise PictureError(
-            f"LABELS {path}: expected float probabilities (C, H, W), those of the foreground "
-            f"(H, W), or integer labels (H, W), got {values.dtype} {values.shape}"
-        )
+    integers = values.dtype.kind in "uib" and values.ndim in axes
+    if not (values.size and integers and keys is None):
+        raise not_labels(path, values.dtype, values.shape)
     values = values.astype(np.uint8) if values.dtype == np.bool_ else values
     mode = "L" if int(values.max()) <= 255 else "I;16"
     rest = {"mode": mode, "orientation": orientation, "nodata": nodata}
@@ -526,15 +667,30 @@ def _from_probabilities(
     path: Path,
     values: npt.NDArray[Any],
     keys: npt.NDArray[Any] | None,
+    reading: Reading,
     opaque: npt.NDArray[np.bool_] | None,
 ) -> LabelMap:
-    probs = np.array(values if values.ndim == 3 else values[None], np.float32)
+    probs = np.array(values if values.ndim > 2 else values[None], np.float32)
+    scores = reading.scores_key is not None or reading.background is not None
+    if (
+        scores
+        and keys is not None
+        and (keys.dtype.kind not in "ui" or keys.shape != probs.shape[:1])
+    ):
+        raise PictureError(
+            f"LABELS {path}: expected one integer index for each of {len(probs)} scores, "
+            f"got {keys.dtype} {keys.shape}"
+        )
+    if reading.background is not None:
+        own = range(len(probs)) if keys is None else keys.tolist()
+        keys = np.array([0, *(index + 1 for index in own)])
+        probs = np.concatenate([np.full_like(probs[:1], reading.background), probs])
     foreground = len(probs) == 1 and keys is None
     count = 2 if foreground else len(probs)
     if count > LARGEST_INDEX + 1:
         raise PictureError(f"LABELS {path}: expected at most 65536 classes, got {count}")
     unknown: npt.NDArray[np.bool_] = np.zeros(probs.shape[1:], bool)
-    if keys is not None:
+    if keys is not None and not scores:
         # Pixels without data, as refine writes them. Elsewhere NaN is an error of the network.
         unknown |= np.isnan(probs).all(axis=0)
     if opaque is not None:
@@ -543,17 +699,26 @@ def _from_probabilities(
         probs[:, unknown] = 1 / count
     least, most = float(probs.min()), float(probs.max())
     if not np.isfinite([least, most]).all():
-        hint = "" if keys is not None else " (for pixels without data, .npz can be read again)"
+        hint = (
+            ""
+            if keys is not None or scores
+            else " (for pixels without data, .npz can be read again)"
+        )
         raise PictureError(
             f"LABELS {path}: expected finite probabilities, got NaN or infinity{hint}"
         )
     if least < 0 or most > 1 + _PROBABILITY_SLACK:
         cure = "a sigmoid first; labels need integers" if foreground else "a softmax first"
+        cure += ", activation maps a division by their largest" if scores else ""
         raise PictureError(
             f"LABELS {path}: expected probabilities between 0 and 1, got values from {least:.6g} "
             f"to {most:.6g} (logits need {cure})"
         )
-    positions = ((probs[0] > 0.5) if foreground else probs.argmax(axis=0)).astype(np.int32)
+    positions = _most_likely(probs, foreground)
+    if scores:
+        unknown |= (probs == 0).all(axis=0)
+        if unknown.all():
+            raise PictureError(f"LABELS {path}: expected scores above 0, got 0 only")
     positions[unknown] = -1
     number = int(unknown.sum())
     rest = _classes(path, np.arange(count) if keys is None else keys, count)
@@ -561,11 +726,33 @@ def _from_probabilities(
         path=path,
         positions=positions,
         num_classes=count,
-        unknown=f"{number} pixels without data" if number else "none (probabilities)",
+        unknown=f"{number} pixels without {'a score' if scores else 'data'}"
+        if number
+        else "none (probabilities)",
         probs=np.minimum(probs, 1),
         foreground_shape=values.shape if foreground else None,
         **rest,
     )
+
+
+def _most_likely(probs: npt.NDArray[np.float32], foreground: bool) -> Positions:
+    """The position of each pixel's most likely class."""
+    return (probs[0] > 0.5 if foreground else probs.argmax(axis=0)).astype(np.int32)
+
+
+def _interpolate(probs: npt.NDArray[np.float32], shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Probabilities (C, *old) interpolated linearly to (C, *shape)."""
+    resized = torch.from_numpy(probs)
+    if all(new >= old for new, old in zip(shape, probs.shape[1:], strict=True)):
+        mode = "bilinear" if len(shape) == 2 else "trilinear"
+        return interpolate(resized[None], shape, mode=mode)[0].numpy()
+    # One axis at a time: torch's antialiasing lacks volumes, and is wrong for an output of width 1.
+    for axis, new in enumerate(shape, start=1):
+        lines = resized.movedim(axis, -1)
+        flat = lines.reshape(1, 1, -1, lines.shape[-1])
+        flat = interpolate(flat, (flat.shape[2], new), mode="bilinear", antialias=True)
+        resized = flat.view(*lines.shape[:-1], new).movedim(-1, axis)
+    return resized.contiguous().numpy()
 
 
 def _classes(path: Path, keys: npt.NDArray[Any], count: int) -> dict[str, Any]:
@@ -630,8 +817,8 @@ def _named_colours(
 
 
 def _blocks(values: npt.NDArray[Any]) -> Iterator[slice]:
-    """Slices of rows that hold a bounded number of pixels."""
-    step = max(1, _BLOCK // max(values.shape[1], 1))
+    """Slices of the first axis that hold a bounded number of pixels."""
+    step = max(1, _BLOCK // max(values[:1].size, 1))
     for start in range(0, values.shape[0], step):
         yield slice(start, start + step)
 

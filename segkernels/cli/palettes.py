@@ -6,7 +6,7 @@ The known ones are in ``palettes/``, one file each, in the format that `read_pal
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageColor
@@ -30,11 +30,13 @@ class Palette:
         name: as the user gave it.
         indices: the class index of each colour. Of two classes with one colour it is the first.
         ignored: colours of unknown pixels.
+        names: the name of each class index that has one.
     """
 
     name: str
     indices: dict[Colour, int]
     ignored: frozenset[Colour] = frozenset()
+    names: dict[int, str] = field(default_factory=dict)
 
 
 def known_palettes() -> list[str]:
@@ -82,10 +84,11 @@ def read_palette(name: str) -> Palette:
 def _from_text(name: str, text: str) -> Palette:
     colours: list[Colour] = []
     ignored: set[Colour] = set()
+    names: dict[int, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or (line.lstrip()[0] == "#" and not _HEX_LIKE.match(line.lstrip())):
             continue
-        found = _colours_in(line)
+        found, class_name = _parse(line)
         heading = not colours and "#" not in line and len(re.findall(r"\d+", line)) < 2
         if not found and heading:
             continue
@@ -94,34 +97,52 @@ def _from_text(name: str, text: str) -> Palette:
                 f"--palette {name}: line {number}: expected one colour, as 128 0 0 or #800000, "
                 f"got {line.strip()[:60]!r}"
             )
+        if class_name:
+            names[len(colours)] = class_name
         colours += found
         if _IGNORED.search(line):
             ignored.update(found)
-    return _numbered(name, colours, ignored)
+    return _numbered(name, colours, ignored, names)
 
 
-def _colours_in(line: str) -> list[Colour]:
-    """The colours in a line: #rrggbb, and runs of numbers, of which there should be three."""
+def _parse(line: str) -> tuple[list[Colour], str]:
+    """The colours in a line, and the name of its class, or "".
+
+    Colours are #rrggbb, and runs of numbers, of which there should be three. Of cells with commas
+    between, the name is the first that is no number; else it is all the words after such numbers.
+    """
     found = [ImageColor.getrgb(match[0])[:3] for match in _HEX.finditer(line)]
     # Cells with commas between, or words.
     cells = re.split(r"[,;:]", line)
-    cells = re.sub(r"[\[\](){}\"']", " ", line).split() if len(cells) == 1 else cells
-    run: list[int] = []
-    for cell in [*cells, "end"]:
+    separated = len(cells) > 1
+    cells = cells if separated else re.sub(r"[\[\](){}\"']", " ", line).split()
+    run: list[str] = []
+    rest: list[str] = []
+    for cell in [*cells, ""]:
         words = cell.strip("[](){}\"' \t").split()
         if words and all(word.isdecimal() for word in words):
-            run += [int(word[:4]) for word in words]
+            run += words
             continue
         if len(run) >= 3:
-            found.append((run[0], run[1], run[2] if len(run) == 3 else 256))
+            red, green, blue = (int(word[:4]) for word in run[:3])
+            found.append((red, green, blue if len(run) == 3 else 256))
+        elif rest:
+            rest += run
         run = []
-    return found
+        text = " ".join(_HEX.sub("", " ".join(words)).split())
+        rest += [text] if text else []
+    return found, " ".join(rest[:1] if separated else rest)
 
 
-def _numbered(name: str, colours: list[Colour], ignored: set[Colour] | None = None) -> Palette:
+def _numbered(
+    name: str,
+    colours: list[Colour],
+    ignored: set[Colour] | None = None,
+    names: dict[int, str] | None = None,
+) -> Palette:
     if not colours:
         raise OptionError(f"--palette {name}: expected the colours of classes, found none")
     indices: dict[Colour, int] = {}
     for index, colour in enumerate(colours):
         indices.setdefault(colour, index)
-    return Palette(name, indices, frozenset(ignored or ()))
+    return Palette(name, indices, frozenset(ignored or ()), names or {})

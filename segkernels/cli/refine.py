@@ -2,116 +2,88 @@
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
-import numpy as np
-import torch
 import typer
-from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from segkernels import _native
-from segkernels.cli.console import complain, error_console, one_line, one_line_errors, say
-from segkernels.cli.files import (
-    PictureError,
-    Reading,
-    check_writable,
-    encode_picture,
-    make_folder,
-    resolve,
-    write_files,
+from segkernels.cli import batch, metrics
+from segkernels.cli.console import complain, one_line, one_line_errors, say
+from segkernels.cli.files import Reading, ending, size_words
+from segkernels.cli.folders import Outcome, Run, Totals
+from segkernels.cli.images import Photograph
+from segkernels.cli.inference import Options, Refined, doubts, load, refine_labels
+from segkernels.cli.label_maps import LabelMap
+from segkernels.cli.options import (
+    CRF_PANEL,
+    FILE_PANEL,
+    FOLDER_PANEL,
+    LABEL_PANEL,
+    Device,
+    ExifOption,
+    LayoutOption,
+    Method,
+    Normalization,
+    NumClassesOption,
+    PaletteOption,
+    RecursiveOption,
+    ResizeOption,
+    UnknownOption,
+    WorkersOption,
+    find_device,
+    is_many,
+    pillow_limit,
+    probability,
+    sigma,
+    source,
+    weight,
 )
-from segkernels.cli.folders import Outcome, Pairs, Totals, judge_folder, pair_files, process
-from segkernels.cli.inference import Options, Refined, Sigma, doubts, load, refine_labels
-from segkernels.cli.label_maps import LABEL_OUTPUTS, LabelMap, encode_labels
-from segkernels.cli.overlay import side_by_side
-from segkernels.cli.palettes import known_palettes, read_palette
-from segkernels.cli.unknown import LARGEST_INDEX, Format, Meaning, Unknown, check_unknown
+from segkernels.cli.options import (
+    shard as parse_shard,
+)
+from segkernels.cli.outputs import (
+    ARRAY_OUTPUTS,
+    Folders,
+    check_format,
+    check_outputs,
+    output_folders,
+    void_name,
+    write_refined,
+)
+from segkernels.cli.pairing import Job, Pairs, Source, pair_files
+from segkernels.cli.palettes import read_palette
+from segkernels.cli.unknown import Meaning, check_unknown
 
-_ARRAY_OUTPUTS = (".npy", ".npz")
-_OVERLAY_OUTPUTS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-_LARGEST_ARRAY = 10**9  # bytes of a .npy, which holds classes that do not exist, too
 _TILED_PIXELS = 1 << 32
 
 
-class Device(str, Enum):
-    """Where the CRF runs."""
+class FileFormat(str, Enum):
+    """What is written for a pair of two folders."""
 
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Normalization(str, Enum):
-    """How the pairwise kernels are normalised."""
-
-    symmetric = "symmetric"
-    before = "before"
-    after = "after"
-    none = "none"
-
-
-class Method(str, Enum):
-    """How the kernels are filtered."""
-
-    lattice = "lattice"
-    exact = "exact"
-
-
-def _sigma(text: str, option: str, most: int | None = None) -> Sigma:
-    try:
-        values = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        values = ()
-    known = all(math.isfinite(v) and v > 0 for v in values)
-    if not values or not known or len(values) > (most or len(values)):
-        several = "several" if most is None else f"{most}"
-        raise typer.BadParameter(
-            f"expected a number above 0, or {several} with commas between, got {text[:60]!r}",
-            param_hint=option,
-        )
-    return values[0] if len(values) == 1 else values
-
-
-def _weight(value: float, option: str) -> float:
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"expected a finite number, got {value}", param_hint=option)
-    return value
-
-
-def _probability(value: float, option: str) -> float:
-    if not 0 < value < 1:
-        raise typer.BadParameter(
-            f"expected a number strictly between 0 and 1, got {value}", param_hint=option
-        )
-    return value
-
-
-_CRF_PANEL = "The CRF"
-_LABEL_PANEL = "What the labels mean"
-_FILE_PANEL = "How files are read"
+    labels = "labels"
+    npy = "npy"
+    npz = "npz"
 
 
 def command(
     image: Annotated[
-        Path, typer.Argument(exists=True, help="A photograph, or a folder of photographs.")
+        Path,
+        typer.Argument(
+            help="A photograph, a folder of photographs, or a pattern such as 'data/*_sat.jpg'."
+        ),
     ],
     labels: Annotated[
         Path,
         typer.Argument(
-            exists=True,
             help="Its labels: a palette, colour or greyscale picture, or .npy/.npz of labels "
-            "(H, W), probabilities (C, H, W) or a foreground's probability (H, W). Or a folder "
-            "with a file of the same name, but for the ending, for each photograph.",
+            "(H, W), probabilities (C, H, W) or a foreground's probability (H, W). Or a folder or "
+            "pattern: names must be the same but for the ending, or see --layout and "
+            "--label-suffix.",
         ),
     ],
     out: Annotated[
@@ -121,55 +93,135 @@ def command(
             "--output",
             help="The refined labels, in the same palette: .png or .tif. Or probabilities: .npy "
             "with a channel for each index, .npz with those of the classes that exist and their "
-            "indices. With folders: a folder.",
+            "indices. With folders: a folder; its files are named as the labels are.",
         ),
     ],
     overlay: Annotated[
         Path | None,
-        typer.Option(help="Also write image, before and after side by side: a picture or folder."),
+        typer.Option(
+            help="Also write image, before and after side by side, and with --truth the errors: a "
+            "picture or folder."
+        ),
     ] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help="The right labels: a file, or a folder or pattern. Print IoU and boundary F-score "
+            'before and after. Needs pip install "segkernels[eval]".'
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
     device: Annotated[Device, typer.Option(help="auto: CUDA where it can be used.")] = Device.auto,
-    unknown: Annotated[
+    layout: LayoutOption = None,
+    image_suffix: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="INDEX|COLOUR|none",
-            help="Value of unlabelled pixels; may be repeated. Default: black in colour labels, "
-            "255 or black in palette labels (in PASCAL VOC's palette black is a class), 255 in "
-            "greyscale ones; but of just two values both are classes.",
-            rich_help_panel=_LABEL_PANEL,
+            metavar="TEXT",
+            help="End of the photographs' names, such as _sat or _sat.jpg. Of several the files "
+            "are channels of one image.",
+            rich_help_panel=FOLDER_PANEL,
         ),
     ] = None,
-    num_classes: Annotated[
-        int | None,
+    label_suffix: Annotated[
+        list[str] | None,
         typer.Option(
-            min=1,
-            max=LARGEST_INDEX + 1,
-            help="Number of classes. Default: those that the labels use.",
-            rich_help_panel=_LABEL_PANEL,
+            metavar="TEXT",
+            help="End of the labels' names, such as _mask; any of several.",
+            rich_help_panel=FOLDER_PANEL,
         ),
     ] = None,
-    palette: Annotated[
+    truth_suffix: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="End of the truths' names. Default: as the labels.",
+            rich_help_panel=FOLDER_PANEL,
+        ),
+    ] = None,
+    recursive: RecursiveOption = False,
+    format: Annotated[
+        list[FileFormat] | None,
+        typer.Option(
+            help="What to write: labels, or probabilities as npy or npz; may be repeated. Default: "
+            "labels.",
+            rich_help_panel=FOLDER_PANEL,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print what would be paired and written, and stop.",
+            rich_help_panel=FOLDER_PANEL,
+        ),
+    ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave out the pairs whose results exist: a run that was stopped goes on.",
+            rich_help_panel=FOLDER_PANEL,
+        ),
+    ] = False,
+    shard: Annotated[
         str | None,
         typer.Option(
-            metavar=f"{'|'.join(known_palettes())}|FILE",
-            help="The colours of the classes, of which black may be one. A file has a line with a "
-            "colour (128 0 0 or #800000) and a name for each class, or is a picture with a "
-            "palette; the colour of a class named ignore is unknown.",
-            rich_help_panel=_LABEL_PANEL,
+            metavar="I/N",
+            help="Only part I of N of the pairs, for several machines.",
+            rich_help_panel=FOLDER_PANEL,
         ),
     ] = None,
+    workers: WorkersOption = None,
+    unknown: UnknownOption = None,
+    num_classes: NumClassesOption = None,
+    palette: PaletteOption = None,
     gt_prob: Annotated[
         float,
         typer.Option(
-            help="Probability that a label is right, between 0 and 1.", rich_help_panel=_LABEL_PANEL
+            help="Probability that a label is right, between 0 and 1.", rich_help_panel=LABEL_PANEL
         ),
     ] = 0.7,
-    ignore_exif: Annotated[
+    resize: ResizeOption = False,
+    scores_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The array with the scores (C, H, W) in an .npz file with several, such as "
+            "class activation maps.",
+            rich_help_panel=LABEL_PANEL,
+        ),
+    ] = None,
+    indices_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The array (C,) with the class index of each channel.",
+            rich_help_panel=LABEL_PANEL,
+        ),
+    ] = None,
+    background: Annotated[
+        float | None,
+        typer.Option(
+            help="Add class 0, background, with this score everywhere, as IRN does for class "
+            "activation maps; the other indices go up by one.",
+            rich_help_panel=LABEL_PANEL,
+        ),
+    ] = None,
+    add_image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            help="A further image of the same size, whose channels are added; may be repeated.",
+            rich_help_panel=FILE_PANEL,
+        ),
+    ] = None,
+    ignore_exif: ExifOption = False,
+    ignore_affine: Annotated[
         bool,
         typer.Option(
-            "--ignore-exif",
-            help="Take pictures as they are stored, not turned by their EXIF orientation.",
-            rich_help_panel=_FILE_PANEL,
+            "--ignore-affine",
+            help="Accept volumes whose affines differ.",
+            rich_help_panel=FILE_PANEL,
         ),
     ] = False,
     bits: Annotated[
@@ -179,7 +231,7 @@ def command(
             max=16,
             help="Bits of the values in a 16-bit photograph: 12 for values from 0 to 4095. "
             "Default: 16.",
-            rich_help_panel=_FILE_PANEL,
+            rich_help_panel=FILE_PANEL,
         ),
     ] = None,
     max_pixels: Annotated[
@@ -188,7 +240,7 @@ def command(
             min=1,
             help=f"Refuse larger pictures. Default: {Reading.max_pixels}, as Pillow does; with "
             f"--tile {_TILED_PIXELS}.",
-            rich_help_panel=_FILE_PANEL,
+            rich_help_panel=FILE_PANEL,
         ),
     ] = None,
     tile: Annotated[
@@ -197,7 +249,7 @@ def command(
             min=16,
             help="Refine a large scene in tiles of this many pixels a side: less memory, and no "
             "limit on the scene. Default: at once.",
-            rich_help_panel=_FILE_PANEL,
+            rich_help_panel=FILE_PANEL,
         ),
     ] = None,
     overlap: Annotated[
@@ -206,30 +258,32 @@ def command(
             min=0,
             help="Pixels around a tile that take part in it. Default: 3 times the largest reach "
             "of the kernels.",
-            rich_help_panel=_FILE_PANEL,
+            rich_help_panel=FILE_PANEL,
         ),
     ] = None,
     iterations: Annotated[
         int,
-        typer.Option(min=0, max=10**6, help="Mean-field iterations.", rich_help_panel=_CRF_PANEL),
+        typer.Option(min=0, max=10**6, help="Mean-field iterations.", rich_help_panel=CRF_PANEL),
     ] = 10,
     sxy_gaussian: Annotated[
         str,
         typer.Option(
             metavar="SIGMA",
-            help="Reach of the smoothing kernel in pixels: one number, or x,y.",
-            rich_help_panel=_CRF_PANEL,
+            help="Reach of the smoothing kernel in pixels, in volumes in mm: one number, or one "
+            "an axis: x,y.",
+            rich_help_panel=CRF_PANEL,
         ),
     ] = "3",
     compat_gaussian: Annotated[
-        float, typer.Option(help="Weight of the smoothing kernel.", rich_help_panel=_CRF_PANEL)
+        float, typer.Option(help="Weight of the smoothing kernel.", rich_help_panel=CRF_PANEL)
     ] = 3.0,
     sxy_bilateral: Annotated[
         str,
         typer.Option(
             metavar="SIGMA",
-            help="Reach of the colour kernel in pixels: one number, or x,y.",
-            rich_help_panel=_CRF_PANEL,
+            help="Reach of the colour kernel in pixels, in volumes in mm: one number, or one an "
+            "axis: x,y.",
+            rich_help_panel=CRF_PANEL,
         ),
     ] = "80",
     srgb: Annotated[
@@ -239,21 +293,21 @@ def command(
             help="Reach of the colour kernel in intensities: one number, or one a channel. "
             "Pictures of 8 and 16 bits are on the scale 0 to 255; signed and floating-point "
             "images keep their own.",
-            rich_help_panel=_CRF_PANEL,
+            rich_help_panel=CRF_PANEL,
         ),
     ] = "13",
     compat_bilateral: Annotated[
-        float, typer.Option(help="Weight of the colour kernel.", rich_help_panel=_CRF_PANEL)
+        float, typer.Option(help="Weight of the colour kernel.", rich_help_panel=CRF_PANEL)
     ] = 10.0,
     normalization: Annotated[
         Normalization,
-        typer.Option(help="Normalisation of both kernels.", rich_help_panel=_CRF_PANEL),
+        typer.Option(help="Normalisation of both kernels.", rich_help_panel=CRF_PANEL),
     ] = Normalization.symmetric,
     method: Annotated[
         Method,
         typer.Option(
             help="exact: no lattice approximation, in time quadratic in the pixels.",
-            rich_help_panel=_CRF_PANEL,
+            rich_help_panel=CRF_PANEL,
         ),
     ] = Method.lattice,
 ) -> None:
@@ -265,333 +319,289 @@ def command(
         raise typer.BadParameter("expected --tile with it", param_hint="--overlap")
     crf = {
         "iterations": iterations,
-        "sxy_gaussian": _sigma(sxy_gaussian, "--sxy-gaussian", 2),
-        "compat_gaussian": _weight(compat_gaussian, "--compat-gaussian"),
-        "sxy_bilateral": _sigma(sxy_bilateral, "--sxy-bilateral", 2),
-        "srgb": _sigma(srgb, "--srgb"),
-        "compat_bilateral": _weight(compat_bilateral, "--compat-bilateral"),
+        "sxy_gaussian": sigma(sxy_gaussian, "--sxy-gaussian", 3),
+        "compat_gaussian": weight(compat_gaussian, "--compat-gaussian"),
+        "sxy_bilateral": sigma(sxy_bilateral, "--sxy-bilateral", 3),
+        "srgb": sigma(srgb, "--srgb"),
+        "compat_bilateral": weight(compat_bilateral, "--compat-bilateral"),
         "normalization": normalization.value,
         "method": method.value,
     }
     if max_pixels is None:
         max_pixels = Reading.max_pixels if tile is None else _TILED_PIXELS
-    with one_line_errors(), _pillow_limit(max_pixels):
+    with one_line_errors(), pillow_limit(max_pixels):
         check_unknown(unknown or [])
-        folders = image.is_dir()
-        if folders != labels.is_dir():
+        given = [(image, "IMAGE"), (labels, "LABELS")]
+        given += [(truth, "--truth")] if truth is not None else []
+        many = {is_many(path, name) for path, name in given}
+        if len(many) > 1:
             raise typer.BadParameter("expected two files or two folders, got one of each")
+        folders = True in many
+        only = {
+            "--layout": layout,
+            "--image-suffix": image_suffix,
+            "--label-suffix": label_suffix,
+            "--truth-suffix": truth_suffix,
+            "--recursive": recursive,
+            "--format": format,
+            "--dry-run": dry_run,
+            "--skip-existing": skip_existing,
+            "--shard": shard,
+            "--workers": workers is not None,
+        }
+        for option, value in (only if not folders else {"--add-image": add_image}).items():
+            if value:
+                wanted = "files" if folders else "folders"
+                raise typer.BadParameter(f"expected {wanted} with it", param_hint=option)
+        if truth is not None:
+            metrics.check_installed()
+        formats = tuple(dict.fromkeys(each.value for each in format or [FileFormat.labels]))
         options = Options(
             device=find_device(device.value),
-            gt_prob=_probability(gt_prob, "--gt-prob"),
+            gt_prob=probability(gt_prob, "--gt-prob"),
             meaning=Meaning(
                 unknown=tuple(unknown or ("auto",)),
                 num_classes=num_classes,
                 palette=None if palette is None else read_palette(palette),
+                shared=truth is not None,
             ),
-            reading=Reading(ignore_exif, bits, max_pixels),
+            reading=Reading(
+                ignore_exif,
+                bits,
+                max_pixels,
+                scores_key=scores_key,
+                indices_key=indices_key,
+                background=background,
+                ignore_affine=ignore_affine,
+            ),
+            resize=resize,
             crf=crf,
             tile=tile,
             overlap=overlap,
-            keep_probs=not folders and out.suffix.lower() in _ARRAY_OUTPUTS,
+            keep_probs=formats != ("labels",) if folders else ending(out) in ARRAY_OUTPUTS,
         )
-        if folders:
-            _refine_folders(image, labels, out, overlay, options)
-        else:
-            _refine_one(image, labels, out, overlay, options)
+        if not folders:
+            images = (image, *(add_image or ()))
+            _refine_one(Job(images, labels, "", truth), out, overlay, options, as_json)
+            return
+        sources = [
+            source("IMAGE", image, layout, image_suffix, recursive, "--image-suffix"),
+            source("LABELS", labels, layout, label_suffix, recursive, "--label-suffix"),
+        ]
+        if truth is not None:
+            ends, option = truth_suffix or label_suffix, "--truth-suffix"
+            sources.append(source("TRUTH", truth, layout, ends, recursive, option))
+        run = _FolderRun(
+            sources,
+            output_folders(sources, out, overlay, formats),
+            options,
+            (0, 1) if shard is None else parse_shard(shard),
+            skip_existing,
+            workers,
+        )
+        run.run(dry_run, as_json)
 
 
-@contextmanager
-def _pillow_limit(max_pixels: int) -> Iterator[None]:
-    """Let Pillow open what `Reading.check_pixels` allows."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max(max_pixels, before or 0)
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+# --- one pair
 
 
-def _refine_one(
-    image: Path, labels: Path, out: Path, overlay: Path | None, options: Options
-) -> None:
-    palette = options.meaning.palette
-    inputs = (image, labels, Path(palette.name)) if palette else (image, labels)
-    _check_outputs(out, overlay, inputs)
-    photograph, before = load(image, labels, options)
-    _check_array(out, before)
-    for text in doubts(image, photograph, before, options).values():
+def _refine_one(job: Job, out: Path, overlay: Path | None, options: Options, as_json: bool) -> None:
+    inputs = [*job.images, job.labels, *([job.truth] if job.truth else [])]
+    if options.meaning.palette is not None:
+        inputs.append(Path(options.meaning.palette.name))
+    check_outputs(out, overlay, inputs)
+    photograph, before = load(job.images, job.labels, options)
+    truth = None
+    if job.truth is not None:
+        truth = batch.read_map("TRUTH", job.truth, options.meaning, options.reading, None)
+    check_format(out, before)
+    if truth is not None:
+        metrics.check_shapes(before.positions, before, truth)
+        metrics.shared_classes(before, truth)
+    for text in _doubts(job, photograph, before, truth, options).values():
         complain("Warning", text)
 
     def track(windows: Iterable[Any]) -> Iterable[Any]:
         windows = list(windows)
         return progress.track(windows) if len(windows) > 1 else windows
 
-    with _progress() as progress:
+    with batch.progress_bar("refining") as progress:
         done = refine_labels(photograph, before, options, track)
-    write_refined(done, image, out, overlay)
-    width, height = done.before.size
+    name = job.images[0].name
+    write_refined(done, name, [out], overlay, truth)
+    totals = Totals(_metrics(truth is not None, options))
+    totals.add(_outcome(done, {}, truth))
+    if as_json:
+        say(json.dumps(_json(totals, options), indent=2))
+        return
     say(
-        f"{one_line(image.name)}: {width}x{height}, {len(done.before.keys)} classes, "
-        f"unknown: {done.before.unknown}"
+        f"{one_line(name)}: {size_words(before.size)}, {len(before.keys)} classes, "
+        f"unknown: {before.unknown}"
     )
     if done.missing:
         share = done.missing / done.after.size
-        say(f"no data in {done.missing} pixels ({share:.2%}), written as {_void(done, out)}")
+        say(f"no data in {done.missing} pixels ({share:.2%}), written as {void_name(done, out)}")
     labelled = max(done.after.size - done.missing - done.filled, 1)
     say(
         f"filled {done.filled} unknown pixels, changed {done.changed} labelled ones "
         f"({done.changed / labelled:.2%}); CRF {done.seconds:.3g} s on {options.device}"
     )
     say(one_line(f"wrote {out}" + (f" and {overlay}" if overlay else "")))
+    if truth is not None:
+        say(metrics.table(batch.results(totals)))
 
 
-def _check_outputs(out: Path, overlay: Path | None, inputs: tuple[Path, ...]) -> None:
-    if out.suffix.lower() not in (*LABEL_OUTPUTS, *_ARRAY_OUTPUTS):
-        raise typer.BadParameter(
-            f"expected a file that ends in {', '.join(LABEL_OUTPUTS)} (formats that keep labels "
-            f"exactly), .npy or .npz, got {out}",
-            param_hint="-o",
-        )
-    if overlay is not None:
-        name = Image.registered_extensions().get(overlay.suffix.lower())
-        if overlay.suffix.lower() not in _OVERLAY_OUTPUTS or name not in Image.SAVE:
-            raise typer.BadParameter(
-                f"expected a picture such as overlay.png or overlay.jpg, got {overlay}",
-                param_hint="--overlay",
-            )
-        if resolve(overlay, "--overlay ") == resolve(out, "-o "):
-            raise typer.BadParameter("expected another file than -o's", param_hint="--overlay")
-    for option, path in (("-o", out), ("--overlay", overlay)):
-        if path is None:
-            continue
-        if resolve(path, f"{option} ") in [resolve(given, "") for given in inputs]:
-            raise typer.BadParameter(f"{path} is an input and would be lost", param_hint=option)
-        check_writable(path, option)
+def _metrics(wanted: bool, options: Options) -> dict[str, metrics.Metrics]:
+    palette = options.meaning.palette
+    names = {} if palette is None else palette.names
+    return {name: metrics.Metrics(names) for name in ("before", "after") if wanted}
 
 
-def _check_array(out: Path, before: LabelMap) -> None:
-    """Raise `PictureError` where ``.npy`` cannot hold the probabilities."""
-    if out.suffix.lower() != ".npy":
-        return
-    if before.indices is None:
-        raise PictureError(
-            f"-o {out}: probabilities need an order of classes, which colours do not have; write "
-            "a picture or .npz, pass --palette, or give the labels as indices"
-        )
-    width, height = before.size
-    count = 1 if before.foreground_shape is not None else max(*before.indices, 1) + 1
-    size = 4 * count * height * width
-    if size > _LARGEST_ARRAY:
-        raise PictureError(
-            f"-o {out}: {count} channels of {width}x{height} are {size / 1e9:.3g} GB, more than "
-            f"{_LARGEST_ARRAY / 1e9:.3g} GB; write .npz, which holds the {len(before.keys)} "
-            "classes that exist and their indices"
-        )
+def _doubts(
+    job: Job, photograph: Photograph, before: LabelMap, truth: LabelMap | None, options: Options
+) -> dict[str, str]:
+    """What `inference.doubts` returns, and the warning on the truth."""
+    found = doubts(job.images, photograph, before, options)
+    return {**found, "truth": truth.doubt} if truth is not None and truth.doubt else found
 
 
-def _refine_folders(
-    images: Path, labels: Path, out: Path, overlay: Path | None, options: Options
-) -> None:
-    if resolve(images, "") == resolve(labels, ""):
-        raise typer.BadParameter("expected two folders, got the same one twice")
-    for option, folder in (("-o", out), ("--overlay", overlay)):
-        if folder is None:
-            continue
-        if resolve(folder, f"{option} ") in (resolve(images, ""), resolve(labels, "")):
-            raise typer.BadParameter(f"{folder} holds the inputs", param_hint=option)
-    if overlay is not None and resolve(overlay, "--overlay ") == resolve(out, "-o "):
-        raise typer.BadParameter("expected another folder than -o's", param_hint="--overlay")
-    pairs = pair_files(images, labels)
-    inputs = (resolve(images, ""), resolve(labels, ""))
-    judged: Mapping[Format, Unknown] = {}
-
-    def work(image: Path, labels: Path, one_thread: Executor) -> Outcome:
-        photograph, before = load(image, labels, options, judged)
-        done = one_thread.submit(refine_labels, photograph, before, options).result()
-        picture = None if overlay is None else overlay / f"{image.stem}.jpg"
-        result = out / f"{image.stem}.png"
-        for path in (result, picture):
-            if path is not None and resolve(path, "").parent in inputs:
-                raise PictureError(f"{path}: leads to an input, which would be lost")
-        write_refined(done, image, result, picture)
-        said = doubts(image, photograph, before, options)
-        pixels = done.after.size
-        return Outcome(done.filled, done.changed, pixels, done.missing, done.seconds, said)
-
-    count = len(pairs.jobs)
-    if count:
-        with _progress("reading labels") as progress:
-            judged = judge_folder(
-                pairs.jobs,
-                labels,
-                options.meaning,
-                options.reading,
-                lambda steps: progress.track(steps, total=count),
-            )
-        for unknown in judged.values():
-            if unknown.doubt:
-                complain("Warning", unknown.doubt)
-        judged = {format: replace(unknown, doubt="") for format, unknown in judged.items()}
-    for failure in pairs.failed.values():
-        complain("Error", failure)
-    if not count:
-        raise PictureError(
-            f"no photograph in {images} has usable labels of the same name, but for the ending, in "
-            f"{labels}"
-        )
-    make_folder(out, "-o")
-    if overlay is not None:
-        make_folder(overlay, "--overlay")
-    totals = Totals()
-    started = time.perf_counter()
-    try:
-        with _progress() as progress, closing(process(pairs.jobs, work, complain, totals)) as steps:
-            for _ in progress.track(steps, total=count):
-                pass
-    finally:
-        totals.failed += pairs.failed
-        seconds = time.perf_counter() - started
-        _summarise(pairs, totals, seconds, out, overlay, options.device)
-    if totals.failed:
-        raise typer.Exit(1)
-
-
-def _progress(what: str = "refining") -> Progress:
-    return Progress(
-        TextColumn(what),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=error_console,
-        disable=not error_console.is_terminal,
+def _outcome(done: Refined, said: dict[str, str], truth: LabelMap | None) -> Outcome:
+    scores = {}
+    if truth is not None:
+        scores["before"] = metrics.compare(done.before.positions, done.before, truth)
+        scores["after"] = metrics.compare(done.after, done.before, truth)
+    return Outcome(
+        said, scores, done.filled, done.changed, done.after.size, done.missing, done.seconds
     )
 
 
-def _summarise(
-    pairs: Pairs, totals: Totals, seconds: float, out: Path, overlay: Path | None, device: str
-) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_row("refined", f"{totals.refined}")
-    rest = len(pairs.jobs) + len(pairs.failed) - totals.refined - len(totals.failed)
-    if rest:
-        table.add_row("not done", f"{rest}")
-    if totals.failed:
-        table.add_row("failed", f"{len(totals.failed)}: " + _some(totals.failed))
-    if pairs.unlabelled:
-        table.add_row(
-            "no labels", f"{len(pairs.unlabelled)} photographs: " + _some(pairs.unlabelled)
-        )
-    for kind, number in totals.doubted.items():
-        table.add_row("warned", f"{number} pairs: {_DOUBTS[kind]}")
-    if totals.refined:
-        if totals.missing:
-            share = totals.missing / totals.pixels
-            table.add_row("no data", f"{share:.2%} of the pixels")
-        labelled = max(totals.pixels - totals.missing - totals.filled, 1)
-        table.add_row("filled", f"{totals.filled / totals.pixels:.2%} of the pixels, were unknown")
-        table.add_row("changed", f"{totals.changed / labelled:.2%} of the labelled pixels")
-        table.add_row("time", f"{seconds:.3g} s; CRF {totals.crf_seconds:.3g} s on {device}")
-        table.add_row("wrote", f"{out}" + (f" and {overlay}" if overlay else ""))
-    say(table)
+def _json(totals: Totals, options: Options) -> dict[str, Any]:
+    return {
+        "refined": totals.done,
+        "pixels": totals.pixels,
+        "missing": totals.missing,
+        "filled": totals.filled,
+        "changed": totals.changed,
+        "crf_seconds": totals.crf_seconds,
+        "device": options.device,
+        **batch.results(totals),
+    }
 
 
-# The kinds of inference.doubts.
-_DOUBTS = {
-    "values": "16-bit values that do not use 16 bits",
-    "unknown": "values read as unknown that may be a class",
-    "exif": "photographs turned by their EXIF orientation, unlike their labels",
-    "srgb": "values in another unit than --srgb",
-}
+# --- folders
 
 
-def _some(names: list[str]) -> str:
-    shown = one_line(", ".join(names[:5]))
-    return shown if len(names) <= 5 else f"{shown}, ..."
+@dataclass(frozen=True)
+class _Refine:
+    """The work on one pair."""
+
+    options: Options
+    folders: Folders
+    judged: batch.Judged
+    judged_truth: batch.Judged
+
+    def __call__(self, job: Job, run: Run) -> Outcome:
+        photograph, before = load(job.images, job.labels, self.options, self.judged)
+        truth = None
+        if job.truth is not None:
+            meaning, reading = self.options.meaning, self.options.reading
+            truth = batch.read_map("TRUTH", job.truth, meaning, reading, self.judged_truth)
+            metrics.check_shapes(before.positions, before, truth)
+        done = run(refine_labels, photograph, before, self.options)
+        outs = self.folders.labels_and_arrays(job)
+        for out in outs:
+            check_format(out, before)
+        self.folders.prepare(job)
+        write_refined(done, job.images[0].name, outs, self.folders.picture(job), truth)
+        return _outcome(done, _doubts(job, photograph, before, truth, self.options), truth)
 
 
-def write_refined(done: Refined, image: Path, out: Path, overlay: Path | None) -> None:
-    """Write the labels, or their probabilities where `out` is an array, and the overlay.
+@dataclass(frozen=True)
+class _FolderRun:
+    """All pairs of two folders."""
 
-    Raises:
-        PictureError: a file cannot be written. A file that was there before is unchanged.
-    """
-    files: dict[Path, bytes | Callable[[IO[bytes]], object]] = {}
-    if out.suffix.lower() in _ARRAY_OUTPUTS:
-        files[out] = _array_writer(done, out)
-    else:
-        files[out] = encode_labels(out, done.after, done.before)
-    if overlay is not None:
-        size = "{}x{}".format(*done.before.size)
-        notes = (f"{image.name}, {size}", _before_note(done), _after_note(done))
-        picture = side_by_side(done.photograph, done.before, done.after, notes=notes)
-        options = {"quality": 92} if overlay.suffix.lower() in (".jpg", ".jpeg", ".webp") else {}
-        files[overlay] = encode_picture(overlay, picture, **options)
-    write_files(files)
+    sources: list[Source]
+    folders: Folders
+    options: Options
+    shard: tuple[int, int]
+    skip_existing: bool
+    workers: int | None
 
-
-def _array_writer(done: Refined, out: Path) -> Callable[[IO[bytes]], object]:
-    """A function that writes the probabilities to a file.
-
-    ``.npy``: class c is channel c, 0 for classes that the labels lack; a foreground has the shape
-    that it was given in. ``.npz``: "probs" (K, H, W) of the classes that exist, and their "indices"
-    (K,), or "colours" (K, 3).
-    """
-    before, probs = done.before, done.probs
-    assert probs is not None
-    if out.suffix.lower() == ".npz":
-        keys = np.array(before.keys if before.indices is None else before.indices)
-        name = "colours" if before.indices is None else "indices"
-        arrays: Any = {"probs": probs, name: keys.astype(np.uint8 if keys.ndim == 2 else np.int32)}
-        return lambda file: np.savez(file, **arrays)
-    assert before.indices is not None
-    if before.foreground_shape is not None:
-        whole = probs[1].reshape(before.foreground_shape)
-    else:
-        # Of one class alone there are two channels: one would be read as the foreground.
-        channels = max(*before.indices, 1) + 1
-        whole = np.zeros((channels, *probs.shape[1:]), np.float32)
-        whole[list(before.indices)] = probs
-    return lambda file: np.save(file, whole)
-
-
-def _void(done: Refined, out: Path) -> str:
-    """How pixels without data are written, in words."""
-    if out.suffix.lower() in _ARRAY_OUTPUTS:
-        return "NaN"
-    void = done.before.void
-    if isinstance(void, tuple):
-        return "#{:02x}{:02x}{:02x}".format(*void)
-    return "transparent" if void is None else f"index {void}"
-
-
-def _before_note(done: Refined) -> str:
-    share = done.filled / done.after.size
-    classes = f"{len(done.before.keys)} classes"
-    return f"{classes}, {share:.1%} unknown" if done.filled else classes
-
-
-def _after_note(done: Refined) -> str:
-    known = done.after.size - done.missing - done.filled
-    return f"{done.changed / max(known, 1):.1%} of the labels changed"
-
-
-def find_device(wanted: str) -> str:
-    """The device to run on: `wanted`, or for "auto" CUDA where it can be used, else the CPU.
-
-    Raises:
-        PictureError: `wanted` is "cuda", which torch or segkernels cannot use.
-    """
-    if wanted == "cpu":
-        return "cpu"
-    reason = "torch sees no CUDA device here; `segkernels info` says more"
-    if torch.cuda.is_available():
+    def run(self, dry_run: bool, as_json: bool) -> None:
+        images, labels, *truth = self.sources
+        pairs = pair_files(images, labels, truth[0] if truth else None, self.folders.folders)
+        batch.check_pairs(pairs, images, labels)
+        part, parts = self.shard
+        mine = pairs.jobs[part::parts]
+        jobs = [job for job in mine if not (self.skip_existing and self._exists(job))]
+        if dry_run:
+            self._show(pairs, mine, jobs)
+            return
+        # All maps, not only those of this part: each part must read them alike.
+        meaning, reading = self.options.meaning, self.options.reading
+        paths = [job.labels for job in pairs.jobs]
+        judged = batch.judge("LABELS", paths, self.sources[1].path, meaning, reading)
+        judged_truth: batch.Judged = {}
+        if len(self.sources) > 2:
+            paths = [job.truth for job in pairs.jobs if job.truth is not None]
+            judged_truth = batch.judge("TRUTH", paths, self.sources[2].path, meaning, reading)
+        self.folders.make()
+        work = _Refine(self.options, self.folders, judged, judged_truth)
+        workers = self.workers
+        if workers is None:
+            workers = batch.default_workers(len(jobs), self.options.device)
+        totals = Totals(_metrics(len(self.sources) > 2, self.options))
+        started = time.perf_counter()
         try:
-            _native.where(torch.empty(0, device="cuda"))
-            return "cuda"
-        except RuntimeError as error:
-            reason = str(error)
-    if wanted == "cuda":
-        raise PictureError(f"--device cuda: {reason}")
-    return "cpu"
+            batch.run("refining", jobs, work, workers, totals)
+        finally:
+            rest = batch.Rest(pairs, len(mine) - len(jobs), len(jobs), totals)
+            seconds = time.perf_counter() - started
+            if as_json:
+                summary = {**_json(totals, self.options), **rest.as_json(), "seconds": seconds}
+                say(json.dumps(summary, indent=2))
+            else:
+                say(batch.table(self._rows(totals, rest, seconds)))
+                if totals.metrics and totals.done:
+                    say("")
+                    say(metrics.table(batch.results(totals)))
+        if rest.failed:
+            raise typer.Exit(1)
+
+    def _exists(self, job: Job) -> bool:
+        return all(path.exists() for path in self.folders.files(job))
+
+    def _show(self, pairs: Pairs, mine: list[Job], jobs: list[Job]) -> None:
+        """Print what would be done."""
+        left = set(jobs)
+        for job in mine:
+            names = [str(path) for path in (*job.images, job.labels)]
+            names += [] if job.truth is None else [str(job.truth)]
+            files = ", ".join(str(path) for path in self.folders.files(job))
+            say(one_line(f"{' + '.join(names)} -> {files}" + ("" if job in left else " (exists)")))
+        for name, hint in pairs.alone.items():
+            say(one_line(f"{name}: no labels{hint}"))
+        rest = batch.Rest(pairs, len(mine) - len(jobs), len(jobs), Totals())
+        rows = [("pairs", f"{len(pairs.jobs)}"), ("to do", f"{len(jobs)}")]
+        say(batch.table(rows + [row for row in rest.rows() if row[0] != "not done"]))
+        if rest.failed:
+            raise typer.Exit(1)
+
+    def _rows(self, totals: Totals, rest: batch.Rest, seconds: float) -> list[tuple[str, str]]:
+        """The summary."""
+        rows = [("refined", f"{totals.done}"), *rest.rows()]
+        if not totals.done:
+            return rows
+        pixels = totals.pixels
+        if totals.missing:
+            rows.append(("no data", f"{totals.missing / pixels:.2%} of the pixels"))
+        labelled = max(pixels - totals.missing - totals.filled, 1)
+        time_taken = f"{seconds:.3g} s; CRF {totals.crf_seconds:.3g} s on {self.options.device}"
+        folders = [self.folders.out, self.folders.overlay]
+        return [
+            *rows,
+            ("filled", f"{totals.filled / pixels:.2%} of the pixels, were unknown"),
+            ("changed", f"{totals.changed / labelled:.2%} of the labelled pixels"),
+            ("time", time_taken),
+            ("wrote", " and ".join(str(folder) for folder in folders if folder is not None)),
+        ]

@@ -35,11 +35,13 @@ class Meaning:
             "none". "auto" is as `judge` decides. Pixels less than half opaque are always unknown.
         num_classes: the number of classes. Default: the classes that the map uses.
         palette: the colours of the classes. Then black is one of them, if it is in the palette.
+        shared: it is also the meaning of a truth, so `unknown` may be for that alone.
     """
 
     unknown: tuple[str, ...] = ("auto",)
     num_classes: int | None = None
     palette: Palette | None = None
+    shared: bool = False
 
 
 @dataclass(frozen=True)
