@@ -206,13 +206,13 @@ def test_blocks_of_the_cuda_page() -> None:
 
 
 def test_commands_run(folder: Path) -> None:
-    for name in ("image", "labels"):
-        photos = folder / {"image": "photos", "labels": "labels"}[name]
+    for name, into in (("image", "photos"), ("labels", "labels"), ("truth", "truth")):
+        photos = folder / into
         photos.mkdir()
         shutil.copy(folder / "segkernels-demo" / f"{name}.png", photos / "scene.png")
     lines = [line for text in blocks("sh") for line in text.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("segkernels ")]
-    assert {command[1] for command in commands} == {"refine", "info"}
+    assert {command[1] for command in commands} == {"refine", "evaluate", "info"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for _, *arguments in commands:

@@ -23,6 +23,7 @@ from segkernels.cli.palettes import known_palettes
 from segkernels.cli.unknown import LARGEST_INDEX
 
 LABEL_PANEL = "What the labels mean"
+SCORES_PANEL = "Class activation maps and other scores in .npz files"
 FOLDER_PANEL = "Folders and data sets"
 FILE_PANEL = "How files are read"
 CRF_PANEL = "The CRF"

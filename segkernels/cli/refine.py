@@ -24,6 +24,7 @@ from segkernels.cli.options import (
     FILE_PANEL,
     FOLDER_PANEL,
     LABEL_PANEL,
+    SCORES_PANEL,
     Device,
     ExifOption,
     LayoutOption,
@@ -74,15 +75,16 @@ def command(
     image: Annotated[
         Path,
         typer.Argument(
-            help="A photograph, a folder of photographs, or a pattern such as 'data/*_sat.jpg'."
+            help="A photograph or NIfTI volume, a folder of them, or a pattern in quotes such as "
+            "'data/*_sat.jpg'."
         ),
     ],
     labels: Annotated[
         Path,
         typer.Argument(
-            help="Its labels: a palette, colour or greyscale picture, or .npy/.npz of labels "
-            "(H, W), probabilities (C, H, W) or a foreground's probability (H, W). Or a folder or "
-            "pattern: names must be the same but for the ending, or see --layout and "
+            help="Its labels: a palette, colour or greyscale picture, a NIfTI volume, or .npy/.npz "
+            "of labels (H, W), probabilities (C, H, W) or a foreground's probability (H, W). Or a "
+            "folder or pattern: names must be the same but for the ending, or see --layout and "
             "--label-suffix.",
         ),
     ],
@@ -91,9 +93,10 @@ def command(
         typer.Option(
             "-o",
             "--output",
-            help="The refined labels, in the same palette: .png or .tif. Or probabilities: .npy "
-            "with a channel for each index, .npz with those of the classes that exist and their "
-            "indices. With folders: a folder; its files are named as the labels are.",
+            help="The refined labels, in the same palette: .png or .tif; .nii.gz for a volume. Or "
+            "probabilities: .npy with a channel for each index, .npz with those of the classes "
+            "that exist and their indices. With folders: a folder; its files are named as the "
+            "labels are.",
         ),
     ],
     overlay: Annotated[
@@ -106,8 +109,8 @@ def command(
     truth: Annotated[
         Path | None,
         typer.Option(
-            help="The right labels: a file, or a folder or pattern. Print IoU and boundary F-score "
-            'before and after. Needs pip install "segkernels[eval]".'
+            help="The right labels: a file, folder or pattern. Print IoU and boundary F-score "
+            "before and after. Needs the extra eval."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
@@ -186,9 +189,8 @@ def command(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The array with the scores (C, H, W) in an .npz file with several, such as "
-            "class activation maps.",
-            rich_help_panel=LABEL_PANEL,
+            help="The array with the scores (C, H, W) in a file with several.",
+            rich_help_panel=SCORES_PANEL,
         ),
     ] = None,
     indices_key: Annotated[
@@ -196,15 +198,15 @@ def command(
         typer.Option(
             metavar="NAME",
             help="The array (C,) with the class index of each channel.",
-            rich_help_panel=LABEL_PANEL,
+            rich_help_panel=SCORES_PANEL,
         ),
     ] = None,
     background: Annotated[
         float | None,
         typer.Option(
-            help="Add class 0, background, with this score everywhere, as IRN does for class "
-            "activation maps; the other indices go up by one.",
-            rich_help_panel=LABEL_PANEL,
+            help="Add class 0, background, with this score everywhere, as IRN does; the other "
+            "indices go up by one.",
+            rich_help_panel=SCORES_PANEL,
         ),
     ] = None,
     add_image: Annotated[
@@ -269,8 +271,8 @@ def command(
         str,
         typer.Option(
             metavar="SIGMA",
-            help="Reach of the smoothing kernel in pixels, in volumes in mm: one number, or one "
-            "an axis: x,y.",
+            help="Reach of the smoothing kernel in pixels, in volumes in mm: one number, or "
+            "x,y or x,y,z.",
             rich_help_panel=CRF_PANEL,
         ),
     ] = "3",
@@ -281,8 +283,8 @@ def command(
         str,
         typer.Option(
             metavar="SIGMA",
-            help="Reach of the colour kernel in pixels, in volumes in mm: one number, or one an "
-            "axis: x,y.",
+            help="Reach of the colour kernel in pixels, in volumes in mm: one number, or x,y or "
+            "x,y,z.",
             rich_help_panel=CRF_PANEL,
         ),
     ] = "80",
@@ -312,6 +314,13 @@ def command(
     ] = Method.lattice,
 ) -> None:
     """Refine rough labels of a photograph with a dense CRF.
+
+    \b
+    segkernels refine photo.jpg labels.png -o refined.png --overlay look.png
+    segkernels refine photos/ labels/ -o refined/
+    segkernels refine cityscapes/ preds/ -o refined/ --layout cityscapes --dry-run
+
+    docs/datasets.md has the shortest command for each data set.
 
     Exit codes: 0, all done; 1, a file failed; 2, an option is wrong or missing; 128 + n, signal n.
     """
