@@ -1,11 +1,12 @@
-"""Run `segkernels refine` for a long time on files drawn at random, of which some are damaged.
+"""Run `segkernels refine` and `evaluate` for a long time on drawn files, of which some are damaged.
 
     python tests/soak.py [--seconds T] [--seed S]
 
 A round is drawn from one seed, so `--seconds 0 --seed S` repeats it alone. It runs the command in
 this process on a folder of pairs in all formats, and on single pairs, and checks that good pairs
 were refined, that the exit code tells of the others, that every output has the size of its labels,
-that the inputs are unchanged, and that no temporary file is left. The exit status is 1 if a round
+that the inputs are unchanged, that no temporary file is left, and that `--skip-existing` writes
+no file twice. The exit status is 1 if a round
 fails, or if the resident memory (of Linux) grew by more than 20 % in the last two thirds of a run
 of two minutes or more.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import os
 import random
 import sys
@@ -139,14 +141,14 @@ def draw_pairs(folder: Path) -> list[Pair]:
     return pairs
 
 
-def refine(*arguments: Any) -> tuple[int, str]:
-    """Run the command; return its exit code, and a message for a failed check."""
-    result = CliRunner().invoke(app, ["refine", *map(str, arguments)])
+def run(*arguments: Any) -> tuple[int, str, str]:
+    """Run a command; return its exit code, output, and a message for a failed check."""
+    result = CliRunner().invoke(app, [*map(str, arguments)])
     message = f"{result} for {' '.join(map(str, arguments))}\n{result.output}"
     assert result.exception is None or isinstance(result.exception, SystemExit), message
     assert result.exit_code in (0, 1, 2), message
     assert "Traceback" not in result.output, message
-    return result.exit_code, message
+    return result.exit_code, result.stdout, message
 
 
 def check_output(path: Path, size: tuple[int, int]) -> None:
@@ -161,13 +163,14 @@ def check_output(path: Path, size: tuple[int, int]) -> None:
 def refine_folder(folder: Path, pairs: list[Pair], options: list[str], safe: bool) -> int:
     out, overlay = folder / "out", folder / "overlay"
     more = ["--overlay", overlay] if random.random() < 0.2 else []
-    command = (folder / "images", folder / "labels", "-o", out, *more, *options)
-    code, message = refine(*command)
+    command = ["refine", folder / "images", folder / "labels", "-o", out, *more, *options]
+    code, _, message = run(*command)
     good = [pair for pair in pairs if pair.good]
     if code == 2 and safe:
         # Damaged labels may have values that could be unknown, and all are judged together.
         assert len(good) < len(pairs), message
-        code, message = refine(*command, "--unknown", "none")  # not for probabilities
+        command += ["--unknown", "none"]  # not for probabilities
+        code, _, message = run(*command)
         good = [pair for pair in good if pair.kind not in ("probabilities", "foreground")]
     written = {path.stem: path for path in out.iterdir()} if out.exists() else {}
     assert (code == 0) == (len(written) == len(pairs)), message
@@ -175,6 +178,13 @@ def refine_folder(folder: Path, pairs: list[Pair], options: list[str], safe: boo
     assert not more or not written or {path.stem for path in overlay.iterdir()} == written.keys()
     for pair in [pair for pair in pairs if pair.image.stem in written]:
         check_output(written[pair.image.stem], pair.size)
+    if written and random.random() < 0.3:
+        times = {path: path.stat().st_mtime_ns for path in written.values()}
+        again, _, message = run(*command, "--skip-existing")
+        assert again == code, message
+        assert {path: path.stat().st_mtime_ns for path in times} == times, "written twice"
+        code, printed, message = run("evaluate", out, folder / "labels", "--json")
+        assert code == 2 or json.loads(printed)["images"] <= len(written), message
     return len(written)
 
 
@@ -183,7 +193,7 @@ def refine_pair(folder: Path, pair: Pair, options: list[str], safe: bool) -> int
     if random.random() < 0.2:
         outputs.append(folder / f"overlay{random.choice(('.png', '.jpg', '.webp'))}")
     files = zip(("-o", "--overlay"), outputs, strict=False)
-    code, message = refine(pair.image, pair.labels, *itertools.chain(*files), *options)
+    code, _, message = run("refine", pair.image, pair.labels, *itertools.chain(*files), *options)
     no_order = outputs[0].suffix == ".npy" and pair.kind in ("colour", "transparent")
     assert not (safe and pair.good) or code == no_order, message
     assert all(path.exists() == (code == 0) for path in outputs), message
