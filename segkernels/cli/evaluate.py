@@ -16,6 +16,7 @@ from segkernels.cli.files import PictureError, Reading
 from segkernels.cli.folders import Outcome, Run, Totals
 from segkernels.cli.inference import stretched
 from segkernels.cli.options import (
+    FILE_PANEL,
     FOLDER_PANEL,
     ExifOption,
     LayoutOption,
@@ -26,11 +27,13 @@ from segkernels.cli.options import (
     UnknownOption,
     WorkersOption,
     is_many,
+    meaning,
+    pillow_limit,
+    refuse,
     source,
 )
 from segkernels.cli.outputs import Folders, check_picture, output_folders, write_differences
 from segkernels.cli.pairing import Job, pair_files
-from segkernels.cli.palettes import read_palette
 from segkernels.cli.unknown import Meaning, check_unknown
 
 
@@ -71,6 +74,14 @@ def command(
     palette: PaletteOption = None,
     resize: ResizeOption = False,
     ignore_exif: ExifOption = False,
+    max_pixels: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Refuse larger pictures. The default is Pillow's.",
+            rich_help_panel=FILE_PANEL,
+        ),
+    ] = Reading.max_pixels,
 ) -> None:
     """Compare predicted labels with the right ones: IoU, pixel accuracy, boundary F-score.
 
@@ -79,35 +90,31 @@ def command(
 
     Exit codes: as those of `refine`.
     """
-    with one_line_errors():
+    with one_line_errors(), pillow_limit(max_pixels):
         metrics.check_installed()
         check_unknown(unknown or [])
         many = is_many(pred, "PRED")
         if many != is_many(truth, "TRUTH"):
             raise typer.BadParameter("expected two files or two folders, got one of each")
-        meaning = Meaning(
-            unknown=tuple(unknown or ("auto",)),
-            num_classes=num_classes,
-            palette=None if palette is None else read_palette(palette),
-            shared=True,
-        )
-        reading = Reading(ignore_exif)
+        labels = meaning(unknown, num_classes, palette, shared=True)
+        reading = Reading(ignore_exif, max_pixels=max_pixels)
         totals = Totals(
-            {"": metrics.Metrics({} if meaning.palette is None else meaning.palette.names)}
+            {"": metrics.Metrics({} if labels.palette is None else labels.palette.names)}
         )
         if not many:
-            for option, value in {
-                "--layout": layout,
-                "--pred-suffix": pred_suffix,
-                "--truth-suffix": truth_suffix,
-                "--recursive": recursive,
-                "--workers": workers is not None,
-            }.items():
-                if value:
-                    raise typer.BadParameter("expected folders with it", param_hint=option)
+            refuse(
+                {
+                    "--layout": layout,
+                    "--pred-suffix": pred_suffix,
+                    "--truth-suffix": truth_suffix,
+                    "--recursive": recursive,
+                    "--workers": workers is not None,
+                },
+                "folders",
+            )
             if overlay is not None:
                 check_picture(overlay, (pred, truth))
-            work = _Evaluate(meaning, reading, resize, overlay)
+            work = _Evaluate(labels, reading, resize, overlay)
             outcome = work(Job((truth,), pred, ""), lambda function, *rest: function(*rest))
             for text in outcome.doubts.values():
                 complain("Warning", text)
@@ -122,14 +129,14 @@ def command(
         pairs = pair_files(sources[1], sources[0], skip=folders.folders)
         batch.check_pairs(pairs, sources[1], sources[0])
         judged = [
-            batch.judge(role, paths, folder, meaning, reading)
+            batch.judge(role, paths, folder, labels, reading)
             for role, paths, folder in (
                 ("PRED", [job.labels for job in pairs.jobs], pred),
                 ("TRUTH", [job.images[0] for job in pairs.jobs], truth),
             )
         ]
         folders.make()
-        work = _Evaluate(meaning, reading, resize, folders if overlay else None, *judged)
+        work = _Evaluate(labels, reading, resize, folders if overlay else None, *judged)
         if workers is None:
             workers = batch.default_workers(len(pairs.jobs), "cpu")
         started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -19,8 +19,8 @@ from segkernels import _native
 from segkernels.cli.files import OptionError, PictureError
 from segkernels.cli.inference import Sigma
 from segkernels.cli.pairing import LAYOUTS, Layout, Source, is_pattern, suffix_pattern
-from segkernels.cli.palettes import known_palettes
-from segkernels.cli.unknown import LARGEST_INDEX
+from segkernels.cli.palettes import known_palettes, read_palette
+from segkernels.cli.unknown import LARGEST_INDEX, Meaning
 
 LABEL_PANEL = "What the labels mean"
 SCORES_PANEL = "Class activation maps and other scores in .npz files"
@@ -165,6 +165,25 @@ def probability(value: float, option: str) -> float:
             f"expected a number strictly between 0 and 1, got {value}", param_hint=option
         )
     return value
+
+
+def meaning(
+    unknown: list[str] | None, num_classes: int | None, palette: str | None, shared: bool
+) -> Meaning:
+    """What the labels mean, also those of a truth if it is `shared`."""
+    return Meaning(
+        unknown=tuple(unknown or ("auto",)),
+        num_classes=num_classes,
+        palette=None if palette is None else read_palette(palette),
+        shared=shared,
+    )
+
+
+def refuse(given: Mapping[str, object], wanted: str) -> None:
+    """Raise `BadParameter` for the first option that the user has given."""
+    for option, value in given.items():
+        if value:
+            raise typer.BadParameter(f"expected {wanted} with it", param_hint=option)
 
 
 def shard(text: str) -> tuple[int, int]:

@@ -38,8 +38,10 @@ from segkernels.cli.options import (
     WorkersOption,
     find_device,
     is_many,
+    meaning,
     pillow_limit,
     probability,
+    refuse,
     sigma,
     source,
     weight,
@@ -57,8 +59,7 @@ from segkernels.cli.outputs import (
     write_refined,
 )
 from segkernels.cli.pairing import Job, Pairs, Source, pair_files
-from segkernels.cli.palettes import read_palette
-from segkernels.cli.unknown import Meaning, check_unknown
+from segkernels.cli.unknown import check_unknown
 
 _TILED_PIXELS = 1 << 32
 
@@ -358,22 +359,17 @@ def command(
             "--shard": shard,
             "--workers": workers is not None,
         }
-        for option, value in (only if not folders else {"--add-image": add_image}).items():
-            if value:
-                wanted = "files" if folders else "folders"
-                raise typer.BadParameter(f"expected {wanted} with it", param_hint=option)
+        if folders:
+            refuse({"--add-image": add_image}, "files")
+        else:
+            refuse(only, "folders")
         if truth is not None:
             metrics.check_installed()
         formats = tuple(dict.fromkeys(each.value for each in format or [FileFormat.labels]))
         options = Options(
             device=find_device(device.value),
             gt_prob=probability(gt_prob, "--gt-prob"),
-            meaning=Meaning(
-                unknown=tuple(unknown or ("auto",)),
-                num_classes=num_classes,
-                palette=None if palette is None else read_palette(palette),
-                shared=truth is not None,
-            ),
+            meaning=meaning(unknown, num_classes, palette, truth is not None),
             reading=Reading(
                 ignore_exif,
                 bits,
