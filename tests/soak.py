@@ -6,9 +6,8 @@ A round is drawn from one seed, so `--seconds 0 --seed S` repeats it alone. It r
 this process on a folder of pairs in all formats, and on single pairs, and checks that good pairs
 were refined, that the exit code tells of the others, that every output has the size of its labels,
 that the inputs are unchanged, that no temporary file is left, and that `--skip-existing` writes
-no file twice. The exit status is 1 if a round
-fails, or if the resident memory (of Linux) grew by more than 20 % in the last two thirds of a run
-of two minutes or more.
+no file twice. The exit status is 1 if a round fails, or if the resident memory (of Linux) grew by
+more than 20 % in the last two thirds of a run of two minutes or more.
 """
 
 from __future__ import annotations

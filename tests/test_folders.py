@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from PIL import Image
 from test_refine_faults import draw, finish, inside, run, start, usage_error, wait_for_output, words
 
 from segkernels.cli import batch, files, folders
-from segkernels.cli.files import PictureError, remove_parts, write_files
+from segkernels.cli.files import OptionError, PictureError, remove_parts, write_files
 from segkernels.cli.pairing import Job
 
 
@@ -199,6 +200,72 @@ def test_options_of_folders(trees, options):
     assert not os.path.exists("a.png")
 
 
+def test_outputs_that_would_replace_inputs(trees):
+    """The output folder may hold the input folders, but not their files."""
+    os.renames("images/b/c", "p/img")
+    os.renames("labels/b/c", "p/lab/img")
+    before = contents("p/img"), contents("p/lab")
+    printed = run("refine", "p/img", "p/lab/img", "-r", "-o", "p/out")
+    assert words(printed).startswith("refined 2 ")
+    printed = run("refine", "p/img", "p/lab", "-r", "-o", "p", code=1)
+    assert printed.count("leads to an input, which would be lost") == 2
+    assert (contents("p/img"), contents("p/lab")) == before
+
+
+def test_the_palette_is_an_input(trees):
+    os.mkdir("out")
+    Image.open("labels/5.png").save("out/5.png")
+    before = Path("out/5.png").read_bytes()
+    printed = run("refine", "images", "labels", "-o", "out", "--palette", "out/5.png", code=1)
+    assert "out/5.png: leads to an input, which would be lost" in printed
+    assert Path("out/5.png").read_bytes() == before
+
+
+def test_names_of_failed_files(trees):
+    for name in ("a/1", "b/1", "b/c/3"):
+        Image.new("L", (5, 5)).save(f"labels/{name}.png")
+    os.rename("images/5.png", "images/:100:.png")
+    os.rename("labels/5.png", "labels/:100:.png")
+    Path("labels/:100:.png").write_bytes(b"")
+    printed = run(*REFINE, code=1)
+    assert "failed 4: :100:.png, a/1.png, b/1.png, b/c/3.png" in words(printed)
+    assert "Error: LABELS labels/:100:.png:" in printed
+    _, _, body = run(*REFINE, "--json", code=1).partition("{")
+    assert json.loads("{" + body)["failed"] == [":100:.png", "a/1.png", "b/1.png", "b/c/3.png"]
+
+
+def test_nothing_pairs(trees):
+    for name in trees:
+        os.rename(f"labels/{name}.png", f"labels/{name}_mask.png")
+    printed = run(*REFINE, code=1)
+    assert printed.count("no photograph of that name") == 5
+    assert "Error: ... and 1 more" in printed
+    assert "Error: no photograph in images has usable label maps" in printed
+
+
+def test_truth_of_some_pairs(trees):
+    shutil.copytree("labels", "truth")
+    truth = ("--truth", "truth")
+    assert "metrics are those" not in run(*REFINE, *truth)
+    os.unlink("out/5.png")
+    printed = run(*REFINE, *truth, "--skip-existing")
+    assert "Warning: the metrics are those of 1 of 6 pairs, which this run refines" in printed
+    printed = run(*REFINE, *truth, "--shard", "1/3")
+    assert "Warning: the metrics are those of 2 of 6 pairs" in printed
+    printed = run(*REFINE, *truth, "--truth-suffix", "_gt", code=2)
+    assert "no truth has the name of a label map, such as 5.png" in printed
+    assert "see --truth-suffix" in printed
+
+
+def test_sigmas_of_each_channel(trees):
+    printed = run("refine", "images/5.png", "labels/5.png", "-o", "o.png", "--srgb", "1,2", code=2)
+    assert printed == "Error: --srgb: expected a number or 3 numbers, got 2\n"
+    for option in ("--sxy-gaussian", "--sxy-bilateral"):
+        words = ("refine", "images/5.png", "labels/5.png", "-o", "o.png", option, "1,2,3")
+        assert run(*words, code=2) == f"Error: {option}: expected a number or 2 numbers, got 3\n"
+    assert not os.path.exists("o.png")
+
+
 def test_usage(trees):
     assert "expected files with it" in usage_error(*REFINE, "--add-image", "images/5.png")
     assert "does not exist" in usage_error("refine", "nowhere", "labels", "-o", "out")
@@ -210,13 +277,13 @@ def test_usage(trees):
 # --- processes
 
 
-@pytest.mark.parametrize("method", ["lattice", "exact"])
-def test_workers_write_the_same_files(trees, method):
+@pytest.mark.parametrize(("method", "numbers"), [("lattice", (0, 1, 2)), ("exact", (0, 2))])
+def test_workers_write_the_same_files(trees, method, numbers):
     shutil.copytree("labels/b", "truth/b")
     Path("labels/a/2.png").write_bytes(b"broken")
     Image.new("L", (5, 5)).save("labels/b/1.png")
     lines, results = [], []
-    for workers in (0, 1, 2, 3):
+    for workers in numbers:
         out = f"out{workers}"
         options = ("--overlay", f"over{workers}", "--format", "labels", "--format", "npz")
         printed = run(
@@ -228,7 +295,7 @@ def test_workers_write_the_same_files(trees, method):
         for name in ("seconds", "crf_seconds"):
             assert summary.pop(name) > 0
         assert summary["refined"] == 4
-        assert summary["failed"] == ["2.png", "1.png"]
+        assert summary["failed"] == ["a/2.png", "b/1.png"]
         assert summary["after"]["pixels"] > 0
         lines.append((head, summary))
         results.append((contents(out), contents(f"over{workers}")))
@@ -255,11 +322,46 @@ class Dies:
         return folders.Outcome({})
 
 
+def test_daemons_have_no_processes(monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    assert batch.default_workers(10**6, "cpu") == 0
+    steps = folders.process([], Dies(), 2, lambda kind, text: None, folders.Totals())
+    with pytest.raises(OptionError, match="pass --workers 0"):
+        list(steps)
+
+
+def test_too_many_workers(trees):
+    assert "1024" in usage_error(*REFINE, "--workers", "3000000000")
+
+
+SCRIPT = """
+import sys
+from segkernels.cli import main
+sys.argv = ["segkernels", "refine", "images", "labels", "-r", "-o", "out", "--workers", "2"]
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [False, True])
+def test_workers_do_not_run_the_main_program(trees, file):
+    """A script from standard input cannot be run again, and one without a guard must not be."""
+    command = [sys.executable, "-"]
+    if file:
+        Path("script.py").write_text(SCRIPT)
+        command[1] = "script.py"
+    done = subprocess.run(command, input=SCRIPT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert words(done.stdout).startswith("refined 6 ")
+
+
 def test_a_worker_that_is_killed():
     jobs = [Job((Path("i.png"),), Path(f"{i}.png"), str(i)) for i in range(50)]
     totals = folders.Totals()
     steps = folders.process(jobs, Dies(), 1, lambda kind, text: None, totals)
-    with pytest.raises(PictureError, match="a worker process ended, perhaps for lack of memory"):
+    with pytest.raises(
+        PictureError, match="a worker process was killed, perhaps for lack of memory"
+    ):
         list(steps)
     assert totals.done == 3
 
@@ -272,21 +374,22 @@ def children(pid):
 
 @pytest.fixture
 def many(tmp_path, monkeypatch):
-    """A folder with 400 pairs."""
+    """A folder with 120 pairs."""
     monkeypatch.chdir(tmp_path)
     photograph, labels, truth = draw((96, 96))
     photograph.save("image.png")
     labels.save("labels.png")
     for folder, source in (("images", "image.png"), ("labels", "labels.png")):
         os.mkdir(folder)
-        for i in range(400):
+        for i in range(120):
             os.link(source, f"{folder}/{i:03}.png")
     return truth
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("name", "workers"), [("SIGKILL", 0), ("SIGKILL", 2), ("SIGTERM", 2), ("SIGINT", 2)]
+)
 def test_a_run_that_was_stopped_goes_on(many, name, workers):
     number = getattr(signal, name)
     command = ("refine", "images", "labels", "-o", "out", "--overlay", "out/over")
@@ -308,7 +411,7 @@ def test_a_run_that_was_stopped_goes_on(many, name, workers):
         time.sleep(0.05)
     assert not [pid for pid in helpers if os.path.exists(f"/proc/{pid}")]
     made = {p: os.stat(f"out/{p}") for p in inside("out") if p.endswith(".png") and p[0] != "."}
-    assert 0 < len(made) < 400
+    assert 0 < len(made) < 120
     for part in made:
         with Image.open(f"out/{part}") as picture:
             assert np.array_equal(np.array(picture), many)
@@ -319,11 +422,31 @@ def test_a_run_that_was_stopped_goes_on(many, name, workers):
     Path(stale).touch()
     code, printed, errors = finish(start(*command, "--skip-existing", "--workers", workers))
     assert (code, errors) == (0, "")
-    assert inside("out") == [*(f"{i:03}.png" for i in range(400)), "over"]
-    assert inside("out/over") == [f"{i:03}.jpg" for i in range(400)]
+    assert inside("out") == [*(f"{i:03}.png" for i in range(120)), "over"]
+    assert inside("out/over") == [f"{i:03}.jpg" for i in range(120)]
     again = {part: os.stat(f"out/{part}") for part in made}
     same = [again[part].st_ino == made[part].st_ino for part in made]
     assert sum(same) >= len(made) - 2  # those that had no overlay yet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signals_while_it_stops(many, workers):
+    process = start("refine", "images", "labels", "-o", "out", "--workers", workers)
+    wait_for_output(process, "out")
+    for _ in range(8):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    code, printed, errors = finish(process)
+    assert code == 128 + signal.SIGTERM
+    assert errors == "Error: interrupted\n"
+    refined, rest = (
+        int(words(printed).split(name)[1].split()[0]) for name in ("refined", "not done")
+    )
+    assert refined + rest == 120
+    made = inside("out")
+    assert not [part for part in made if ".part" in part]
+    assert refined <= len(made) <= refined + 1
 
 
 def test_parts_that_remain(tmp_path):

@@ -87,6 +87,9 @@ def test_cityscapes_other_labels(tree):
     trained = find(".", ".", layout="cityscapes", ends=((), ("_gtFine_labelTrainIds",), ()))
     assert [str(job.labels) for job in trained.jobs] == [f"{FINE}_labelTrainIds.png"]
     rough = find("leftImg8bit", "gtCoarse", "gtFine", layout="cityscapes")
+    # The truth has no names of photographs, also in a folder with both.
+    both = find("leftImg8bit", "gtCoarse", ".", layout="cityscapes")
+    assert [str(job.truth) for job in both.jobs] == [f"{FINE}_labelIds.png"]
     assert jobs(rough) == [
         (CITY, coarse, f"{FINE}_labelIds.png", coarse.removeprefix("gtCoarse/")[:-4])
     ]
@@ -156,7 +159,11 @@ def test_nnunet(tree):
     pairs = find(".", ".", layout="nnunet")
     assert [job.name for job in pairs.jobs] == ["c1"]
     assert list(pairs.failed) == ["c2"]
-    assert "expected channels _0000, _0001, got none with _0001" in pairs.failed["c2"]
+    assert "expected the channels _0000, _0001, got _0000" in pairs.failed["c2"]
+    tree("imagesTr/other_2024.nii.gz", "labelsTr/other.nii.gz")
+    pairs = find(".", ".", layout="nnunet")
+    assert [job.name for job in pairs.jobs] == ["c1"]  # a file that is no case stops no case
+    assert "got _2024" in pairs.failed["other"]
 
 
 # --- suffixes, folders and patterns
@@ -182,7 +189,10 @@ def test_several_image_suffixes_are_channels(tree):
     pairs = find("d", "d", ends=(("_t1", "_flair"), ("_seg",), ()), recursive=True)
     # In the order of the options, which --srgb may have numbers for.
     assert jobs(pairs) == [("d/x/x_t1.nii.gz", "d/x/x_flair.nii.gz", "d/x/x_seg.nii.gz", "x/x_seg")]
-    assert "got none with _flair" in pairs.failed["y/y"]
+    assert "expected the channels _t1, _flair, got _t1" in pairs.failed["y/y"]
+    pairs = find("d", "d", ends=(("_t1", "_t9"), ("_seg",), ()), recursive=True)
+    assert not pairs.jobs  # a suffix that no file has
+    assert "expected the channels _t1, _t9, got _t1" in pairs.failed["x/x"]
 
 
 def test_several_label_suffixes_are_alternatives(tree):
@@ -219,6 +229,33 @@ def test_labels_inside_the_images(tree):
     pairs = find("d", "d/labels", recursive=True, skip=[Path("d/out").resolve()])
     assert jobs(pairs) == [("d/a.jpg", "d/labels/a.png", "a")]
     assert nothing_left(pairs)
+
+
+def test_a_short_name_must_be_the_only_one(tree):
+    tree("i/a.png", "i/x/a.png", "l/a.png", "l/A.png")
+    pairs = find("i", "l", recursive=True)
+    assert jobs(pairs) == [("i/a.png", "l/a.png", "a")]
+    assert list(pairs.failed) == ["A.png"]
+
+
+@pytest.mark.parametrize("labels", ["labels", "../w/labels", "labels/*.png"])
+def test_the_current_folder(tree, labels):
+    """A label map is no photograph of itself."""
+    tree("w/a.jpg", "w/labels/a.png", "w/labels/b.png")
+    os.chdir("w")
+    pairs = find(".", labels, recursive=True)
+    assert [job.labels.name for job in pairs.jobs] == ["a.png"]
+    assert [Path(name).name for name in pairs.failed] == ["b.png"]
+    tree("c.png", "c.tif")
+    assert "Error: /" not in str(find(".", labels, recursive=True).failed)
+    with pytest.raises(OptionError, match="the same files"):
+        find(".", str(Path.cwd()))
+
+
+def test_links_to_folders_beside(tree):
+    tree("i/train/a.jpg", "l/train/a.png", "l/val/a.png")
+    os.symlink("train", "i/val")
+    assert [job.name for job in find("i", "l", recursive=True).jobs] == ["train/a", "val/a"]
 
 
 def test_links(tree):
@@ -337,9 +374,11 @@ def test_split_ending():
 def test_suffix_errors():
     with pytest.raises(OptionError, match="without folders, got 'a/b'"):
         suffix_pattern("a/b")
+    with pytest.raises(OptionError, match="patterns are for the arguments"):
+        suffix_pattern("*_mask.png")
 
 
-ODD = st.text(string.ascii_letters + ".*+()[]\\_-", min_size=1, max_size=8)
+ODD = st.text(string.ascii_letters + ".+()[]\\_-", min_size=1, max_size=8)
 
 
 @given(st.lists(ODD, unique_by=str.casefold))
@@ -362,4 +401,6 @@ def test_many_names(tree):
     pairs = find("i", "l")
     assert time.process_time() - started < 20  # some minutes, if it were
     assert len(pairs.failed) == len(pairs.alone) == count
-    assert pairs.failed["x001234.png"].endswith("; the nearest is 001234.jpg")
+    assert pairs.failed["x000012.png"].endswith("; the nearest is 000012.jpg")
+    # Later ones are just named.
+    assert pairs.failed["x001234.png"].endswith("no photograph of that name in i")

@@ -346,8 +346,8 @@ def test_pictures_above_the_limit_of_pillow(tmp_path, blobs, monkeypatch):
 
 def test_sigmas_of_tiles(tmp_path, blobs):
     save_blobs(tmp_path, blobs)
-    message = "srgb must be a number or 3 numbers, got 2"
-    printed = refine_to(tmp_path, "labels.png", "o.png", "--tile", 100, "--srgb", "9,9", code=1)
+    message = "--srgb: expected a number or 3 numbers, got 2"
+    printed = refine_to(tmp_path, "labels.png", "o.png", "--tile", 100, "--srgb", "9,9", code=2)
     assert message in printed
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import typer
 
 from segkernels._version import __version__
 from segkernels.cli import bench, demo, evaluate, info, models, refine
+from segkernels.cli.console import STOPPING
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 
@@ -40,4 +42,10 @@ app.command("bench")(bench.command)
 
 def main() -> None:
     """The entry point of the command ``segkernels``."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.code, int) and end.code > 128:
+            for number in STOPPING:  # another signal would disturb the exit
+                signal.signal(number, signal.SIG_IGN)
+        raise

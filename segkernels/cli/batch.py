@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Mapping
 from contextlib import closing
@@ -13,17 +14,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from segkernels.cli.console import complain, error_console, one_line
-from segkernels.cli.files import PictureError, Reading
+from segkernels.cli.files import OptionError, PictureError, Reading
 from segkernels.cli.folders import Totals, Work, judge_folder, process
 from segkernels.cli.label_maps import LabelMap, read_stored
-from segkernels.cli.metrics import mismatch
+from segkernels.cli.metrics import check_shapes, mismatch, shared_classes
 from segkernels.cli.pairing import Job, Pairs, Source
 from segkernels.cli.unknown import Format, Meaning, Unknown
+from segkernels.cli.volumes import check_places
 
 Judged = Mapping[Format, Unknown]
 
-_FEW_PAIRS = 40  # are done before processes have started
+_FEW_PAIRS = 100  # are done before processes have started
 _MOST_WORKERS = 16
+_FIRST = 5  # of many errors that are alike
 # Kinds of warnings.
 _DOUBTS = {
     "values": "16-bit values that do not use 16 bits",
@@ -54,14 +57,23 @@ def judge(role: str, paths: list[Path], folder: Path, meaning: Meaning, reading:
     return {format: replace(unknown, doubt="") for format, unknown in judged.items()}
 
 
-def check_pairs(pairs: Pairs, images: Source, labels: Source) -> None:
+def check_pairs(pairs: Pairs, images: Source, labels: Source, truth: Source | None = None) -> None:
     """Print what cannot be used, and raise `PictureError` if nothing is left."""
-    for failure in pairs.failed.values():
+    failures = list(pairs.failed.values())
+    for failure in failures if pairs.jobs else failures[:_FIRST]:
         complain("Error", failure)
     if not pairs.jobs:
+        if len(failures) > _FIRST:
+            complain("Error", f"... and {len(failures) - _FIRST} more")
         raise PictureError(
             f"no {images.what} in {images.path} has usable {labels.what}s of the same name, but "
             f"for the ending and suffixes, in {labels.path}"
+        )
+    if truth is not None and len(pairs.untrue) == len(pairs.jobs):
+        name, hint = next(iter(pairs.untrue.items()))
+        raise OptionError(
+            f"--truth {truth.path}: no truth has the name of a label map, such as {name}{hint}; "
+            "see --truth-suffix and --layout"
         )
 
 
@@ -84,6 +96,24 @@ def _reading_of(role: str, reading: Reading) -> Reading:
     return replace(reading, scores_key=None, indices_key=None, background=None)
 
 
+def check_truth(labels: LabelMap, truth: LabelMap, ignore_affine: bool) -> dict[str, str]:
+    """Compare sizes, classes and places of labels and truth before any work.
+
+    Returns:
+        Warnings by their kind.
+
+    Raises:
+        PictureError: they cannot be compared.
+    """
+    check_shapes(labels.positions, labels, truth)
+    shared_classes(labels, truth)
+    found = {"truth": truth.doubt} if truth.doubt else {}
+    if labels.grid is not None and truth.grid is not None and not ignore_affine:
+        names = f"LABELS {labels.path}", f"TRUTH {truth.path}"
+        found |= check_places(names[0], labels.grid, names[1], truth.grid)
+    return found
+
+
 def results(totals: Totals) -> dict[str, dict[str, Any]]:
     """What all metrics result in; a doubt on it is printed."""
     found = {name: each.result() for name, each in totals.metrics.items()}
@@ -95,7 +125,7 @@ def results(totals: Totals) -> dict[str, dict[str, Any]]:
 
 def default_workers(jobs: int, device: str) -> int:
     """The number of processes for a number of jobs; 0 is this process alone."""
-    if device != "cpu" or jobs < _FEW_PAIRS:
+    if device != "cpu" or jobs < _FEW_PAIRS or multiprocessing.current_process().daemon:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(cores or 1, _MOST_WORKERS)
@@ -155,11 +185,11 @@ class Rest:
         if self.not_done:
             rows.append(("not done", f"{self.not_done}"))
         if self.failed:
-            rows.append(("failed", _some(dict.fromkeys(self.failed, ""))))
+            rows.append(("failed", _some([(name, "") for name in self.failed])))
         if self.pairs.alone:
-            rows.append((alone, _some(self.pairs.alone, what)))
+            rows.append((alone, _some([*self.pairs.alone.items()], what)))
         if self.pairs.untrue:
-            rows.append(("no truth", _some(self.pairs.untrue, " label maps")))
+            rows.append(("no truth", _some([*self.pairs.untrue.items()], " label maps")))
         for kind, number in self.totals.doubted.items():
             rows.append(("warned", f"{number} pairs: {_DOUBTS[kind]}"))
         return rows
@@ -176,9 +206,9 @@ class Rest:
         }
 
 
-def _some(names: Mapping[str, str], what: str = "") -> str:
+def _some(names: list[tuple[str, str]], what: str = "") -> str:
     """The number of names, and the first of them with the nearest names."""
-    shown = [name + (f" ({hint[2:]})" if hint else "") for name, hint in names.items()]
+    shown = [name + (f" ({hint[2:]})" if hint else "") for name, hint in names]
     more = ", ..." if len(shown) > 5 else ""
     return one_line(f"{len(shown)}{what}: {', '.join(shown[:5])}{more}")
 

@@ -23,7 +23,8 @@ from segkernels.cli.files import OptionError, PictureError, reason
 for _name in ("PIL", "tifffile"):
     logging.getLogger(_name).addHandler(logging.NullHandler())
 
-error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+error_console = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -60,7 +61,9 @@ def say(what: Any) -> None:
         PictureError: it is closed or full.
     """
     try:
-        _Output(highlight=False, markup=False, soft_wrap=isinstance(what, str)).print(what)
+        _Output(highlight=False, markup=False, emoji=False, soft_wrap=isinstance(what, str)).print(
+            what
+        )
         if sys.stdout is not None:
             sys.stdout.flush()
     except (OSError, ValueError) as error:
@@ -101,6 +104,19 @@ def ignore_warnings() -> None:
     warnings.filterwarnings("ignore", r"dense_crf: .*srgb", UserWarning)
     # Decoders warn and log before they fail, or read on without what is broken.
     warnings.filterwarnings("ignore", module=r"PIL\.|tifffile|nibabel")
+
+
+@contextmanager
+def signals_ignored() -> Iterator[None]:
+    """Ignore the signals that ask the command to stop, which it does already."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from segkernels.cli.inference import stretched
 from segkernels.cli.options import (
     FILE_PANEL,
     FOLDER_PANEL,
+    AffineOption,
     ExifOption,
     LayoutOption,
     NumClassesOption,
@@ -74,6 +75,7 @@ def command(
     palette: PaletteOption = None,
     resize: ResizeOption = False,
     ignore_exif: ExifOption = False,
+    ignore_affine: AffineOption = False,
     max_pixels: Annotated[
         int,
         typer.Option(
@@ -97,7 +99,7 @@ def command(
         if many != is_many(truth, "TRUTH"):
             raise typer.BadParameter("expected two files or two folders, got one of each")
         labels = meaning(unknown, num_classes, palette, shared=True)
-        reading = Reading(ignore_exif, max_pixels=max_pixels)
+        reading = Reading(ignore_exif, max_pixels=max_pixels, ignore_affine=ignore_affine)
         totals = Totals(
             {"": metrics.Metrics({} if labels.palette is None else labels.palette.names)}
         )
@@ -125,7 +127,7 @@ def command(
             source("PRED", pred, layout, pred_suffix, recursive, "--pred-suffix"),
             source("TRUTH", truth, layout, truth_suffix, recursive, "--truth-suffix"),
         ]
-        folders = output_folders(sources, None, overlay, ())
+        folders = output_folders(sources, None, overlay, (), labels.palette)
         pairs = pair_files(sources[1], sources[0], skip=folders.folders)
         batch.check_pairs(pairs, sources[1], sources[0])
         judged = [
@@ -168,12 +170,12 @@ class _Evaluate:
         if self.resize:
             pred = stretched(pred, truth.positions.shape)
         try:
+            said = batch.check_truth(pred, truth, self.reading.ignore_affine)
             score = metrics.compare(pred.positions, pred, truth)
         except PictureError as error:
             raise PictureError(str(error).replace("LABELS", "PRED", 1)) from error
         cautions = {kind: text.replace("LABELS", "PRED", 1) for kind, text in pred.cautions.items()}
-        doubts = {"unknown": pred.doubt, "truth": truth.doubt, **cautions}
-        doubts = {kind: text for kind, text in doubts.items() if text}
+        doubts = {**cautions, **said, **({"unknown": pred.doubt} if pred.doubt else {})}
         if self.overlay is not None:
             picture: Path | None = self.overlay if isinstance(self.overlay, Path) else None
             if isinstance(self.overlay, Folders):

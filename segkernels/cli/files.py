@@ -82,9 +82,9 @@ class Reading:
     def check_pixels(self, size: tuple[int, ...], where: str) -> None:
         """Raise `PictureError`, which starts with `where`, for a picture that is too large."""
         if math.prod(size) > self.max_pixels:
-            unit, tile = (
-                ("voxels", "") if len(size) == 3 else ("pixels", ", or --tile for a large scene")
-            )
+            unit, tile = "pixels", ", or --tile for a large scene"
+            if len(size) > 2:
+                unit, tile = "voxels" if len(size) == 3 else "values", ""
             raise PictureError(
                 f"{where}: {size_words(size)} is {math.prod(size)} {unit}, more than --max-pixels "
                 f"{self.max_pixels} (a limit, because a small file can claim any size); pass a "

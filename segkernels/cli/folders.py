@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import (
@@ -20,16 +21,17 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from threading import Thread
+from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
 
-from segkernels.cli.console import ignore_warnings
-from segkernels.cli.files import PictureError, Reading, reason
+from segkernels.cli.console import STOPPING, ignore_warnings, signals_ignored
+from segkernels.cli.files import OptionError, PictureError, Reading, reason
 from segkernels.cli.label_maps import read_stored
 from segkernels.cli.metrics import Metrics, Score
-from segkernels.cli.pairing import Job
+from segkernels.cli.pairing import Job, split_ending
 from segkernels.cli.unknown import BLACK, Format, Meaning, Unknown, judge
 
 J = TypeVar("J")
@@ -206,7 +208,7 @@ def process(
             known = +totals.doubted
             totals.add(result)
         except PictureError as error:
-            totals.failed.append(job.labels.name)
+            totals.failed.append(job.name + split_ending(job.labels.name)[1])
             complain("Error", str(error))
             return
         for kind, text in result.doubts.items():
@@ -224,15 +226,16 @@ def process(
                     count(future.result(), job)
                 except BrokenProcessPool as error:
                     raise PictureError(
-                        "a worker process ended, perhaps for lack of memory; pass fewer --workers, "
-                        "and --skip-existing to go on"
+                        "a worker process was killed, perhaps for lack of memory; pass fewer "
+                        "--workers, and --skip-existing to go on"
                     ) from error
                 yield job
         except BaseException:
-            stop()
-            for future, job in zip(waiting, names, strict=False):
-                if not future.cancelled() and future.exception() is None:
-                    count(future.result(), job)
+            with signals_ignored():
+                stop()
+                for future, job in zip(waiting, names, strict=False):
+                    if not future.cancelled() and future.exception() is None:
+                        count(future.result(), job)
             raise
 
 
@@ -242,8 +245,14 @@ def _executor(
 ) -> Iterator[tuple[Executor, Callable[[Job], Outcome | str], Callable[[], None]]]:
     """An executor, the function for it, and a function that stops it."""
     if workers:
+        if multiprocessing.current_process().daemon:
+            raise OptionError(
+                "--workers: this process is daemonic and cannot start others; pass --workers 0"
+            )
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _start, (work, Image.MAX_IMAGE_PIXELS)) as pool:
+        with _starting():  # also the process that tracks semaphores
+            pool = ProcessPoolExecutor(workers, context, _start, (work, Image.MAX_IMAGE_PIXELS))
+        with pool:
             yield pool, _in_worker, lambda: pool.shutdown(wait=True, cancel_futures=True)
         return
     with ThreadPoolExecutor(1) as one_thread, ThreadPoolExecutor(_FILE_THREADS) as files:
@@ -315,7 +324,7 @@ def _in_order(
     """
     waiting = deque() if waiting is None else waiting
     for job in jobs:
-        with _signals_blocked():
+        with _starting():
             waiting.append(executor.submit(work, job))
         if len(waiting) >= ahead:
             waiting[0].exception()  # waits
@@ -326,15 +335,17 @@ def _in_order(
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def _starting() -> Iterator[None]:
     """Let processes that start here ignore the signals that ask this one to stop.
 
-    They finish their files when this process stops.
+    They finish their files when this process stops. Nor do they run this program's main module
+    again, which may be a script without a guard, or come from standard input.
     """
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    )
+    main = sys.modules["__main__"]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:
+        sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

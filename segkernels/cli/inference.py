@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from segkernels import _status
-from segkernels.cli.files import PictureError, Reading, reason, size_words
+from segkernels.cli.files import OptionError, PictureError, Reading, reason, size_words
 from segkernels.cli.images import Photograph, read_images
 from segkernels.cli.label_maps import LabelMap, not_labels, read_stored
 from segkernels.cli.unknown import Format, Meaning, Unknown
@@ -150,6 +150,9 @@ def load(
     photograph = read_images(paths, options.reading)
     if options.resize:
         before = stretched(before, photograph.shape, options.reading.ignore_affine)
+    for name in ("sxy_gaussian", "sxy_bilateral"):
+        _sigmas(options, name, len(photograph.shape))
+    _sigmas(options, "srgb", photograph.values.shape[-1])
     where = f"IMAGE {_names(image)}"
     _check_sizes(where, photograph, before)
     if photograph.grid is not None:
@@ -334,7 +337,9 @@ def _terms(image: torch.Tensor, window: _Window, options: Options) -> list[Pairw
 def _sigmas(options: Options, name: str, count: int) -> tuple[float, ...]:
     given = _numbers(options.term(name))
     if len(given) not in (1, count):
-        raise ValueError(f"{name} must be a number or {count} numbers, got {len(given)}")
+        raise OptionError(
+            f"--{name.replace('_', '-')}: expected a number or {count} numbers, got {len(given)}"
+        )
     return given if len(given) == count else given * count
 
 

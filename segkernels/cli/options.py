@@ -112,6 +112,7 @@ WorkersOption = Annotated[
     int | None,
     typer.Option(
         min=0,
+        max=1024,
         help="Processes, with one thread each; 0: this process, with all threads. The results are "
         "the same. Default: one for each core where there are many pairs, on the CPU.",
         rich_help_panel=FOLDER_PANEL,
@@ -123,6 +124,14 @@ ResizeOption = Annotated[
         "--resize",
         help="Resize labels (nearest) or probabilities (bilinear) to the size of their partner.",
         rich_help_panel=LABEL_PANEL,
+    ),
+]
+AffineOption = Annotated[
+    bool,
+    typer.Option(
+        "--ignore-affine",
+        help="Accept volumes whose affines differ.",
+        rich_help_panel=FILE_PANEL,
     ),
 ]
 ExifOption = Annotated[
@@ -220,6 +229,8 @@ def source(
     folders, ends = known.labels, known.label_suffixes
     if role == "IMAGE":
         folders, ends = known.images, known.image_suffixes
+    elif role == "TRUTH":  # its names are never those of the photographs
+        ends = tuple(end for end in ends if not end or end not in known.image_suffixes)
     if suffixes:
         try:
             ends = tuple(suffix_pattern(text) for text in suffixes)

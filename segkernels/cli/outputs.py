@@ -28,6 +28,7 @@ from segkernels.cli.label_maps import LABEL_OUTPUTS, VOLUME_OUTPUTS, LabelMap, e
 from segkernels.cli.metrics import shared_classes
 from segkernels.cli.overlay import differences, side_by_side
 from segkernels.cli.pairing import Job, Source
+from segkernels.cli.palettes import Palette
 from segkernels.cli.volumes import AxialSlice, is_volume
 
 ARRAY_OUTPUTS = (".npy", ".npz")
@@ -43,7 +44,7 @@ class Folders:
         out: folder of the labels and arrays, or None.
         overlay: folder of the pictures, or None.
         formats: "labels", "npy", "npz".
-        inputs: folders, resolved, whose files must not be replaced.
+        inputs: folders whose files must not be replaced, and files; resolved.
         folders: `out` and `overlay`, resolved; they may be in an input folder.
     """
 
@@ -94,20 +95,28 @@ class Folders:
                 path.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise PictureError(f"{path.parent}: cannot be made ({reason(error)})") from error
-            above = set(resolve(path, "").parents)
-            if above.intersection(self.inputs) and not above.intersection(self.folders):
+            target = resolve(path, "")
+            known = (*self.inputs, *self.folders)
+            nearest = next((part for part in (target, *target.parents) if part in known), None)
+            if nearest in self.inputs:
                 raise PictureError(f"{path}: leads to an input, which would be lost")
 
 
 def output_folders(
-    sources: list[Source], out: Path | None, overlay: Path | None, formats: tuple[str, ...]
+    sources: list[Source],
+    out: Path | None,
+    overlay: Path | None,
+    formats: tuple[str, ...],
+    palette: Palette | None,
 ) -> Folders:
     """The output folders.
 
     Raises:
         BadParameter: they hold inputs, or are one.
     """
-    bases = tuple({resolve(each.base, ""): None for each in sources})
+    bases = [resolve(each.base, "") for each in sources]
+    if palette is not None:
+        bases.append(resolve(Path(palette.name), ""))
     resolved: list[Path] = []
     for option, folder in (("-o", out), ("--overlay", overlay)):
         if folder is None:
@@ -117,7 +126,7 @@ def output_folders(
             raise typer.BadParameter(f"{folder} holds the inputs", param_hint=option)
     if len(set(resolved)) < len(resolved):
         raise typer.BadParameter("expected another folder than -o's", param_hint="--overlay")
-    return Folders(out, overlay, formats, bases, tuple(resolved))
+    return Folders(out, overlay, formats, tuple(bases), tuple(resolved))
 
 
 def check_outputs(out: Path, overlay: Path | None, inputs: Collection[Path]) -> None:

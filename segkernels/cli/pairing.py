@@ -12,7 +12,7 @@ import difflib
 import os
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ _WILDCARD = re.compile(r"[*?[]")
 _WILDCARDS = re.compile(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])")
 _NAMES = {"IMAGE": "photograph", "LABELS": "label map", "TRUTH": "truth", "PRED": "prediction"}
 _NEAR = 8  # neighbours in alphabetical order that may be the nearest name
+_MOST_HINTS = 100  # a comparison takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -101,23 +102,23 @@ class File:
     """A file of a source.
 
     Attributes:
-        path: of the file.
-        below: its path below the folder, with "/".
+        folder: of the source.
+        below: the path below it, with "/".
         key: what its partners share.
         suffix: the end of the name that is not part of the key, without the ending.
         order: the number of the suffix among those of the source.
     """
 
-    path: Path
+    folder: Path
     below: str
     key: str
     suffix: str
     order: int
 
     @property
-    def folder(self) -> str:
-        """The folder of the source."""
-        return str(self.path)[: -len(self.below)].rstrip(os.sep) or os.sep
+    def path(self) -> Path:
+        """The path of the file."""
+        return self.folder / self.below
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,10 @@ def suffix_pattern(text: str) -> str:
     """The regular expression of a suffix that the user gave."""
     if "/" in text:
         raise OptionError(f"expected the end of a file's name, without folders, got {text!r}")
+    if "*" in text:
+        raise OptionError(
+            f"expected text, got {text!r}; patterns are for the arguments: 'folder/*_mask.png'"
+        )
     return re.escape(_nfc(text))
 
 
@@ -193,7 +198,7 @@ def pair_files(
     lacking: dict[str, str]
     photographs, lacking = _by_key(found[0]), {}
     if images.role == "IMAGE":
-        photographs, lacking = _channels(found[0])
+        photographs, lacking = _channels(found[0], images)
     maps, truths = _by_key(found[1]), _by_key(found[2] if truth else [])
     partner = _match(maps, photographs)
     answer = _match(maps, truths)
@@ -244,11 +249,15 @@ class Nearest:
 
     def __init__(self, groups: _Groups, used: Collection[str]) -> None:
         self._below = {key: files[0].below for key, files in groups.items() if key not in used}
+        self._asked = 0
         self._sorted = sorted(self._below)
         self._backward = sorted(key[::-1] for key in self._below)
 
     def hint(self, key: str) -> str:
-        """The end of a message that names the file nearest to `key`, or ""."""
+        """The end of a message that names the file nearest to `key`, or ""; for the first keys."""
+        self._asked += 1
+        if self._asked > _MOST_HINTS:
+            return ""
         # Among those that begin or end alike: a comparison with all would be quadratic.
         near = [
             *_around(self._sorted, key),
@@ -290,7 +299,15 @@ def _match(labels: _Groups, others: _Groups) -> dict[str, str]:
     pair(str.casefold, str.casefold)
     if len({all("/" not in key for key in keys) for keys in (labels, others)}) == 2:
         # Predictions for a data set with folders are often in one folder.
-        pair(_last, _last)
+        several = [
+            {word for word, number in Counter(map(_last, keys)).items() if number > 1}
+            for keys in (labels, others)
+        ]
+        mine, theirs = several
+        pair(
+            lambda key: "/mine" if _last(key) in mine else _last(key),
+            lambda key: "/theirs" if _last(key) in theirs else _last(key),
+        )
     return partner
 
 
@@ -309,25 +326,37 @@ def _by_key(files: list[File]) -> _Groups:
     return groups
 
 
-def _channels(files: list[File]) -> tuple[_Groups, dict[str, str]]:
-    """The photographs by key, ordered by suffix; and a message for each that lacks a channel."""
+def _channels(files: list[File], source: Source) -> tuple[_Groups, dict[str, str]]:
+    """The photographs by key, in the order of the suffixes; and what is wrong with the others."""
     groups = _by_key(sorted(files, key=lambda file: (file.order, file.suffix, file.below)))
-    suffixes = {file.suffix for file in files}
-    lacking = {}
-    for key, group in groups.items():
-        missing = suffixes - {file.suffix for file in group}
-        if missing:
-            lacking[key] = (
-                f"IMAGE {group[0].path}: expected channels {', '.join(sorted(suffixes))}, "
-                f"got none with {', '.join(sorted(missing))}"
-            )
-    return {key: group for key, group in groups.items() if key not in lacking}, lacking
+
+    def channels(group: list[File]) -> tuple[str | int, ...]:
+        # By the numbers of the suffixes if there are several: no file may have one of them.
+        several = len(source.suffixes) > 1
+        return tuple(dict.fromkeys(file.order if several else file.suffix for file in group))
+
+    if len(source.suffixes) > 1:
+        expected: tuple[str | int, ...] = tuple(range(len(source.suffixes)))
+        names = [text.replace("\\", "") for text in source.suffixes]
+    else:
+        common = Counter(map(channels, groups.values())).most_common()
+        # Most of the images; of equally many those with more channels.
+        most = [found for found, number in common if number == common[0][1]]
+        expected = max(most, key=len, default=())
+        names = list(map(str, expected))
+    wrong = {
+        key: f"IMAGE {group[0].path}: expected the channels {', '.join(names)}, got "
+        f"{', '.join(file.suffix for file in group)}"
+        for key, group in groups.items()
+        if channels(group) != expected
+    }
+    return {key: group for key, group in groups.items() if key not in wrong}, wrong
 
 
 def _shared_out(sources: list[Source], found: list[list[File]]) -> list[list[File]]:
     """Leave each file to one source."""
     owner: dict[str, tuple[tuple[int, int, bool], int]] = {}
-    bases = [os.path.realpath(files[0].folder) if files else "" for files in found]
+    bases = [os.path.realpath(source.base) for source in sources]
     for i, files in enumerate(found):
         for file in files:
             path = f"{bases[i]}/{file.below}"
@@ -363,7 +392,7 @@ def _find(source: Source, skip: Collection[Path]) -> list[File]:
         for text in source.suffixes
     ]
     files = []
-    for below in _walk(base, "", recursive, skip, set()):
+    for below in _walk(base, "", recursive, skip):
         name = _nfc(below)
         stem = split_ending(name)[0]
         if pattern is not None:
@@ -378,7 +407,7 @@ def _find(source: Source, skip: Collection[Path]) -> list[File]:
         found = [(match[1], match[2], i) for i, match in enumerate(matches) if match]
         if found or pattern is not None:
             key, suffix, i = max(found, key=lambda each: len(each[1]), default=(stem, "", 0))
-            files.append(File(base / below, below, key, suffix.casefold() + end, i))
+            files.append(File(base, below, key, suffix.casefold() + end, i))
     return files
 
 
@@ -403,7 +432,11 @@ def _wildcards(pattern: str) -> re.Pattern[str]:
 
 
 def _walk(
-    base: Path, below: str, recursive: bool, skip: Collection[Path], seen: set[tuple[int, int]]
+    base: Path,
+    below: str,
+    recursive: bool,
+    skip: Collection[Path],
+    above: frozenset[tuple[int, int]] = frozenset(),
 ) -> Iterator[str]:
     """Paths below `base` of the pictures and arrays in it."""
     suffixes = picture_suffixes()
@@ -414,16 +447,16 @@ def _walk(
         status = os.stat(folder)
     except OSError as error:
         raise PictureError(f"{folder}: cannot be listed ({reason(error)})") from error
-    if (status.st_dev, status.st_ino) in seen:
+    if (status.st_dev, status.st_ino) in above:
         return  # a link to a folder above
-    seen.add((status.st_dev, status.st_ino))
+    above = above | {(status.st_dev, status.st_ino)}
     for entry in listed:
         if entry.name.startswith("."):
             continue
         name = f"{below}/{entry.name}" if below else entry.name
         if _is_folder(entry):
             if recursive and (not skip or Path(entry.path).resolve() not in skip):
-                yield from _walk(base, name, recursive, skip, seen)
+                yield from _walk(base, name, recursive, skip, above)
         # A broken link is a file that fails.
         elif split_ending(entry.name)[1].lower() in suffixes:
             yield name

@@ -16,7 +16,6 @@ from segkernels.cli import batch, metrics
 from segkernels.cli.console import complain, one_line, one_line_errors, say
 from segkernels.cli.files import Reading, ending, size_words
 from segkernels.cli.folders import Outcome, Run, Totals
-from segkernels.cli.images import Photograph
 from segkernels.cli.inference import Options, Refined, doubts, load, refine_labels
 from segkernels.cli.label_maps import LabelMap
 from segkernels.cli.options import (
@@ -25,6 +24,7 @@ from segkernels.cli.options import (
     FOLDER_PANEL,
     LABEL_PANEL,
     SCORES_PANEL,
+    AffineOption,
     Device,
     ExifOption,
     LayoutOption,
@@ -219,14 +219,7 @@ def command(
         ),
     ] = None,
     ignore_exif: ExifOption = False,
-    ignore_affine: Annotated[
-        bool,
-        typer.Option(
-            "--ignore-affine",
-            help="Accept volumes whose affines differ.",
-            rich_help_panel=FILE_PANEL,
-        ),
-    ] = False,
+    ignore_affine: AffineOption = False,
     bits: Annotated[
         int | None,
         typer.Option(
@@ -398,7 +391,7 @@ def command(
             sources.append(source("TRUTH", truth, layout, ends, recursive, option))
         run = _FolderRun(
             sources,
-            output_folders(sources, out, overlay, formats),
+            output_folders(sources, out, overlay, formats, options.meaning.palette),
             options,
             (0, 1) if shard is None else parse_shard(shard),
             skip_existing,
@@ -416,14 +409,13 @@ def _refine_one(job: Job, out: Path, overlay: Path | None, options: Options, as_
         inputs.append(Path(options.meaning.palette.name))
     check_outputs(out, overlay, inputs)
     photograph, before = load(job.images, job.labels, options)
-    truth = None
+    truth, said = None, {}
     if job.truth is not None:
         truth = batch.read_map("TRUTH", job.truth, options.meaning, options.reading, None)
     check_format(out, before)
     if truth is not None:
-        metrics.check_shapes(before.positions, before, truth)
-        metrics.shared_classes(before, truth)
-    for text in _doubts(job, photograph, before, truth, options).values():
+        said = batch.check_truth(before, truth, options.reading.ignore_affine)
+    for text in {**said, **doubts(job.images, photograph, before, options)}.values():
         complain("Warning", text)
 
     def track(windows: Iterable[Any]) -> Iterable[Any]:
@@ -460,14 +452,6 @@ def _metrics(wanted: bool, options: Options) -> dict[str, metrics.Metrics]:
     palette = options.meaning.palette
     names = {} if palette is None else palette.names
     return {name: metrics.Metrics(names) for name in ("before", "after") if wanted}
-
-
-def _doubts(
-    job: Job, photograph: Photograph, before: LabelMap, truth: LabelMap | None, options: Options
-) -> dict[str, str]:
-    """What `inference.doubts` returns, and the warning on the truth."""
-    found = doubts(job.images, photograph, before, options)
-    return {**found, "truth": truth.doubt} if truth is not None and truth.doubt else found
 
 
 def _outcome(done: Refined, said: dict[str, str], truth: LabelMap | None) -> Outcome:
@@ -507,18 +491,19 @@ class _Refine:
 
     def __call__(self, job: Job, run: Run) -> Outcome:
         photograph, before = load(job.images, job.labels, self.options, self.judged)
-        truth = None
+        truth, said = None, {}
         if job.truth is not None:
             meaning, reading = self.options.meaning, self.options.reading
             truth = batch.read_map("TRUTH", job.truth, meaning, reading, self.judged_truth)
-            metrics.check_shapes(before.positions, before, truth)
+            said = batch.check_truth(before, truth, reading.ignore_affine)
         done = run(refine_labels, photograph, before, self.options)
         outs = self.folders.labels_and_arrays(job)
         for out in outs:
             check_format(out, before)
         self.folders.prepare(job)
         write_refined(done, job.images[0].name, outs, self.folders.picture(job), truth)
-        return _outcome(done, _doubts(job, photograph, before, truth, self.options), truth)
+        said |= doubts(job.images, photograph, before, self.options)
+        return _outcome(done, said, truth)
 
 
 @dataclass(frozen=True)
@@ -535,7 +520,7 @@ class _FolderRun:
     def run(self, dry_run: bool, as_json: bool) -> None:
         images, labels, *truth = self.sources
         pairs = pair_files(images, labels, truth[0] if truth else None, self.folders.folders)
-        batch.check_pairs(pairs, images, labels)
+        batch.check_pairs(pairs, images, labels, *truth)
         part, parts = self.shard
         mine = pairs.jobs[part::parts]
         jobs = [job for job in mine if not (self.skip_existing and self._exists(job))]
@@ -555,6 +540,12 @@ class _FolderRun:
         workers = self.workers
         if workers is None:
             workers = batch.default_workers(len(jobs), self.options.device)
+        if truth and len(jobs) < len(pairs.jobs):
+            complain(
+                "Warning",
+                f"the metrics are those of {len(jobs)} of {len(pairs.jobs)} pairs, which this run "
+                "refines; `segkernels evaluate` compares all",
+            )
         totals = Totals(_metrics(len(self.sources) > 2, self.options))
         started = time.perf_counter()
         try:

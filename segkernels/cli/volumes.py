@@ -230,7 +230,7 @@ def _check_header(
     if len(shape) < 2 or sum(size > 1 for size in shape[3:]) > 1:
         raise PictureError(f"{where}: expected a volume (X, Y, Z) or (X, Y, Z, n), got {shape}")
     spatial = (*shape, 1)[:3]
-    reading.check_pixels(spatial, where)
+    reading.check_pixels(shape, where)  # with the channels
     stored = [float(edge) for edge in header["pixdim"][1 : min(len(shape), 3) + 1]]
     if not all(math.isfinite(edge) and edge > 0 for edge in stored):
         raise PictureError(
