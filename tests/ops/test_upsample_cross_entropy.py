@@ -416,7 +416,8 @@ def test_cuda_equals_the_cpu(
         mine,
         theirs,
         rtol=tolerance["rtol"] + ulp,
-        atol=tolerance["atol"] * scale,
+        # Near 0 the neighbours of float16 are this far apart: each rounds to its own.
+        atol=tolerance["atol"] * scale + (2**-24 if logits.dtype == torch.float16 else 0.0),
         equal_nan=True,
     )
 
