@@ -6,8 +6,8 @@
 
 Each result is checked against torch's before it is timed. segkernels and torch then run
 alternately. The figures are minima over the rounds, in CPU time of the process, so that other
-processes have little effect. OpenMP threads spin while they wait, which counts as CPU time: with
-more than one thread, set OMP_WAIT_POLICY=passive. Gradients are timed through autograd.
+processes have little effect. torch's OpenMP threads spin while they wait, which counts as CPU time:
+with more than one thread, set OMP_WAIT_POLICY=passive. Gradients are timed through autograd.
 """
 
 from __future__ import annotations

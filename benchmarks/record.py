@@ -95,7 +95,7 @@ def _measure(patience: float) -> Path:
         f"--patience={patience:g}",
         "-q",
     ]
-    # Measure with OpenMP's defaults.
+    # Measure torch with OpenMP's defaults.
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run(command, cwd=HERE.parent, env=environment)
     if done.returncode != 0:

@@ -54,7 +54,7 @@ def edges(
         sources: CUDA sources and headers under csrc/, without those for one architecture.
         lines: of build.ninja.
     """
-    own = [flag for flag in host if flag not in ("-O3", "-DNDEBUG", "-Icsrc", "-fopenmp")]
+    own = [flag for flag in host if flag not in ("-O3", "-DNDEBUG", "-Icsrc")]
     own.append("-Wno-unused-but-set-variable")  # false positives of gcc 12 in lambdas
     flags = VARIANTS[variant]
     # The scheduler's own accesses belong to no CUDA thread, so they are not instrumented.

@@ -37,7 +37,6 @@ _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = ["-mavx512f", "-mavx512vl", "-mavx512dq", "-mavx512bw", "-mprefer-vector-width=256"]
 # Base x86-64 is only for processors from before 2013 (and emulators) without AVX2: fast to compile.
 X86_ISAS = {"isa_base": [QUICK], "isa_avx2": _AVX2, "isa_avx512": [*_AVX2, *_AVX512]}
-_OPENMP_PROBE = "#include <omp.h>\nint main(){return omp_get_level();}"
 
 
 class BuildError(RuntimeError):
@@ -46,10 +45,9 @@ class BuildError(RuntimeError):
 
 @dataclass
 class Config:
-    """The build configuration: compiler, OpenMP, instruction sets, CUDA."""
+    """The build configuration: compiler, instruction sets, CUDA."""
 
     cxx: list[str]
-    openmp: bool
     isas: dict[str, list[str]]
     toolkit: cuda.Toolkit | None
     cuda_missing: str
@@ -74,7 +72,7 @@ class Config:
 
 
 def configure() -> Config:
-    """Detect compiler, OpenMP, SIMD variants and CUDA from the machine and the environment."""
+    """Detect compiler, SIMD variants and CUDA from the machine and the environment."""
     if sys.platform == "win32":
         raise BuildError(
             "segkernels builds on Linux and macOS. On Windows use WSL 2 (Ubuntu), where the CUDA "
@@ -95,7 +93,6 @@ def configure() -> Config:
         isas = X86_ISAS
     config = Config(
         cxx=cxx,
-        openmp=_compiles(cxx, ["-fopenmp"], _OPENMP_PROBE),
         isas=isas,
         toolkit=None,
         cuda_missing=f"CUDA does not exist on {sys.platform}",
@@ -138,7 +135,7 @@ def write(config: Config, output: Path) -> Path:
     build.mkdir(parents=True, exist_ok=True)
     _write_if_changed(build / "build_config.h", _config_header(config))
     isas = ["-DSK_HAVE_X86_ISAS=1"] if len(config.isas) > 1 else []
-    host = [*COMMON_FLAGS, "-Icsrc", *isas] + (["-fopenmp"] if config.openmp else [])
+    host = [*COMMON_FLAGS, "-Icsrc", "-pthread", *isas]
     lines = _rules(config, host)
     cuda_objects: list[str] = []
     if config.emulation:
@@ -199,7 +196,7 @@ def _rules(config: Config, host: list[str]) -> list[str]:
             "  description = nvcc $in",
         ]
     link = [*config.cxx, *(["-bundle", "-undefined", "dynamic_lookup"] if MACOS else ["-shared"])]
-    libs = ["-fopenmp"] if config.openmp else []
+    libs = ["-pthread"]
     if not MACOS:
         # Export only the module's entry point. Two libraries that both export a static cudart, CUB
         # or std template instantiations can resolve to each other's and corrupt results.

@@ -7,19 +7,23 @@
 #include <string.h>
 
 #include <array>
+#include <chrono>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "build_config.h"
 #include "common/status.h"
+#include "dense_crf/features.h"
 #include "dense_crf/mean_field.h"
 #include "dense_crf/product.h"
 #include "dilated_conv2d/weight_gradient.h"
 #include "gaussian_filter/gaussian_filter.h"
+#include "gaussian_filter/order.h"
 #include "interpolate/interpolate.h"
 #include "permutohedral/permutohedral.h"
 #include "pooling/max_pool2d.h"
@@ -78,6 +82,23 @@ struct py::detail::type_caster<Address> {
 };
 
 namespace {
+
+// As py::gil_scoped_release. While Python exits, PyEval_RestoreThread ends other threads by
+// unwinding their stacks, before Python 3.14. That would destroy Python objects without the GIL, so
+// such a thread sleeps until the process has ended.
+struct ReleaseGil {
+  ReleaseGil() = default;
+  ReleaseGil(const ReleaseGil&) = delete;
+  ~ReleaseGil() {
+    try {
+      PyEval_RestoreThread(state);
+    } catch (...) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+  }
+
+  PyThreadState* state = PyEval_SaveThread();
+};
 
 using WhereTuple = std::tuple<int, uintptr_t, int>;  // from _native.where()
 
@@ -158,9 +179,39 @@ void run_gaussian_filter(const WhereTuple& w, const PointsTuple& queries, const 
   segkernels::gaussian_filter_cpu(where_of(w), f, is_double);
 }
 
+// `sizes`: batch, channels, points, padded points; `strides`: of points and channels in the plan's
+// order.
+template <void (*kFunction)(const Where&, const segkernels::OrderedValues&, bool)>
+void run_order(const WhereTuple& w, std::array<int64_t, 4> sizes, std::array<int64_t, 2> strides,
+               Address index, Address invalid, Address not_finite, Address from, Address to,
+               std::optional<double> least_sum, bool is_double) {
+  kFunction(where_of(w),
+            {sizes[0], sizes[1], sizes[2], sizes[3], strides[0], strides[1], index, invalid,
+             not_finite, from, to, least_sum.has_value(), least_sum.value_or(0)},
+            is_double);
+}
+
 void run_product(const WhereTuple& w, Address a, int64_t a_row, int64_t a_inner, Address b,
                  Address out, int64_t rows, int64_t inner, int64_t cols, bool is_double) {
   segkernels::product_cpu(where_of(w), {a, a_row, a_inner, b, out, rows, inner, cols}, is_double);
+}
+
+void run_grid_features(const WhereTuple& w, int64_t batch, const std::vector<int64_t>& size,
+                       Address sxy, Address image, int image_type,
+                       const std::vector<int64_t>& strides, int channels, Address srgb, Address out,
+                       bool is_double) {
+  segkernels::GridFeatures f{};
+  f.batch = batch;
+  f.axes = int32_t(size.size());
+  for (size_t i = 0; i < size.size(); ++i) f.size[i] = size[i];
+  f.sxy = sxy;
+  f.image = image;
+  f.image_type = image_type;
+  f.channels = channels;
+  for (size_t i = 0; i < strides.size(); ++i) f.stride[i] = strides[i];
+  f.srgb = srgb;
+  f.out = out;
+  segkernels::grid_features_cpu(where_of(w), f, is_double);
 }
 
 uintptr_t status_words(int device) {
@@ -175,7 +226,7 @@ int64_t permutohedral_workspace(int device, int64_t entries, int64_t tiles, int6
 }
 
 void bind_permutohedral(py::module_& m) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<ReleaseGil>;
   m.attr("max_dims") = segkernels::kMaxDims;
   m.attr("longest_pair") = segkernels::kLongestPair;
   m.def("record_size", &segkernels::record_size, "int32 words of a point's record");
@@ -342,9 +393,12 @@ void bind_dense_crf(py::module_& m) {
   pointer(field, "scratch", &MeanField::scratch);
   pointer(field, "status", &MeanField::status);
 
-  m.def("mean_field", &run_mean_field, py::call_guard<py::gil_scoped_release>());
-  m.def("gaussian_filter", &run_gaussian_filter, py::call_guard<py::gil_scoped_release>());
-  m.def("product", &run_product, py::call_guard<py::gil_scoped_release>());
+  m.def("mean_field", &run_mean_field, py::call_guard<ReleaseGil>());
+  m.def("gaussian_filter", &run_gaussian_filter, py::call_guard<ReleaseGil>());
+  m.def("gaussian_sort", &run_order<segkernels::sort_values_cpu>, py::call_guard<ReleaseGil>());
+  m.def("gaussian_unsort", &run_order<segkernels::unsort_values_cpu>, py::call_guard<ReleaseGil>());
+  m.def("product", &run_product, py::call_guard<ReleaseGil>());
+  m.def("grid_features", &run_grid_features, py::call_guard<ReleaseGil>());
 }
 
 std::vector<std::string> words(const std::string& text) {
@@ -366,11 +420,6 @@ py::dict build_info() {
   info["cuda"] = some(build::kCuda);
   info["cuda_missing"] = some(build::kCudaMissing);
   info["arches"] = words(build::kArches);
-#ifdef _OPENMP
-  info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = py::none();
-#endif
   info["simd"] = words(build::kSimd);
   return info;
 }
@@ -463,14 +512,14 @@ void upsample_loss_backward(const WhereTuple& w, const segkernels::LossCall& cal
 }
 
 void bind_interpolate(py::module_& m) {
-  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  const auto nogil = py::call_guard<ReleaseGil>();
   py::class_<Resampling>(m, "Resampling").def(py::init(&make_resampling));
   m.def("interpolate", &interpolate, nogil,
         "Forward, or backward with the gradients in the two places.");
 }
 
 void bind_upsample_argmax(py::module_& m) {
-  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  const auto nogil = py::call_guard<ReleaseGil>();
   py::class_<segkernels::ArgmaxCall>(m, "ArgmaxCall")
       .def(py::init(&argmax_call), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
            py::keep_alive<1, 9>());
@@ -480,7 +529,7 @@ void bind_upsample_argmax(py::module_& m) {
 }
 
 void bind_upsample_cross_entropy(py::module_& m) {
-  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  const auto nogil = py::call_guard<ReleaseGil>();
   py::class_<segkernels::LossCall>(m, "LossCall")
       .def(py::init(&loss_call), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
            py::keep_alive<1, 11>(), py::keep_alive<1, 12>(), py::keep_alive<1, 15>());
@@ -540,7 +589,7 @@ std::vector<int32_t> unpool(const WhereTuple& w, const pooling::Windows& windows
 
 void bind_pooling(py::module_& m) {
   using pooling::Windows;
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<ReleaseGil>;
   py::class_<Windows>(m, "Windows").def(py::init(&make_windows));
   m.def(
       "max_pool2d",

@@ -7,13 +7,13 @@ which raises RuntimeError with the reason and the remedy when they are not avail
 from __future__ import annotations
 
 import importlib
-import os
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-import torch  # imported before _C so that both share torch's libgomp and one thread pool
+import torch
 
+from segkernels._threads import num_threads
 from segkernels._version import __version__
 
 _REBUILD = "pip install --force-reinstall --no-deps . (in segkernels' source folder)"
@@ -44,17 +44,6 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _module, _problem = _load()
 _has_cuda = _module is not None and _module.build_info()["cuda"] is not None
-_forked = False
-_limited = False
-
-
-def _after_fork() -> None:
-    global _forked, _limited
-    _forked, _limited = True, False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def C() -> ModuleType:  # noqa: N802 - named after the module that it returns
@@ -72,23 +61,6 @@ def C() -> ModuleType:  # noqa: N802 - named after the module that it returns
 def problem() -> str:
     """Return the reason why `C()` raises, or "" if it does not."""
     return _problem
-
-
-def num_threads() -> int:
-    """Return the number of CPU threads for native code: torch's setting, or 1 after a fork.
-
-    libgomp's threads do not survive a fork: the first parallel region in the child process waits
-    for them forever, in torch's operators and in native code alike. A forked child
-    (multiprocessing.Pool, a DataLoader worker) is therefore limited to one thread, and so is torch
-    in it. Call this function before the first torch operator that may run in parallel.
-    """
-    global _limited
-    if not _forked:
-        return torch.get_num_threads()
-    if not _limited:
-        torch.set_num_threads(1)
-        _limited = True
-    return 1
 
 
 def where(tensor: torch.Tensor) -> tuple[int, int, int]:

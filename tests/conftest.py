@@ -11,17 +11,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Threads that spin-wait for each other make small tensors three times slower. Tests about threads
-# set their own number, and their threads sleep while they wait.
+# Several threads make small tensors slower, most of all torch's, which spin while they wait. Tests
+# about threads set their own number, and torch's sleep then.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -32,12 +33,16 @@ import torch
 from emulation import interpreter
 
 import segkernels
-from segkernels import _native
+from segkernels import _native, _threads
 
 # Inductor caches code for 8 and for 16 vector lanes under the same key, and running one in place of
 # the other crashes. So use one cache folder per CPU capability (limited by ATEN_CPU_CAPABILITY).
 _folder = f"segkernels-inductor-{os.getuid()}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), _folder))
+
+# Tests use the threads that they set, on a machine with fewer cores too.
+_usable_cores = _threads.usable_cores
+_threads.usable_cores = lambda: 64
 
 # The first call may compile or warm up, so a deadline per example would be flaky.
 hypothesis.settings.register_profile(
@@ -117,6 +122,14 @@ def _no_status_word_is_left(request: pytest.FixtureRequest, _emulated: None) -> 
         segkernels.check()
     yield
     segkernels.check()
+
+
+@pytest.fixture
+def usable_cores(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """The function of that name, in use, and with nothing remembered."""
+    monkeypatch.setattr(_threads, "usable_cores", _usable_cores)
+    monkeypatch.setattr(_threads, "_refresh_at", -math.inf)
+    return _usable_cores
 
 
 @pytest.fixture

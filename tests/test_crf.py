@@ -17,7 +17,8 @@ from lattice_points import raises_in_call
 from PIL import Image
 
 from segkernels import PairwiseTerm, _native, dense_crf, permutohedral_filter, probs_from_labels
-from segkernels.ops.dense_crf import reference
+from segkernels.ops import _dtypes
+from segkernels.ops.dense_crf import inputs, reference
 
 SIZE = (9, 11)
 
@@ -969,3 +970,22 @@ def test_any_type_of_number(number):
     img, probs = random_image(*SIZE, 3), probabilities(3, *SIZE)
     want = dense_crf(img, probs, **dict.fromkeys(changes, 7))
     assert np.array_equal(dense_crf(img, probs, **changes), want)
+
+
+@pytest.mark.parametrize("spatial", [(7, 9), (3, 4, 5), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64, *_dtypes.FLOATING])
+@pytest.mark.parametrize("computed", [torch.float32, torch.float64])
+def test_features_equal_torchs(spatial, dtype, computed):
+    # Native code computes them unless a gradient is wanted.
+    last = len(spatial) + 1
+    image = torch.randint(0, 256, (2, *spatial, 3)).to(dtype).movedim(last, 1)
+    if dtype.is_floating_point:
+        image = image / 7
+    sxy = torch.rand(len(spatial), dtype=computed) + 0.5
+    srgb = (torch.rand(1, dtype=computed) + 0.5).expand(3)
+    for pixels in (image, image.contiguous()):
+        for given in ((None, None), (pixels, srgb)):
+            expected = inputs.grid_features(2, spatial, sxy.clone().requires_grad_(), *given)
+            found = inputs.grid_features(2, spatial, sxy, *given)
+            assert found.is_contiguous()
+            assert torch.equal(found, expected)

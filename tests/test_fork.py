@@ -1,36 +1,29 @@
-"""dense_crf used on several threads before a fork must not hang in the forked child.
+"""Our functions, used on several threads before a fork, must work in the forked child.
 
-Each case runs in its own process, which is killed with its children after a timeout.
+There they use as many threads as in the parent, but torch uses one: libgomp's threads would hang.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 
 import pytest
+from processes import FOUR_THREADS, run_process_group
 
 pytestmark = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system has no fork"
 )
 
-PARENT = """
+PARENT = (
+    FOUR_THREADS
+    + """
 import multiprocessing
+import threading
 import warnings
 
-import torch
 from torch.utils.data import DataLoader
 
-import segkernels
-from segkernels import _native
-
 warnings.filterwarnings("ignore", ".*use of fork", DeprecationWarning)
-torch.manual_seed(0)
-torch.set_num_threads(4)
 IMG = torch.randint(0, 256, (4, 3, 120, 150), dtype=torch.uint8)
 LOGITS = [torch.randn(3, 120, 150, requires_grad=True) for _ in range(4)]
 FEATURES = torch.randn(1, 4, 20_000)
@@ -71,7 +64,7 @@ class Refined(torch.utils.data.Dataset):
         return len(IMG)
 
     def __getitem__(self, index):
-        return index, *refine(index), _native.num_threads()
+        return index, *refine(index), _native.num_threads(), torch.get_num_threads()
 
 
 def same(a, b):
@@ -82,12 +75,32 @@ def into(queue, call, index):
     queue.put([t.numpy() for t in call(index)])
 
 
+def counts():
+    # The threads of our code, of torch, and our helpers.
+    return _native.num_threads(), torch.get_num_threads(), helpers() if HAS_PROC else 3
+
+
+def computing_child():
+    queue = context.Queue()
+    child = context.Process(target=into, args=(queue, refine, 3))
+    child.start()
+    return queue, child
+
+
+def finish(queue, child):
+    assert same([torch.from_numpy(a) for a in queue.get()], expected[3])
+    child.join()
+    assert child.exitcode == 0
+
+
 context = multiprocessing.get_context("fork")
-# Start OpenMP's threads in the parent, from our code and from torch's.
+# Start the threads of the parent: our helpers, and OpenMP's for torch.
 expected = [refine(i) for i in range(4)]
 blurred = blur()
 assert torch.ones(4_000_000).sum() == 4_000_000
+assert counts() == (4, 4, 3)
 """
+)
 
 CASES = {
     "process": """
@@ -120,28 +133,60 @@ assert all(same([torch.from_numpy(a) for a in f], e) for f, e in zip(found, expe
     "data loader": """
 loader = DataLoader(Refined(), num_workers=2, batch_size=None, multiprocessing_context="fork")
 seen = set()
-for index, out, grad, threads in loader:
+for index, out, grad, threads, of_torch in loader:
     assert same((out, grad), expected[index])
-    assert threads == 1
+    assert threads == of_torch == 1  # torch sets 1
     seen.add(int(index))
 assert seen == {0, 1, 2, 3}
 """,
-    "child of a child": """
-def grandchild(queue):
-    into(queue, refine, 2)
-    inner = context.Process(target=into, args=(queue, refine, 2))
-    inner.start()
-    inner.join()
+    "threads": """
+def count(queue):
+    if HAS_PROC:
+        assert helpers() == 0
+    refine(1)
+    queue.put(counts())
+    refine(2)
+    # torch runs this in parallel if it may.
+    assert torch.ones(4_000_000).sum() == 4_000_000
+    queue.put(counts())
+    torch.set_num_threads(2)
+    queue.put(counts())
 
 queue = context.Queue()
-child = context.Process(target=grandchild, args=(queue,))
+child = context.Process(target=count, args=(queue,))
 child.start()
-for _ in range(2):
-    assert same([torch.from_numpy(a) for a in queue.get()], expected[2])
+assert [queue.get() for _ in range(3)] == [(4, 1, 3), (4, 1, 3), (2, 1, 3)]
 child.join()
+assert child.exitcode == 0
+""",
+    "child of a child": """
+def fork_again(queue, compute_first):
+    if compute_first:
+        assert same(refine(2), expected[2])
+        queue.put(counts())
+    inner = context.Process(target=innermost, args=(queue,))
+    inner.start()
+    inner.join()
+    assert inner.exitcode == 0
+    assert same(refine(3), expected[3])
+    queue.put(counts())
+
+def innermost(queue):
+    if HAS_PROC:
+        assert helpers() == 0
+    assert same(refine(2), expected[2])
+    queue.put(counts())
+
+for compute_first in (False, True):
+    queue = context.Queue()
+    child = context.Process(target=fork_again, args=(queue, compute_first))
+    child.start()
+    for _ in range(2 + compute_first):
+        assert queue.get() == (4, 1, 3)
+    child.join()
+    assert child.exitcode == 0
 """,
     "fork while another thread computes": """
-import threading
 stop = threading.Event()
 
 def keep_busy():
@@ -152,14 +197,32 @@ busy = threading.Thread(target=keep_busy)
 busy.start()
 try:
     for _ in range(3):
-        queue = context.Queue()
-        child = context.Process(target=into, args=(queue, refine, 3))
-        child.start()
-        assert same([torch.from_numpy(a) for a in queue.get()], expected[3])
-        child.join()
+        finish(*computing_child())
 finally:
     stop.set()
     busy.join()
+""",
+    "fork inside a call": """
+# One native call, which takes 2.5 s on one core.
+POINTS = torch.randn(1, 3, 40_000)
+want = segkernels.gaussian_filter(POINTS, POINTS)
+inside = threading.Event()
+found = []
+
+def compute():
+    inside.set()
+    found.append(segkernels.gaussian_filter(POINTS, POINTS))
+
+caller = threading.Thread(target=compute)
+caller.start()
+inside.wait()
+time.sleep(0.05)
+queue, child = computing_child()
+assert not found, "the call has ended before the fork"
+finish(queue, child)
+caller.join()
+assert torch.equal(found[0], want)
+assert counts() == (4, 4, 3)
 """,
 }
 
@@ -169,25 +232,6 @@ assert torch.get_num_threads() == _native.num_threads() == 4
 assert same(refine(0), expected[0])
 print("all as expected")
 """
-
-
-def run_process_group(code: str, timeout: float) -> tuple[int, str]:
-    """Exit status and output of Python code; kills it and its children after `timeout`."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tempfile.gettempdir(),  # the package in the source folder may not be built
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"still running after {timeout} s\n{output}")
-    return process.returncode, output
 
 
 @pytest.mark.parametrize(

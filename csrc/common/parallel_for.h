@@ -1,7 +1,7 @@
 // parallel_for(where, n, functor) calls functor(i) for i in [0, n): a grid-stride loop under nvcc,
-// an OpenMP loop under g++. parallel_rows(where, bound, limit, blocks, functor) calls functor(row,
-// block) for the rows below min(bound, *limit) and the blocks of channels of each. `limit` is in
-// device memory, so that the host need not know the number of rows.
+// pieces for the threads of the pool under g++. parallel_rows(where, bound, limit, blocks, functor)
+// calls functor(row, block) for the rows below min(bound, *limit) and the blocks of channels of
+// each. `limit` is in device memory, so that the host need not know the number of rows.
 #pragma once
 
 #include "common/hd.h"
@@ -9,8 +9,8 @@
 
 #if defined(__CUDACC__)
 #include "common/cuda_check.h"
-#elif defined(_OPENMP)
-#include <omp.h>
+#else
+#include "common/thread_pool.h"
 #endif
 
 namespace segkernels {
@@ -82,46 +82,48 @@ void parallel_rows(const Where& where, int64_t bound, const int32_t* limit, int 
 
 SK_HD int cpu_threads(const Where& where) { return where.threads > 1 ? where.threads : 1; }
 
-inline int thread_index() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
+// f(worker, pieces) on each thread, for about `count` pieces of [0, n). The workers of threads at
+// the same time are different, and below cpu_threads(where).
+template <class F>
+void parallel_pieces(const Where& where, int64_t n, int64_t count, bool is_long, const F& f) {
+  if (n <= 0) return;
+  if (where.threads <= 1 || n == 1) {
+    Pieces all(n);
+    return f(0, all);
+  }
+  const auto run = [](const void* context, int worker, Pieces& pieces) {
+    (*static_cast<const F*>(context))(worker, pieces);
+  };
+  if (count > kMostPieces) count = kMostPieces;
+  run_loop({run, &f, n, count < n ? count : n, where.threads, is_long});
 }
+
+// Enough pieces to balance threads of different speed.
+inline int64_t short_pieces(const Where& where) { return 16 * int64_t(where.threads); }
 
 template <class F>
 void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
-  // A plain loop for one thread: a forked child must not use the OpenMP runtime.
-  if (where.threads <= 1 || n < 2) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-    return;
-  }
-#pragma omp parallel for schedule(static) num_threads(where.threads)
-  for (int64_t i = 0; i < n; ++i) f(i);
+  parallel_pieces(where, n, short_pieces(where), false, [&](int, Pieces& pieces) {
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) f(i);
+    }
+  });
 }
 
-// f(i) for a range. It is not inlined, so that the body is compiled once, not once for one thread
-// and once for several.
-template <class F>
-__attribute__((noinline)) void loop(int64_t begin, int64_t end, const F& f) {
-  for (int64_t i = begin; i < end; ++i) f(i);
-}
-
-// As parallel_for with a dynamic schedule, for few and uneven items (tiles).
+// f(worker, i) for long and uneven items (tiles).
 template <class F>
 void parallel_tiles(const Where& where, int64_t n, const F& f) {
-  if (where.threads <= 1 || n < 2) return loop(0, n, f);
-#pragma omp parallel for schedule(dynamic) num_threads(where.threads)
-  for (int64_t i = 0; i < n; ++i) loop(i, i + 1, f);
+  parallel_pieces(where, n, n, true, [&](int worker, Pieces& pieces) {
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) f(worker, i);
+    }
+  });
 }
 
-// f(thread, begin, end) for one equal chunk of [0, n) a thread.
+// f(worker, pieces) for loops that keep something from one item to the next.
 template <class F>
 void parallel_chunks(const Where& where, int64_t n, const F& f) {
-  const int64_t chunks = where.threads < n ? cpu_threads(where) : n;
-  const auto chunk = [&](int64_t i) { f(i, n * i / chunks, n * (i + 1) / chunks); };
-  parallel_for(where, chunks, chunk, "parallel_chunks");
+  parallel_pieces(where, n, short_pieces(where), false, f);
 }
 
 template <int N, class F>
@@ -130,8 +132,7 @@ void parallel_rows_of(const Where& where, int64_t rows, int blocks, const F& f) 
     const int count = N > 0 ? N : blocks;
     for (int b = 0; b < count; ++b) f(row, b);
   };
-  parallel_chunks(where, rows,
-                  [&](int64_t, int64_t begin, int64_t end) { loop(begin, end, row_of); });
+  parallel_for(where, rows, row_of, "parallel_rows");
 }
 
 // Unrolls the common short rows, so that their blocks share what the row computes.

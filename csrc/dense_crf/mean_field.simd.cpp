@@ -70,14 +70,13 @@ class Step {
         last_(last),
         blocks_(NB > 0 ? NB : m.width * int(sizeof(T)) / int(sizeof(V))) {}
 
-  void operator()(int64_t tile) const {
+  void operator()(int worker, int64_t tile) const {
     const int64_t points = tile_points(m_.grid);
     if (!last_) {
       for (int k = 0; k < m_.term_count; ++k) pairs_of(k, int32_t(tile)).clear();
     }
     V local[NB > 0 ? NB * kBatch : 1];
-    V* z =
-        NB > 0 ? local : static_cast<V*>(m_.scratch) + int64_t(thread_index()) * kBatch * blocks_;
+    V* z = NB > 0 ? local : static_cast<V*>(m_.scratch) + int64_t(worker) * kBatch * blocks_;
     const int64_t end = (tile + 1) * points;
     for (int64_t p = tile * points; p < end; p += kBatch) {
       batch(p, int(end - p < kBatch ? end - p : kBatch), int32_t(tile), z);

@@ -26,7 +26,7 @@ struct ProductTile {
 
   int64_t tiles() const { return parts(p.rows, kRows) * parts(p.cols, kCols); }
 
-  void operator()(int64_t tile) const {
+  void operator()(int, int64_t tile) const {
     const int64_t across = parts(p.cols, kCols);
     const int64_t row = tile / across * kRows, col = tile % across * kCols;
     const int64_t end = row + kRows < p.rows ? row + kRows : p.rows;

@@ -31,7 +31,7 @@ struct FilterTile {
   }
 
   // One tile of queries of one image, with all keys.
-  void operator()(int64_t item) const {
+  void operator()(int, int64_t item) const {
     const int64_t tiles = f.queries.points / kTile, key_tiles = f.keys.points / kTile;
     const int64_t image = item / tiles, tile = item % tiles;
     const T* x = of(f.queries.features, image * f.dims * f.queries.points + tile * kTile);

@@ -107,13 +107,15 @@ template <class T>
 void forward_pixels(const Where& where, const ForwardTables<Acc<T>>& t, const T* input, T* output) {
   const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, out_row = int64_t(t.g.x.out) * t.g.inner;
   const int64_t height = t.g.y.out;
-  parallel_chunks(where, t.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = i % height;
-      const T* plane = input + i / height * t.g.y.in * in_row;
-      blend_pixels<T>(t, plane + t.y.position[y] * in_row,
-                      plane + t.y.position[height + y] * in_row, t.y.weight[y],
-                      t.y.weight[height + y], output + i * out_row);
+  parallel_chunks(where, t.g.planes * height, [&](int, Pieces& pieces) {
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) {
+        const int64_t y = i % height;
+        const T* plane = input + i / height * t.g.y.in * in_row;
+        blend_pixels<T>(t, plane + t.y.position[y] * in_row,
+                        plane + t.y.position[height + y] * in_row, t.y.weight[y],
+                        t.y.weight[height + y], output + i * out_row);
+      }
     }
   });
 }
@@ -131,28 +133,30 @@ void forward_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* i
   using A = Acc<T>;
   const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, out_row = int64_t(t.g.x.out) * t.g.inner;
   const int64_t height = t.g.y.out;
-  parallel_chunks(where, t.g.planes * height, [&](int64_t thread, int64_t begin, int64_t end) {
-    A* rows = t.rows + thread * K * t.row_stride();
-    A* widened = t.widened + thread * t.widened_stride();
+  parallel_chunks(where, t.g.planes * height, [&](int worker, Pieces& pieces) {
+    A* rows = t.rows + worker * K * t.row_stride();
+    A* widened = t.widened + worker * t.widened_stride();
     int64_t held[K];
     for (int k = 0; k < K; ++k) held[k] = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t plane = i / height, y = i % height;
-      const A* tap_row[K];
-      A weight[K];
-      for (int k = 0; k < K; ++k) {
-        const int64_t source = plane * t.g.y.in + t.y.position[k * height + y];
-        // The taps are at most K neighbouring rows, so no two share a slot.
-        const int slot = int(t.y.position[k * height + y] % K);
-        A* row = rows + slot * t.row_stride();
-        if (held[slot] != source) {
-          along_width<A, K>(t, widen_row(input + source * in_row, in_row, widened), row);
-          held[slot] = source;
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) {
+        const int64_t plane = i / height, y = i % height;
+        const A* tap_row[K];
+        A weight[K];
+        for (int k = 0; k < K; ++k) {
+          const int64_t source = plane * t.g.y.in + t.y.position[k * height + y];
+          // The taps are at most K neighbouring rows, so no two share a slot.
+          const int slot = int(t.y.position[k * height + y] % K);
+          A* row = rows + slot * t.row_stride();
+          if (held[slot] != source) {
+            along_width<A, K>(t, widen_row(input + source * in_row, in_row, widened), row);
+            held[slot] = source;
+          }
+          tap_row[k] = row;
+          weight[k] = t.y.weight[k * height + y];
         }
-        tap_row[k] = row;
-        weight[k] = t.y.weight[k * height + y];
+        blend<T, K>(tap_row, weight, output + i * out_row, out_row);
       }
-      blend<T, K>(tap_row, weight, output + i * out_row, out_row);
     }
   });
 }
@@ -162,23 +166,25 @@ template <class T>
 void copy_rows(const Where& where, const ForwardTables<Acc<T>>& t, const T* input, T* output) {
   const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, width = t.g.x.out, inner = t.g.inner;
   const int64_t out_row = width * inner, height = t.g.y.out;
-  parallel_chunks(where, t.g.planes * height, [&](int64_t, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t plane = i / height, y = i % height;
-      T* out = output + i * out_row;
-      if (i > begin && y > 0 && t.y.position[y] == t.y.position[y - 1]) {
-        memcpy(out, out - out_row, size_t(out_row) * sizeof(T));
-        continue;
-      }
-      const T* row = input + (plane * t.g.y.in + t.y.position[y]) * in_row;
-      if (t.g.x.kind == kIdentity) {
-        memcpy(out, row, size_t(out_row) * sizeof(T));
-      } else if (inner == 1) {
+  parallel_chunks(where, t.g.planes * height, [&](int, Pieces& pieces) {
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) {
+        const int64_t plane = i / height, y = i % height;
+        T* out = output + i * out_row;
+        if (i > pieces.begin && y > 0 && t.y.position[y] == t.y.position[y - 1]) {
+          memcpy(out, out - out_row, size_t(out_row) * sizeof(T));
+          continue;
+        }
+        const T* row = input + (plane * t.g.y.in + t.y.position[y]) * in_row;
+        if (t.g.x.kind == kIdentity) {
+          memcpy(out, row, size_t(out_row) * sizeof(T));
+        } else if (inner == 1) {
 #pragma GCC ivdep
-        for (int64_t x = 0; x < width; ++x) out[x] = row[t.x.position[x]];
-      } else {
-        for (int64_t x = 0; x < width; ++x) {
-          memcpy(out + x * inner, row + t.x.position[x] * inner, size_t(inner) * sizeof(T));
+          for (int64_t x = 0; x < width; ++x) out[x] = row[t.x.position[x]];
+        } else {
+          for (int64_t x = 0; x < width; ++x) {
+            memcpy(out + x * inner, row + t.x.position[x] * inner, size_t(inner) * sizeof(T));
+          }
         }
       }
     }
@@ -423,25 +429,27 @@ void backward_rows(const Where& where, const BackwardTables<Acc<T>>& t, const T*
   const int64_t in_row = int64_t(t.g.x.in) * t.g.inner, out_row = int64_t(t.g.x.out) * t.g.inner;
   const int64_t height = t.g.y.in;
   const int step = t.g.inner == 1 ? t.step() : 0;
-  parallel_chunks(where, t.g.planes * height, [&](int64_t thread, int64_t begin, int64_t end) {
-    Acc<T>* sums = t.sums + thread * t.row_stride();
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t j = i % height;
-      if (t.y.offset[j + 1] == t.y.offset[j]) {  // no output reads it
-        memset(grad_input + i * in_row, 0, size_t(in_row) * sizeof(T));
-        continue;
+  parallel_chunks(where, t.g.planes * height, [&](int worker, Pieces& pieces) {
+    Acc<T>* sums = t.sums + worker * t.row_stride();
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) {
+        const int64_t j = i % height;
+        if (t.y.offset[j + 1] == t.y.offset[j]) {  // no output reads it
+          memset(grad_input + i * in_row, 0, size_t(in_row) * sizeof(T));
+          continue;
+        }
+        const T* grad = grad_output + i / height * t.g.y.out * out_row;
+        if (t.taps == 1 && t.g.inner > 1) {
+          gather_pixels<T>(t, grad, j, grad_input + i * in_row);
+          continue;
+        }
+        if (t.sparse && t.y.offset[j + 1] - t.y.offset[j] == 1) {
+          scatter_row<T>(t, grad + t.y.begin[j] * out_row, grad_input + i * in_row);
+          continue;
+        }
+        along_height<T>(t, grad, j, sums);
+        gather_row(t, step, sums, grad_input + i * in_row);
       }
-      const T* grad = grad_output + i / height * t.g.y.out * out_row;
-      if (t.taps == 1 && t.g.inner > 1) {
-        gather_pixels<T>(t, grad, j, grad_input + i * in_row);
-        continue;
-      }
-      if (t.sparse && t.y.offset[j + 1] - t.y.offset[j] == 1) {
-        scatter_row<T>(t, grad + t.y.begin[j] * out_row, grad_input + i * in_row);
-        continue;
-      }
-      along_height<T>(t, grad, j, sums);
-      gather_row(t, step, sums, grad_input + i * in_row);
     }
   });
 }

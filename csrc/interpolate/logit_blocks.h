@@ -24,9 +24,9 @@ struct LogitTables {
   ScalarType type;  // of the logits
   int taps;
   TapTable<A> y_taps, x_taps;
-  A* rows;   // [threads, taps, classes, row_stride]
-  A* line;   // [threads, in width]
-  A* block;  // [threads, classes, kPixelBlock]
+  A* rows;   // [workers, taps, classes, row_stride]
+  A* line;   // [workers, in width]
+  A* block;  // [workers, classes, kPixelBlock]
 
   // Call: an ArgmaxCall or a LossCall.
   template <class Call>
@@ -83,11 +83,11 @@ class LogitBlocks {
  public:
   static constexpr int64_t kBlock = LogitTables<A>::kPixelBlock;
 
-  LogitBlocks(const LogitTables<A>& tables, int64_t thread)
+  LogitBlocks(const LogitTables<A>& tables, int64_t worker)
       : t_(tables),
-        rows_(t_.rows + thread * t_.rows_stride()),
-        line_(t_.line + thread * t_.line_stride()),
-        block_(t_.block + thread * t_.block_stride()) {}
+        rows_(t_.rows + worker * t_.rows_stride()),
+        line_(t_.line + worker * t_.line_stride()),
+        block_(t_.block + worker * t_.block_stride()) {}
 
   // A line of the input's width that the caller may use.
   A* line() const { return line_; }

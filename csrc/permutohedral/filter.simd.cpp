@@ -49,7 +49,7 @@ template <class T>
 struct PackTile {
   PackBlock<T, 1> row;
 
-  void operator()(int64_t tile) const {
+  void operator()(int, int64_t tile) const {
     const int64_t points = tile_points(row.grid);
     if (tile_has_gaps(row.grid, tile)) {
       memset(row.rows + tile * points * row.width, 0, sizeof(T) * points * row.width);
@@ -112,7 +112,7 @@ template <class T>
 struct UnpackTile {
   UnpackRow<T, 1> row;
 
-  void operator()(int64_t tile) const {
+  void operator()(int, int64_t tile) const {
     const Strided& t = row.target;
     for_strips(row.grid, tile, [&](int64_t position, const ImagePoint& at, int64_t n) {
       const T* rows = row.rows + position * row.width;
@@ -154,12 +154,14 @@ void splat_rows(const Where& where, const Lattice& l, const FilterBuffers& b) {
   const int blocks = b.width * int(sizeof(T)) / int(sizeof(V));
   const int64_t points = tile_points(l.grid);
   const V* rows = static_cast<const V*>(b.rows);
+  const V one = V{} + T(1);
   const T* scale = static_cast<const T*>(b.scale_in);
-  parallel_tiles(where, tile_count(l.grid), [&](int64_t tile) {
+  parallel_tiles(where, tile_count(l.grid), [&](int, int64_t tile) {
     TilePairs<T, V> pairs(l, static_cast<V*>(b.pairs), int32_t(tile), blocks);
     pairs.clear();
     for (int64_t p = tile * points; p < (tile + 1) * points; ++p) {
-      pairs.template add<0>(p, rows + p * blocks, scale != nullptr ? scale[p] : T(1));
+      const V* row = rows != nullptr ? rows + p * blocks : &one;
+      pairs.template add<0>(p, row, scale != nullptr ? scale[p] : T(1));
     }
   });
   merge_and_blur<T, V>(where, l, static_cast<const V*>(b.pairs), static_cast<V*>(b.vertices),

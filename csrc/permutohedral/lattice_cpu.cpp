@@ -56,15 +56,15 @@ class TileKeys {
 
 // One tile: records and weights of its points, and its pairs, each as an entry that has its key.
 template <class T, int D>
-void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embed, int32_t tile) {
+void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embed, int worker,
+                int32_t tile) {
   const Dims<D> n = embed.n;
   const int words = record_size(n);
   const int64_t points = tile_points(l.grid);
   const int64_t begin = tile * points;
   int32_t* entries = l.pair_vertex + begin * (n + 1);
-  const int thread = thread_index();
-  TileKeys<D> keys(n, b.tile_slots + int64_t(thread) * b.tile_capacity, b.tile_capacity,
-                   b.tile_keys + thread * points * (n + 1) * (n + 1));
+  TileKeys<D> keys(n, b.tile_slots + int64_t(worker) * b.tile_capacity, b.tile_capacity,
+                   b.tile_keys + worker * points * (n + 1) * (n + 1));
   const ImagePoint corner = point_of(l.grid, begin);
   const int64_t left = l.grid.width - corner.point % l.grid.width;
   const int64_t below = l.grid.height - corner.point / l.grid.width;
@@ -98,7 +98,14 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
 void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
   const int32_t tiles = tile_count(l.grid);
   embed_points(l, b, is_double, [&](const auto& f) {
-    parallel_tiles(where, tiles, [&](int64_t tile) { embed_tile(l, b, f, int32_t(tile)); });
+    parallel_pieces(where, tiles, tiles, true, [&](int worker, Pieces& pieces) {
+      memset(b.tile_slots + int64_t(worker) * b.tile_capacity, 0,
+             sizeof(*b.tile_slots) * b.tile_capacity);
+      while (pieces.next()) {
+        for (int64_t tile = pieces.begin; tile < pieces.end; ++tile)
+          embed_tile(l, b, f, worker, int32_t(tile));
+      }
+    });
   });
   l.tile_start[0] = 0;
   for (int32_t t = 0; t < tiles; ++t) l.tile_start[t + 1] += l.tile_start[t];
@@ -131,7 +138,7 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
   const auto pairs_of = [&](int64_t tile) { return l.tile_start[tile + 1] - l.tile_start[tile]; };
   const KeyTable table = key_table(l, b);
   with_dims(l.dims, [&](auto n) {
-    parallel_tiles(where, count, [&](int64_t tile) {
+    parallel_tiles(where, count, [&](int, int64_t tile) {
       const int32_t* entries = tile_vertices(l, int32_t(tile));
       const int32_t image = int32_t(tile / tiles_per_image(l.grid));
       for (int32_t i = 0; i < pairs_of(tile); ++i) {
@@ -143,7 +150,7 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
     });
   });
   number_vertices(l, b);
-  parallel_tiles(where, count, [&](int64_t tile) {
+  parallel_tiles(where, count, [&](int, int64_t tile) {
     int32_t* vertices = l.pair_vertex + tile * tile_points(l.grid) * (l.dims + 1);
     for (int32_t i = 0; i < pairs_of(tile); ++i)
       vertices[i] = b.vertex_of_slot[b.slot_of[l.tile_start[tile] + i]];

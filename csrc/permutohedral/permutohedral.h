@@ -11,7 +11,7 @@
 namespace segkernels {
 
 struct FilterBuffers {
-  const void* rows;      // [positions, width] values
+  const void* rows;      // [positions, width] values; null: 1, if width is 1, on the CPU
   const void* scale_in;  // [positions] or null
   void* pairs;           // [pair_bound, width]
   void* vertices;        // [vertex_bound, width]: output

@@ -363,7 +363,7 @@ void pool_grad_rows(const Where& where, const Windows& w, const PoolGradBuffers&
     } else if constexpr (sizeof(T) >= 4) {
       scatter_planes<T, P, true>(where, w, grad, positions, out, nullptr, name);
     } else {
-      scatter_sums(where, w, grad, positions, out, b.sums, name);
+      scatter_sums(where, w, grad, positions, out, b.sums);
     }
   });
 }

@@ -69,24 +69,22 @@ void scatter_planes(const Where& where, const Windows& w, const T* input, const 
 // As scatter_planes with kSum, in a float plane of each thread, rounded once at the end.
 template <class T, class P>
 void scatter_sums(const Where& where, const Windows& w, const T* input, const P* positions,
-                  T* output, float* sums, const char* name) {
+                  T* output, float* sums) {
   const CodeDecoder decoder(w);
   const int64_t places = int64_t(w.full[0]) * w.full[1];
   const int64_t sources = int64_t(w.pooled[0]) * w.pooled[1];
-  const int64_t threads = cpu_threads(where);
-  parallel_for(
-      where, threads,
-      [&](int64_t thread) {
-        float* __restrict plane = sums + thread * places;
-        for (int64_t i = thread; i < w.planes; i += threads) {
-          const T* __restrict values = input + i * sources;
-          memset(plane, 0, sizeof(float) * places);
-          each_place(w, decoder, 0, w.pooled[0], positions + i * sources, nullptr,
-                     [&](int64_t from, int64_t place) { plane[place] += widen_one(values[from]); });
-          narrow_line(plane, output + i * places, places);
-        }
-      },
-      name);
+  parallel_chunks(where, w.planes, [&](int worker, Pieces& pieces) {
+    float* __restrict plane = sums + worker * places;
+    while (pieces.next()) {
+      for (int64_t i = pieces.begin; i < pieces.end; ++i) {
+        const T* __restrict values = input + i * sources;
+        memset(plane, 0, sizeof(float) * places);
+        each_place(w, decoder, 0, w.pooled[0], positions + i * sources, nullptr,
+                   [&](int64_t from, int64_t place) { plane[place] += widen_one(values[from]); });
+        narrow_line(plane, output + i * places, places);
+      }
+    }
+  });
 }
 
 // Bytes that one task of scatter_channels writes.

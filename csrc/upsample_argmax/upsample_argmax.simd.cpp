@@ -41,22 +41,24 @@ void confidence_of(const A* block, int32_t classes, const A* best, A* out) {
 template <class A>
 void argmax_rows(const Where& where, const LogitTables<A>& t, const ArgmaxCall& call) {
   constexpr int64_t kBlock = LogitTables<A>::kPixelBlock;
-  parallel_chunks(where, t.batch * t.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
-    LogitBlocks<A> source(t, thread);
+  parallel_chunks(where, t.batch * t.y.out, [&](int worker, Pieces& pieces) {
+    LogitBlocks<A> source(t, worker);
     A best[kBlock], confidence[kBlock];
     int32_t label[kBlock];
-    for (int64_t row = begin; row < end; ++row) {
-      source.move_to(row / t.y.out, int32_t(row % t.y.out));
-      for (int64_t x = 0; x < t.x.out; x += kBlock) {
-        const A* block = source.block(x);
-        const int64_t n = t.x.out - x < kBlock ? t.x.out - x : kBlock;
-        best_of(block, t.classes, best, label);
-        for (int64_t i = 0; i < n; ++i)
-          store_label(call.labels, call.label_type, row * t.x.out + x + i, label[i]);
-        if (call.confidence == nullptr) continue;
-        confidence_of(block, t.classes, best, confidence);
-        A* out = static_cast<A*>(call.confidence) + row * t.x.out + x;
-        for (int64_t i = 0; i < n; ++i) out[i] = confidence[i];
+    while (pieces.next()) {
+      for (int64_t row = pieces.begin; row < pieces.end; ++row) {
+        source.move_to(row / t.y.out, int32_t(row % t.y.out));
+        for (int64_t x = 0; x < t.x.out; x += kBlock) {
+          const A* block = source.block(x);
+          const int64_t n = t.x.out - x < kBlock ? t.x.out - x : kBlock;
+          best_of(block, t.classes, best, label);
+          for (int64_t i = 0; i < n; ++i)
+            store_label(call.labels, call.label_type, row * t.x.out + x + i, label[i]);
+          if (call.confidence == nullptr) continue;
+          confidence_of(block, t.classes, best, confidence);
+          A* out = static_cast<A*>(call.confidence) + row * t.x.out + x;
+          for (int64_t i = 0; i < n; ++i) out[i] = confidence[i];
+        }
       }
     }
   });

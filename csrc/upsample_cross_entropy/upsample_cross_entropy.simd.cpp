@@ -74,23 +74,25 @@ void forward_rows(const Where& where, const LossTables<A>& tables, const P& loss
   const LogitTables<A>& l = tables.logits;
   A* kept = static_cast<A*>(to.kept);
   A* losses = static_cast<A*>(to.losses);
-  parallel_chunks(where, l.batch * l.y.out, [&](int64_t thread, int64_t begin, int64_t end) {
-    LogitBlocks<A> source(l, thread);
+  parallel_chunks(where, l.batch * l.y.out, [&](int worker, Pieces& pieces) {
+    LogitBlocks<A> source(l, worker);
     A out[kBlock], weight[kBlock];
-    for (int64_t row = begin; row < end; ++row) {
-      source.move_to(row / l.y.out, int32_t(row % l.y.out));
-      double total = 0, weights = 0;
-      for (int64_t x = 0; x < l.x.out; x += kBlock) {
-        const int64_t n = l.x.out - x < kBlock ? l.x.out - x : kBlock;
-        losses_of(loss, source.block(x), row * l.x.out + x, n, kept, out, weight);
-        for (int64_t i = 0; i < n; ++i) {
-          total += double(out[i]);
-          weights += double(weight[i]);
+    while (pieces.next()) {
+      for (int64_t row = pieces.begin; row < pieces.end; ++row) {
+        source.move_to(row / l.y.out, int32_t(row % l.y.out));
+        double total = 0, weights = 0;
+        for (int64_t x = 0; x < l.x.out; x += kBlock) {
+          const int64_t n = l.x.out - x < kBlock ? l.x.out - x : kBlock;
+          losses_of(loss, source.block(x), row * l.x.out + x, n, kept, out, weight);
+          for (int64_t i = 0; i < n; ++i) {
+            total += double(out[i]);
+            weights += double(weight[i]);
+          }
+          if (losses != nullptr) memcpy(losses + row * l.x.out + x, out, size_t(n) * sizeof(A));
         }
-        if (losses != nullptr) memcpy(losses + row * l.x.out + x, out, size_t(n) * sizeof(A));
+        tables.partial[2 * row] = total;
+        tables.partial[2 * row + 1] = weights;
       }
-      tables.partial[2 * row] = total;
-      tables.partial[2 * row + 1] = weights;
     }
   });
 }
@@ -159,7 +161,7 @@ template <class A, class P>
 class GradientRows {
  public:
   GradientRows(const LossTables<A>& tables, const P& loss, const LossCall& call,
-               const LossGradient& g, int64_t thread)
+               const LossGradient& g, int worker)
       : tables_(tables),
         l_(tables.logits),
         loss_(loss),
@@ -167,30 +169,35 @@ class GradientRows {
         kept_(static_cast<const A*>(g.kept)),
         totals_(static_cast<const A*>(g.totals)),
         scale_of_{call.reduction, static_cast<const A*>(g.grad), totals_},
-        source_(l_, thread),
-        sums_(tables.sums + thread * l_.rows_stride()) {
-    memset(sums_, 0, size_t(l_.rows_stride()) * sizeof(A));
-  }
+        source_(l_, worker),
+        sums_(tables.sums + worker * l_.rows_stride()) {}
 
-  // Rows [first, last) of one image's gradient.
+  // Rows [first, last) of one image's gradient. Continues the sums of the call before if that ended
+  // at `first`.
   void rows(int64_t image, int32_t first, int32_t last) {
+    if (image != image_ || first != row_) {
+      memset(sums_, 0, size_t(l_.rows_stride()) * sizeof(A));
+      y_ = tables_.y_begin[first];
+    }
     int32_t next = first;
     const auto flush_before = [&](int32_t y) {
       for (; next < last && tables_.y_end[next] <= y; ++next) flush(image, next);
     };
-    for (int32_t y = tables_.y_begin[first]; y < tables_.y_end[last - 1]; ++y) {
-      flush_before(y);
-      source_.move_to(image, y);
-      for (int64_t x = 0; x < l_.x.out; x += kBlock) add_block(image, y, x, first, last);
+    for (; y_ < tables_.y_end[last - 1]; ++y_) {
+      flush_before(y_);
+      source_.move_to(image, y_);
+      for (int64_t x = 0; x < l_.x.out; x += kBlock) add_block(image, y_, x, first);
     }
     flush_before(l_.y.out);
+    image_ = image;
+    row_ = last;
   }
 
  private:
-  // At most `taps` neighbouring rows are being summed at a time.
+  // At most `taps` neighbouring rows are being summed at a time, among them rows beyond `last`.
   A* sums_of(int32_t row) const { return sums_ + (row % l_.taps) * l_.classes * l_.row_stride(); }
 
-  void add_block(int64_t image, int32_t y, int64_t x, int32_t first, int32_t last) {
+  void add_block(int64_t image, int32_t y, int64_t x, int32_t first) {
     const int64_t n = l_.x.out - x < kBlock ? l_.x.out - x : kBlock;
     const int64_t pixel = (image * l_.y.out + y) * l_.x.out + x;
     A* block = source_.block(x);
@@ -198,7 +205,7 @@ class GradientRows {
     const int taps = l_.y.kind == kIdentity ? 1 : l_.taps;
     for (int k = 0; k < taps; ++k) {
       const int32_t row = l_.y_taps.position[int64_t(k) * l_.y.out + y];
-      if (row < first || row >= last) continue;
+      if (row < first) continue;
       const A weight = l_.y_taps.weight[int64_t(k) * l_.y.out + y];
       A* sums = sums_of(row) + x;
       for (int32_t c = 0; c < l_.classes; ++c, sums += l_.row_stride()) {
@@ -241,22 +248,26 @@ class GradientRows {
   PixelScale<A> scale_of_;
   LogitBlocks<A> source_;
   A* sums_;
+  // Where the next call may continue: a row of logits, and the output row that comes next.
+  int64_t image_ = -1;
+  int32_t row_ = 0, y_ = 0;
 };
 
 template <class A, class P>
 void backward_rows(const Where& where, const LossTables<A>& tables, const P& loss,
                    const LossCall& call, const LossGradient& g) {
   const int64_t height = tables.logits.y.in;
-  parallel_chunks(
-      where, tables.logits.batch * height, [&](int64_t thread, int64_t begin, int64_t end) {
-        GradientRows<A, P> work(tables, loss, call, g, thread);
-        for (int64_t row = begin; row < end;) {
-          const int64_t image = row / height;
-          const int64_t stop = (image + 1) * height < end ? (image + 1) * height : end;
-          work.rows(image, int32_t(row - image * height), int32_t(stop - image * height));
-          row = stop;
-        }
-      });
+  parallel_chunks(where, tables.logits.batch * height, [&](int worker, Pieces& pieces) {
+    GradientRows<A, P> work(tables, loss, call, g, worker);
+    while (pieces.next()) {
+      for (int64_t row = pieces.begin; row < pieces.end;) {
+        const int64_t image = row / height;
+        const int64_t stop = (image + 1) * height < pieces.end ? (image + 1) * height : pieces.end;
+        work.rows(image, int32_t(row - image * height), int32_t(stop - image * height));
+        row = stop;
+      }
+    }
+  });
 }
 
 }  // namespace SK_ISA

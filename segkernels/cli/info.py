@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from segkernels import _native
+from segkernels import _native, _threads
 from segkernels._version import __version__
 from segkernels.ops import _registry
 
@@ -63,6 +63,8 @@ def collect() -> dict[str, Any]:
             "torch_hip": torch.version.hip,
             "driver_cuda": _driver_cuda(),
             "torch_threads": torch.get_num_threads(),
+            "usable_cores": _threads.usable_cores(),
+            "threads": _threads.num_threads(),
         },
         "native": native,
         "devices": devices,
@@ -99,7 +101,6 @@ def _native_info() -> dict[str, Any]:
         "cuda": None,
         "cuda_missing": None,
         "arches": [],
-        "openmp": None,
         "simd": [],
     }
     if not _native.problem():
@@ -116,8 +117,6 @@ def _left_out(built: dict[str, Any]) -> dict[str, str]:
         parts["CUDA"] = str(built["cuda_missing"]).partition("\n")[0].removesuffix(". Searched:")
     elif not _native.C().has_sm90a:
         parts["Hopper kernels"] = "9.0 is not among the architectures"
-    if built["openmp"] is None:
-        parts["OpenMP"] = "the compiler has none"
     if built["simd"] == ["base"] and platform.machine().lower() in ("x86_64", "amd64"):
         parts["AVX2 and AVX-512"] = "the compiler does not accept their options"
     return parts
@@ -193,14 +192,6 @@ def _problems(native: dict[str, Any], devices: list[dict[str, Any]]) -> list[Pro
     found = []
     if native["problem"]:
         found.append(Problem("native code", native["problem"], "nothing works without it"))
-    elif native["openmp"] is None:
-        found.append(
-            Problem(
-                "CPU threads",
-                "the compiler had no OpenMP, so CPU functions use one core",
-                "build with a compiler that has it (CXX=g++-14 pip install . on macOS: brew's gcc)",
-            )
-        )
     found += _cuda_problems(native, devices)
     if sys.platform == "linux" and _versions()["triton"] is None:
         found.append(Problem("Triton kernels", "triton is not installed", "pip install triton"))
@@ -259,6 +250,8 @@ def render(info: dict[str, Any], console: Console) -> None:
     rows = {name: version or "not installed" for name, version in info["versions"].items()}
     rows["torch"] += f" ({torch_cuda})"
     rows |= {"system": system["platform"], "installed in": system["segkernels"]}
+    setting = f"torch's setting {system['torch_threads']}, usable cores {system['usable_cores']}"
+    rows["CPU threads"] = f"{system['threads']} ({setting})"
     console.print(_pairs(rows | _native_rows(info)))
     devices = _table("device", "name", "capability", "usable")
     for device in info["devices"]:
@@ -285,12 +278,10 @@ def _native_rows(info: dict[str, Any]) -> dict[str, str]:
     if native["problem"]:
         return {"_C": f"does not load: {native['problem']}"}
     cuda = f"{native['cuda']}, for {', '.join(native['arches'])}"
-    threads = f"{native['openmp']}, {info['system']['torch_threads']} threads"
     left_out = "; ".join(f"{part} ({why})" for part, why in native["left_out"].items())
     rows = {
         "compiler": native["compiler"],
         "CUDA": cuda if native["cuda"] else "",
-        "OpenMP": threads if native["openmp"] else "",
         "SIMD": ", ".join(native["simd"]),
         "left out": left_out,
     }

@@ -573,3 +573,21 @@ def test_forward_mode_with_respect_to_values(normalization: Any, device: str) ->
                 (features,),
                 (features,),
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_same_bits_with_and_without_gradients(dtype):
+    # Without gradients, native code divides by the sums of weights.
+    values, features = normal(2, 3, 700, dtype=dtype), normal(2, 5, 700, dtype=dtype)
+    queries = normal(2, 5, 300, dtype=dtype)
+    queries[0, 0, 7] = 1e4  # no key is near
+    values[1, 2, 5] = torch.inf  # the channel is not finite
+    for query_features in (None, queries):
+        plain = gaussian_filter(values, features, query_features=query_features)
+        with_grad = gaussian_filter(
+            values.clone().requires_grad_(), features, query_features=query_features
+        )
+        assert torch.equal(plain.nan_to_num(9), with_grad.nan_to_num(9))
+        assert plain[1, 2].isnan().all()
+        if query_features is not None:
+            assert (plain[0, :, 7] == 0).all()

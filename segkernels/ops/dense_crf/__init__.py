@@ -257,7 +257,7 @@ def infer(
     if compat_gaussian is not None:
         spatial_sigmas = inputs.to_sigmas(sxy_gaussian, len(spatial), "sxy_gaussian", *options)
         compat = inputs.to_compat(compat_gaussian, "compat_gaussian", channels, *options)
-        make = partial(inputs.coordinates, spatial, spatial_sigmas)
+        make = partial(inputs.grid_features, batch, spatial, spatial_sigmas)
         terms.append(_Term(len(spatial), compat, normalization, make))
     if compat_bilateral is not None:
         image = inputs.to_image(img, scores)
@@ -267,9 +267,11 @@ def infer(
 
         def bilateral() -> torch.Tensor:
             known = inputs.sigma_values(srgb, sigmas)
-            colours = inputs.colours(image, sigmas, min(known) if known else 0, warn_of_unit)
-            coordinates = inputs.coordinates(spatial, sxy)
-            return torch.cat([coordinates.expand(batch, -1, -1), colours], dim=1)
+            pixels = inputs.as_tensor(image)
+            doubt = values.doubtful_unit(pixels, min(known) if known else 0)
+            if doubt:
+                warn_of_unit(doubt)
+            return inputs.grid_features(batch, spatial, sxy, pixels, sigmas)
 
         features_given["img"] = img
         terms.append(_Term(len(spatial) + image.shape[1], compat, normalization, bilateral))

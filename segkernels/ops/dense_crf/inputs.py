@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -12,8 +12,13 @@ import torch
 
 from segkernels import _status
 from segkernels.ops import _arguments, _dtypes
-from segkernels.ops._operator import can_read_values, match_dtype_and_layout
-from segkernels.ops.dense_crf import values
+from segkernels.ops._operator import (
+    can_read_values,
+    match_dtype_and_layout,
+    needs_dispatcher,
+    wants_grad,
+)
+from segkernels.ops.dense_crf import native, values
 from segkernels.ops.dense_crf.product import spread
 from segkernels.ops.permutohedral.native import NORMALIZATIONS
 
@@ -166,35 +171,42 @@ def coordinates(spatial: Sequence[int], sigmas: torch.Tensor) -> torch.Tensor:
     return torch.cat(axes, dim=1)
 
 
-def colours(
-    image: torch.Tensor | Array,
-    sigmas: torch.Tensor,
-    smallest: float,
-    warn_of_unit: Callable[[str], None],
+def grid_features(
+    batch: int,
+    spatial: Sequence[int],
+    sxy: torch.Tensor,
+    image: torch.Tensor | None = None,
+    srgb: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Channels of an image (B, n, *spatial) divided by their sigmas: (B, n, N).
+    """Coordinates divided by `sxy`, then the image's channels divided by `srgb`: (B, d, N).
 
     Args:
-        image: (B, n, *spatial).
-        sigmas: (n,).
-        smallest: of the sigmas, 0 if it is not known.
-        warn_of_unit: is called with a warning if the sigmas are in another unit than the image.
+        batch: B.
+        spatial: sizes of the grid.
+        sxy: (len(spatial),).
+        image: (B, n, *spatial), any dtype.
+        srgb: (n,).
     """
-    tensor = _arguments.from_numpy(image) if isinstance(image, np.ndarray) else image
-    doubt = values.doubtful_unit(tensor, smallest)
-    if doubt:
-        warn_of_unit(doubt)
-    flat = flat_features(tensor, sigmas.dtype, sigmas.device)
-    return flat / spread(sigmas, flat.shape[2])
+    given = (sxy,) if image is None or srgb is None else (sxy, image, srgb)
+    if all(t.is_cpu for t in given) and not wants_grad(*given) and not needs_dispatcher(*given):
+        return native.grid_features(batch, spatial, sxy, image, srgb)
+    features = coordinates(spatial, sxy).expand(batch, -1, -1)
+    if image is None or srgb is None:
+        return features
+    flat = flat_features(image, sxy.dtype, sxy.device)
+    return torch.cat([features, flat / spread(srgb, flat.shape[2])], dim=1)
 
 
 def flat_features(
     features: torch.Tensor | Array, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """Return features (B, d, *spatial) as (B, d, N) in `dtype` on `device`."""
-    if isinstance(features, np.ndarray):
-        features = _arguments.from_numpy(features)
-    return features.to(device).to(dtype).flatten(2)
+    return as_tensor(features).to(device).to(dtype).flatten(2)
+
+
+def as_tensor(given: torch.Tensor | Array) -> torch.Tensor:
+    """Return a tensor, or an array as a tensor."""
+    return _arguments.from_numpy(given) if isinstance(given, np.ndarray) else given
 
 
 def to_image(img: Any, scores: torch.Tensor) -> torch.Tensor | Array:

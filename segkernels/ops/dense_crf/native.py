@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from segkernels import _native, _status
+from segkernels.ops import _dtypes
 from segkernels.ops.permutohedral import native as permutohedral
 from segkernels.ops.permutohedral.native import Lattice, Normalization
 
 OP = "dense_crf"
+_IMAGES = {**_dtypes.FLOATING, torch.uint8: 4}  # kUint8 in csrc/dense_crf/features.h
 _BATCH = 16  # points that a CPU thread updates together
 
 
@@ -55,6 +58,34 @@ def native_compat(compat: torch.Tensor, channels: int, width: int, alpha: float)
         out[:channels] = compat * -alpha
     else:
         out[:channels, :channels] = (compat + compat.T) * (-alpha / 2)
+    return out
+
+
+def grid_features(
+    batch: int,
+    spatial: Sequence[int],
+    sxy: torch.Tensor,
+    image: torch.Tensor | None,
+    srgb: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the features of `inputs.grid_features`, on the CPU and outside autograd."""
+    axes, channels = len(spatial), 0 if image is None else image.shape[1]
+    out = sxy.new_empty((batch, axes + channels, math.prod(spatial)))
+    if image is not None and image.dtype not in _IMAGES:
+        image = image.to(sxy.dtype)
+    _native.C().grid_features(
+        _native.where(sxy),
+        batch,
+        list(spatial),
+        sxy.contiguous(),
+        image,
+        _IMAGES[sxy.dtype if image is None else image.dtype],
+        [] if image is None else list(image.stride()),
+        channels,
+        None if srgb is None else srgb.contiguous(),
+        out,
+        sxy.dtype == torch.float64,
+    )
     return out
 
 

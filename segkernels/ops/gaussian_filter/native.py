@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from segkernels import _native
 from segkernels.ops.gaussian_filter.points import TILE, Points
+
+
+class Values(NamedTuple):
+    """Sorted values, with 0 for those that are not finite.
+
+    Attributes:
+        sorted: (B, P, C) rows, or (B, C, P).
+        not_finite: (B, C, 1) bool, channels with a value that is not finite.
+    """
+
+    sorted: torch.Tensor
+    not_finite: torch.Tensor
 
 
 def apply(queries: Points, keys: Points, rows: torch.Tensor, reach: float) -> torch.Tensor:
@@ -22,6 +37,68 @@ def query_gradient(
     `a` is (B, C, P_queries); `b` are rows, (B, P_keys, C).
     """
     return _run(queries, keys, a.contiguous(), b, reach, torch.empty_like(queries.features))
+
+
+def sort_values(
+    points: Points, values: torch.Tensor, rows: bool, least_sum: float | None = None
+) -> Values:
+    """Sort (B, C, N) values, with the result of `Points.rows` or `Points.sorted`.
+
+    With `least_sum`, a channel of ones is appended.
+    """
+    values = values.contiguous()
+    batch, channels, _ = values.shape
+    padded, total = points.features.shape[2], channels + (least_sum is not None)
+    out = values.new_empty((batch, padded, total) if rows else (batch, total, padded))
+    not_finite = points.invalid.new_empty((batch, channels, 1))
+    strides = (total, 1) if rows else (1, padded)
+    order = points.order.contiguous()
+    _reorder(_native.C().gaussian_sort, points, strides, order, not_finite, values, out, least_sum)
+    return Values(out, not_finite)
+
+
+def unsort_values(
+    points: Points,
+    values: torch.Tensor,
+    not_finite: torch.Tensor,
+    least_sum: float | None = None,
+) -> torch.Tensor:
+    """Return sorted (B, C, P) values in the original order (B, C, N), NaN if not finite.
+
+    With `least_sum`, the last channel holds sums of weights, by which the others are divided; where
+    a sum is less, they become 0.
+    """
+    channels = values.shape[1] - (least_sum is not None)
+    out = values.new_empty((values.shape[0], channels, points.count))
+    strides = (1, values.shape[2])
+    flags = not_finite.expand(-1, channels, -1).contiguous()
+    order = points.inverse
+    _reorder(_native.C().gaussian_unsort, points, strides, order, flags, values, out, least_sum)
+    return out
+
+
+def _reorder(
+    function: Callable[..., None],
+    points: Points,
+    strides: tuple[int, int],
+    index: torch.Tensor,
+    not_finite: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    least_sum: float | None,
+) -> None:
+    function(
+        _native.where(source),
+        (*not_finite.shape[:2], points.count, points.features.shape[2]),
+        strides,
+        index,
+        points.invalid,
+        not_finite,
+        source,
+        target,
+        least_sum,
+        source.dtype == torch.float64,
+    )
 
 
 def _run(

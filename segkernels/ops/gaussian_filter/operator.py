@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from segkernels.ops._operator import Operator
+from segkernels.ops._operator import Operator, wants_grad
 from segkernels.ops.gaussian_filter.plan import Plan, Precision
 
 MIN_WEIGHT_SUM = 1e-30  # where a sum of weights is below this, the result is 0
@@ -156,11 +156,13 @@ def filter_(
         out: torch.Tensor = apply(v, features, query_features, f)
         return out
 
-    ones = torch.ones_like(values[:, :1])
     if normalization == "none":
         return multiply(values)
     if normalization == "after":
-        both = multiply(torch.cat([values, ones], dim=1))
+        constant = not wants_grad(values, features, query_features)
+        if constant and f.plan is not None and f.plan.is_native:
+            return f.plan.apply_native(values, MIN_WEIGHT_SUM)
+        both = multiply(_with_ones(values))
         return _divide(both[:, :-1], both[:, -1:])
     sums = _column_sums(features, query_features, f)
     if normalization == "before":
@@ -168,8 +170,12 @@ def filter_(
     values = _divide(values, sums, root=True)
     if query_features is None:
         return _divide(multiply(values), sums, root=True)
-    both = multiply(torch.cat([values, ones], dim=1))
+    both = multiply(_with_ones(values))
     return _divide(both[:, :-1], both[:, -1:], root=True)
+
+
+def _with_ones(values: torch.Tensor) -> torch.Tensor:
+    return torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
 
 
 def _divide(x: torch.Tensor, sums: torch.Tensor, root: bool = False) -> torch.Tensor:

@@ -73,11 +73,13 @@ class Plan:
         other.precision, other.reach = self.precision, self.reach
         return other
 
-    def _on_cuda(self) -> bool:
-        return _native.on_cuda(self.keys.features.device)
+    @property
+    def is_native(self) -> bool:
+        """Whether native code computes the filter, on the CPU."""
+        return not _native.on_cuda(self.keys.features.device)
 
     def _use_triton(self) -> bool:
-        return self._on_cuda() and self.keys.features.dtype == torch.float32
+        return not self.is_native and self.keys.features.dtype == torch.float32
 
     def share(self, size: int = TILE) -> float:
         """Fraction of the pairs of `size` queries and `TILE` keys that are not skipped."""
@@ -90,11 +92,12 @@ class Plan:
 
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """Multiply values by K: (B, C, N) to (B, C, M)."""
+        points = self.queries, self.keys
+        if self.is_native:
+            return self.apply_native(values)
         values, not_finite = _zero_not_finite(values, self.keys)
-        points, rows = (self.queries, self.keys), self.keys.rows(values)
-        if not self._on_cuda():
-            out = native.apply(*points, rows, self.reach)
-        elif self._use_triton():
+        rows = self.keys.rows(values)
+        if self._use_triton():
             from segkernels.ops.gaussian_filter import triton_kernels
 
             high = self.precision == "high"
@@ -102,6 +105,16 @@ class Plan:
         else:
             out = blocked.apply(*points, rows, self.reach).transpose(1, 2)
         return self._in_order(out, not_finite)
+
+    def apply_native(self, values: torch.Tensor, least_sum: float | None = None) -> torch.Tensor:
+        """As `apply`, on the CPU.
+
+        With `least_sum`, the result is divided by the sums of the weights, and 0 where they are
+        less.
+        """
+        rows, not_finite = native.sort_values(self.keys, values, True, least_sum)
+        out = native.apply(self.queries, self.keys, rows, self.reach)
+        return native.unsort_values(self.queries, out, not_finite, least_sum)
 
     def query_gradient(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Gradient of sum_ij k_ij <a_i, b_j> with respect to the queries: (B, d, M).
@@ -112,14 +125,17 @@ class Plan:
             a: (B, C, M).
             b: (B, C, N).
         """
+        points = self.queries, self.keys
+        if self.is_native:
+            a, not_finite_a = native.sort_values(self.queries, a, False)
+            b, not_finite_b = native.sort_values(self.keys, b, True)
+            out = native.query_gradient(*points, a, b, self.reach)
+            not_finite = (not_finite_a | not_finite_b).any(dim=1, keepdim=True)
+            return native.unsort_values(self.queries, out, not_finite)
         a, not_finite_a = _zero_not_finite(a, self.queries)
         b, not_finite_b = _zero_not_finite(b, self.keys)
-        not_finite = not_finite_a.any(dim=1, keepdim=True) | not_finite_b.any(dim=1, keepdim=True)
-        points, b_rows = (self.queries, self.keys), self.keys.rows(b)
-        if not self._on_cuda():
-            out = native.query_gradient(*points, self.queries.sorted(a), b_rows, self.reach)
-            return self._in_order(out, not_finite)
-        a_rows = self.queries.rows(a)
+        not_finite = (not_finite_a | not_finite_b).any(dim=1, keepdim=True)
+        a_rows, b_rows = self.queries.rows(a), self.keys.rows(b)
         if self._use_triton():
             from segkernels.ops.gaussian_filter import triton_kernels
 

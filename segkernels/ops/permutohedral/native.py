@@ -137,7 +137,7 @@ class Lattice:
 
     def splat(
         self,
-        rows: torch.Tensor,
+        rows: torch.Tensor | None,
         scale: torch.Tensor | None,
         reverse: bool,
         buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
@@ -145,21 +145,22 @@ class Lattice:
         """Splat and blur; return the rows of the vertices.
 
         Args:
-            rows: (positions, width) values.
+            rows: (positions, width) values; None: ones of width 1, on the CPU only.
             scale: (positions,) factors of the rows, or None.
             reverse: blur along the axes in reverse order, for the transposed filter.
             buffers: the workspace from `buffers`; None allocates it.
         """
-        pairs, vertices, scratch = buffers or self.buffers(rows.shape[1])
+        width = 1 if rows is None else rows.shape[1]
+        pairs, vertices, scratch = buffers or self.buffers(width)
         _native.C().lattice_splat(
-            _native.where(rows),
+            _native.where(vertices),
             self.view,
             rows,
             scale,
             pairs,
             vertices,
             scratch,
-            rows.shape[1],
+            width,
             reverse,
             self.double,
         )
@@ -206,7 +207,8 @@ class Lattice:
         key = (root, _native.where(self.features)[1])
         inverse = self._inverse_norms.get(key)
         if inverse is None:
-            ones = torch.ones(self.grid.positions, 1, dtype=self.dtype, device=self.device)
+            cuda = _native.on_cuda(self.device)
+            ones = self.empty((self.grid.positions, 1), self.dtype).fill_(1) if cuda else None
             norm = self.slice(self.splat(ones, None, False), None)
             _native.C().rows_invert_norm(
                 _native.where(norm),
@@ -452,7 +454,7 @@ def _embed(lattice: Lattice, max_vertices: int | None, status: torch.Tensor) -> 
         threads = max(1, where[2])
         _set_fields(
             build,
-            tile_slots=torch.zeros(threads * build.tile_capacity, dtype=i32, device=lattice.device),
+            tile_slots=empty((threads * build.tile_capacity,), i32),
             tile_keys=empty((threads * tile_entries * (lattice.dims + 1),), i32),
         )
         C.lattice_embed(where, view, build, lattice.double)
