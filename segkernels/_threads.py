@@ -16,15 +16,14 @@ import torch
 _REFRESH_SECONDS = 1.0
 
 _forked = False
-_just_forked = False
 _threads_of_child = 1  # of native code in a forked process
 _cores = 1
 _refresh_at = -math.inf
 
 
 def _after_fork() -> None:
-    global _forked, _just_forked
-    _forked = _just_forked = True
+    global _forked, _threads_of_child
+    _forked, _threads_of_child = True, 1
 
 
 if hasattr(os, "register_at_fork"):
@@ -38,19 +37,17 @@ def num_threads() -> int:
 
     libgomp's threads do not survive a fork: the first parallel region of a torch operator in the
     child process waits for them forever. So this function limits torch to one thread in a forked
-    child, where native code continues with the number that torch had: the parent's, or 1 in a
-    DataLoader's worker, or what the child sets later, except 1. Call it before the first torch
-    operator that may run in parallel.
+    child, where native code continues with the number that torch had: the parent's, 1 in a
+    DataLoader's worker, or what the child sets later. That this is 1 after the first call cannot be
+    told from this limit, and has no effect. Call this function before the first torch operator that
+    may run in parallel.
     """
-    global _just_forked, _threads_of_child
+    global _threads_of_child
     threads = torch.get_num_threads()
     if _forked:
         if threads > 1:
             _threads_of_child = threads
             torch.set_num_threads(1)
-        elif _just_forked and torch.utils.data.get_worker_info() is not None:
-            _threads_of_child = 1
-        _just_forked = False
         threads = _threads_of_child
     if threads == 1:
         return 1
@@ -61,8 +58,8 @@ def num_threads() -> int:
 def usable_cores() -> int:
     """Return the number of cores that this process may use; its changes show within a second.
 
-    That is the number of cores in its affinity (`taskset`, Slurm), at most the CPU quota of its
-    cgroups (`docker run --cpus`, Kubernetes' limits), rounded up.
+    That is the number of cores in the affinity of the calling thread (`taskset`, Slurm), at most
+    the CPU quota of the process's cgroups (`docker run --cpus`, Kubernetes' limits), rounded up.
     """
     global _cores, _refresh_at
     now = time.monotonic()

@@ -181,8 +181,9 @@ for compute_first in (False, True):
     queue = context.Queue()
     child = context.Process(target=fork_again, args=(queue, compute_first))
     child.start()
-    for _ in range(2 + compute_first):
-        assert queue.get() == (4, 1, 3)
+    # torch has one thread in a child that has computed, and so have its children.
+    found = [queue.get() for _ in range(2 + compute_first)]
+    assert found == ([(4, 1, 3), (1, 1, 0), (4, 1, 3)] if compute_first else 2 * [(4, 1, 3)])
     child.join()
     assert child.exitcode == 0
 """,

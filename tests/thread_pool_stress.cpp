@@ -28,7 +28,7 @@ void check(bool holds, const char* what) {
   abort();
 }
 
-void run(const void* context, int worker, Pieces& pieces) {
+void run(const void* context, int worker, Pieces& pieces) noexcept {
   Work& work = *const_cast<Work*>(static_cast<const Work*>(context));
   check(0 <= worker && worker < kThreads, "worker in range");
   check(!work.taken[worker].exchange(true), "workers are distinct");

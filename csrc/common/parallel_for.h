@@ -91,7 +91,7 @@ void parallel_pieces(const Where& where, int64_t n, int64_t count, bool is_long,
     Pieces all(n);
     return f(0, all);
   }
-  const auto run = [](const void* context, int worker, Pieces& pieces) {
+  const auto run = [](const void* context, int worker, Pieces& pieces) noexcept {
     (*static_cast<const F*>(context))(worker, pieces);
   };
   if (count > kMostPieces) count = kMostPieces;
@@ -110,10 +110,10 @@ void parallel_for(const Where& where, int64_t n, const F& f, const char*) {
   });
 }
 
-// f(worker, i) for long and uneven items (tiles).
+// f(worker, i) for uneven items (tiles). `is_long`: whether one takes longer than waking a thread.
 template <class F>
-void parallel_tiles(const Where& where, int64_t n, const F& f) {
-  parallel_pieces(where, n, n, true, [&](int worker, Pieces& pieces) {
+void parallel_tiles(const Where& where, int64_t n, bool is_long, const F& f) {
+  parallel_pieces(where, n, n, is_long, [&](int worker, Pieces& pieces) {
     while (pieces.next()) {
       for (int64_t i = pieces.begin; i < pieces.end; ++i) f(worker, i);
     }

@@ -1,19 +1,21 @@
 // A thread pool for loops whose speed must not depend on other processes.
 //
-// The caller of a loop works on it from the start, and does all of it if no one else comes. After a
-// while helpers may join, as long as there is work: a helper that the system does not schedule
-// costs nothing. Each thread has a share of the pieces, neighbours in memory, which it takes from
-// the front; a thread without work takes pieces from the back of the shares of others. So the
-// shares stay in the caches of the same threads from one loop to the next, and uneven work is
-// balanced.
+// The caller of a loop works on it from the start, and does all of it if no one else comes. Helpers
+// may join, from the start or after a while, as long as there is work: a helper that the system
+// does not schedule costs nothing, unless it has taken a piece. Each thread has a share of the
+// pieces, neighbours in memory, which it takes from the front; a thread without work takes pieces
+// from the back of the shares of others. So the shares stay in the caches of the same threads from
+// one loop to the next, and uneven work is balanced.
 //
 // A helper without work, and a caller whose last pieces are still with helpers, spin shortly and
-// then sleep. After a long wait a thread spins half as long the next time: on a busy machine, where
-// the other thread often does not run, threads sleep at once.
+// then sleep. After a long wait a thread spins half as long the next time, after a short one as
+// long as ever: on a busy machine, where the other thread often does not run, threads sleep at
+// once.
 //
 // Helpers start with the first loop that asks for them, serve the loops of all calling threads, and
-// are never joined: they sleep until the process ends, and die with it at any time. A forked child
-// starts with no helpers and an empty pool.
+// are never joined: they sleep until the process ends, and die with it at any time. They keep the
+// affinity of the thread that started them. A forked child starts with no helpers and an empty
+// pool.
 #include "common/thread_pool.h"
 
 #include <pthread.h>
@@ -29,7 +31,7 @@
 namespace segkernels {
 namespace {
 
-constexpr int kMostThreads = 256;
+constexpr int kMostThreads = 256;  // of a loop
 // Loops at the same time that helpers can join. The callers of more loops work alone.
 constexpr int kMostLoops = 32;
 
@@ -83,6 +85,11 @@ struct alignas(64) Share {
 
   void set(uint32_t begin, uint32_t end) {
     range.store(uint64_t(begin) << 32 | end, std::memory_order_relaxed);
+  }
+
+  bool empty() const {
+    const uint64_t now = range.load(std::memory_order_relaxed);
+    return uint32_t(now >> 32) >= uint32_t(now);
   }
 
   // The first piece, or the last, or -1.
@@ -139,6 +146,13 @@ struct Slot {
     return (helpers.load(std::memory_order_acquire) & ~(kAsleep | kClosed)) == 0;
   }
 
+  bool has_pieces() const {
+    for (int i = 0; i < shares; ++i) {
+      if (!share[i].empty()) return true;
+    }
+    return false;
+  }
+
   int64_t take(int worker) {
     for (int i = 0; i < shares; ++i) {
       const int of = worker + i < shares ? worker + i : worker + i - shares;
@@ -173,7 +187,7 @@ class Pool {
   }
 
   void open_if_long(Slot& slot) {
-    if (Clock::now() - slot.start >= kShort) open(slot);
+    if (Clock::now() - slot.start >= kShort && slot.has_pieces()) open(slot);
   }
 
  private:
@@ -237,10 +251,12 @@ class Pool {
   void start_helpers(int wanted) {
     if (started_.load(std::memory_order_relaxed) >= wanted) return;
     std::lock_guard<std::mutex> lock(mutex_);
+    if (Clock::now() < retry_) return;
     // Signals go to the threads that expect them, except those of a thread's own faults.
     sigset_t others, before;
     sigfillset(&others);
-    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&others, fault);
+    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS})
+      sigdelset(&others, fault);
     pthread_sigmask(SIG_SETMASK, &others, &before);
     try {
       for (int i = started_.load(std::memory_order_relaxed); i < wanted; ++i) {
@@ -248,8 +264,8 @@ class Pool {
         started_.store(i + 1, std::memory_order_relaxed);
       }
     } catch (const std::exception&) {
-      // The system has no more threads or memory: those that there are do the work.
-      started_.store(kMostThreads, std::memory_order_relaxed);
+      // The system has no more threads or memory: those that there are do the work for a while.
+      retry_ = Clock::now() + std::chrono::seconds(1);
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
@@ -285,11 +301,11 @@ class Pool {
       wake();  // two, four, eight, ...
       wake();
     }
-    if (worker < slot.shares) {
+    if (worker < slot.shares && slot.has_pieces()) {
       Pieces pieces(&slot, worker);
       slot.loop.run(slot.loop.context, worker, pieces);
-      hide(index);  // no piece is left
     }
+    hide(index);  // no piece is left
     slot.leave();
   }
 
@@ -297,6 +313,7 @@ class Pool {
   alignas(64) std::atomic<uint32_t> open_{0};  // slots that have work and room
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<int> started_{0};
+  Clock::time_point retry_{};  // when more helpers may be started
   std::mutex mutex_;
   std::condition_variable work_;
   Slot slots_[kMostLoops];
@@ -321,9 +338,9 @@ Pool& pool() {
 }  // namespace
 
 bool Pieces::take() {
-  if (worker_ == 0 && !slot_->is_open && end > begin) pool().open_if_long(*slot_);
   const int64_t piece = slot_->take(worker_);
   if (piece < 0) return false;
+  if (worker_ == 0 && !slot_->is_open && end > begin) pool().open_if_long(*slot_);
   const Loop& loop = slot_->loop;
   const int64_t size = loop.items / loop.pieces, more = loop.items % loop.pieces;
   begin = piece * size + (piece < more ? piece : more);

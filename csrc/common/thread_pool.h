@@ -3,6 +3,8 @@
 
 #include <stdint.h>
 
+#include "common/hd.h"
+
 namespace segkernels {
 
 struct Slot;
@@ -11,12 +13,12 @@ struct Slot;
 // often begins where the one before ended.
 class Pieces {
  public:
-  explicit Pieces(int64_t items) : items_(items) {}  // all in one piece
-  Pieces(Slot* slot, int worker) : slot_(slot), worker_(worker) {}
+  SK_HD explicit Pieces(int64_t items) : items_(items) {}  // all in one piece
+  SK_HD Pieces(Slot* slot, int worker) : slot_(slot), worker_(worker) {}
 
   int64_t begin = 0, end = 0;
 
-  bool next() {
+  SK_HD bool next() {
     if (slot_ != nullptr) return take();
     begin = end;
     end = items_;
@@ -34,11 +36,11 @@ class Pieces {
 // A loop over `items`, cut into pieces of equal size, at most kMostPieces.
 struct Loop {
   // Runs pieces until there are no more. `worker` is below `threads`; threads inside a loop at the
-  // same time have different ones. It must not throw.
-  void (*run)(const void* context, int worker, Pieces& pieces);
+  // same time have different ones.
+  void (*run)(const void* context, int worker, Pieces& pieces) noexcept;
   const void* context;
   int64_t items, pieces;
-  int threads;   // at most: the caller and helpers
+  int threads;   // at most: the caller and helpers; no more than 256 are used
   bool is_long;  // a piece takes longer than waking a thread: helpers may join from the start
 };
 

@@ -35,7 +35,7 @@ struct MeanField {
   bool log;       // return log-probabilities
   void* energy;   // [positions, width]: minus the energy; padding is -infinity
   void* rows;     // [positions, width]: the result; may be `energy` on the CPU
-  void* scratch;  // CPU: [threads, 16, width]
+  void* scratch;  // CPU: [workers, 16, width]
   int32_t* status;
 };
 

@@ -169,7 +169,8 @@ template <class T, class V, int NB>
 void iterate(const Where& where, const MeanField& m) {
   const int32_t tiles = tile_count(m.grid);
   for (int i = 0; i <= m.iterations; ++i) {
-    parallel_tiles(where, tiles, Step<T, V, NB>(m, i == 0, i == m.iterations));
+    parallel_tiles(where, tiles, has_large_tiles(m.grid),
+                   Step<T, V, NB>(m, i == 0, i == m.iterations));
     if (i == m.iterations) break;
     for (int k = 0; k < m.term_count; ++k) finish_term<T, V>(where, m, m.terms[k]);
   }

@@ -70,7 +70,7 @@ struct ProductTile {
 template <class T>
 void run(const Where& where, const Product& p) {
   const ProductTile<T> f{p};
-  parallel_tiles(where, f.tiles(), f);
+  parallel_tiles(where, f.tiles(), p.inner >= 1024, f);
 }
 
 }  // namespace SK_ISA

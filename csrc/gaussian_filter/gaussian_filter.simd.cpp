@@ -148,8 +148,9 @@ struct FilterTile {
 template <Isa kIsa>
 void gaussian_filter(const Where& where, const GaussianFilter& f, bool is_double) {
   const int64_t items = f.batch * (f.queries.points / kGaussianTile);
-  is_double ? parallel_tiles(where, items, FilterTile<double>{f})
-            : parallel_tiles(where, items, FilterTile<float>{f});
+  const bool is_long = f.keys.points >= 1024;
+  is_double ? parallel_tiles(where, items, is_long, FilterTile<double>{f})
+            : parallel_tiles(where, items, is_long, FilterTile<float>{f});
 }
 
 template void gaussian_filter<Isa::SK_ISA>(const Where&, const GaussianFilter&, bool);

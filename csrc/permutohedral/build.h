@@ -18,7 +18,7 @@ struct BuildBuffers {
   int32_t* vertex_of_slot;  // [capacity]
   int32_t* rank_of;         // CUDA: [entries]: vertices before each entry
   uint32_t* first_entry;    // [vertex_bound]
-  uint32_t* tile_slots;     // CPU: [threads, tile_capacity]
+  uint32_t* tile_slots;     // CPU: [workers, tile_capacity]
   uint32_t tile_capacity;   // a power of two, at least twice a tile's entries
   int32_t* tile_keys;       // CPU: [threads, tile entries, dims + 1]
   int32_t* image_start;     // [batch + 1]: vertices before each image

@@ -129,7 +129,7 @@ void pack(const Where& where, const Grid& grid, const Strided& source, void* row
   with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     const PackTile<T> f{{grid, source, static_cast<T*>(rows), channels, width, kind, status}};
-    parallel_tiles(where, tile_count(grid), f);
+    parallel_tiles(where, tile_count(grid), has_large_tiles(grid), f);
   });
 }
 
@@ -138,7 +138,7 @@ void unpack(const Where& where, const Grid& grid, const void* rows, const Stride
   with_scalar(is_double, [&](auto scalar) {
     using T = decltype(scalar);
     const UnpackTile<T> f{{grid, static_cast<const T*>(rows), target, channels, width}};
-    parallel_tiles(where, tile_count(grid), f);
+    parallel_tiles(where, tile_count(grid), has_large_tiles(grid), f);
   });
 }
 
@@ -156,7 +156,7 @@ void splat_rows(const Where& where, const Lattice& l, const FilterBuffers& b) {
   const V* rows = static_cast<const V*>(b.rows);
   const V one = V{} + T(1);
   const T* scale = static_cast<const T*>(b.scale_in);
-  parallel_tiles(where, tile_count(l.grid), [&](int, int64_t tile) {
+  parallel_tiles(where, tile_count(l.grid), has_large_tiles(l.grid), [&](int, int64_t tile) {
     TilePairs<T, V> pairs(l, static_cast<V*>(b.pairs), int32_t(tile), blocks);
     pairs.clear();
     for (int64_t p = tile * points; p < (tile + 1) * points; ++p) {

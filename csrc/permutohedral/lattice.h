@@ -50,6 +50,9 @@ SK_HD int32_t tiles_per_image(const Grid& g) {
   return ceil_div(g.height, g.tile_height) * ceil_div(g.width, g.tile_width);
 }
 SK_HD int32_t tile_count(const Grid& g) { return g.batch * tiles_per_image(g); }
+// Whether work on a tile takes longer than waking a thread.
+SK_HD bool has_large_tiles(const Grid& g) { return tile_points(g) >= 1024; }
+
 SK_HD int64_t position_count(const Grid& g) { return int64_t(tile_count(g)) * tile_points(g); }
 
 struct ImagePoint {

@@ -98,13 +98,15 @@ void embed_tile(const Lattice& l, const BuildBuffers& b, const Embed<T, D>& embe
 void embed(const Where& where, const Lattice& l, const BuildBuffers& b, bool is_double) {
   const int32_t tiles = tile_count(l.grid);
   embed_points(l, b, is_double, [&](const auto& f) {
-    parallel_pieces(where, tiles, tiles, true, [&](int worker, Pieces& pieces) {
+    const bool is_long = has_large_tiles(l.grid);
+    parallel_pieces(where, tiles, tiles, is_long, [&](int worker, Pieces& pieces) {
+      if (!pieces.next()) return;
       memset(b.tile_slots + int64_t(worker) * b.tile_capacity, 0,
              sizeof(*b.tile_slots) * b.tile_capacity);
-      while (pieces.next()) {
+      do {
         for (int64_t tile = pieces.begin; tile < pieces.end; ++tile)
           embed_tile(l, b, f, worker, int32_t(tile));
-      }
+      } while (pieces.next());
     });
   });
   l.tile_start[0] = 0;
@@ -138,7 +140,7 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
   const auto pairs_of = [&](int64_t tile) { return l.tile_start[tile + 1] - l.tile_start[tile]; };
   const KeyTable table = key_table(l, b);
   with_dims(l.dims, [&](auto n) {
-    parallel_tiles(where, count, [&](int, int64_t tile) {
+    parallel_tiles(where, count, has_large_tiles(l.grid), [&](int, int64_t tile) {
       const int32_t* entries = tile_vertices(l, int32_t(tile));
       const int32_t image = int32_t(tile / tiles_per_image(l.grid));
       for (int32_t i = 0; i < pairs_of(tile); ++i) {
@@ -150,7 +152,7 @@ void tiles(const Where& where, const Lattice& l, const BuildBuffers& b, bool) {
     });
   });
   number_vertices(l, b);
-  parallel_tiles(where, count, [&](int, int64_t tile) {
+  parallel_tiles(where, count, has_large_tiles(l.grid), [&](int, int64_t tile) {
     int32_t* vertices = l.pair_vertex + tile * tile_points(l.grid) * (l.dims + 1);
     for (int32_t i = 0; i < pairs_of(tile); ++i)
       vertices[i] = b.vertex_of_slot[b.slot_of[l.tile_start[tile] + i]];

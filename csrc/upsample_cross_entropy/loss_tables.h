@@ -13,7 +13,7 @@ struct LossTables {
   ReaderTable<A> x_readers;
   int32_t* y_end;    // [in height]: one past the last output row that reads a row
   int32_t* y_begin;  // [in height]: the first output row that does
-  A* sums;           // [threads, taps, classes, row_stride]
+  A* sums;           // [workers, taps, classes, row_stride]
   double* partial;   // [batch * out height, 2]
 
   explicit LossTables(const LossCall& call) : logits(call) {}

@@ -184,7 +184,7 @@ def grid_features(
         batch: B.
         spatial: sizes of the grid.
         sxy: (len(spatial),).
-        image: (B, n, *spatial), any dtype.
+        image: (B, n, *spatial), any dtype; given together with `srgb`.
         srgb: (n,).
     """
     given = (sxy,) if image is None or srgb is None else (sxy, image, srgb)

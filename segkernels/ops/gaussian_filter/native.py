@@ -1,4 +1,4 @@
-"""The exact filter on the CPU: calls of the native kernel."""
+"""The exact filter on the CPU: calls of the native functions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from segkernels.ops.gaussian_filter.points import TILE, Points
 
 
 class Values(NamedTuple):
-    """Sorted values, with 0 for those that are not finite.
+    """Sorted values.
 
     Attributes:
-        sorted: (B, P, C) rows, or (B, C, P).
+        sorted: (B, P, C) rows, or (B, C, P); 0 at invalid points, in channels with a value that is
+            not finite, and in the padding.
         not_finite: (B, C, 1) bool, channels with a value that is not finite.
     """
 
@@ -42,10 +43,15 @@ def query_gradient(
 def sort_values(
     points: Points, values: torch.Tensor, rows: bool, least_sum: float | None = None
 ) -> Values:
-    """Sort (B, C, N) values, with the result of `Points.rows` or `Points.sorted`.
+    """Sort (B, C, N) values, as rows or as planes.
 
     With `least_sum`, a channel of ones is appended.
     """
+    if (values.shape[0], values.shape[2]) != tuple(points.invalid.shape):
+        raise RuntimeError(
+            f"gaussian_filter: values must be (B, C, N) for points (B, N) of shape "
+            f"{tuple(points.invalid.shape)}, got {tuple(values.shape)}"
+        )
     values = values.contiguous()
     batch, channels, _ = values.shape
     padded, total = points.features.shape[2], channels + (least_sum is not None)
@@ -63,7 +69,9 @@ def unsort_values(
     not_finite: torch.Tensor,
     least_sum: float | None = None,
 ) -> torch.Tensor:
-    """Return sorted (B, C, P) values in the original order (B, C, N), NaN if not finite.
+    """Return sorted (B, C, P) values in the original order: (B, C, N).
+
+    Invalid points, and channels that are not finite, are NaN.
 
     With `least_sum`, the last channel holds sums of weights, by which the others are divided; where
     a sum is less, they become 0.
