@@ -1,11 +1,11 @@
 // A thread pool for loops whose speed must not depend on other processes.
 //
 // The caller of a loop works on it from the start, and does all of it if no one else comes. Helpers
-// may join, from the start or after a while, as long as there is work: a helper that the system
-// does not schedule costs nothing, unless it has taken a piece. Each thread has a share of the
-// pieces, neighbours in memory, which it takes from the front; a thread without work takes pieces
-// from the back of the shares of others. So the shares stay in the caches of the same threads from
-// one loop to the next, and uneven work is balanced.
+// may join, from the start or once the time of the first pieces shows that it pays, as long as
+// there is work: a helper that the system does not schedule costs nothing, unless it has taken a
+// piece. Each thread has a share of the pieces, neighbours in memory, which it takes from the
+// front; a thread without work takes pieces from the back of the shares of others. So the shares
+// stay in the caches of the same threads from one loop to the next, and uneven work is balanced.
 //
 // A helper without work, and a caller whose last pieces are still with helpers, spin shortly and
 // then sleep. After a long wait a thread spins half as long the next time, after a short one as
@@ -37,8 +37,8 @@ constexpr int kMostLoops = 32;
 
 using Clock = std::chrono::steady_clock;
 
-// A loop that takes less is faster on one thread.
-constexpr Clock::duration kShort = std::chrono::microseconds(20);
+// If the rest of a loop takes less on one thread, it does not pay to wake another.
+constexpr Clock::duration kShort = std::chrono::microseconds(40);
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -113,6 +113,7 @@ struct Slot {
   int index;
   bool is_open;  // whether helpers can join, for the owner
   Clock::time_point start;
+  int64_t done;  // pieces, while it is not open
   int shares;
   Share share[kMostThreads];
 
@@ -186,8 +187,11 @@ class Pool {
     used_.fetch_and(~(1u << index), std::memory_order_release);
   }
 
+  // After each piece of a loop that is not open: lets helpers join if the rest takes long.
   void open_if_long(Slot& slot) {
-    if (Clock::now() - slot.start >= kShort && slot.has_pieces()) open(slot);
+    const Clock::duration took = Clock::now() - slot.start;
+    const int64_t done = ++slot.done;
+    if (took.count() * (slot.loop.pieces - done) >= kShort.count() * done) open(slot);
   }
 
  private:
@@ -207,6 +211,7 @@ class Pool {
     slot.loop = loop;
     slot.index = index;
     slot.is_open = false;
+    slot.done = 0;
     int64_t shares = loop.threads < kMostThreads ? loop.threads : kMostThreads;
     if (loop.pieces < shares) shares = loop.pieces;
     slot.shares = int(shares);
@@ -338,9 +343,9 @@ Pool& pool() {
 }  // namespace
 
 bool Pieces::take() {
+  if (worker_ == 0 && !slot_->is_open && end > begin) pool().open_if_long(*slot_);
   const int64_t piece = slot_->take(worker_);
   if (piece < 0) return false;
-  if (worker_ == 0 && !slot_->is_open && end > begin) pool().open_if_long(*slot_);
   const Loop& loop = slot_->loop;
   const int64_t size = loop.items / loop.pieces, more = loop.items % loop.pieces;
   begin = piece * size + (piece < more ? piece : more);
